@@ -1,0 +1,7 @@
+"""Experience replay for PyTorch that keeps episodes whole."""
+
+from buffers._version import __version__
+from buffers.evictor import Evictor, FIFOEvictor
+from buffers.replay_buffer import ReplayBuffer
+
+__all__ = ["Evictor", "FIFOEvictor", "ReplayBuffer", "__version__"]

@@ -1,0 +1,183 @@
+"""Accumulator: rows with boundaries in, complete episodes out.
+
+Open episodes lie in one array a field, `(num_envs, room, *shape)`: one contiguous run an environment, so that a
+finished episode is one slice.
+
+    env 0    # # # # . . . .        4 rows open: the next goes to place 0 * room + 4
+    env 1    # . . . . . . .        1 row open:                        1 * room + 1
+    env 2    # # # # # # . .        6 rows open:                       2 * room + 6
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from buffers.dataset.fields import Fields
+
+__all__ = ["Accumulator"]
+
+_INITIAL_ROOM = 64
+
+
+class Accumulator:
+    """Keeps the open episode of each environment.
+
+    Args:
+        fields: What a row holds.
+        num_envs: N, environments.
+        max_rows: Rows that an episode may have at the most; a longer one is refused.
+        cut_after: Rows after which an open episode counts as complete; None to never cut.
+        emit: Takes a complete episode, `name -> (L, *shape)`, which it must copy.
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
+        num_envs: int,
+        max_rows: int,
+        cut_after: int | None,
+        emit: Callable[[dict[str, np.ndarray]], object],
+    ) -> None:
+        self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
+        self._emit = emit
+        self._limit = max_rows if cut_after is None else min(cut_after, max_rows)
+        self._lengths = np.zeros(num_envs, np.int64)
+        # No open episode is longer than this; found out exactly only when it matters.
+        self._longest = 0
+        # Environments whose episodes a call handed over before it failed.
+        self._taken: np.ndarray | None = None
+        self._arrays: list[np.ndarray] = []
+        self._set_room(min(_INITIAL_ROOM, self._limit))
+
+    @property
+    def num_open_rows(self) -> int:
+        """Rows of all open episodes."""
+        return int(self._lengths.sum())
+
+    def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
+        """Append one row of the only environment.
+
+        Args:
+            row: `(*shape)` a field, in the order of the fields.
+            is_first: The rows before are complete.
+            is_last: With this row, the episode is complete.
+
+        Raises:
+            ValueError: The episode would be longer than `max_rows`; nothing has changed.
+        """
+        if is_first and self._lengths[0]:
+            self._close(0, 0)
+        place = int(self._lengths[0])
+        if place >= self._room:
+            self._make_room(place)
+        for run, value in zip(self._first_runs, row, strict=True):
+            run[place] = value
+        if is_last or place + 1 == self.cut_after:
+            self._close(0, 1)
+        else:
+            self._lengths[0] = self._longest = place + 1
+
+    def add_rows(
+        self,
+        rows: Sequence[np.ndarray],
+        is_first: np.ndarray | None = None,
+        is_last: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+    ) -> None:
+        """Append one row of every environment that brings one.
+
+        The cost does not grow by a loop over environments; only those that complete an episode are visited.
+        If `emit` raises, the same call can be made again: it goes on with the episodes that were not handed over.
+
+        Args:
+            rows: `(N, *shape)` a field, in the order of the fields.
+            is_first: bool `(N,)`, the environment's rows before this one are complete.
+            is_last: bool `(N,)`, with this row, the environment's episode is complete.
+            mask: bool `(N,)`, the environment brings a row. Where it does not, the other two mean nothing.
+
+        Raises:
+            ValueError: An episode would be longer than `max_rows`; nothing has changed.
+        """
+        if self._taken is not None:
+            mask = ~self._taken if mask is None else mask & ~self._taken
+        if self._longest >= self._room:
+            staying = self._lengths if is_first is None else self._lengths * ~is_first
+            self._make_room(int((staying if mask is None else staying * mask).max()))
+        if is_first is not None:
+            for env in np.flatnonzero(is_first if mask is None else is_first & mask).tolist():
+                if self._lengths[env]:
+                    self._close(env, 0)
+        self._write(rows, mask)
+        is_complete = is_last
+        if self.cut_after is not None and self._longest + 1 >= self.cut_after:
+            is_cut = self._lengths == self.cut_after - 1
+            is_complete = is_cut if is_last is None else is_last | is_cut
+        if is_complete is not None:
+            mask = self._close_with_new_rows(is_complete, mask)
+        self._taken = None
+        self._lengths += 1 if mask is None else mask
+        self._longest += 1
+
+    def flush(self) -> None:
+        """Hand over all open episodes as they stand."""
+        for env in np.flatnonzero(self._lengths).tolist():
+            self._close(env, 0)
+
+    def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
+        """Put a row behind each open episode; it does not belong to it before the lengths say so."""
+        places = self._first_places + self._lengths
+        if mask is not None:
+            rows, places = [array[mask] for array in rows], places[mask]
+        for places_of_field, array in zip(self._places, rows, strict=True):
+            if places_of_field is not None:
+                places_of_field[places] = _as_items(array)
+
+    def _close_with_new_rows(self, is_complete: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """Hand over episodes with the row just written; return which environments' rows are still open."""
+        still_open = np.ones(self.num_envs, np.bool_) if mask is None else mask.copy()
+        taken = np.zeros(self.num_envs, np.bool_) if self._taken is None else self._taken
+        for env in np.flatnonzero(is_complete & still_open).tolist():
+            self._close(env, 1)
+            still_open[env], taken[env] = False, True
+            # Should a later one fail, the caller repeats the call, which must not bring this row again.
+            self._taken = taken
+        return still_open
+
+    def _make_room(self, longest: int) -> None:
+        """See to it that a row can follow an open episode of `longest` rows."""
+        if longest >= self.max_rows:
+            raise ValueError(
+                f"An open episode has reached {longest} steps, the `capacity` of the dataset, and cannot take another. "
+                "End it, or cut endless streams into pieces with `max_episode_length`."
+            )
+        self._longest = int(self._lengths.max())
+        if longest >= self._room:
+            self._set_room(min(2 * self._room, self._limit))
+
+    def _set_room(self, room: int) -> None:
+        arrays = [np.empty((self.num_envs, room, *field.shape), field.numpy_dtype) for field in self.fields.values()]
+        for array, before in zip(arrays, self._arrays, strict=False):
+            # Rows that hold nothing are left alone: memory that is never touched is never used.
+            for env, length in enumerate(self._lengths.tolist()):
+                array[env, :length] = before[env, :length]
+        self._arrays, self._room = arrays, room
+        self._first_runs = [array[0] for array in arrays]
+        self._first_places = np.arange(self.num_envs) * room
+        # A row as one opaque item: scattering 256 of 96 bytes takes 2.1 us, and 4.4 us as 24 floats each.
+        self._places = [
+            _as_items(array.reshape(self.num_envs * room, *array.shape[2:])) if array.size else None for array in arrays
+        ]
+
+    def _close(self, env: int, num_new_rows: int) -> None:
+        """Hand over an open episode, with `num_new_rows` that its length does not count yet."""
+        length = int(self._lengths[env]) + num_new_rows
+        self._emit({name: array[env, :length] for name, array in zip(self.fields, self._arrays, strict=True)})
+        self._lengths[env] = 0
+
+
+def _as_items(array: np.ndarray) -> np.ndarray:
+    """`(n, *shape)` as `(n,)` opaque items."""
+    rows = np.ascontiguousarray(array).reshape(len(array), -1)
+    return rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).reshape(len(array))

@@ -1,0 +1,225 @@
+"""Which episodes live, how long they are, and where: no payload.
+
+An episode is three numbers in flat arrays, 24 bytes, in the order in which episodes were added:
+
+    position        0      1      2        position: 0 is the oldest that lives
+    start           0      5      8        step id of its first row; never used again
+    length          5      3      4        rows
+    id              0      1      2        episode id; never used again
+
+Windows are drawn over cumulated counts. For T = 3 these episodes have 3, 1 and 2 windows:
+
+    cumulated       0      3      4      6       (one more than episodes)
+    r               0 1 2  3      4 5            r = 4 -> position 2, first window
+
+The counts of an episode never change and only the oldest leave, as a rule, so cumulated counts stay valid when
+an episode leaves at the front: the draw subtracts what the first one has become. Nothing is ever recounted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["EpisodeIndex", "Windows"]
+
+Int64Array = npt.NDArray[np.int64]
+
+_START, _LENGTH, _ID = range(3)
+_INITIAL_SIZE = 64
+_MAX_CUMULATIONS = 8
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows as drawn: what is to be read, and where it lies in its episodes.
+
+    Attributes:
+        length: T, steps of each window. Whole episodes have the length of the longest; the shorter are padded.
+        start: int64 `(B,)`, step id of the first row.
+        step: int64 `(B,)`, position of the first row in its episode.
+        episode: int64 `(B,)`, episode ids.
+        episode_length: int64 `(B,)`, rows of the episodes.
+        weight: float32 `(B,)`, importance weights; None stands for ones.
+    """
+
+    length: int
+    start: Int64Array
+    step: Int64Array
+    episode: Int64Array
+    episode_length: Int64Array
+    weight: npt.NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def num_rows(self) -> Int64Array:
+        """int64 `(B,)`, rows that are real: T, or fewer where the episode ends before the window does."""
+        return np.minimum(self.length, self.episode_length - self.step)
+
+    def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
+        return Windows(
+            self.length,
+            self.start[selection],
+            self.step[selection],
+            self.episode[selection],
+            self.episode_length[selection],
+            None if self.weight is None else self.weight[selection],
+        )
+
+    def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
+        """A copy with the windows at `positions` replaced by others of the same length."""
+        columns = []
+        for name in ("start", "step", "episode", "episode_length", "weight"):
+            mine, theirs = getattr(self, name), getattr(others, name)
+            if mine is not None:
+                mine = mine.copy()
+                mine[positions] = theirs
+            columns.append(mine)
+        return Windows(self.length, *columns)
+
+
+class EpisodeIndex:
+    """The live episodes, oldest first. Appending and removing the oldest are amortized O(1)."""
+
+    def __init__(self) -> None:
+        self._table = np.empty((3, _INITIAL_SIZE), np.int64)
+        # Live episodes are the columns [first, last) of the table; columns before `first` are spent.
+        self._first = 0
+        self._last = 0
+        self._cumulations: dict[tuple[str, int], _Cumulation] = {}
+        self.num_steps = 0
+        self.next_start = 0
+        self.next_id = 0
+
+    def __len__(self) -> int:
+        return self._last - self._first
+
+    @property
+    def starts(self) -> Int64Array:
+        """int64 `(E,)`, step ids of first rows. A view: valid until the index changes."""
+        return self._table[_START, self._first : self._last]
+
+    @property
+    def lengths(self) -> Int64Array:
+        """int64 `(E,)`, rows of each episode. A view: valid until the index changes."""
+        return self._table[_LENGTH, self._first : self._last]
+
+    @property
+    def ids(self) -> Int64Array:
+        """int64 `(E,)`, ascending episode ids. A view: valid until the index changes."""
+        return self._table[_ID, self._first : self._last]
+
+    def append(self, length: int) -> int:
+        """Write down an episode of `length` rows and return its id."""
+        if self._last == self._table.shape[1]:
+            self._relocate()
+        episode_id = self.next_id
+        self._table[:, self._last] = (self.next_start, length, episode_id)
+        self._last += 1
+        self.next_id += 1
+        self.next_start += length
+        self.num_steps += length
+        return episode_id
+
+    def remove(self, position: int) -> None:
+        """Forget the episode at `position`; O(1) for the oldest, a shift of the younger ones for any other."""
+        self.num_steps -= int(self.lengths[position])
+        if position == 0:
+            self._first += 1
+            return
+        column = self._first + position
+        self._table[:, column : self._last - 1] = self._table[:, column + 1 : self._last]
+        self._last -= 1
+        for cumulation in self._cumulations.values():
+            cumulation.counted = min(cumulation.counted, column)
+
+    def cumulated_windows(self, length: int) -> Int64Array:
+        """Windows of T = `length` before each episode: int64 `(E + 1,)`, ascending, not from 0."""
+        return self._cumulated("windows", length)
+
+    def cumulated_episodes(self, length: int) -> Int64Array:
+        """Episodes of at least `length` rows before each episode: int64 `(E + 1,)`, ascending, not from 0."""
+        return self._cumulated("episodes", length)
+
+    def position(self, episode_id: int) -> int | None:
+        """The position of an episode; None if it does not live."""
+        position = int(self.ids.searchsorted(episode_id))
+        return position if position < len(self) and self.ids[position] == episode_id else None
+
+    def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
+        """The windows of `length` that begin `step` rows into the episodes at `position`."""
+        columns = position + self._first
+        return Windows(
+            length,
+            self._table[_START].take(columns) + step,
+            step,
+            self._table[_ID].take(columns),
+            self._table[_LENGTH].take(columns),
+        )
+
+    def no_window_message(self, length: int | None) -> str:
+        """Why no window of `length` can be drawn, for an error."""
+        if len(self) == 0:
+            return "The dataset is empty. Add a complete episode before sampling."
+        return (
+            f"`sequence_length`={length} is longer than every stored episode (longest of {len(self)}: "
+            f"{self.lengths.max()} steps). Add longer episodes or lower it."
+        )
+
+    def _cumulated(self, kind: str, length: int) -> Int64Array:
+        key = (kind, length)
+        cumulation = self._cumulations.get(key)
+        if cumulation is None:
+            # A sequence length that changes for ever (a curriculum) must not leave an array behind each time.
+            if len(self._cumulations) == _MAX_CUMULATIONS:
+                del self._cumulations[next(iter(self._cumulations))]
+            cumulation = self._cumulations[key] = _Cumulation(self._table.shape[1], self._first)
+        if cumulation.counted < self._first:
+            cumulation.restart(self._first)
+        if cumulation.counted < self._last:
+            lengths = self._table[_LENGTH, cumulation.counted : self._last]
+            counts = np.maximum(lengths - (length - 1), 0) if kind == "windows" else lengths >= length
+            cumulation.extend(counts)
+        return cumulation.values[self._first : self._last + 1]
+
+    def _relocate(self) -> None:
+        """Move the live columns to the front, of a table twice as large if they fill more than half of this one."""
+        live, size = len(self), self._table.shape[1]
+        size = 2 * size if 2 * live > size else size
+        table = np.empty((3, size), np.int64)
+        table[:, :live] = self._table[:, self._first : self._last]
+        for cumulation in self._cumulations.values():
+            cumulation.relocate(size, self._first)
+        self._table, self._first, self._last = table, 0, live
+
+
+class _Cumulation:
+    """Running totals over the table's columns: `values[c]` counts what lies before column c, up to `counted`."""
+
+    def __init__(self, size: int, first: int) -> None:
+        self.values: Int64Array = np.empty(size + 1, np.int64)
+        self.restart(first)
+
+    def restart(self, column: int) -> None:
+        self.counted = column
+        self.values[column] = 0
+
+    def extend(self, counts: npt.NDArray[np.generic]) -> None:
+        begin, end = self.counted, self.counted + len(counts)
+        np.cumsum(counts, out=self.values[begin + 1 : end + 1])
+        self.values[begin + 1 : end + 1] += self.values[begin]
+        self.counted = end
+
+    def relocate(self, size: int, first: int) -> None:
+        values = np.empty(size + 1, np.int64)
+        num_counted = self.counted - first
+        if num_counted >= 0:
+            values[: num_counted + 1] = self.values[first : self.counted + 1]
+            self.values, self.counted = values, num_counted
+        else:
+            self.values = values
+            self.restart(0)

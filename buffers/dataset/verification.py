@@ -1,0 +1,46 @@
+"""How closely added data is looked at."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import numpy as np
+
+from buffers.dataset.fields import Fields
+
+__all__ = ["VerificationMode"]
+
+
+class VerificationMode(enum.Enum):
+    """What is checked when data is added.
+
+    | mode | checked |
+    |---|---|
+    | `NO_CHECKS` | keys only; the caller vouches for shapes, dtypes and equal lengths |
+    | `BASIC_CHECKS` | keys, shapes, dtypes, equal lengths of all fields (the default) |
+    | `ALL_CHECKS` | also that every floating number is finite, which reads all of the data |
+    """
+
+    NO_CHECKS = "no_checks"
+    BASIC_CHECKS = "basic_checks"
+    ALL_CHECKS = "all_checks"
+
+
+def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int, ...], mode: VerificationMode) -> None:
+    """Check arrays of `(*leading, *shape)` against the fields, in their order.
+
+    Raises:
+        ValueError: Names the first field that differs, what was found and what was expected.
+    """
+    if mode is VerificationMode.NO_CHECKS:
+        return
+    for (name, expected), array in zip(fields.items(), arrays, strict=True):
+        shape = (*leading, *expected.shape)
+        if array.dtype != expected.numpy_dtype or array.shape != shape:
+            raise ValueError(
+                f"Field `{name}` has dtype {array.dtype} and shape {array.shape}, "
+                f"expected {expected.numpy_dtype} and {shape}."
+            )
+        if mode is VerificationMode.ALL_CHECKS and array.dtype.kind in "fc" and not np.isfinite(array).all():
+            raise ValueError(f"Field `{name}` holds NaN or infinite numbers, which ALL_CHECKS refuses.")

@@ -1,0 +1,7 @@
+"""Samplers: windows, drawn over the index."""
+
+from buffers.dataset.index import Windows
+from buffers.sampler.base import Sampler
+from buffers.sampler.uniform import UniformEpisodeSampler, UniformSampler
+
+__all__ = ["Sampler", "UniformEpisodeSampler", "UniformSampler", "Windows"]

@@ -1,0 +1,83 @@
+"""Uniform samplers: over windows (the default), and over episodes first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from buffers.dataset.index import EpisodeIndex, Windows
+from buffers.sampler.base import Sampler, draw_whole_episodes
+
+__all__ = ["UniformEpisodeSampler", "UniformSampler"]
+
+
+class UniformSampler(Sampler):
+    """Every window is equally likely: long episodes are drawn in proportion to their windows."""
+
+    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        """Draw windows uniformly over all valid starts, with replacement.
+
+        An episode of L rows has L - T + 1 windows (T = length), so its last row can be drawn.
+
+            L = 5, T = 3     0 1 2 3 4
+                             # # #
+                               # # #
+                                 # # #
+
+        One integer r in [0, number of windows) stands for one window, in the order of episodes and steps.
+        Whole episodes (T = None) are drawn uniformly over episodes.
+
+        Args:
+            index: The live episodes.
+            num_windows: B, at least 1.
+            length: T, in steps, or None.
+            rng: Source of randomness; only integers are taken from it.
+
+        Returns:
+            B windows.
+
+        Raises:
+            RuntimeError: No live episode has `length` rows.
+        """
+        if length is None:
+            return draw_whole_episodes(index, num_windows, rng)
+        cumulated = index.cumulated_windows(length)
+        r = _draw_integers(index, cumulated, num_windows, length, rng)
+        position = cumulated.searchsorted(r, side="right") - 1
+        return index.windows(position, r - cumulated[position], length)
+
+
+class UniformEpisodeSampler(Sampler):
+    """Every episode that is long enough is equally likely, then every window in it."""
+
+    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        """Draw episodes uniformly over those of at least T rows, then a start uniformly within each.
+
+        Args:
+            index: The live episodes.
+            num_windows: B, at least 1.
+            length: T, in steps, or None.
+            rng: Source of randomness; only integers are taken from it.
+
+        Returns:
+            B windows.
+
+        Raises:
+            RuntimeError: No live episode has `length` rows.
+        """
+        if length is None:
+            return draw_whole_episodes(index, num_windows, rng)
+        cumulated = index.cumulated_episodes(length)
+        r = _draw_integers(index, cumulated, num_windows, length, rng)
+        position = cumulated.searchsorted(r, side="right") - 1
+        step = rng.integers(index.lengths[position] - (length - 1))
+        return index.windows(position, step, length)
+
+
+def _draw_integers(
+    index: EpisodeIndex, cumulated: np.ndarray, num: int, length: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Integers r between the first and the last cumulated count."""
+    low, high = int(cumulated[0]), int(cumulated[-1])
+    if low == high:
+        raise RuntimeError(index.no_window_message(length))
+    return rng.integers(low, high, size=num)

@@ -1,0 +1,86 @@
+"""Conversion of whatever an environment returns into tensors."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["to_torch"]
+
+
+def to_torch(value: Any, device: torch.device | str | None = None) -> Any:
+    """Turn numbers and arrays into tensors, also inside nested lists, tuples and dicts.
+
+    dtypes are kept; Python floats become float32, ints int64, bools bool. Arrays share their memory with
+    the tensor where torch allows it, so copy the result if the array is used again.
+
+    Args:
+        value: Anything. Lists, tuples (named ones too) and dicts are rebuilt with converted members.
+        device: Where the tensors shall live; None leaves them where they are.
+
+    Returns:
+        The same structure with tensors for numbers and numeric arrays. What is none of these (a string,
+        None, an object array) comes back as it is.
+    """
+    if isinstance(value, dict):
+        return {key: to_torch(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_torch(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_torch(item, device) for item in value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        tensor = _from_numpy(np.asarray(value))
+        if tensor is None:
+            return value
+    elif isinstance(value, torch.Tensor):
+        tensor = value
+    elif isinstance(value, bool):
+        tensor = torch.tensor(value)
+    elif isinstance(value, int) and -(2**63) <= value < 2**63:
+        tensor = torch.tensor(value, dtype=torch.int64)
+    elif isinstance(value, float):
+        tensor = torch.tensor(value, dtype=torch.float32)
+    elif isinstance(value, complex):
+        tensor = torch.tensor(value, dtype=torch.complex64)
+    else:
+        return value
+    return tensor if device is None else tensor.to(device)
+
+
+def _from_numpy(array: np.ndarray) -> torch.Tensor | None:
+    """A tensor over the array's memory where possible; None for a dtype that torch has not."""
+    # torch knows neither foreign byte orders, nor negative strides, nor memory that must not be written.
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        return None
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """An argument that must be an integer of at least `minimum`.
+
+    Raises:
+        TypeError: Not an integer (bool is none).
+        ValueError: Too small.
+    """
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{name}` must be an integer, found {type(value).__name__}: {value!r:.60}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, found {value}.")
+    return operator.index(value)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A number of bytes for people: `1.5 MB`, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
