@@ -87,11 +87,11 @@ class SequenceStream(IterableDataset):
     @property
     def position(self) -> int:
         """The number n of the next batch."""
-        return int(self._position[0])
+        return int(self._position.numpy()[0])
 
     @position.setter
     def position(self, position: int) -> None:
-        self._position[0] = position
+        self._position.numpy()[0] = position
 
     def share_position(self) -> None:
         """Let worker processes that start later, or start over, see the position."""
@@ -165,6 +165,7 @@ class SequenceStream(IterableDataset):
         self, num_windows: int, rng: np.random.Generator
     ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
         """Windows, their data, and the positions of those that were gone."""
+        self.dataset._refresh()
         windows = self.sampler.draw(self.dataset.index, num_windows, self.sequence_length, rng)
         out = self.dataset._empty_batch(windows)
         if self.chunk_size >= num_windows:

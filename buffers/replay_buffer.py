@@ -242,9 +242,10 @@ class ReplayBuffer:
     def _rows(self, fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[Any]:
         """The values in the order of the fields, as arrays that are known to fit."""
         rows = fields.flatten(step_data)
-        for i, (name, value) in enumerate(zip(fields.names, rows, strict=True)):
+        for i, (name, dtype, _) in enumerate(fields.layout):
+            value = rows[i]
             if type(value) is not np.ndarray:
-                rows[i] = _number_as(fields[name].numpy_dtype, as_array(name, value), value)
+                rows[i] = _number_as(dtype, as_array(name, value), value)
             elif not value.dtype.isnative:
                 rows[i] = as_array(name, value)
         check_rows(fields, rows, leading, self.dataset.verification_mode)

@@ -48,6 +48,9 @@ class EpisodeDataset(IterableDataset, ABC):
     device = torch.device("cpu")
     #: How often windows that could not be read (their episode had just been evicted) are drawn again.
     max_sampling_attempts = 100
+    #: A store whose `_write` may fail (a full disk) sets this to False, and then loses no episode to one that it
+    #: could not take.
+    _evicts_before_writing = True
 
     def __init__(self, capacity: int, info: EpisodeDatasetInfo | None = None, evictor: Evictor | None = None) -> None:
         self.capacity = integer("capacity", capacity, minimum=1)
@@ -99,6 +102,9 @@ class EpisodeDataset(IterableDataset, ABC):
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, an episode that the store could not give back as it is. Refuses none by default."""
 
+    def _refresh(self) -> None:
+        """Called before windows are drawn: a store that another process writes to looks for what is new."""
+
     # Episodes in.
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
@@ -122,11 +128,17 @@ class EpisodeDataset(IterableDataset, ABC):
             raise ValueError(f"An episode of {length} steps does not fit a `capacity` of {self.capacity} steps.")
         if self._fields is None:
             self._set_fields(fields)
+        if self._evicts_before_writing:
+            self._make_room(length)
+        self._write(arrays, self.index.next_start, self.index.next_id)
+        if not self._evicts_before_writing:
+            self._make_room(length)
+        return self.index.append(length)
+
+    def _make_room(self, length: int) -> None:
         while self.num_timesteps + length > self.capacity:
             self._evict(self.evictor.evict(self))
             self._has_evicted = True
-        self._write(arrays, self.index.next_start, self.index.next_id)
-        return self.index.append(length)
 
     def _checked(self, fields: Fields, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The episode as flat arrays, known to fit the fields."""

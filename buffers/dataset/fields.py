@@ -237,6 +237,10 @@ class Fields(Mapping[str, TensorType]):
                 raise ValueError(f"Two fields would both be named `{name}`; rename one of them.")
             self._types[name] = leaf
         self.names: tuple[str, ...] = tuple(self._types)
+        # What the checks of each added row compare with, ready to be compared.
+        self.layout: tuple[tuple[str, np.dtype, tuple[int, ...]], ...] = tuple(
+            (name, tensor_type.numpy_dtype, tensor_type.shape) for name, tensor_type in self._types.items()
+        )
         self._is_flat = all(len(path) == 1 for path in self.paths)
 
     @classmethod

@@ -66,7 +66,7 @@ class RingBufferDataset(EpisodeDataset):
         except (MemoryError, torch.OutOfMemoryError):
             size = format_bytes(sum(tensor_type.nbytes for tensor_type in stored.values()) * self.capacity)
             raise MemoryError(
-                f"A `capacity` of {self.capacity} steps needs {size} on {self.device}, which is not to be had. Lower it."
+                f"A `capacity` of {self.capacity} steps needs {size} on {self.device}, which cannot be had. Lower it."
             ) from None
         self._columns = columns
 
@@ -127,7 +127,7 @@ class _Column:
             self.tensor = as_tensor(self.array, tensor_type)
         else:
             self.tensor = torch.empty(shape, dtype=tensor_type.dtype, device=device)
-        # What is gathered are words, of 8 bytes where rows of bytes allow it: with two threads 423 us against 890 us for
+        # What is gathered are words, of 8 bytes where rows of bytes allow: with two threads 423 us against 890 us for
         # 256 x 3 pixels, as torch decides by the number of elements whether to split the work.
         self.word = _word(tensor_type)
         self.rows = self._in_words(self.tensor)

@@ -35,12 +35,11 @@ def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int,
     """
     if mode is VerificationMode.NO_CHECKS:
         return
-    for (name, expected), array in zip(fields.items(), arrays, strict=True):
-        shape = (*leading, *expected.shape)
-        if array.dtype != expected.numpy_dtype or array.shape != shape:
+    for (name, dtype, shape), array in zip(fields.layout, arrays, strict=True):
+        if array.dtype != dtype or array.shape != leading + shape:
             raise ValueError(
                 f"Field `{name}` has dtype {array.dtype} and shape {array.shape}, "
-                f"expected {expected.numpy_dtype} and {shape}."
+                f"expected {dtype} and {leading + shape}."
             )
-        if mode is VerificationMode.ALL_CHECKS and array.dtype.kind in "fc" and not np.isfinite(array).all():
+        if mode is VerificationMode.ALL_CHECKS and dtype.kind in "fc" and not np.isfinite(array).all():
             raise ValueError(f"Field `{name}` holds NaN or infinite numbers, which ALL_CHECKS refuses.")
