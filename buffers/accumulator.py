@@ -10,6 +10,7 @@ finished episode is one slice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -179,5 +180,5 @@ class Accumulator:
 
 def _as_items(array: np.ndarray) -> np.ndarray:
     """`(n, *shape)` as `(n,)` opaque items."""
-    rows = np.ascontiguousarray(array).reshape(len(array), -1)
-    return rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).reshape(len(array))
+    num_bytes = math.prod(array.shape[1:]) * array.itemsize
+    return np.ascontiguousarray(array).reshape(-1).view(np.dtype((np.void, num_bytes)))

@@ -81,21 +81,11 @@ class SequenceStream(IterableDataset):
         self.include = _checked_include(include, whole_episodes=self.sequence_length is None)
         self.is_seeded = seed is not None
         self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
-        # The number of the next batch, where processes that iterate later see it.
-        self._position = torch.zeros(1, dtype=torch.int64)
-
-    @property
-    def position(self) -> int:
-        """The number n of the next batch."""
-        return int(self._position.numpy()[0])
-
-    @position.setter
-    def position(self, position: int) -> None:
-        self._position.numpy()[0] = position
-
-    def share_position(self) -> None:
-        """Let worker processes that start later, or start over, see the position."""
-        self._position.share_memory_()
+        #: The number n of the next batch.
+        self.position = 0
+        # The position at which an iteration by worker processes began. They see it change: persistent ones begin
+        # another. The position itself would not do, as it goes on while slow workers are still starting.
+        self.first_of_workers = torch.zeros(1, dtype=torch.int64)
 
     def batch(self, n: int) -> Any:
         """Draw and read batch n.
@@ -137,7 +127,7 @@ class SequenceStream(IterableDataset):
             return _single_sequences(self, worker)
         if worker is None:
             return _Batches(self.take)
-        numbers = iter(range(self.position + worker.id, 2**63 - 1, worker.num_workers))
+        numbers = iter(range(int(self.first_of_workers) + worker.id, 2**63 - 1, worker.num_workers))
         return _Batches(lambda: self.batch(next(numbers)))
 
     def _drawn(self, rng: np.random.Generator) -> tuple[Windows, dict[str, torch.Tensor]]:
@@ -309,7 +299,7 @@ class SequenceLoader(DataLoader):
     ) -> None:
         num_workers = 0 if num_workers is None else integer("num_workers", num_workers, 0)
         if num_workers:
-            stream.share_position()
+            stream.first_of_workers.share_memory_()
         # torch draws a seed for its workers, from the global generator unless it is given another.
         loader_options.setdefault("generator", torch.Generator())
         loader_options.setdefault("collate_fn", _as_it_is)
@@ -319,8 +309,10 @@ class SequenceLoader(DataLoader):
         self.stream = stream
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
-        return batches if self.num_workers == 0 else _Counted(self.stream, batches)
+        if self.num_workers == 0:
+            return super().__iter__()
+        self.stream.first_of_workers[0] = self.stream.position
+        return _Counted(self.stream, super().__iter__())
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands: `seed`, and `position`, the number of batches taken."""

@@ -11,7 +11,7 @@ import torch
 
 from buffers.accumulator import Accumulator
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields, as_array
+from buffers.dataset.fields import Fields
 from buffers.dataset.verification import check_rows
 from buffers.sampler.base import Sampler
 from buffers.utils import integer
@@ -241,13 +241,7 @@ class ReplayBuffer:
 
     def _rows(self, fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[Any]:
         """The values in the order of the fields, as arrays that are known to fit."""
-        rows = fields.flatten(step_data)
-        for i, (name, dtype, _) in enumerate(fields.layout):
-            value = rows[i]
-            if type(value) is not np.ndarray:
-                rows[i] = _number_as(dtype, as_array(name, value), value)
-            elif not value.dtype.isnative:
-                rows[i] = as_array(name, value)
+        rows = fields.arrays(step_data)
         check_rows(fields, rows, leading, self.dataset.verification_mode)
         return rows
 
@@ -351,13 +345,3 @@ def _as_flags(name: str, value: Any) -> bool | np.ndarray:
     if array.ndim > 1:
         raise ValueError(f"`{name}` must have at most one axis, that of the environments, found shape {array.shape}.")
     return array
-
-
-def _number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
-    """A single number takes the field's dtype if it is of that kind: a reward may be 0.0 once and np.float64 then."""
-    if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
-        return array
-    if type(value) is int and dtype.kind in "iufc":
-        fits = dtype.kind in "fc" or np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
-        return array.astype(dtype) if fits else array
-    return array.astype(dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array

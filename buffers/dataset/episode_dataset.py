@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from buffers.dataset.fields import Fields, as_array
+from buffers.dataset.fields import Fields
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_rows
@@ -142,11 +142,7 @@ class EpisodeDataset(IterableDataset, ABC):
 
     def _checked(self, fields: Fields, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The episode as flat arrays, known to fit the fields."""
-        leaves = fields.flatten(episode)
-        arrays = [
-            leaf if type(leaf) is np.ndarray else as_array(name, leaf)
-            for name, leaf in zip(fields.names, leaves, strict=True)
-        ]
+        arrays = fields.arrays(episode)
         if arrays[0].ndim == 0 or len(arrays[0]) == 0:
             raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")
         check_rows(fields, arrays, (len(arrays[0]),), self.verification_mode)

@@ -175,6 +175,16 @@ def as_array(name: str, value: Any) -> np.ndarray:
     return array
 
 
+def _number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
+    """The array of a single number in the field's dtype, where that is of its kind; any other array as it is."""
+    if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
+        return array
+    if type(value) is int and dtype.kind in "iufc":
+        fits = dtype.kind in "fc" or np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
+        return array.astype(dtype) if fits else array
+    return array.astype(dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
+
+
 def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.dtype not in _TO_NUMPY:
@@ -292,6 +302,24 @@ class Fields(Mapping[str, TensorType]):
                 f"The fields differ: missing {missing}, unexpected {unexpected}. Expected {list(self.names)}."
             )
         return [leaves[path] for path in self.paths]
+
+    def arrays(self, tree: Any) -> list[np.ndarray]:
+        """The leaves in the order of the fields, as arrays of native byte order, views where that is possible.
+
+        A single number takes the dtype of its field if that is of its kind: a reward may be 0.0 once, np.float64 then.
+
+        Raises:
+            TypeError: A value that cannot become an array.
+            ValueError: Keys are missing or unexpected.
+        """
+        leaves = self.flatten(tree)
+        for i, (name, dtype, _) in enumerate(self.layout):
+            leaf = leaves[i]
+            if type(leaf) is not np.ndarray:
+                leaves[i] = _number_as(dtype, as_array(name, leaf), leaf)
+            elif not leaf.dtype.isnative:
+                leaves[i] = as_array(name, leaf)
+        return leaves
 
     def unflatten(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The nested dict for `name -> leaf`; the inverse of `flatten`."""

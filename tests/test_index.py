@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from buffers.dataset.index import EpisodeIndex
+from buffers.sampler import UniformSampler
+
+# append a length, or remove the episode at a position (modulo the number that live)
+OPERATIONS = st.lists(
+    st.one_of(st.tuples(st.just("append"), st.integers(1, 9)), st.tuples(st.just("remove"), st.integers(0, 5))),
+    max_size=300,
+)
+
+
+class EachInteger(np.random.Generator):
+    """Draws every integer of the range once, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.Philox())
+
+    def integers(self, low, high, size):  # type: ignore[override]
+        assert size == high - low
+        return np.arange(low, high)
+
+
+def window_list(live: list[tuple[int, int, int]], length: int) -> list[tuple[int, int, int, int]]:
+    """(start, step, id, rows) of every window: the reference."""
+    return [(start + s, s, i, rows) for start, rows, i in live for s in range(rows - length + 1)]
+
+
+def drawn_list(index: EpisodeIndex, length: int, num: int) -> list[tuple[int, int, int, int]]:
+    windows = UniformSampler().draw(index, num, length, EachInteger())
+    return list(
+        zip(
+            windows.start.tolist(),
+            windows.step.tolist(),
+            windows.episode.tolist(),
+            windows.episode_length.tolist(),
+            strict=True,
+        )
+    )
+
+
+@given(OPERATIONS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 20))
+@settings(max_examples=150, deadline=None)
+def test_integers_map_to_windows_one_to_one_whatever_was_added_and_removed(operations, lengths, every) -> None:
+    index, live, start, number = EpisodeIndex(), [], 0, 0
+    for i, (operation, value) in enumerate(operations):
+        if operation == "append":
+            assert index.append(value) == number
+            live.append((start, value, number))
+            start, number = start + value, number + 1
+        elif live:
+            position = value % len(live)
+            index.remove(position)
+            live.pop(position)
+        if i % every == 0:  # Otherwise the cumulated counts fall behind and have more to catch up with.
+            for length in lengths:
+                expected = window_list(live, length)
+                if expected:
+                    assert drawn_list(index, length, len(expected)) == expected
+    assert len(index) == len(live)
+    assert list(zip(index.starts.tolist(), index.lengths.tolist(), index.ids.tolist(), strict=True)) == live
+    assert index.num_steps == sum(rows for _, rows, _ in live)
+    for position, (_, _, episode_id) in enumerate(live):
+        assert index.position(episode_id) == position
+    assert index.position(number) is None and index.position(-1) is None
+
+
+def test_a_queue_of_episodes_takes_no_more_room_as_it_moves_on() -> None:
+    index = EpisodeIndex()
+    for _ in range(100):
+        index.append(5)
+    size = index._table.shape[1]
+    for _ in range(10_000):
+        index.append(5)
+        index.cumulated_windows(3)
+        index.remove(0)
+    assert index._table.shape[1] <= 2 * size
+    assert index.lengths.tolist() == [5] * 100
+
+
+def test_moving_on_costs_a_constant_number_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = 0
+    relocate = EpisodeIndex._relocate
+
+    def count(self: EpisodeIndex) -> None:
+        nonlocal moved
+        moved += len(self)
+        relocate(self)
+
+    monkeypatch.setattr(EpisodeIndex, "_relocate", count)
+    index = EpisodeIndex()
+    for number in range(20_000):
+        index.append(2)
+        if number >= 1000:
+            index.remove(0)
+    assert moved <= 2 * 20_000
+
+
+def test_an_ever_changing_length_leaves_a_bounded_number_of_arrays() -> None:
+    index = EpisodeIndex()
+    index.append(200)
+    for length in range(1, 100):
+        index.cumulated_windows(length)
+    assert len(index._cumulations) <= 8
+    assert index.cumulated_windows(1).tolist() == [0, 200]
+
+
+def test_an_episode_takes_24_bytes() -> None:
+    assert EpisodeIndex()._table[:, 0].nbytes == 24

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import itertools
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from buffers.dataset import EpisodeDataset, RingBufferDataset
+from buffers.dataset.index import Windows
+from buffers.loader import BatchRandom, SequenceStream
+from tests import tagged
+from tests.contract import assert_same_batch
+from tests.list_dataset import ListDataset
+
+
+def filled(dataset: EpisodeDataset | None = None) -> EpisodeDataset:
+    dataset = RingBufferDataset(100) if dataset is None else dataset
+    for number, length in enumerate([5, 9, 3, 12, 7]):
+        dataset.add_episode(tagged.episode(length, number))
+    return dataset
+
+
+def take(loader: Any, num: int) -> list[Any]:
+    return list(itertools.islice(loader, num))
+
+
+# Randomness.
+
+
+def test_batch_n_is_a_function_of_the_seed_and_n() -> None:
+    one, two = BatchRandom(3), BatchRandom(3)
+    drawn = {n: one.generator(n).integers(2**62, size=5).tolist() for n in range(20)}
+    for n in (7, 0, 19, 7):
+        assert two.generator(n).integers(2**62, size=5).tolist() == drawn[n]
+    assert len({tuple(values) for values in drawn.values()}) == 20
+    assert BatchRandom(4).generator(0).integers(2**62, size=5).tolist() != drawn[0]
+    copy = pickle.loads(pickle.dumps(one))
+    assert copy.generator(7).integers(2**62, size=5).tolist() == drawn[7]
+
+
+def test_the_generator_of_a_batch_does_not_depend_on_what_the_last_one_left() -> None:
+    random = BatchRandom(0)
+    expected = random.generator(1).integers(100, size=3, dtype=np.int32).tolist()
+    random.generator(0).integers(100, size=1, dtype=np.int32)  # Half of a 64-bit word stays behind.
+    assert random.generator(1).integers(100, size=3, dtype=np.int32).tolist() == expected
+
+
+# One endless sequence, whoever makes its batches.
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_number_of_workers_changes_nothing(num_workers: int, persistent: bool) -> None:
+    dataset = filled()
+    reference = take(dataset.get_loader(6, 3, seed=11, include=("index",)), 13)
+    loader = dataset.get_loader(
+        6, 3, num_workers=num_workers, seed=11, include=("index",), persistent_workers=persistent
+    )
+    found = [*take(loader, 5), *take(loader, 1), *take(loader, 7)]
+    for one, two in zip(reference, found, strict=True):
+        assert_same_batch(one, two)
+
+
+def test_two_iterators_of_a_loader_share_its_batches() -> None:
+    loader = filled().get_loader(6, 3, seed=1)
+    reference = take(filled().get_loader(6, 3, seed=1), 4)
+    one, two = iter(loader), iter(loader)
+    for expected, found in zip(reference, [next(one), next(two), next(one), next(two)], strict=True):
+        assert_same_batch(expected, found)
+
+
+def test_an_error_in_a_worker_reaches_the_trainer() -> None:
+    batches = iter(RingBufferDataset(10).get_loader(2, 3, num_workers=1))
+    with pytest.raises(RuntimeError, match="The dataset is empty"):
+        next(batches)
+
+
+def test_options_of_the_dataloader_are_passed_on() -> None:
+    loader = filled().get_loader(2, 3, num_workers=2, prefetch_factor=5, multiprocessing_context="spawn", timeout=60)
+    assert isinstance(loader, DataLoader)
+    assert loader.prefetch_factor == 5 and loader.timeout == 60
+    with pytest.raises(ValueError, match="shuffle"):
+        filled().get_loader(2, 3, shuffle=True)
+    with pytest.raises(TypeError, match="surprise"):
+        filled().get_loader(2, 3, surprise=True)
+
+
+def test_spawned_workers_draw_the_same() -> None:
+    dataset = filled()
+    loader = dataset.get_loader(4, 3, num_workers=1, seed=2, multiprocessing_context="spawn")
+    for one, two in zip(take(dataset.get_loader(4, 3, seed=2), 2), take(loader, 2), strict=True):
+        assert_same_batch(one, two)
+
+
+# Single sequences.
+
+
+def test_workers_of_a_plain_dataloader_draw_different_sequences() -> None:
+    dataset = RingBufferDataset(100_000)
+    dataset.add_episode({"t": np.arange(100_000)})
+    for seed in (None, 3):
+        loader = DataLoader(dataset.sequences(1, seed=seed), batch_size=64, num_workers=2)
+        one, two = take(loader, 2)
+        assert not torch.equal(one["t"], two["t"])
+
+
+def test_a_seeded_sequence_stream_goes_on_and_repeats_from_its_start() -> None:
+    dataset = filled()
+    stream, again = dataset.sequences(3, seed=1), dataset.sequences(3, seed=1)
+    first = take(stream, 80)
+    for one, two in zip(first, take(again, 80), strict=True):
+        assert_same_batch(one, two)
+    assert any(not torch.equal(one["code"], two["code"]) for one, two in zip(first, take(stream, 80), strict=True))
+
+
+# Windows whose episode is gone.
+
+
+class Forgetful(ListDataset):
+    """Says of windows of some episodes that they are gone."""
+
+    gone: frozenset[int] = frozenset()
+    num_reads = 0
+
+    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+        self.num_reads += 1
+        was_read = ~np.isin(windows.episode, list(self.gone))
+        present = np.flatnonzero(was_read)
+        part = {name: tensor[present].contiguous() for name, tensor in out.items()}
+        super()._read(windows[present], part)
+        for name, tensor in out.items():
+            tensor[present] = part[name]
+        return None if was_read.all() else was_read
+
+
+@pytest.mark.parametrize("length", [3, None])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_windows_of_episodes_that_are_gone_are_drawn_again(length: int | None, chunk_size: int | None) -> None:
+    dataset = Forgetful(100)
+    filled(dataset)
+    dataset.gone = frozenset({1, 4})
+    names = ("index", "episode", "mask")
+    loader = dataset.get_loader(4, length, chunk_size=chunk_size, include=names, seed=0)
+    seen = set()
+    for batch in take(loader, 40):
+        origins = tagged.origins(batch, batch["mask"])
+        assert [number for _, number, _, _ in origins] == batch["episode"].tolist()
+        seen.update(number for _, number, _, _ in origins)
+    assert seen == {0, 2, 3}
+
+
+def test_drawing_again_is_bounded() -> None:
+    dataset = Forgetful(100)
+    filled(dataset)
+    dataset.gone = frozenset(range(5))
+    dataset.max_sampling_attempts = 7
+    with pytest.raises(RuntimeError, match="4 of 4 windows were gone before they could be read, 7 times over"):
+        dataset.get_loader(4, 3).stream.batch(0)
+    assert dataset.num_reads == 8
+
+
+def test_a_stream_of_a_changed_position_draws_from_there() -> None:
+    dataset = filled()
+    stream = SequenceStream(dataset, 4, 2, seed=0)
+    expected = stream.batch(41)
+    stream.position = 41
+    assert_same_batch(expected, stream.take())
+    assert stream.position == 42

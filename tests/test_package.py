@@ -1,0 +1,125 @@
+"""What is installed: the wheel's contents, the surface, and what importing costs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import buffers
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(module.name for module in pkgutil.walk_packages(buffers.__path__, "buffers."))
+
+
+def run(code: str, cwd: Path = ROOT) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=cwd).stdout
+
+
+def test_the_wheel_holds_every_module_and_py_typed(tmp_path: Path) -> None:
+    # From a copy, so that nothing that an earlier build left in the tree gets in.
+    archive = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = archive.stdout.split() if archive.returncode == 0 else []
+    if not files:
+        pytest.skip("not a git checkout")
+    source = tmp_path / "source"
+    for name in files:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "buffers").rglob("*.py")} | {"buffers/py.typed"}
+    assert {name for name in held if name.startswith("buffers/")} == expected
+    assert not any(name.startswith(("tests", "benchmarks", "docs")) for name in held)
+    # The wheel is what works, not only the checkout.
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    code = f"import sys; sys.path.insert(0, {str(installed)!r}); import buffers; print(buffers.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+    ).stdout
+    assert found.strip() == str(installed / "buffers" / "__init__.py")
+
+
+@pytest.mark.parametrize("name", ["buffers", *MODULES])
+def test_all_names_exist_and_are_sorted(name: str) -> None:
+    if name == "buffers.__main__":
+        pytest.skip("a command")
+    module = importlib.import_module(name)
+    exported = getattr(module, "__all__", None)
+    if exported is not None:
+        assert list(exported) == sorted(exported)
+        assert all(hasattr(module, item) for item in exported)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "buffers.ReplayBuffer",
+        "buffers.Evictor",
+        "buffers.FIFOEvictor",
+        "buffers.dataset.EpisodeDataset",
+        "buffers.dataset.RingBufferDataset",
+        "buffers.dataset.fields.Fields",
+        "buffers.dataset.fields.TensorType",
+        "buffers.dataset.fields.Scalar",
+        "buffers.dataset.fields.Vector",
+        "buffers.dataset.fields.ColorImage",
+        "buffers.dataset.fields.PaddedPointcloud",
+        "buffers.dataset.info.EpisodeDatasetInfo",
+        "buffers.dataset.verification.VerificationMode",
+        "buffers.sampler.UniformSampler",
+        "buffers.sampler.UniformEpisodeSampler",
+        "buffers.utils.to_torch",
+    ],
+)
+def test_import_paths_hold(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_every_module_can_be_imported_first() -> None:
+    code = f"""
+import os, torch, torch.utils.data
+for name in {[name for name in MODULES if name != "buffers.__main__"]}:
+    if os.fork() == 0:
+        __import__(name)
+        os._exit(0)
+    assert os.wait()[1] == 0, name
+"""
+    run(code)
+
+
+def test_importing_brings_in_neither_matplotlib_nor_gymnasium_and_changes_no_global_state() -> None:
+    code = """
+import sys, random, signal, multiprocessing, threading
+import numpy, torch
+def state():
+    return (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+            multiprocessing.get_start_method(allow_none=True), torch.get_num_threads(), threading.active_count(),
+            [signal.getsignal(number) for number in signal.valid_signals()])
+before = state()
+import buffers, buffers.dataset, buffers.loader, buffers.sampler
+assert state() == before
+print([name for name in sys.modules if name.split(".")[0] in ("matplotlib", "gymnasium")])
+"""
+    assert run(code).strip() == "[]"
+
+
+def test_importing_adds_few_modules_to_those_of_torch() -> None:
+    # A count instead of seconds: under 0.2 s on top of torch, and few modules are why.
+    code = """
+import sys, torch, numpy, torch.utils.data
+before = set(sys.modules)
+import buffers
+print(len([name for name in set(sys.modules) - before if not name.startswith("buffers")]))
+"""
+    assert int(run(code)) < 30

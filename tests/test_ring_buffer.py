@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from buffers.dataset import EpisodeDataset, RingBufferDataset
+from buffers.dataset.fields import Fields, Scalar, Vector
+from buffers.dataset.index import EpisodeIndex, Windows
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.evictor import FIFOEvictor
+from buffers.sampler import UniformEpisodeSampler, UniformSampler
+from tests import tagged
+from tests.contract import DatasetContract, fifo_model
+
+
+class TestRingBufferDataset(DatasetContract):
+    def make(self, capacity: int, info: EpisodeDatasetInfo | None = None) -> EpisodeDataset:
+        return RingBufferDataset(capacity, info)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestRingBufferDatasetOnTheGPU:
+    def test_batches_are_made_on_the_device_and_wrap(self) -> None:
+        dataset = RingBufferDataset(11, device="cuda")
+        for number in range(5):
+            dataset.add_episode(tagged.episode(4, number))
+        batch = next(iter(dataset.get_loader(64, 3, include=("index", "is_last"), seed=0)))
+        assert all(value.is_cuda for value in tagged.flatten(batch).values())
+        on_cpu = {name: value.cpu() for name, value in tagged.flatten(batch).items()}
+        on_cpu["obs"] = {"state": on_cpu.pop("obs/state"), "pixels": on_cpu.pop("obs/pixels")}
+        assert {(number, first) for _, number, first, _ in tagged.origins(on_cpu)} == {(3, 0), (3, 1), (4, 0), (4, 1)}
+
+    def test_half_precision_and_bfloat16_survive_the_device(self) -> None:
+        dataset = RingBufferDataset(7, device="cuda", half_precision=True)
+        episode = {"x": torch.arange(5.0), "y": torch.arange(5.0, dtype=torch.bfloat16, device="cuda")}
+        dataset.add_episode(episode)
+        dataset.add_episode(episode)
+        found = dataset.get_episode(0)
+        assert found["x"].dtype == torch.float32 and found["y"].dtype == torch.bfloat16
+        assert found["x"].tolist() == found["y"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def all_windows(lengths: list[int], capacity: int, length: int) -> set[tuple[int, int]]:
+    return {(number, step) for number, rows in fifo_model(lengths, capacity) for step in range(rows - length + 1)}
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("pattern", [[1], [2, 1], [1, 2, 3], [5, 1, 4], [3, 3, 3], [8, 2], [13, 1, 1], [7, 6, 5, 4]])
+def test_over_a_grid_each_window_is_drawn_and_nothing_else(capacity: int, pattern: list[int]) -> None:
+    lengths = [length for length, _ in zip(itertools.cycle(pattern), range(9), strict=False) if length <= capacity]
+    for num_added in range(1, len(lengths) + 1):
+        dataset = RingBufferDataset(capacity)
+        for number in range(num_added):
+            dataset.add_episode(tagged.episode(lengths[number], number))
+        for length in range(1, capacity + 1):
+            windows = all_windows(lengths[:num_added], capacity, length)
+            if windows:
+                batch = dataset.get_loader(40 * len(windows), length, seed=0).stream.batch(0)
+                assert {(number, first) for _, number, first, _ in tagged.origins(batch)} == windows
+
+
+class LastWindowNeverDrawn(UniformSampler):
+    """The mistake of many: starts below L - T instead of up to it."""
+
+    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        assert length is not None
+        windows = super().draw(index, num_windows, length + 1, rng)
+        return Windows(length, windows.start, windows.step, windows.episode, windows.episode_length)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "is_uniform"),
+    [(UniformSampler(), True), (LastWindowNeverDrawn(), False), (UniformEpisodeSampler(), False)],
+)
+def test_chi_square_over_windows_finds_the_mutants(sampler: UniformSampler, is_uniform: bool) -> None:
+    lengths = [4, 12, 5, 9, 4, 3]
+    dataset = RingBufferDataset(34)
+    for number, length in enumerate(lengths):
+        dataset.add_episode(tagged.episode(length, number))
+    counts = DatasetContract.count_windows(dataset, 3, sampler, num_batches=60)
+    windows = sorted(all_windows(lengths, 34, 3))
+    observed = np.array([counts.get(window, 0) for window in windows])
+    assert tagged.chi_square_is_plausible(observed, np.ones(len(windows))) is is_uniform
+
+
+def test_other_evictors_are_refused_at_construction() -> None:
+    class Newest(FIFOEvictor):
+        def evict(self, dataset: EpisodeDataset) -> int:
+            return dataset.num_episodes - 1
+
+    RingBufferDataset(10, evictor=FIFOEvictor())
+    with pytest.raises(ValueError, match="can only use FIFOEvictor, found Newest"):
+        RingBufferDataset(10, evictor=Newest())
+    with pytest.raises(ValueError, match="found int"):
+        RingBufferDataset(10, evictor=3)  # type: ignore[arg-type]
+
+
+def test_only_the_oldest_can_be_evicted() -> None:
+    dataset = RingBufferDataset(10)
+    for number in range(3):
+        dataset.add_episode(tagged.episode(3, number))
+    with pytest.raises(ValueError, match="can only evict its oldest"):
+        dataset.evict_episode(1)
+    assert dataset.episode_lengths == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"capacity": 0}, ValueError, "`capacity` must be at least 1, found 0"),
+        ({"capacity": -5}, ValueError, "`capacity` must be at least 1"),
+        ({"capacity": 1e6}, TypeError, "`capacity` must be an integer, found float"),
+        ({"capacity": 10, "info": Fields(x=Scalar())}, TypeError, "`info` must be an EpisodeDatasetInfo"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        RingBufferDataset(**arguments)
+
+
+def test_memory_that_cannot_be_had_is_an_error_at_construction() -> None:
+    info = EpisodeDatasetInfo(Fields(x=Vector(1_000_000)))
+    with pytest.raises(MemoryError, match=r"`capacity` of 10000000000 steps needs 40000.0 TB on cpu"):
+        RingBufferDataset(10_000_000_000, info)
+
+
+def test_half_precision_stores_half_and_gives_float32_back() -> None:
+    dataset = RingBufferDataset(7, half_precision=True)
+    episode = {"x": np.linspace(-1, 1, 10, dtype=np.float32).reshape(5, 2), "y": np.arange(5.0), "z": np.arange(5)}
+    dataset.add_episode(episode)
+    dataset.add_episode(episode)
+    assert dataset._columns["x"].tensor.dtype == torch.float16
+    found = dataset.get_episode(0)
+    assert [found[name].dtype for name in "xyz"] == [torch.float32, torch.float64, torch.int64]
+    np.testing.assert_array_equal(found["x"].numpy(), episode["x"].astype(np.float16).astype(np.float32))
+    batch = next(iter(dataset.get_loader(32, 2, seed=0)))
+    np.testing.assert_array_equal(batch["x"].numpy(), found["x"].numpy()[batch["z"].numpy()])
+    with pytest.raises(ValueError, match="`x` holds numbers beyond 65504"):
+        dataset.add_episode({**episode, "x": np.full((5, 2), 1e5, np.float32)})
+    dataset.add_episode({**episode, "x": np.full((5, 2), np.inf, np.float32)})
+
+
+def test_writes_reuse_the_memory_of_the_ring() -> None:
+    dataset = RingBufferDataset(100)
+    dataset.add_episode({"x": np.zeros((40, 5))})
+    before = dataset._columns["x"].tensor.data_ptr()
+    for _ in range(10):
+        dataset.add_episode({"x": np.zeros((40, 5))})
+    assert dataset._columns["x"].tensor.data_ptr() == before
+    assert dataset._columns["x"].tensor.shape == (100, 5)
