@@ -10,7 +10,6 @@ finished episode is one slice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -107,7 +106,7 @@ class Accumulator:
             staying = self._lengths if is_first is None else self._lengths * ~is_first
             self._make_room(int((staying if mask is None else staying * mask).max()))
         if is_first is not None:
-            for env in np.flatnonzero(is_first if mask is None else is_first & mask).tolist():
+            for env in (is_first if mask is None else is_first & mask).nonzero()[0].tolist():
                 if self._lengths[env]:
                     self._close(env, 0)
         self._write(rows, mask)
@@ -131,9 +130,9 @@ class Accumulator:
         places = self._first_places + self._lengths
         if mask is not None:
             rows, places = [array[mask] for array in rows], places[mask]
-        for places_of_field, array in zip(self._places, rows, strict=True):
-            if places_of_field is not None:
-                places_of_field[places] = _as_items(array)
+        for (items, item), array in zip(self._items, rows, strict=True):
+            if items is not None:
+                items[places] = array.reshape(-1).view(item)
 
     def _close_with_new_rows(self, is_complete: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Hand over episodes with the row just written; return which environments' rows are still open."""
@@ -167,18 +166,13 @@ class Accumulator:
         self._first_runs = [array[0] for array in arrays]
         self._first_places = np.arange(self.num_envs) * room
         # A row as one opaque item: scattering 256 of 96 bytes takes 2.1 us, and 4.4 us as 24 floats each.
-        self._places = [
-            _as_items(array.reshape(self.num_envs * room, *array.shape[2:])) if array.size else None for array in arrays
-        ]
+        self._items: list[tuple[np.ndarray | None, np.dtype]] = []
+        for array, field in zip(arrays, self.fields.values(), strict=True):
+            item = np.dtype((np.void, field.nbytes))
+            self._items.append((array.reshape(-1).view(item) if array.size else None, item))
 
     def _close(self, env: int, num_new_rows: int) -> None:
         """Hand over an open episode, with `num_new_rows` that its length does not count yet."""
         length = int(self._lengths[env]) + num_new_rows
         self._emit({name: array[env, :length] for name, array in zip(self.fields, self._arrays, strict=True)})
         self._lengths[env] = 0
-
-
-def _as_items(array: np.ndarray) -> np.ndarray:
-    """`(n, *shape)` as `(n,)` opaque items."""
-    num_bytes = math.prod(array.shape[1:]) * array.itemsize
-    return np.ascontiguousarray(array).reshape(-1).view(np.dtype((np.void, num_bytes)))

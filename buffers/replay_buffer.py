@@ -194,7 +194,10 @@ class ReplayBuffer:
 
     def _emit(self, episode: dict[str, np.ndarray]) -> None:
         assert self._accumulator is not None  # It is what calls.
-        self.dataset.add_episode(self._accumulator.fields.unflatten(episode))
+        mine, theirs = self._accumulator.fields, self.dataset.fields
+        if theirs is not None and theirs is not mine and (conflict := mine.conflict_with(theirs)):
+            raise ValueError(f"The dataset has taken other fields from elsewhere: {conflict}.")
+        self.dataset._add(mine, episode)
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: list[Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""

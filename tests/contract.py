@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import pickle
 from typing import Any
@@ -411,11 +412,20 @@ class DatasetContract:
 
     # Handing it around.
 
+    def test_a_copy_goes_on_by_itself(self) -> None:
+        dataset = self.filled([5, 3, 9], 18)
+        copied = copy.deepcopy(dataset)
+        copied.add_episode(tagged.episode(4, 3))
+        assert [tagged.number_and_length(episode) for episode in copied.episodes()] == [(1, 3), (2, 9), (3, 4)]
+        batch = copied.get_loader(64, 2, seed=0).stream.batch(0)
+        assert {number for _, number, _, _ in tagged.origins(batch)} == {1, 2, 3}
+        assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (1, 3), (2, 9)]
+
     def test_a_pickled_dataset_draws_the_same(self) -> None:
         dataset = self.filled([5, 3, 9, 4], 18)
-        copy = pickle.loads(pickle.dumps(dataset))
+        clone = pickle.loads(pickle.dumps(dataset))
         assert_same_batch(
-            dataset.get_loader(8, 2, seed=1).stream.batch(0), copy.get_loader(8, 2, seed=1).stream.batch(0)
+            dataset.get_loader(8, 2, seed=1).stream.batch(0), clone.get_loader(8, 2, seed=1).stream.batch(0)
         )
 
     def test_the_table_names_every_field(self) -> None:

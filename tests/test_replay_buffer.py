@@ -231,6 +231,19 @@ def test_add_episode_leaves_open_ones_alone() -> None:
     assert stored(buffer) == [(0, 1, [0, 1, 2, 3]), (0, 0, [0, 1])]
 
 
+def test_two_buffers_of_one_dataset_must_agree_on_its_fields() -> None:
+    dataset = RingBufferDataset(100)
+    one, other, third = (ReplayBuffer(dataset, 2, num_envs=1) for _ in range(3))
+    one.add_step({"x": 1.0}, False)
+    other.add_step({"x": 1}, False)
+    third.add_step({"x": 2.0}, False)
+    one.add_step({"x": 1.0}, True)
+    third.add_step({"x": 2.0}, True)
+    with pytest.raises(ValueError, match="other fields from elsewhere: field `x` is int64"):
+        other.add_step({"x": 1}, True)
+    assert dataset.episode_lengths == [2, 2]
+
+
 def test_closing_hands_over_what_is_open_and_ends_the_use() -> None:
     with buffer_of(num_envs=1) as buffer:
         buffer.add_step(tagged.rows(0, 0, 0), False)

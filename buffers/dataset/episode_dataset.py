@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from buffers.dataset.fields import Fields
+from buffers.dataset.fields import Fields, as_tensor
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_rows
@@ -122,8 +122,12 @@ class EpisodeDataset(IterableDataset, ABC):
                 The dataset is as it was.
         """
         fields = Fields.from_episode(episode) if self._fields is None else self._fields
-        arrays = self._checked(fields, episode)
-        length = len(next(iter(arrays.values())))
+        return self._add(fields, self._checked(fields, episode))
+
+    def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
+        """`add_episode` for flat arrays that fit the fields, which are those of the dataset if it has any."""
+        self._check(arrays)
+        length = len(arrays[fields.names[0]])
         if length > self.capacity:
             raise ValueError(f"An episode of {length} steps does not fit a `capacity` of {self.capacity} steps.")
         if self._fields is None:
@@ -146,9 +150,7 @@ class EpisodeDataset(IterableDataset, ABC):
         if arrays[0].ndim == 0 or len(arrays[0]) == 0:
             raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")
         check_rows(fields, arrays, (len(arrays[0]),), self.verification_mode)
-        flat = dict(zip(fields.names, arrays, strict=True))
-        self._check(flat)
-        return flat
+        return dict(zip(fields.names, arrays, strict=True))
 
     def _set_fields(self, fields: Fields) -> None:
         self._allocate(fields)
@@ -208,6 +210,12 @@ class EpisodeDataset(IterableDataset, ABC):
         """Memory for windows: `name -> (B, T, *shape)`."""
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
         leading = (len(windows), windows.length)
+        if self.device.type == "cpu":
+            # 1.0 us a field, and 2.2 us by torch.empty.
+            return {
+                name: as_tensor(np.empty(leading + shape, dtype), self._fields[name])
+                for name, dtype, shape in self._fields.layout
+            }
         return {
             name: torch.empty(leading + tensor_type.shape, dtype=tensor_type.dtype, device=self.device)
             for name, tensor_type in self._fields.items()

@@ -315,7 +315,12 @@ class Fields(Mapping[str, TensorType]):
         leaves = self.flatten(tree)
         for i, (name, dtype, _) in enumerate(self.layout):
             leaf = leaves[i]
-            if type(leaf) is not np.ndarray:
+            if type(leaf) is torch.Tensor:
+                try:
+                    leaves[i] = leaf.numpy()
+                except (RuntimeError, TypeError):  # On a GPU, with a gradient, bfloat16, ...
+                    leaves[i] = as_array(name, leaf)
+            elif type(leaf) is not np.ndarray:
                 leaves[i] = _number_as(dtype, as_array(name, leaf), leaf)
             elif not leaf.dtype.isnative:
                 leaves[i] = as_array(name, leaf)

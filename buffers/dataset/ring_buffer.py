@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -62,7 +62,10 @@ class RingBufferDataset(EpisodeDataset):
     def _allocate(self, fields: Fields) -> None:
         stored = {name: self._stored_type(tensor_type) for name, tensor_type in fields.items()}
         try:
-            columns = {name: _Column(self.capacity, stored[name], self.device) for name in fields}
+            columns = {
+                name: _Column(self.capacity, stored[name], self.device, stored[name].dtype != fields[name].dtype)
+                for name in fields
+            }
         except (MemoryError, torch.OutOfMemoryError):
             size = format_bytes(sum(tensor_type.nbytes for tensor_type in stored.values()) * self.capacity)
             raise MemoryError(
@@ -90,20 +93,26 @@ class RingBufferDataset(EpisodeDataset):
             self._columns[name].write(slot, rows)
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> None:
-        length = windows.length
+        length, last_slot = windows.length, self.capacity - windows.length
         slots = windows.start % self.capacity
-        wrapped = np.flatnonzero(slots > self.capacity - length)
-        wrapped_slots = None
-        if len(wrapped):
-            # They are read from slot 0 with the others, then replaced by what they should have been.
-            wrapped_slots = self._on_device((slots[wrapped, None] + np.arange(length)) % self.capacity)
-            slots[wrapped] = 0
-        first_slots, positions = self._on_device(slots), self._on_device(wrapped)
+        wraps = slots > last_slot
+        if wraps.any():
+            self._read_with_wraps(slots, wraps.nonzero()[0], length, out)
+            return
+        places = self._on_device(slots)
         for name, tensor in out.items():
-            column = self._columns[name]
-            column.read_windows(first_slots, length, tensor)
-            if wrapped_slots is not None:
-                column.read_rows(wrapped_slots, positions, tensor)
+            self._columns[name].read_windows(places, length, tensor)
+
+    def _read_with_wraps(
+        self, slots: np.ndarray, wrapped: np.ndarray, length: int, out: dict[str, torch.Tensor]
+    ) -> None:
+        """Read all as if none wrapped, those that do from slot 0, which is then replaced by what they should be."""
+        rows = self._on_device((slots[wrapped, None] + np.arange(length)) % self.capacity)
+        slots[wrapped] = 0
+        places, positions = self._on_device(slots), self._on_device(wrapped)
+        for name, tensor in out.items():
+            self._columns[name].read_windows(places, length, tensor)
+            self._columns[name].read_rows(rows, positions, tensor)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -115,10 +124,17 @@ class RingBufferDataset(EpisodeDataset):
 
 
 class _Column:
-    """The storage of one field: `(capacity, *shape)`."""
+    """The storage of one field: `(capacity, *shape)`.
 
-    def __init__(self, capacity: int, tensor_type: TensorType, device: torch.device) -> None:
-        self.capacity, self.tensor_type = capacity, tensor_type
+    Args:
+        capacity: In steps.
+        tensor_type: What is stored.
+        device: Where.
+        needs_cast: Whether batches have another dtype.
+    """
+
+    def __init__(self, capacity: int, tensor_type: TensorType, device: torch.device, needs_cast: bool) -> None:
+        self.capacity, self.tensor_type, self.device, self.needs_cast = capacity, tensor_type, device, needs_cast
         shape = (capacity, *tensor_type.shape)
         self.array: np.ndarray | None = None
         if device.type == "cpu":
@@ -132,6 +148,15 @@ class _Column:
         self.word = _word(tensor_type)
         self.rows = self._in_words(self.tensor)
         self.windows: dict[int, torch.Tensor] = {}
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.capacity, self.tensor_type, self.device, self.needs_cast, self.tensor
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *arguments, tensor = state
+        # The views are made anew: pickled one by one, they would be copies.
+        self.__init__(*arguments)  # type: ignore[misc]
+        self.tensor.copy_(tensor)
 
     def write(self, slot: int, rows: np.ndarray) -> None:
         """Copy rows to the slots from `slot` on, around the end if need be."""
@@ -148,34 +173,32 @@ class _Column:
 
     def read_windows(self, slots: torch.Tensor, length: int, out: torch.Tensor) -> None:
         """Gather `out[b] = rows[slots[b] : slots[b] + length]`, none of which wraps."""
-        if self.tensor_type.nbytes == 0:
-            return
-        windows = self._window_view(length)
-        if out.dtype == self.tensor.dtype:
-            torch.index_select(windows, 0, slots, out=self._in_words(out))
-        else:
+        windows = self.windows.get(length)
+        if windows is None:
+            windows = self._window_view(length)
+        if self.needs_cast:
             out.copy_(torch.index_select(windows, 0, slots))
+        elif self.word is None:
+            torch.index_select(windows, 0, slots, out=out)
+        else:
+            torch.index_select(windows, 0, slots, out=self._in_words(out))
 
     def read_rows(self, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
         """Gather `out[positions[i]] = rows[slots[i]]` for slots `(num, T)`."""
-        if self.tensor_type.nbytes == 0:
-            return
         rows = self.rows.index_select(0, slots.view(-1)).view(*slots.shape, *self.rows.shape[1:])
-        if out.dtype == self.tensor.dtype:
-            self._in_words(out).index_copy_(0, positions, rows)
-        else:
+        if self.needs_cast:
             out.index_copy_(0, positions, rows.to(out.dtype))
+        else:
+            self._in_words(out).index_copy_(0, positions, rows)
 
     def _window_view(self, length: int) -> torch.Tensor:
         """All windows that do not wrap, one a row, overlapping: `(capacity - length + 1, length, *row)`."""
-        view = self.windows.get(length)
-        if view is None:
-            if len(self.windows) == _MAX_VIEWS:
-                self.windows.clear()
-            num_windows = self.capacity - length + 1
-            stride = self.rows.stride()
-            view = self.rows.as_strided((num_windows, length, *self.rows.shape[1:]), (stride[0], *stride))
-            self.windows[length] = view
+        if len(self.windows) == _MAX_VIEWS:
+            self.windows.clear()
+        num_windows = self.capacity - length + 1
+        stride = self.rows.stride()
+        view = self.rows.as_strided((num_windows, length, *self.rows.shape[1:]), (stride[0], *stride))
+        self.windows[length] = view
         return view
 
     def _in_words(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -42,8 +42,8 @@ class UniformSampler(Sampler):
             return draw_whole_episodes(index, num_windows, rng)
         cumulated = index.cumulated_windows(length)
         r = _draw_integers(index, cumulated, num_windows, length, rng)
-        position = cumulated.searchsorted(r, side="right") - 1
-        return index.windows(position, r - cumulated[position], length)
+        position = cumulated.searchsorted(r, "right") - 1
+        return index.windows(position, r - cumulated.take(position), length)
 
 
 class UniformEpisodeSampler(Sampler):
@@ -68,7 +68,7 @@ class UniformEpisodeSampler(Sampler):
             return draw_whole_episodes(index, num_windows, rng)
         cumulated = index.cumulated_episodes(length)
         r = _draw_integers(index, cumulated, num_windows, length, rng)
-        position = cumulated.searchsorted(r, side="right") - 1
+        position = cumulated.searchsorted(r, "right") - 1
         step = rng.integers(index.lengths[position] - (length - 1))
         return index.windows(position, step, length)
 
