@@ -66,7 +66,7 @@ class RingBufferDataset(EpisodeDataset):
                 name: _Column(self.capacity, stored[name], self.device, stored[name].dtype != fields[name].dtype)
                 for name in fields
             }
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             size = format_bytes(sum(tensor_type.nbytes for tensor_type in stored.values()) * self.capacity)
             raise MemoryError(
                 f"A `capacity` of {self.capacity} steps needs {size} on {self.device}, which cannot be had. Lower it."
