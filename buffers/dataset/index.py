@@ -116,7 +116,7 @@ class EpisodeIndex:
     def append(self, length: int) -> int:
         """Write down an episode of `length` rows and return its id."""
         if self._last == len(self._table):
-            self._relocate()
+            self._relocate(1)
         episode_id = self.next_id
         self._table[self._last] = (self.next_start, length, episode_id)
         self._last += 1
@@ -124,6 +124,24 @@ class EpisodeIndex:
         self.next_start += length
         self.num_steps += length
         return episode_id
+
+    def extend(self, rows: Int64Array) -> None:
+        """Write down episodes `(n, 3)` of (start, length, id), in ascending order, all newer than those that live."""
+        if self._last + len(rows) > len(self._table):
+            self._relocate(len(rows))
+        if len(rows):
+            self._table[self._last : self._last + len(rows)] = rows
+            self._last += len(rows)
+            self.num_steps += int(rows[:, _LENGTH].sum())
+            self.next_start = int(rows[-1, _START] + rows[-1, _LENGTH])
+            self.next_id = int(rows[-1, _ID]) + 1
+
+    def retire(self, tail: int) -> None:
+        """Forget the oldest episodes, those that start before step id `tail`."""
+        if len(self) and self._table[self._first, _START] < tail:
+            num_retired = int(self.starts.searchsorted(tail))
+            self.num_steps -= int(self.lengths[:num_retired].sum())
+            self._first += num_retired
 
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, a shift of the younger ones for any other."""
@@ -181,10 +199,10 @@ class EpisodeIndex:
             cumulation.extend(counts)
         return cumulation.values[self._first : self._last + 1]
 
-    def _relocate(self) -> None:
-        """Move the live rows to the front, of a table that a quarter more than those would fill."""
+    def _relocate(self, num_new: int) -> None:
+        """Move the live rows to the front of a table that has room for new ones, and for a quarter more."""
         live = len(self)
-        table = np.empty((live + max(live // 4, _INITIAL_SIZE), 3), np.int64)
+        table = np.empty((live + max(live // 4, _INITIAL_SIZE, num_new), 3), np.int64)
         table[:live] = self._table[self._first : self._last]
         for cumulation in self._cumulations.values():
             cumulation.relocate(len(table), self._first)
