@@ -204,7 +204,16 @@ class EpisodeLog:
 
     def follow(self, index: EpisodeIndex) -> None:
         """Bring a reader's own index up to date."""
-        head = int(self._counters[_HEAD])
+        while True:
+            head = int(self._counters[_HEAD])
+            self._catch_up(index, head)
+            index.retire(self.tail)
+            # A reader that was held up may find that all it has just learned of is retired; there is more by now.
+            if len(index) or int(self._counters[_HEAD]) == head:
+                return
+
+    def _catch_up(self, index: EpisodeIndex, head: int) -> None:
+        """Learn of the episodes before `head`."""
         while index.next_id < head:
             fence()
             room = int(self._counters[_ROOM])
@@ -220,4 +229,3 @@ class EpisodeLog:
                 # What is not whole has been written over, so its episode is retired.
                 index.extend(entries[is_whole])
                 index.next_id = head
-        index.retire(self.tail)
