@@ -330,10 +330,8 @@ class Recorder:
         name, source, mask = find_final_obs(final_obs, infos)
         is_missing = is_done.copy()
         if source is not None:
-            is_given = is_done if mask is None else is_done & self._flag(f"_{name}", mask)
-            is_missing[
-                put_final_obs(fields, self._arrived, np.flatnonzero(is_given), name, source, self._obs_leaves)
-            ] = 0
+            envs = np.flatnonzero(is_done if mask is None else is_done & self._flag(f"_{name}", mask))
+            is_missing[put_final_obs(fields, self._arrived, envs, name, source, self._obs_leaves)] = False
         if is_missing.any():
             self._check_may_be_missing(is_missing)
             for arrived, held in zip(self._arrived, self._held, strict=True):
