@@ -116,7 +116,10 @@ class VectorRecordEpisodes(VectorWrapper):
             raise AttributeError(f"`{name}` would go unrecorded. Use `step` and `reset`.")
         if name.startswith("_") or name in ("env", "recorder"):
             raise AttributeError(f"{type(self).__name__} has no attribute '{name}'.")
-        return getattr(self.env, name)
+        env = self.env
+        while isinstance(env, VectorWrapper) and not hasattr(env, name):
+            env = env.env
+        return getattr(env, name)
 
 
 def _single_mode(env: gymnasium.Env) -> str:
