@@ -15,6 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from benchmarks.timing import print_table
 from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
 from buffers.wrappers import VectorRecordEpisodes
@@ -63,7 +64,7 @@ def added_microseconds(mode: AutoresetMode, episode_length: int, rounds: int) ->
     # Until the ring is full and its memory is there: that is how it will be for nearly all of a run.
     while not buffer.dataset.is_full:
         recording.step(actions)
-    times = {"bare": [], "recording": []}
+    times: dict[str, list[float]] = {"bare": [], "recording": []}
     for _ in range(rounds):
         for name, envs in (("bare", bare), ("recording", recording)):
             begin = time.perf_counter()
@@ -77,13 +78,16 @@ def added_microseconds(mode: AutoresetMode, episode_length: int, rounds: int) ->
 def recording(rounds: int) -> None:
     """A table over the modes and the length of episodes."""
     torch.set_num_threads(1)
-    print(f"\n### Recording a step of {NUM_ENVS} environments, microseconds\n")
-    print("| mode, steps an episode | bare step | added by VectorRecordEpisodes |")
-    print("|------------------------|-----------|-------------------------------|")
+    table = []
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
         for episode_length in (200, 1000):
             bare, added = added_microseconds(mode, episode_length, rounds)
-            print(f"| {f'{mode.value}, {episode_length}':<22} | {bare:<9.1f} | {added:<29.1f} |", flush=True)
+            table.append((f"{mode.value}, {episode_length}", f"{bare:.1f}", f"{added:.1f}"))
+    print_table(
+        f"Recording a step of {NUM_ENVS} environments, microseconds",
+        ("mode, steps an episode", "bare step", "added by VectorRecordEpisodes"),
+        table,
+    )
 
 
 def main() -> None:

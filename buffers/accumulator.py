@@ -145,7 +145,7 @@ class Accumulator:
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
         """Put a row behind each open episode; it does not belong to it before the lengths say so."""
-        envs = None if mask is None else np.flatnonzero(mask)
+        envs = None if mask is None else mask.nonzero()[0]
         if envs is not None and len(envs) <= _FEW:
             for env in envs.tolist():
                 place = self._lengths[env]
@@ -164,7 +164,7 @@ class Accumulator:
         """Hand over episodes with the row just written; return which environments' rows are still open."""
         still_open = np.ones(self.num_envs, np.bool_) if mask is None else mask.copy()
         taken = np.zeros(self.num_envs, np.bool_) if self._taken is None else self._taken
-        for env in np.flatnonzero(is_complete & still_open).tolist():
+        for env in (is_complete & still_open).nonzero()[0].tolist():
             self._close(env, 1)
             still_open[env], taken[env] = False, True
             # Should a later one fail, the caller repeats the call, which must not bring this row again.
