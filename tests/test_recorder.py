@@ -53,7 +53,7 @@ def final_as_gymnasium(games: Games) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_envs", [1, N])
+@pytest.mark.parametrize("num_envs", [1, N, 20])
 @pytest.mark.parametrize("stated", [None, "num_envs"])
 def test_what_is_recorded_is_the_log(mode: str, num_envs: int, stated: str | None) -> None:
     games = Games(num_envs, mode)
