@@ -203,3 +203,13 @@ def test_some_open_episodes_are_amended_and_handed_over_and_the_others_stay() ->
     accumulator.amend("flag", True)
     accumulator.flush()
     assert emitted == [[False, True], [False, True]]
+
+
+def test_a_row_that_an_environment_does_not_bring_is_not_written_behind_the_end_of_its_room() -> None:
+    accumulator, recording = make(12)
+    is_full = np.arange(12) < 5
+    for step in range(64):
+        accumulator.add_rows(rows(12, step), mask=is_full)
+    accumulator.add_rows(rows(12, 64), mask=~is_full)
+    accumulator.flush()
+    assert recording.episodes == [(env, list(range(64)) if env < 5 else [64]) for env in range(12)]
