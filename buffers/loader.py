@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight
 # Single sequences are drawn and read so many at a time.
 _SEQUENCES_PER_READ = 32
 _NONE = np.empty(0, np.int64)
+_COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
 
 
 class SequenceStream(IterableDataset):
@@ -87,11 +88,13 @@ class SequenceStream(IterableDataset):
         self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
-        # The position at which an iteration by worker processes began. They see it change: persistent ones begin
-        # another. The position itself would not do, as it goes on while slow workers are still starting.
-        self.first_of_workers = SharedArrays({"position": ((1,), np.dtype(np.int64))})
+        # first: the position at which an iteration by workers began; persistent ones see it change. The position would
+        # not do, as it goes on while slow workers are still starting. newest: by batch, the newest step id in it.
+        # rejected: by worker, windows that were gone before they could be read.
+        self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in _COUNTERS.items()}
         # Set by the loader for its workers.
         self.trainer, self.num_slots = os.getpid(), 0
+        self._number = 0
         self._slots: Slots | None = None
 
     def batch(self, n: int) -> Any:
@@ -110,6 +113,7 @@ class SequenceStream(IterableDataset):
     def untransformed_batch(self, n: int) -> dict[str, Any]:
         """Batch n before `transform`."""
         windows, out = self._drawn(self.random.generator(n))
+        self.counters["newest"][n % _COUNTERS["newest"]] = (windows.start + windows.num_rows).max() - 1
         if self.sequence_length is None:
             _zero_padding(windows, out)
         fields = self.dataset.fields
@@ -120,6 +124,16 @@ class SequenceStream(IterableDataset):
                 raise ValueError(f"`include` has '{name}', which is also a field of the steps. Rename the field.")
             batch[name] = _included(name, windows).to(self.dataset.device)
         return batch
+
+    @property
+    def num_rejected(self) -> int:
+        """Windows that were drawn again, as their episode was gone before they could be read."""
+        return int(self.counters["rejected"].sum())
+
+    @property
+    def newest_step(self) -> int | None:
+        """The newest step id in the last batch that was taken; None before the first."""
+        return int(self.counters["newest"][(self.position - 1) % _COUNTERS["newest"]]) if self.position else None
 
     def take(self) -> Any:
         """The next batch."""
@@ -136,7 +150,8 @@ class SequenceStream(IterableDataset):
             return _Batches(self.take)
         end_with(self.trainer)
         self._slots = self._slots or Slots(self.num_slots)
-        first = int(self.first_of_workers["position"][0])
+        self._number = worker.id % _COUNTERS["rejected"]
+        first = int(self.counters["first"][0])
         numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
         return _Batches(lambda: self.batch(next(numbers)))
 
@@ -154,6 +169,7 @@ class SequenceStream(IterableDataset):
                 # Another episode may be longer than all of these, which changes the padding: begin anew.
                 windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
                 continue
+            self.counters["rejected"][self._number] += len(missed)
             others, rows, still_missed = self._attempt(len(missed), rng)
             read = np.setdiff1d(np.arange(len(missed)), still_missed)
             windows = windows.replaced(missed[read], others[read])
@@ -318,6 +334,7 @@ class SequenceLoader(DataLoader):
         collate_fn = loader_options.pop("collate_fn", None)
         if num_workers:
             stream.dataset.check_workers()
+            stream.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in _COUNTERS.items()})
             # Batches that wait for the trainer, one that it has, and one that is being made.
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
             collate_fn = _CollateAndPack(stream, collate_fn)
@@ -339,7 +356,7 @@ class SequenceLoader(DataLoader):
         if self.stream.dataset.fields is None:
             raise RuntimeError(self.stream.dataset.index.no_window_message(None))
         self.stream.trainer = os.getpid()
-        self.stream.first_of_workers["position"][0] = self.stream.position
+        self.stream.counters["first"][0] = self.stream.position
         return _BatchesOfWorkers(self, super().__iter__())
 
     def state_dict(self) -> dict[str, int]:

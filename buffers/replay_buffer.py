@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 
 from buffers.accumulator import Accumulator
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields
+from buffers.dataset.fields import Fields, as_array
 from buffers.dataset.verification import check_rows
 from buffers.sampler.base import Sampler
 from buffers.utils import integer
 
 __all__ = ["ReplayBuffer"]
+
+_NUM_RETURNS = 100
 
 
 class ReplayBuffer:
@@ -92,6 +95,7 @@ class ReplayBuffer:
         # The token of the recorder whose rows come in: one at a time, or the episodes of two would mix.
         self._recorder: object | None = None
         self._is_closed = False
+        self._returns: deque[float] = deque(maxlen=_NUM_RETURNS)
 
     # Steps in.
 
@@ -168,7 +172,9 @@ class ReplayBuffer:
             ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
         """
         self._check_open()
-        return self.dataset.add_episode(episode)
+        episode_id = self.dataset.add_episode(episode)
+        self._note_return(episode.get("reward"))
+        return episode_id
 
     def flush(self) -> None:
         """Hand over the open episodes as they stand: at the end of a run, or when all environments are reset."""
@@ -236,6 +242,7 @@ class ReplayBuffer:
         if theirs is not None and theirs is not mine and (conflict := mine.conflict_with(theirs)):
             raise ValueError(f"The dataset has taken other fields from elsewhere: {conflict}.")
         self.dataset._add(mine, episode)
+        self._note_return(episode.get("reward"))
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: list[Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
@@ -361,6 +368,37 @@ class ReplayBuffer:
     def is_empty(self) -> bool:
         """Whether there is no complete episode."""
         return self.dataset.is_empty
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for a logger.
+
+        Returns:
+            `num_episodes` and `num_timesteps` that live, `fill` (their share of the capacity), `mean_episode_length`,
+            `num_evicted` episodes so far, `num_batches` taken, `num_rejected_windows` (drawn again, as their
+            episode was evicted meanwhile); `mean_episode_return` of the last 100 complete episodes if there is a
+            scalar `reward`; and, after a batch, `newest_age`: steps added since the newest row in the last one.
+        """
+        dataset, stream = self.dataset, self.dataloader.stream
+        found: dict[str, float] = {
+            "num_episodes": dataset.num_episodes,
+            "num_timesteps": dataset.num_timesteps,
+            "fill": dataset.num_timesteps / dataset.capacity,
+            "mean_episode_length": dataset.average_episode_length,
+            "num_evicted": dataset.num_evicted,
+            "num_batches": stream.position,
+            "num_rejected_windows": stream.num_rejected,
+        }
+        if self._returns:
+            found["mean_episode_return"] = sum(self._returns) / len(self._returns)
+        if stream.newest_step is not None:
+            found["newest_age"] = dataset.index.next_start - 1 - stream.newest_step
+        return found
+
+    def _note_return(self, reward: Any) -> None:
+        """Remember the sum of an episode's rewards; None and what is no scalar field are passed over."""
+        fields = self.dataset.fields
+        if reward is not None and fields is not None and fields["reward"].shape == ():
+            self._returns.append(float(np.sum(as_array("reward", reward))))
 
     def __len__(self) -> int:
         return self.num_timesteps

@@ -158,6 +158,7 @@ def test_windows_of_episodes_that_are_gone_are_drawn_again(length: int | None, c
         assert [number for _, number, _, _ in origins] == batch["episode"].tolist()
         seen.update(number for _, number, _, _ in origins)
     assert seen == {0, 2, 3}
+    assert loader.stream.num_rejected > 0 or length is None
 
 
 def test_drawing_again_is_bounded() -> None:

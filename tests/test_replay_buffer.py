@@ -409,3 +409,35 @@ def test_counts_and_the_table_tell_open_from_stored() -> None:
     assert not buffer.is_empty and len(buffer) == buffer.num_timesteps == 5 and buffer.num_episodes == 1
     assert dict(buffer.fields or {}) == {"x": Vector(3), "y": Scalar()}
     assert "batches of 4 x 2, 2 steps in open episodes\nRingBufferDataset: 1 episodes, 5 of" in repr(buffer)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_stats_are_numbers_for_a_logger(num_workers: int) -> None:
+    buffer = buffer_of(capacity=20, batch_size=3, num_workers=num_workers, num_envs=1)
+    assert buffer.stats() == {
+        "num_episodes": 0,
+        "num_timesteps": 0,
+        "fill": 0.0,
+        "mean_episode_length": 0.0,
+        "num_evicted": 0,
+        "num_batches": 0,
+        "num_rejected_windows": 0,
+    }
+    for number in range(5):
+        buffer.add_episode({"reward": np.full(6, number, np.float32), "t": 6 * number + np.arange(6)})
+    buffer.sample()
+    newest = int(buffer.sample()["t"].max())
+    buffer.add_step({"reward": 0.5, "t": 30}, False)
+    buffer.add_step({"reward": 0.5, "t": 31}, True)
+    assert buffer.stats() == {
+        "num_episodes": 4,
+        "num_timesteps": 20,
+        "fill": 1.0,
+        "mean_episode_length": 5.0,
+        "num_evicted": 2,
+        "num_batches": 2,
+        "num_rejected_windows": 0,
+        "mean_episode_return": (6 * (0 + 1 + 2 + 3 + 4) + 1) / 6,
+        "newest_age": 31 - newest,
+    }
+    buffer.close()

@@ -61,6 +61,8 @@ class EpisodeDataset(IterableDataset, ABC):
         self.evictor = FIFOEvictor() if evictor is None else evictor
         self.verification_mode = VerificationMode.BASIC_CHECKS if info is None else info.verification_mode
         self.index = EpisodeIndex()
+        #: Episodes evicted so far, for whatever reason.
+        self.num_evicted = 0
         self._has_evicted = False
         self._fields: Fields | None = None
         if info is not None and info.fields is not None:
@@ -177,6 +179,7 @@ class EpisodeDataset(IterableDataset, ABC):
         index = self.index
         self._erase(int(index.ids[position]), int(index.starts[position]), int(index.lengths[position]))
         index.remove(position)
+        self.num_evicted += 1
 
     def get_episode(self, episode_index: int) -> dict[str, Any]:
         """A copy of an episode, `field -> (L, *shape)`.
