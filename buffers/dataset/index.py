@@ -125,6 +125,22 @@ class EpisodeIndex:
         self.num_steps += length
         return episode_id
 
+    def insert(self, ids: Int64Array, starts: Int64Array, lengths: Int64Array) -> None:
+        """Write down episodes by their numbers, of which some may be missing in between; O(all that live).
+
+        Args:
+            ids: int64 `(n,)`, ascending; none of them lives.
+            starts: int64 `(n,)`, ascending with the ids.
+            lengths: int64 `(n,)`.
+        """
+        table = np.concatenate([self._table[self._first : self._last], np.stack([starts, lengths, ids], 1)])
+        if len(self) and ids[0] < self.ids[-1]:
+            table = table[table[:, _ID].argsort()]
+        self._table, self._first, self._last, self._cumulations = table, 0, len(table), {}
+        self.num_steps = int(self.lengths.sum())
+        self.next_id = max(self.next_id, int(self.ids[-1]) + 1)
+        self.next_start = max(self.next_start, int(self.starts[-1] + self.lengths[-1]))
+
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, a shift of the younger ones for any other."""
         self.num_steps -= int(self.lengths[position])
