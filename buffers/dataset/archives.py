@@ -17,11 +17,12 @@ from typing import IO, Any, final
 import numpy as np
 import torch
 
-from buffers.dataset.fields import Fields, TensorType, as_array, as_tensor
+from buffers.dataset.fields import Fields, TensorType, as_array
 from buffers.dataset.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
     EpisodeSerializationStrategy,
+    bytes_of,
     check_fields,
     parse_schema,
     schema_text,
@@ -170,13 +171,13 @@ def _read_member(archive: zipfile.ZipFile, name: str, tensor_type: TensorType, l
         found = np.lib.format.read_array_header_1_0(member)
         if found != expected:
             raise DamagedEpisodeError(f"has `{name}` as {found}, expected {expected}")
-        array = np.empty(expected[0], expected[2])
-        _read_into(member, array.reshape(-1).view(np.uint8) if array.size else np.empty(0, np.uint8), name)
-    return as_tensor(array, tensor_type)
+        tensor = torch.empty(expected[0], dtype=tensor_type.dtype)
+        _read_into(member, bytes_of(tensor), name)
+    return tensor
 
 
-def _read_into(member: IO[bytes], target: np.ndarray, name: str) -> None:
-    view, num_read = memoryview(target), 0
+def _read_into(member: IO[bytes], view: memoryview, name: str) -> None:
+    num_read = 0
     # The end is read too: there the checksum is compared.
     while block := member.read(2**20):
         if num_read + len(block) > len(view):

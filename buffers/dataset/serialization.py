@@ -211,14 +211,13 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         episode = {}
         for name, tensor_type in fields.items():
             tensor = torch.empty((length, *tensor_type.shape), dtype=tensor_type.dtype)
-            if tensor.numel():
-                file.seek(offsets[name])
-                view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-                # One read brings at most 2 GB.
-                while view and (num_read := file.readinto(view)):
-                    view = view[num_read:]
-                if view:
-                    raise DamagedEpisodeError("is shorter than its header says")
+            file.seek(offsets[name])
+            view = bytes_of(tensor)
+            # One read brings at most 2 GB.
+            while view and (num_read := file.readinto(view)):
+                view = view[num_read:]
+            if view:
+                raise DamagedEpisodeError("is shorter than its header says")
             episode[name] = tensor
         return episode
 
@@ -266,8 +265,7 @@ def checksum(episode: Mapping[str, torch.Tensor]) -> str:
     """CRC-32 of the rows, one field after the other in the order of their names."""
     value = 0
     for name in sorted(episode):
-        if episode[name].numel():
-            value = zlib.crc32(memoryview(episode[name].view(-1).view(torch.uint8).numpy()), value)
+        value = zlib.crc32(bytes_of(episode[name]), value)
     return f"crc32:{value:08x}"
 
 
@@ -306,14 +304,11 @@ def _parse_header(header: bytes) -> tuple[Fields, int, dict[str, int]]:
         begins, end = {}, 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = _stored(fields[name])
-            expected = {
-                "dtype": dtype,
-                "shape": [length, *shape],
-                "data_offsets": [end, end + length * fields[name].nbytes],
-            }
+            begin, end = end, end + length * fields[name].nbytes
+            expected = {"dtype": dtype, "shape": [length, *shape], "data_offsets": [begin, end]}
             if entry != expected:
                 raise DamagedEpisodeError(f"has the tensor `{name}` as {entry!r:.200}, expected {expected}")
-            begins[name], end = end, expected["data_offsets"][1]
+            begins[name] = begin
         return fields, length, begins
     except DamagedEpisodeError:
         raise
@@ -345,6 +340,14 @@ def _blocks(file: io.FileIO, offset: int, num_bytes: int) -> Iterator[bytes]:
             raise DamagedEpisodeError("is shorter than its header says")
         yield block
         offset, num_bytes = offset + len(block), num_bytes - len(block)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 class _Layout:
@@ -387,10 +390,10 @@ class _Layout:
         """Bytes of files: those of the header for one row, with more digits in it, padded; and the rows."""
         bounds = [bound for entry in self._entries for bound in entry[3:]]
         numbers = [lengths] * len(self._entries) + [lengths * bound for bound in bounds]
-        more_digits = sum(_num_digits(number) for number in numbers)
-        for number in [1] * len(self._entries) + bounds:
-            more_digits = more_digits - len(str(number))
-        return 8 + -(-(len(self._unpadded(1)) + more_digits) // 8) * 8 + lengths * self._row_bytes
+        header = np.full(lengths.shape, len(self._unpadded(1)))
+        for number, for_one_row in zip(numbers, [1] * len(self._entries) + bounds, strict=True):
+            header += _num_digits(number) - len(str(for_one_row))
+        return 8 + -(-header // 8) * 8 + lengths * self._row_bytes
 
     def _header(self, length: int) -> bytes:
         header = self._cache.get(length)
