@@ -13,18 +13,22 @@ from typing import NamedTuple
 import torch
 
 from buffers.dataset.fields import Fields
-from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy
+from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of
 
 __all__ = ["WindowReader"]
 
 MAX_OPEN_FILES = 1024
 MAX_DECODED_BYTES = 256 * 2**20
-# A gap between two ranges is read too, and thrown away, where that is cheaper than a second call (1.5 us, which is
-# what copying so many bytes takes), and all gaps together are at most this share of the window.
+# A gap between two ranges is read too, and thrown away, where that is cheaper than a second call (2 us with all that
+# belongs to it, in which so many bytes are copied), and all gaps together are at most this share of the window.
 _MAX_GAP = 8192
 _MAX_SHARE_OF_GAPS = 0.1
 # Buffers that one call may fill: POSIX promises 16, Linux has 1024.
 _MAX_BUFFERS = 512
+
+
+# Not everywhere: where it is missing, episodes cannot be read by ranges, and importing this works all the same.
+_preadv: Callable[[int, list[memoryview], int], int] = getattr(os, "preadv", None)  # type: ignore[assignment]
 
 
 class _Segment(NamedTuple):
@@ -133,7 +137,8 @@ class WindowReader:
         """
         episode = self._decoded.pop(episode_id, None)
         if episode is None:
-            episode = load(self._strategy, self._opened(episode_id).descriptor, self._fields, length)
+            file = self._opened(episode_id)
+            episode = load(self._strategy, file.descriptor, self._fields, length)
             num_bytes = _num_bytes(episode)
             self._decoded_bytes += num_bytes
             while self._decoded_bytes > MAX_DECODED_BYTES and self._decoded:
@@ -187,13 +192,9 @@ class _Batch:
         self._reader, self._out = reader, out
         some = next(iter(out.values()))
         self._length = some.shape[1]
-        self._views = [
-            memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
-            for tensor in out.values()
-        ]
-        assert list(out) == list(fields)
-        self._max_gap = min(_MAX_GAP, int(_MAX_SHARE_OF_GAPS * self._length * fields.nbytes / max(1, len(fields) - 1)))
-        self._waste = memoryview(bytearray(self._max_gap))
+        self._views = [bytes_of(out[name]) for name in fields]
+        self._row_bytes = fields.nbytes
+        self._waste = memoryview(bytearray(_MAX_GAP))
 
     def read(self, b: int, episode_id: int, length: int, step: int, num_rows: int) -> None:
         """Fill window b with the rows from `step` on of an episode of `length` rows.
@@ -207,24 +208,29 @@ class _Batch:
             for name, rows in self._reader.decoded(episode_id, length).items():
                 self._out[name][b, :num_rows] = rows[step : step + num_rows]
             return
-        views, waste, max_gap, row = self._views, self._waste, self._max_gap, b * self._length
+        views, descriptor, row = self._views, file.descriptor, b * self._length
+        allowed = int(num_rows * self._row_bytes * _MAX_SHARE_OF_GAPS)
         buffers: list[memoryview] = []
         begin = end = 0
         for offset, row_bytes, field in file.segments:
             first = offset + step * row_bytes
-            if buffers:
-                if first - end > max_gap or len(buffers) > _MAX_BUFFERS:
-                    _read_exactly(file.descriptor, buffers, begin, end)
-                    buffers, begin = [], first
-                elif first > end:
-                    buffers.append(waste[: first - end])
-            else:
+            gap = first - end
+            if not buffers:
                 begin = first
-            end = first + num_rows * row_bytes
+            elif gap > allowed or gap > _MAX_GAP or len(buffers) > _MAX_BUFFERS:
+                if _preadv(descriptor, buffers, begin) != end - begin:
+                    _read_exactly(descriptor, buffers, begin, end)
+                buffers, begin = [], first
+            elif gap:
+                allowed -= gap
+                buffers.append(self._waste[:gap])
+            num_bytes = num_rows * row_bytes
+            end = first + num_bytes
             place = row * row_bytes
-            buffers.append(views[field][place : place + num_rows * row_bytes])
-        if buffers:
-            _read_exactly(file.descriptor, buffers, begin, end)
+            buffers.append(views[field][place : place + num_bytes])
+        # No buffers: all fields are of shapes with a zero.
+        if buffers and _preadv(descriptor, buffers, begin) != end - begin:
+            _read_exactly(descriptor, buffers, begin, end)
 
 
 def load(
@@ -258,15 +264,17 @@ def as_damage() -> Iterator[None]:
 
 
 def _read_exactly(descriptor: int, buffers: list[memoryview], begin: int, end: int) -> None:
-    """Fill the buffers with the file's bytes from `begin` to `end`."""
-    num_read = os.preadv(descriptor, buffers, begin)
+    """Fill the buffers with the file's bytes from `begin` to `end`, which one call has not done.
+
+    One call brings at most 2 GB; and nothing where the file has been cut short.
+    """
+    num_read = _preadv(descriptor, buffers, begin)
     while begin + num_read < end:
-        # One call brings at most 2 GB; and nothing where the file has been cut short.
         begin += num_read
         while num_read >= len(buffers[0]):
             num_read -= len(buffers.pop(0))
         buffers[0] = buffers[0][num_read:]
-        num_read = os.preadv(descriptor, buffers, begin)
+        num_read = _preadv(descriptor, buffers, begin)
         if num_read == 0:
             raise DamagedEpisodeError("is shorter than its header says")
 
