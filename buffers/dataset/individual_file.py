@@ -7,7 +7,6 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Mapping
 from typing import Any, Literal, final, get_args
 
 import numpy as np
@@ -128,6 +127,9 @@ class IndividualFileDataset(EpisodeDataset):
         except BaseException:
             self.close()
             raise
+
+    # An episode that cannot be written shall not cost another one.
+    _evicts_before_writing = False
 
     # Opening.
 
@@ -278,30 +280,17 @@ class IndividualFileDataset(EpisodeDataset):
 
     # Episodes in.
 
-    def add_episode(self, episode: Mapping[str, Any]) -> int:
-        """Store a complete episode, evicting others if it needs their room. It is on the disk when this returns.
-
-        Args:
-            episode: `field -> (L, *shape)` arrays or tensors, or lists of L rows; nested as the steps are.
-
-        Returns:
-            The episode's id.
-
-        Raises:
-            TypeError: A value that is no tensor, array or list of numbers.
-            ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
-            OSError: It could not be written: no room, no permission, a failed fsync. Its `errno` says which.
-            RuntimeError: The dataset is read-only, or closed. In any case, it is as it was.
-        """
+    def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
+        """`add_episode`; after any error, the dataset and its directory are as they were."""
         self._check_writable()
-        fields, stored_fields = self._fields, self._stored_fields
+        fields_before, stored_before = self._fields, self._stored_fields
         index, episode_id, start = self.index, self.index.next_id, self.index.next_start
         try:
-            return super().add_episode(episode)
+            return super()._add(fields, arrays)
         except BaseException:
             if index.next_id == episode_id:
                 self._take_back(episode_id, start)
-                self._fields, self._stored_fields = fields, stored_fields
+                self._fields, self._stored_fields = fields_before, stored_before
             raise
 
     def _take_back(self, episode_id: int, start: int) -> None:
@@ -432,7 +421,7 @@ def _follower(
     """A reader of a directory, as it arrives in another process."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     dataset._warns = False
-    dataset.__init__(capacity, info, None, path, strategy, attempts, mode="r")  # type: ignore[misc]
+    dataset.__init__(capacity, info, None, path, strategy, attempts, mode="r")
     return dataset
 
 
