@@ -81,7 +81,10 @@ class TorchSerialization(EpisodeSerializationStrategy):
 
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
         """Write an episode."""
-        torch.save({SCHEMA_KEY: schema_text(fields), "episode": dict(episode)}, file)
+        # Not straight into the file: torch hides the error of a full disk behind one of its own.
+        content = io.BytesIO()
+        torch.save({SCHEMA_KEY: schema_text(fields), "episode": dict(episode)}, content)
+        file.write(content.getbuffer())
 
     def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
         """Read an episode. The pickle in it may make tensors, and nothing else."""

@@ -113,6 +113,7 @@ class EpisodeDirectory:
         self.path = os.path.abspath(path)
         self.suffix = suffix
         self.lock: DirectoryLock | None = None
+        self._markers: list[str] = []
         self._descriptor = _Descriptor(_open_directory(self.path, writable))
         if writable:
             self.lock = DirectoryLock(self.path, self._descriptor.number)
@@ -130,6 +131,7 @@ class EpisodeDirectory:
                 if numbers is not None:
                     next_id, next_start = max(next_id, numbers[0]), max(next_start, numbers[1])
         listing.next_numbers = (next_id, next_start)
+        self._markers = listing.markers
         return listing
 
     def _classify(self, entry: os.DirEntry[str], listing: Listing) -> tuple[int, int] | None:
@@ -196,17 +198,18 @@ class EpisodeDirectory:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._descriptor.number)
 
-    def keep_numbers(self, next_id: int, next_start: int, durable: bool, markers: Collection[str] = ()) -> None:
-        """Leave a `.next` file, so that numbers of episodes that are gone are not given again."""
+    def keep_numbers(self, next_id: int, next_start: int, durable: bool) -> None:
+        """Leave a `.next` file, and no other, so that numbers of episodes that are gone are not given again."""
         name = f"{next_id:010d}-{next_start:012d}{NEXT}"
-        if name in markers:
+        if name in self._markers:
             return
         flags = os.O_WRONLY | os.O_CREAT | _NO_SURPRISES
         os.close(os.open(name, flags, 0o666, dir_fd=self._descriptor.number))
         if durable:
             os.fsync(self._descriptor.number)
-        for other in markers:
+        for other in self._markers:
             self.remove(other)
+        self._markers = [name]
 
     def set_aside(self, name: str) -> bool:
         """Move a file into the folder of damaged ones, over no other; False if that cannot be."""

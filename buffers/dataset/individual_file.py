@@ -142,7 +142,7 @@ class IndividualFileDataset(EpisodeDataset):
                 self._directory.remove(name)
             self._set_aside(listing, inspection.damaged)
             self.index.next_id, self.index.next_start = listing.next_numbers
-            self._keep_numbers(listing.markers)
+            self._keep_numbers()
             self._make_room(0)
         if len(self.index):
             # Who could not take another of its episodes has been full: there is no other trace of it.
@@ -165,6 +165,8 @@ class IndividualFileDataset(EpisodeDataset):
                 f"`{self._strategy.suffix}`. Give the `serialization_strategy` they were written with, or choose "
                 "another `directory`."
             )
+        # What this process had added itself, before it was forked, is known too.
+        listing.episodes = [entry for entry in listing.episodes if entry[0].id not in self._names]
         inspection = inspect(self._directory, listing, self._strategy, self._stored_fields, self._fields, verify)
         if inspection.fields is not None:
             self._bind(inspection.fields)
@@ -217,7 +219,7 @@ class IndividualFileDataset(EpisodeDataset):
     def _allocate(self, fields: Fields) -> None:
         if hasattr(self, "_directory"):
             self._stored_fields = fields
-            self._reader = WindowReader(self._strategy, fields, self._open_file)
+            self._reader = WindowReader(self._strategy, fields, self._directory, self._names)
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         if self._stored_fields is None:
@@ -308,11 +310,11 @@ class IndividualFileDataset(EpisodeDataset):
         assert parsed is not None  # We have made this name.
         self.index.next_id, self.index.next_start = episode_id + 1, start + parsed[0].length
 
-    def _keep_numbers(self, markers: list[str] | None = None) -> None:
+    def _keep_numbers(self) -> None:
         """See to it that the numbers of episodes that are gone are not given again, also after the next opening."""
         index = self.index
         if index.next_id and (not len(index) or int(index.ids[-1]) != index.next_id - 1):
-            self._directory.keep_numbers(index.next_id, index.next_start, self.durability == "fsync", markers or ())
+            self._directory.keep_numbers(index.next_id, index.next_start, self.durability == "fsync")
 
     # Files that come and go.
 
@@ -364,12 +366,6 @@ class IndividualFileDataset(EpisodeDataset):
         self._names.pop(episode_id, None)
         if self._reader is not None:
             self._reader.forget(episode_id)
-
-    def _open_file(self, episode_id: int) -> int:
-        text = self._names.get(episode_id)
-        if text is None:
-            raise FileNotFoundError(f"Episode {episode_id} is gone.")
-        return self._directory.open(text)
 
     # Closing, and who may do what.
 

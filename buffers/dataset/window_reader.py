@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from buffers.dataset.directory import EpisodeDirectory
 from buffers.dataset.fields import Fields
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of
 
@@ -69,11 +70,18 @@ class WindowReader:
     Args:
         strategy: The format.
         fields: What the files hold.
-        open_file: Gives a descriptor for an episode id, or raises FileNotFoundError.
+        directory: Where they are.
+        names: `episode id -> file name` of those that live; changed by the owner.
     """
 
-    def __init__(self, strategy: EpisodeSerializationStrategy, fields: Fields, open_file: Callable[[int], int]) -> None:
-        self._strategy, self._fields, self._open_file = strategy, fields, open_file
+    def __init__(
+        self,
+        strategy: EpisodeSerializationStrategy,
+        fields: Fields,
+        directory: EpisodeDirectory,
+        names: Mapping[int, str],
+    ) -> None:
+        self._strategy, self._fields, self._directory, self._names = strategy, fields, directory, names
         self._max_open_files = _max_open_files()
         # Both in the order of their last use.
         self._files: dict[int, _OpenFile] = {}
@@ -150,8 +158,11 @@ class WindowReader:
         return episode
 
     def _opened(self, episode_id: int) -> _OpenFile:
+        name = self._names.get(episode_id)
+        if name is None:
+            raise FileNotFoundError(f"Episode {episode_id} is gone.")
         try:
-            return _OpenFile(self._open_file(episode_id))
+            return _OpenFile(self._directory.open(name))
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise DamagedEpisodeError("is a link") from error
@@ -161,7 +172,7 @@ class WindowReader:
         self._max_open_files = max(1, len(self._files) // 2)
         while len(self._files) > self._max_open_files:
             self._close_oldest()
-        return _OpenFile(self._open_file(episode_id))
+        return _OpenFile(self._directory.open(name))
 
     def _close_oldest(self) -> None:
         # Another thread may have been quicker.
