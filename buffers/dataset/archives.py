@@ -6,6 +6,7 @@ small where data compresses well, and numpy reads it.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickletools
@@ -136,9 +137,12 @@ def _opened(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> I
             if fields is not None and expanded > allowed:
                 raise DamagedEpisodeError(f"would expand to {expanded} bytes, {length} rows take at most {allowed}")
             yield archive
-    except (DamagedEpisodeError, OSError):
+    except DamagedEpisodeError:
         raise
     except Exception as error:
+        # An offset before the beginning of the file is the file's fault; other errors of the system are not.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         # zipfile, zlib, pickle and torch each have errors of their own for damaged data.
         raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
 
