@@ -140,9 +140,10 @@ class IndividualFileDataset(EpisodeDataset):
         else:
             for name in listing.temporaries:
                 self._directory.remove(name)
-            self._set_aside(listing, inspection.damaged)
             self.index.next_id, self.index.next_start = listing.next_numbers
+            # Before files go that say which numbers have been given.
             self._keep_numbers()
+            self._set_aside(listing, inspection.damaged)
             self._make_room(0)
         if len(self.index):
             # Who could not take another of its episodes has been full: there is no other trace of it.
@@ -349,12 +350,12 @@ class IndividualFileDataset(EpisodeDataset):
         if text is None:
             return
         self._forget(episode_id)
-        if isinstance(error, DamagedEpisodeError):
-            is_moved = self._is_writer() and self._directory.set_aside(text)
-            self._warn_of([(text, f"it {error}")], "moved into the folder `damaged`" if is_moved else "left out")
         if self._is_writer():
             with contextlib.suppress(OSError):
                 self._keep_numbers()
+        if isinstance(error, DamagedEpisodeError):
+            is_moved = self._is_writer() and self._directory.set_aside(text)
+            self._warn_of([(text, f"it {error}")], "moved into the folder `damaged`" if is_moved else "left out")
 
     def _forget(self, episode_id: int) -> None:
         self._forget_file(episode_id)
