@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from buffers.dataset import IndividualFileDataset, directory, opening
+from buffers.dataset import IndividualFileDataset, directory, lock, opening
 from buffers.dataset.individual_file import SafetensorsSerialization
 from tests import tagged
 from tests.contract import fifo_model
@@ -504,7 +504,7 @@ def kept_by_a_forked_child(path: Path) -> bool:
 def test_a_forked_child_does_not_keep_the_lock(tmp_path, monkeypatch) -> None:
     assert not kept_by_a_forked_child(tmp_path)
     # It would, if it did not give up its part.
-    monkeypatch.setattr(directory, "_close_in_forked_children", lambda descriptor: None)
+    monkeypatch.setattr(lock, "_close_in_forked_children", lambda descriptor: None)
     assert kept_by_a_forked_child(tmp_path)
 
 

@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers.dataset import IndividualFileDataset, archives, serialization
+from buffers.dataset import IndividualFileDataset, archives, safetensors_format, serialization
 from buffers.dataset.fields import ColorImage, Fields, PaddedPointcloud, Scalar, TensorType, Vector
 from buffers.dataset.individual_file import (
     DamagedEpisodeError,
@@ -482,15 +482,15 @@ def test_without_the_look_at_the_pickle_a_bytearray_is_made(tmp_path, opened, mo
 
 def test_without_the_check_of_the_entries_an_overlap_is_served(opened, monkeypatch, tmp_path) -> None:
     content = hostile_safetensors(tmp_path)["an overlap"]
-    real = serialization._parse_header
+    real = safetensors_format._parse_header
 
     def trusting(header: bytes) -> Any:
         entries = json.loads(header)
         entries.pop("__metadata__")
         begins = {name: entry["data_offsets"][0] for name, entry in entries.items()}
-        return serialization._Header(FIELDS, 4, begins, None)
+        return safetensors_format._Header(FIELDS, 4, begins, None)
 
-    monkeypatch.setattr(serialization, "_parse_header", trusting)
+    monkeypatch.setattr(safetensors_format, "_parse_header", trusting)
     strategy = SafetensorsSerialization()
     strategy._layouts = (FIELDS, layout_of(FIELDS, real))
     assert not same(strategy.load(opened(content), FIELDS, 4), made(FIELDS, 4))
@@ -499,8 +499,8 @@ def test_without_the_check_of_the_entries_an_overlap_is_served(opened, monkeypat
 def layout_of(fields: Fields, parse: Any) -> Any:
     """What the library writes, found out with the real parser."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialization, "_parse_header", parse)
-        return serialization._Layout(fields)
+        patch.setattr(safetensors_format, "_parse_header", parse)
+        return safetensors_format._Layout(fields)
 
 
 # Versions.

@@ -13,18 +13,14 @@ import numpy as np
 import torch
 
 from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.directory import EpisodeDirectory, FileName, Listing
+from buffers.dataset.directory import DAMAGED, EpisodeDirectory, FileName, Listing, explained
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.fields import Fields, as_tensor
 from buffers.dataset.index import Windows
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.opening import Inspection, Verify, inspect
-from buffers.dataset.serialization import (
-    DamagedEpisodeError,
-    EpisodeSerializationStrategy,
-    SafetensorsSerialization,
-    UnknownVersionError,
-)
+from buffers.dataset.opening import Inspection, Verify, damage_message, inspect, set_aside
+from buffers.dataset.safetensors_format import SafetensorsSerialization
+from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.window_reader import WindowReader
 from buffers.evictor.base import Evictor
 from buffers.utils import format_bytes, integer
@@ -143,7 +139,8 @@ class IndividualFileDataset(EpisodeDataset):
             self.index.next_id, self.index.next_start = listing.next_numbers
             # Before files go that say which numbers have been given.
             self._keep_numbers()
-            self._set_aside(listing, inspection.damaged)
+            damaged = set_aside(self._directory, listing, inspection.damaged)
+            self._warn_of(damaged, f"moved into the folder `{DAMAGED}`")
             self._make_room(0)
         if len(self.index):
             # Who could not take another of its episodes has been full: there is no other trace of it.
@@ -153,7 +150,7 @@ class IndividualFileDataset(EpisodeDataset):
     def _scan(self, verify: Verify = "size") -> tuple[Listing, Inspection]:
         """Look for what is new, and add what is good of it to the index."""
         listing = self._directory.list(self._seen)
-        if self._is_format_open and not listing.episodes:
+        if self._is_format_open and not listing.texts:
             for kind in _FORMATS:
                 if kind.suffix in listing.other_suffixes:
                     self._strategy = kind()
@@ -166,12 +163,10 @@ class IndividualFileDataset(EpisodeDataset):
                 f"`{self._strategy.suffix}`. Give the `serialization_strategy` they were written with, or choose "
                 "another `directory`."
             )
-        # What this process had added itself, before it was forked, is known too.
-        listing.episodes = [entry for entry in listing.episodes if entry[0].id not in self._names]
         inspection = inspect(self._directory, listing, self._strategy, self._stored_fields, self._fields, verify)
         if inspection.fields is not None:
             self._bind(inspection.fields)
-        self._insert(inspection.episodes)
+        self._insert(inspection.texts, inspection.numbers)
         self._seen = listing.names
         return listing, inspection
 
@@ -188,32 +183,15 @@ class IndividualFileDataset(EpisodeDataset):
             self._set_fields(fields)
         self._allocate(fields)
 
-    def _insert(self, episodes: list[tuple[FileName, str]]) -> None:
-        if not episodes:
-            return
-        self._is_format_open = False
-        self._names.update((name.id, text) for name, text in episodes)
-        ids, starts, lengths = np.array([name for name, _ in episodes], np.int64).T
-        self.index.insert(ids, starts, lengths)
-
-    def _set_aside(self, listing: Listing, damaged: list[tuple[str, str]]) -> None:
-        lock = self._directory.lock
-        if lock is not None and lock.is_first and not listing.episodes and not listing.markers:
-            # Not an episode in a directory that is none of ours, so far: other people's files stay where they are.
-            return
-        for name, _ in damaged:
-            self._directory.set_aside(name)
-        self._warn_of(damaged, "moved into the folder `damaged`")
+    def _insert(self, texts: list[str], numbers: np.ndarray) -> None:
+        if texts:
+            self._is_format_open = False
+            self._names.update(zip(numbers[0].tolist(), texts, strict=True))
+            self.index.insert(*numbers)
 
     def _warn_of(self, damaged: list[tuple[str, str]], what_happened: str) -> None:
         if damaged and self._warns:
-            named = "; ".join(f"{name}: {reason}" for name, reason in damaged[:5])
-            more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-            warnings.warn(
-                f"{len(damaged)} files in {self._directory.path} are no whole episodes and were {what_happened}: "
-                f"{named}{more}.",
-                stacklevel=4,
-            )
+            warnings.warn(damage_message(self._directory.path, damaged, what_happened), stacklevel=4)
 
     # What a store implements.
 
@@ -237,6 +215,7 @@ class IndividualFileDataset(EpisodeDataset):
             tensors[name] = as_tensor(rows, tensor_type)
         text = FileName(episode_id, start, length).text(self._strategy.suffix)
         self._names[episode_id] = text
+        self._seen.add(text)  # A forked child shall not find it anew.
 
         def write(file: io.BufferedWriter) -> None:
             self._strategy.save(tensors, fields, file)
@@ -245,8 +224,10 @@ class IndividualFileDataset(EpisodeDataset):
             self._directory.commit(text, write, self.durability == "fsync")
         except OSError as error:
             size = format_bytes(fields.nbytes * length)
-            raise self._explained(
-                error, f"An episode of {length} steps ({size}) could not be written, those before it are kept"
+            raise explained(
+                error,
+                self._directory.path,
+                f"An episode of {length} steps ({size}) could not be written, those before it are kept",
             ) from error
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
@@ -273,7 +254,7 @@ class IndividualFileDataset(EpisodeDataset):
         try:
             self._directory.remove(self._names[episode_id])
         except OSError as error:
-            raise self._explained(error, f"Episode {episode_id} could not be evicted") from error
+            raise explained(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
         self._forget_file(episode_id)
 
     def _refresh(self) -> None:
@@ -307,9 +288,8 @@ class IndividualFileDataset(EpisodeDataset):
             self._keep_numbers()
             return
         # It cannot be removed, and the next one must not have its numbers.
-        parsed = FileName.parse(text)
-        assert parsed is not None  # We have made this name.
-        self.index.next_id, self.index.next_start = episode_id + 1, start + parsed[0].length
+        length = int(text.removesuffix(self._strategy.suffix).rpartition("-")[2])
+        self.index.next_id, self.index.next_start = episode_id + 1, start + length
 
     def _keep_numbers(self) -> None:
         """See to it that the numbers of episodes that are gone are not given again, also after the next opening."""
@@ -354,8 +334,9 @@ class IndividualFileDataset(EpisodeDataset):
             with contextlib.suppress(OSError):
                 self._keep_numbers()
         if isinstance(error, DamagedEpisodeError):
+            self._seen.add(text)
             is_moved = self._is_writer() and self._directory.set_aside(text)
-            self._warn_of([(text, f"it {error}")], "moved into the folder `damaged`" if is_moved else "left out")
+            self._warn_of([(text, f"it {error}")], f"moved into the folder `{DAMAGED}`" if is_moved else "left out")
 
     def _forget(self, episode_id: int) -> None:
         self._forget_file(episode_id)
@@ -364,7 +345,7 @@ class IndividualFileDataset(EpisodeDataset):
             self.index.remove(position)
 
     def _forget_file(self, episode_id: int) -> None:
-        self._names.pop(episode_id, None)
+        self._seen.discard(self._names.pop(episode_id, ""))
         if self._reader is not None:
             self._reader.forget(episode_id)
 
@@ -401,15 +382,6 @@ class IndividualFileDataset(EpisodeDataset):
             raise RuntimeError(f"{self._directory.path} was opened with mode='r', which only reads. Open it with 'a'.")
         if not self._is_writer():
             raise RuntimeError(f"Process {self._writer} writes to {self._directory.path}; this one can only read.")
-
-    def _explained(self, error: OSError, what: str) -> OSError:
-        if error.errno is None:
-            return error
-        return OSError(
-            error.errno,
-            f"{what}: {error.strerror or error}. Make room or permission, or lower the `capacity`, and add it again",
-            self._directory.path,
-        )
 
 
 def _follower(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from buffers.dataset.directory import EpisodeDirectory, FileName, Listing
+from buffers.dataset.directory import EpisodeDirectory, Listing
 from buffers.dataset.fields import Fields
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.window_reader import as_damage
 
-__all__ = ["Inspection", "Verify", "inspect"]
+__all__ = ["Inspection", "Verify", "damage_message", "inspect", "set_aside"]
 
 Verify = Literal["size", "header", "full"]
+
+
+Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -25,13 +29,15 @@ class Inspection:
 
     Attributes:
         fields: Those of the episodes; None if there is no episode.
-        episodes: (name, file name) of whole episodes, ascending.
+        texts: Names of files that are whole episodes, ascending.
+        numbers: int64 `(3, n)`, their ids, starts and lengths.
         damaged: (file name, what is wrong) of all else.
     """
 
     fields: Fields | None
-    episodes: list[tuple[FileName, str]]
-    damaged: list[tuple[str, str]] = field(default_factory=list)
+    texts: list[str]
+    numbers: Int64Array
+    damaged: list[tuple[str, str]]
 
 
 def inspect(
@@ -56,52 +62,85 @@ def inspect(
         ValueError: There are episodes, but their fields, or their version, are not known.
         OSError: A file cannot be read.
     """
-    files = sorted(listing.episodes)
-    inspection = Inspection(fields, [], list(listing.misfits))
+    numbers = np.array([listing.ids, listing.starts, listing.lengths], np.int64)
+    order = np.lexsort((numbers[1], numbers[0]))
+    numbers, sizes = numbers[:, order], np.array(listing.sizes, np.int64)[order]
+    texts = [listing.texts[i] for i in order.tolist()]
+    damaged = list(listing.misfits)
     if fields is None:
-        inspection.fields = _find_fields(directory, files, strategy, stated_fields, inspection.damaged)
-    if inspection.fields is None:
-        return inspection
-    is_bad = dict(inspection.damaged)
-    last = None
-    for (name, text, size), expected in zip(files, _expected_sizes(strategy, inspection.fields, files), strict=True):
-        if text in is_bad:
-            continue
-        # Files of one id, or of step ids that another has, would be told apart nowhere.
-        error = _overlap(last, name)
-        if error is None and (verify != "size" or size != expected):
-            error = _error_of(directory, text, name.length, strategy, inspection.fields, verify == "full")
+        fields = _find_fields(directory, texts, numbers[2], strategy, stated_fields, damaged)
+    if fields is None:
+        return Inspection(None, [], numbers[:, :0], damaged)
+    is_good = np.ones(len(texts), np.bool_)
+    reasons = dict(damaged)
+    if reasons:
+        is_good[[i for i, text in enumerate(texts) if text in reasons]] = False
+    suspects = _suspects(strategy, fields, numbers, sizes) if verify == "size" else is_good
+    for i in np.flatnonzero(suspects & is_good).tolist():
+        error = _overlap(numbers, is_good, i)
         if error is None:
-            inspection.episodes.append((name, text))
-            last = name
-        elif not isinstance(error, FileNotFoundError):
-            inspection.damaged.append((text, f"it {error}"))
-    return inspection
+            error = _error_of(directory, texts[i], int(numbers[2, i]), strategy, fields, verify == "full")
+        if error is not None:
+            is_good[i] = False
+            if not isinstance(error, FileNotFoundError):
+                damaged.append((texts[i], f"it {error}"))
+    if not is_good.all():
+        texts, numbers = [texts[i] for i in np.flatnonzero(is_good).tolist()], numbers[:, is_good]
+    return Inspection(fields, texts, numbers, damaged)
 
 
-def _overlap(last: FileName | None, name: FileName) -> Exception | None:
-    if last is None or (name.id > last.id and name.start >= last.start + last.length):
+def _suspects(
+    strategy: EpisodeSerializationStrategy, fields: Fields, numbers: Int64Array, sizes: Int64Array
+) -> npt.NDArray[np.bool_]:
+    """Which files are to be looked at: those of another size than expected, and those whose numbers others have."""
+    ids, starts, lengths = numbers
+    expected = strategy.sizes(fields, lengths)
+    if expected is None:
+        return np.ones(len(sizes), np.bool_)
+    suspects = expected != sizes
+    suspects[1:] |= (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])
+    return suspects
+
+
+def _overlap(numbers: Int64Array, is_good: npt.NDArray[np.bool_], i: int) -> Exception | None:
+    """Files of one id, or of step ids that another has, could not be told apart in a batch: the first stays."""
+    before = i - 1
+    while before >= 0 and not is_good[before]:
+        before -= 1
+    if before < 0:
         return None
-    return DamagedEpisodeError(f"has numbers that episode {last.id} has")
+    (last_id, last_start, last_length), (episode_id, start, _) = numbers[:, before], numbers[:, i]
+    if episode_id > last_id and start >= last_start + last_length:
+        return None
+    return DamagedEpisodeError(f"has numbers that episode {last_id} has")
 
 
-def _expected_sizes(
-    strategy: EpisodeSerializationStrategy, fields: Fields, files: list[tuple[FileName, str, int]]
-) -> list[int] | list[None]:
-    sizes = strategy.sizes(fields, np.array([name.length for name, _, _ in files], np.int64))
-    return [None] * len(files) if sizes is None else sizes.tolist()
+def set_aside(directory: EpisodeDirectory, listing: Listing, damaged: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Move damaged files away, and return those that were."""
+    if directory.is_new and not listing.texts and not listing.markers:
+        # No episode in a directory that nobody has written episodes to: other people's files stay where they are.
+        return []
+    return [(name, reason) for name, reason in damaged if directory.set_aside(name)]
+
+
+def damage_message(path: str, damaged: list[tuple[str, str]], what_happened: str) -> str:
+    """A warning that names the first few."""
+    named = "; ".join(f"{name}: {reason}" for name, reason in damaged[:5])
+    more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+    return f"{len(damaged)} files in {path} are no whole episodes and were {what_happened}: {named}{more}."
 
 
 def _find_fields(
     directory: EpisodeDirectory,
-    files: list[tuple[FileName, str, int]],
+    texts: list[str],
+    lengths: Int64Array,
     strategy: EpisodeSerializationStrategy,
     stated_fields: Fields | None,
     damaged: list[tuple[str, str]],
 ) -> Fields | None:
     """The fields that the newest good file states; those that are not good are noted as damaged."""
     unknown_version = None
-    for name, text, _ in reversed(files):
+    for text, length in zip(reversed(texts), lengths[::-1].tolist(), strict=True):
         try:
             with _opened(directory, text) as file, as_damage():
                 fields = strategy.load_fields(file)
@@ -110,7 +149,7 @@ def _find_fields(
                 fields = stated_fields if fields is None else fields
                 assert fields is not None  # One of the two is there.
                 file.seek(0)
-                strategy.check(file, fields, name.length)
+                strategy.check(file, fields, length)
                 return fields
         except FileNotFoundError:
             continue
