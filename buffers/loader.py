@@ -7,6 +7,10 @@ the batches w, w + W, w + 2W, ... and the DataLoader takes from its workers in t
 from __future__ import annotations
 
 import math
+import os
+import select
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +19,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from buffers.dataset.index import Windows
+from buffers.dataset.shared import SharedArrays
 from buffers.sampler.base import Sampler
 from buffers.sampler.uniform import UniformSampler
+from buffers.transport import Slots, forget
 from buffers.utils import integer
 
 if TYPE_CHECKING:
@@ -85,7 +91,10 @@ class SequenceStream(IterableDataset):
         self.position = 0
         # The position at which an iteration by worker processes began. They see it change: persistent ones begin
         # another. The position itself would not do, as it goes on while slow workers are still starting.
-        self.first_of_workers = torch.zeros(1, dtype=torch.int64)
+        self.first_of_workers = SharedArrays({"position": ((1,), np.dtype(np.int64))})
+        # Set by the loader for its workers.
+        self.trainer, self.num_slots = os.getpid(), 0
+        self._slots: Slots | None = None
 
     def batch(self, n: int) -> Any:
         """Draw and read batch n.
@@ -127,18 +136,25 @@ class SequenceStream(IterableDataset):
             return _single_sequences(self, worker)
         if worker is None:
             return _Batches(self.take)
-        numbers = iter(range(int(self.first_of_workers) + worker.id, 2**63 - 1, worker.num_workers))
+        end_with(self.trainer)
+        self._slots = self._slots or Slots(self.num_slots)
+        first = int(self.first_of_workers["position"][0])
+        numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
         return _Batches(lambda: self.batch(next(numbers)))
+
+    def pack(self, batch: Any) -> Any:
+        """What a worker sends instead of a batch."""
+        return batch if self._slots is None else self._slots.pack(batch)
 
     def _drawn(self, rng: np.random.Generator) -> tuple[Windows, dict[str, torch.Tensor]]:
         """Windows and their data; those whose episode was evicted before they were read are drawn again."""
-        windows, out, missed = self._attempt(self.num_windows, rng)
+        windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
         for _ in range(self.dataset.max_sampling_attempts):
             if len(missed) == 0:
                 return windows, out
             if self.sequence_length is None:
                 # Another episode may be longer than all of these, which changes the padding: begin anew.
-                windows, out, missed = self._attempt(self.num_windows, rng)
+                windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
                 continue
             others, rows, still_missed = self._attempt(len(missed), rng)
             read = np.setdiff1d(np.arange(len(missed)), still_missed)
@@ -152,12 +168,15 @@ class SequenceStream(IterableDataset):
         )
 
     def _attempt(
-        self, num_windows: int, rng: np.random.Generator
+        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool = False
     ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
         """Windows, their data, and the positions of those that were gone."""
         self.dataset._refresh()
         windows = self.sampler.draw(self.dataset.index, num_windows, self.sequence_length, rng)
-        out = self.dataset._empty_batch(windows)
+        if is_whole_batch and self._slots is not None and self.dataset.fields is not None:
+            out = self._slots.empty_batch(self.dataset.fields, (num_windows, windows.length))
+        else:
+            out = self.dataset._empty_batch(windows)
         if self.chunk_size >= num_windows:
             was_read = self.dataset._read(windows, out)
             return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
@@ -298,21 +317,32 @@ class SequenceLoader(DataLoader):
         **loader_options: Any,
     ) -> None:
         num_workers = 0 if num_workers is None else integer("num_workers", num_workers, 0)
+        collate_fn = loader_options.pop("collate_fn", None)
         if num_workers:
-            stream.first_of_workers.share_memory_()
+            stream.dataset.check_workers()
+            # Batches that wait for the trainer, one that it has, and one that is being made.
+            stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
+            collate_fn = _CollateAndPack(stream, collate_fn)
         # torch draws a seed for its workers, from the global generator unless it is given another.
         loader_options.setdefault("generator", torch.Generator())
-        loader_options.setdefault("collate_fn", _as_it_is)
         super().__init__(
-            stream, batch_size=None, num_workers=num_workers, pin_memory=bool(pin_memory), **loader_options
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=bool(pin_memory),
+            collate_fn=collate_fn or _as_it_is,
+            **loader_options,
         )
         self.stream = stream
 
     def __iter__(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
-        self.stream.first_of_workers[0] = self.stream.position
-        return _Counted(self.stream, super().__iter__())
+        if self.stream.dataset.fields is None:
+            raise RuntimeError(self.stream.dataset.index.no_window_message(None))
+        self.stream.trainer = os.getpid()
+        self.stream.first_of_workers["position"][0] = self.stream.position
+        return _BatchesOfWorkers(self, super().__iter__())
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands: `seed`, and `position`, the number of batches taken."""
@@ -328,13 +358,64 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class _Counted(Iterator[Any]):
+class _CollateAndPack:
+    """Called by a worker on each batch before it is sent."""
+
+    def __init__(self, stream: SequenceStream, collate_fn: Callable[[Any], Any] | None) -> None:
+        self._stream, self._collate_fn = stream, collate_fn
+
+    def __call__(self, batch: Any) -> Any:
+        return self._stream.pack(batch if self._collate_fn is None else self._collate_fn(batch))
+
+
+class _BatchesOfWorkers(Iterator[Any]):
     """Counts the batches that the trainer takes from its workers, so that the next iteration goes on behind them."""
 
-    def __init__(self, stream: SequenceStream, batches: Iterator[Any]) -> None:
-        self._stream, self._batches = stream, batches
+    def __init__(self, loader: SequenceLoader, batches: Any) -> None:
+        self._loader, self._batches = loader, batches
+        self._workers = [worker.pid for worker in getattr(batches, "_workers", [])]
 
     def __next__(self) -> Any:
-        batch = next(self._batches)
-        self._stream.position += 1
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            if not all(worker.is_alive() for worker in getattr(self._batches, "_workers", [])):
+                # A persistent worker that is gone is not started again by torch, but all of them are.
+                self._loader._iterator = None
+            raise
+        self._loader.stream.position += 1
         return batch
+
+    def __del__(self) -> None:
+        if not self._loader.persistent_workers:
+            forget(self._workers)
+
+
+def end_with(trainer: int) -> None:
+    """End this process when the trainer has ended, however it did; called once or more.
+
+    torch looks whether its parent has changed, which under forkserver is not the trainer.
+    """
+    if trainer not in _watched:
+        _watched.add(trainer)
+        threading.Thread(target=_wait_and_exit, args=(trainer,), daemon=True, name="buffers-end-with-trainer").start()
+
+
+_watched: set[int] = set()
+
+
+def _wait_and_exit(trainer: int) -> None:
+    try:
+        select.select([os.pidfd_open(trainer)], [], [])
+    except (AttributeError, OSError):  # Not Linux, an old kernel, or gone already.
+        while _is_alive(trainer):
+            time.sleep(1.0)
+    os._exit(1)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 from buffers.dataset.index import EpisodeIndex
 from buffers.sampler import UniformSampler
 
-# append a length, or remove the episode at a position (modulo the number that live)
+# append a length, remove the episode at a position (modulo the number that live), extend by many, retire some
 OPERATIONS = st.lists(
-    st.one_of(st.tuples(st.just("append"), st.integers(1, 9)), st.tuples(st.just("remove"), st.integers(0, 5))),
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 9)),
+        st.tuples(st.just("remove"), st.integers(0, 5)),
+        st.tuples(st.just("extend"), st.integers(0, 90)),
+        st.tuples(st.just("retire"), st.integers(0, 3)),
+    ),
     max_size=300,
 )
 
@@ -53,6 +58,16 @@ def test_integers_map_to_windows_one_to_one_whatever_was_added_and_removed(opera
             assert index.append(value) == number
             live.append((start, value, number))
             start, number = start + value, number + 1
+        elif operation == "extend":  # By episodes of 1 to 3 rows, with gaps in ids and steps.
+            rows = [(start + 5 * k, 1 + k % 3, number + 2 * k) for k in range(value)]
+            index.extend(np.array(rows, np.int64).reshape(-1, 3))
+            live += rows
+            if rows:
+                start, number = rows[-1][0] + rows[-1][1], rows[-1][2] + 1
+        elif operation == "retire" and live:
+            tail = live[min(value, len(live) - 1)][0]
+            index.retire(tail)
+            live = [episode for episode in live if episode[0] >= tail]
         elif live:
             position = value % len(live)
             index.remove(position)
@@ -87,10 +102,10 @@ def test_moving_on_costs_a_constant_number_of_copies(monkeypatch: pytest.MonkeyP
     moved = 0
     relocate = EpisodeIndex._relocate
 
-    def count(self: EpisodeIndex) -> None:
+    def count(self: EpisodeIndex, num_new: int) -> None:
         nonlocal moved
         moved += len(self)
-        relocate(self)
+        relocate(self, num_new)
 
     monkeypatch.setattr(EpisodeIndex, "_relocate", count)
     index = EpisodeIndex()
@@ -122,16 +137,15 @@ def test_inserted_episodes_are_drawn_like_appended_ones_gaps_or_not(first, secon
     for numbers in (sorted(first), sorted(second - first)):
         if numbers:
             episodes = [(10 * number, 1 + number % 7, number) for number in numbers]
-            starts, lengths, ids = np.array(episodes, np.int64).T
-            index.insert(ids, starts, lengths)
+            index.insert(np.array(episodes, np.int64))
             live = sorted([*live, *episodes])
             index.cumulated_windows(length)
         for _ in range(min(removed, len(live) - 1)):
             index.remove(0)
             live.pop(0)
     assert index.num_steps == sum(rows for _, rows, _ in live)
-    assert (index.next_id, index.next_start) == (max(first | second) + 1, live[-1][0] + live[-1][1])
+    assert (index.next_id, index.next_start) == (live[-1][2] + 1, live[-1][0] + live[-1][1])
     expected = window_list(live, length)
     if expected:
         assert drawn_list(index, length, len(expected)) == expected
-    assert index.append(3) == max(first | second) + 1
+    assert index.append(3) == live[-1][2] + 1

@@ -75,9 +75,15 @@ def test_two_iterators_of_a_loader_share_its_batches() -> None:
 
 
 def test_an_error_in_a_worker_reaches_the_trainer() -> None:
-    batches = iter(RingBufferDataset(10).get_loader(2, 3, num_workers=1))
+    dataset = RingBufferDataset(10)
+    loader = dataset.get_loader(2, 3, num_workers=1)
     with pytest.raises(RuntimeError, match="The dataset is empty"):
-        next(batches)
+        next(iter(loader))
+    dataset.add_episode(tagged.episode(2, 0))
+    with pytest.raises(RuntimeError, match="`sequence_length`=3 is longer"):
+        next(iter(loader))
+    dataset.add_episode(tagged.episode(3, 1))
+    assert set(tagged.origins(next(iter(loader)))) == {(0, 1, 0, 3)}
 
 
 def test_options_of_the_dataloader_are_passed_on() -> None:

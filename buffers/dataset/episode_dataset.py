@@ -102,6 +102,9 @@ class EpisodeDataset(IterableDataset, ABC):
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, an episode that the store could not give back as it is. Refuses none by default."""
 
+    def check_workers(self) -> None:
+        """Refuse, by a ValueError, worker processes where they could not read. Refuses none by default."""
+
     def _refresh(self) -> None:
         """Called before windows are drawn: a store that another process writes to looks for what is new."""
 

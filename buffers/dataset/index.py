@@ -116,7 +116,7 @@ class EpisodeIndex:
     def append(self, length: int) -> int:
         """Write down an episode of `length` rows and return its id."""
         if self._last == len(self._table):
-            self._relocate()
+            self._relocate(1)
         episode_id = self.next_id
         self._table[self._last] = (self.next_start, length, episode_id)
         self._last += 1
@@ -125,21 +125,32 @@ class EpisodeIndex:
         self.num_steps += length
         return episode_id
 
-    def insert(self, ids: Int64Array, starts: Int64Array, lengths: Int64Array) -> None:
-        """Write down episodes by their numbers, of which some may be missing in between; O(all that live).
+    def extend(self, rows: Int64Array) -> None:
+        """Write down episodes `(n, 3)` of (start, length, id), in ascending order, all newer than those that live."""
+        if self._last + len(rows) > len(self._table):
+            self._relocate(len(rows))
+        if len(rows):
+            self._table[self._last : self._last + len(rows)] = rows
+            self._last += len(rows)
+            self.num_steps += int(rows[:, _LENGTH].sum())
+            self.next_start = int(rows[-1, _START] + rows[-1, _LENGTH])
+            self.next_id = int(rows[-1, _ID]) + 1
 
-        Args:
-            ids: int64 `(n,)`, ascending; none of them lives.
-            starts: int64 `(n,)`, ascending with the ids.
-            lengths: int64 `(n,)`.
-        """
-        table = np.concatenate([self._table[self._first : self._last], np.stack([starts, lengths, ids], 1)])
-        if len(self) and ids[0] < self.ids[-1]:
-            table = table[table[:, _ID].argsort()]
-        self._table, self._first, self._last, self._cumulations = table, 0, len(table), {}
-        self.num_steps = int(self.lengths.sum())
-        self.next_id = max(self.next_id, int(self.ids[-1]) + 1)
-        self.next_start = max(self.next_start, int(self.starts[-1] + self.lengths[-1]))
+    def insert(self, rows: Int64Array) -> None:
+        """`extend`, also by episodes older than some that live; those cost O(all that live)."""
+        if len(self) and len(rows) and rows[0, _ID] < self.ids[-1]:
+            rows = np.concatenate([self._table[self._first : self._last], rows])
+            rows = rows[rows[:, _ID].argsort()]
+            self._first = self._last = self.num_steps = 0
+            self._cumulations.clear()
+        self.extend(rows)
+
+    def retire(self, tail: int) -> None:
+        """Forget the oldest episodes, those that start before step id `tail`."""
+        if len(self) and self._table[self._first, _START] < tail:
+            num_retired = int(self.starts.searchsorted(tail))
+            self.num_steps -= int(self.lengths[:num_retired].sum())
+            self._first += num_retired
 
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, a shift of the younger ones for any other."""
@@ -197,10 +208,10 @@ class EpisodeIndex:
             cumulation.extend(counts)
         return cumulation.values[self._first : self._last + 1]
 
-    def _relocate(self) -> None:
-        """Move the live rows to the front, of a table that a quarter more than those would fill."""
+    def _relocate(self, num_new: int) -> None:
+        """Move the live rows to the front of a table that has room for new ones, and for a quarter more."""
         live = len(self)
-        table = np.empty((live + max(live // 4, _INITIAL_SIZE), 3), np.int64)
+        table = np.empty((live + max(live // 4, _INITIAL_SIZE, num_new), 3), np.int64)
         table[:live] = self._table[self._first : self._last]
         for cumulation in self._cumulations.values():
             cumulation.relocate(len(table), self._first)

@@ -187,7 +187,7 @@ class IndividualFileDataset(EpisodeDataset):
         if texts:
             self._is_format_open = False
             self._names.update(zip(numbers[0].tolist(), texts, strict=True))
-            self.index.insert(*numbers)
+            self.index.insert(numbers[[1, 2, 0]].T)
 
     def _warn_of(self, damaged: list[tuple[str, str]], what_happened: str) -> None:
         if damaged and self._warns:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from typing import Any, final
 
 import numpy as np
 import torch
 
+from buffers.dataset.column import Column
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields, TensorType, as_tensor
-from buffers.dataset.index import Windows
+from buffers.dataset.fields import Fields, TensorType
+from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.shared import EpisodeLog, SharedArrays
 from buffers.evictor.base import Evictor
 from buffers.evictor.fifo import FIFOEvictor
 from buffers.utils import format_bytes
 
 __all__ = ["RingBufferDataset"]
 
-_MAX_VIEWS = 8
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -57,21 +60,42 @@ class RingBufferDataset(EpisodeDataset):
             )
         self.device = torch.device(device)
         self.half_precision = bool(half_precision)
+        self._memory: SharedArrays | None = None
+        self._log: EpisodeLog | None = None
+        # The process that adds. In every other, this dataset reads what that one publishes.
+        self._writer = self._index_owner = os.getpid()
         super().__init__(capacity, info, evictor)
 
     def _allocate(self, fields: Fields) -> None:
         stored = {name: self._stored_type(tensor_type) for name, tensor_type in fields.items()}
         try:
-            columns = {
-                name: _Column(self.capacity, stored[name], self.device, stored[name].dtype != fields[name].dtype)
-                for name in fields
-            }
+            if self.device.type == "cpu":
+                self._memory = SharedArrays(self._layout(stored))
+                EpisodeLog(self._memory).begin(self.index)
+            self._set_columns(fields, stored)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             size = format_bytes(sum(tensor_type.nbytes for tensor_type in stored.values()) * self.capacity)
             raise MemoryError(
                 f"A `capacity` of {self.capacity} steps needs {size} on {self.device}, which cannot be had. Lower it."
             ) from None
-        self._columns = columns
+
+    def _layout(self, stored: dict[str, TensorType]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        rows = {f"rows/{name}": ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
+        return {**rows, **EpisodeLog.layout(self.capacity)}
+
+    def _set_columns(self, fields: Fields, stored: dict[str, TensorType]) -> None:
+        if self._memory is not None:
+            self._log = EpisodeLog(self._memory)
+        self._columns = {
+            name: Column(
+                self.capacity,
+                stored[name],
+                self.device,
+                None if self._memory is None else self._memory[f"rows/{name}"],
+                tensor_type.dtype,
+            )
+            for name, tensor_type in fields.items()
+        }
 
     def _stored_type(self, tensor_type: TensorType) -> TensorType:
         if self.half_precision and tensor_type.dtype == torch.float32:
@@ -79,6 +103,7 @@ class RingBufferDataset(EpisodeDataset):
         return tensor_type
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
+        self._check_writer()
         if not self.half_precision:
             return
         for name, rows in episode.items():
@@ -87,21 +112,39 @@ class RingBufferDataset(EpisodeDataset):
                     f"Field `{name}` holds numbers beyond {_LARGEST_HALF:.0f}, which half_precision=True cannot store."
                 )
 
+    def _check_writer(self) -> None:
+        if os.getpid() != self._writer:
+            raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
+
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         slot = start % self.capacity
         for name, rows in episode.items():
             self._columns[name].write(slot, rows)
+        if self._log is not None:
+            length = len(next(iter(episode.values())))
+            self._log.publish(episode_id, start, length, num_live=len(self.index))
 
-    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> None:
+    def _erase(self, episode_id: int, start: int, length: int) -> None:
+        self._check_writer()
+        if start != self.index.starts[0]:
+            raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
+        if self._log is not None:
+            self._log.retire(start + length)
+
+    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         length, last_slot = windows.length, self.capacity - windows.length
         slots = windows.start % self.capacity
         wraps = slots > last_slot
         if wraps.any():
             self._read_with_wraps(slots, wraps.nonzero()[0], length, out)
-            return
-        places = self._on_device(slots)
-        for name, tensor in out.items():
-            self._columns[name].read_windows(places, length, tensor)
+        else:
+            places = self._on_device(slots)
+            for name, tensor in out.items():
+                self._columns[name].read_windows(places, length, tensor)
+        if self._log is None or os.getpid() == self._writer:
+            return None
+        is_whole = windows.start >= self._log.tail
+        return None if is_whole.all() else is_whole
 
     def _read_with_wraps(
         self, slots: np.ndarray, wrapped: np.ndarray, length: int, out: dict[str, torch.Tensor]
@@ -118,100 +161,49 @@ class RingBufferDataset(EpisodeDataset):
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
-    def _erase(self, episode_id: int, start: int, length: int) -> None:
-        if start != self.index.starts[0]:
-            raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
+    # Readers in other processes: everything is published as it is added, whether anyone reads or not.
 
+    def check_workers(self) -> None:
+        """Refuse worker processes where they cannot read."""
+        if self.device.type != "cpu":
+            raise ValueError(f"A ring on {self.device} makes its batches there: workers cannot. Use `num_workers`=0.")
 
-class _Column:
-    """The storage of one field: `(capacity, *shape)`.
-
-    Args:
-        capacity: In steps.
-        tensor_type: What is stored.
-        device: Where.
-        needs_cast: Whether batches have another dtype.
-    """
-
-    def __init__(self, capacity: int, tensor_type: TensorType, device: torch.device, needs_cast: bool) -> None:
-        self.capacity, self.tensor_type, self.device, self.needs_cast = capacity, tensor_type, device, needs_cast
-        shape = (capacity, *tensor_type.shape)
-        self.array: np.ndarray | None = None
-        if device.type == "cpu":
-            # numpy asks the kernel for huge pages, torch does not: 117 us against 143 us for 256 x 64 of state.
-            self.array = np.empty(shape, tensor_type.numpy_dtype)
-            self.tensor = as_tensor(self.array, tensor_type)
-        else:
-            self.tensor = torch.empty(shape, dtype=tensor_type.dtype, device=device)
-        # What is gathered are words, of 8 bytes where rows of bytes allow: with two threads 423 us against 890 us for
-        # 256 x 3 pixels, as torch decides by the number of elements whether to split the work.
-        self.word = _word(tensor_type)
-        self.rows = self._in_words(self.tensor)
-        self.windows: dict[int, torch.Tensor] = {}
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.capacity, self.tensor_type, self.device, self.needs_cast, self.tensor
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        *arguments, tensor = state
-        # The views are made anew: pickled one by one, they would be copies.
-        self.__init__(*arguments)  # type: ignore[misc]
-        self.tensor.copy_(tensor)
-
-    def write(self, slot: int, rows: np.ndarray) -> None:
-        """Copy rows to the slots from `slot` on, around the end if need be."""
-        before_end = min(len(rows), self.capacity - slot)
-        if self.array is not None:
-            self.array[slot : slot + before_end] = rows[:before_end]
-            if before_end < len(rows):
-                self.array[: len(rows) - before_end] = rows[before_end:]
+    def _refresh(self) -> None:
+        if os.getpid() == self._writer or self._log is None:
             return
-        source = torch.tensor(rows) if self.tensor.dtype != torch.bfloat16 else as_tensor(rows.copy(), self.tensor_type)
-        self.tensor[slot : slot + before_end].copy_(source[:before_end])
-        if before_end < len(rows):
-            self.tensor[: len(rows) - before_end].copy_(source[before_end:])
+        if self._index_owner != os.getpid():
+            # A fork may have caught the writer in the middle of a change: what it left in this copy is not used.
+            self.index, self._index_owner = EpisodeIndex(), os.getpid()
+        self._log.follow(self.index)
 
-    def read_windows(self, slots: torch.Tensor, length: int, out: torch.Tensor) -> None:
-        """Gather `out[b] = rows[slots[b] : slots[b] + length]`, none of which wraps."""
-        windows = self.windows.get(length)
-        if windows is None:
-            windows = self._window_view(length)
-        if self.needs_cast:
-            out.copy_(torch.index_select(windows, 0, slots))
-        elif self.word is None:
-            torch.index_select(windows, 0, slots, out=out)
+    def __getstate__(self) -> dict[str, Any]:
+        """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
+        state = self.__dict__.copy()
+        if self._memory is not None:
+            for name in ("index", "_columns", "_log"):
+                state.pop(name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._memory is None:
+            self._writer = self._index_owner = os.getpid()
         else:
-            torch.index_select(windows, 0, slots, out=self._in_words(out))
+            assert self._fields is not None  # There is memory for them.
+            self._set_columns(self._fields, {name: self._stored_type(t) for name, t in self._fields.items()})
+            # Not the writer, even if it is the same process: one that is unpickled reads along.
+            self.index, self._writer, self._index_owner = EpisodeIndex(), -1, os.getpid()
+            self._refresh()
 
-    def read_rows(self, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
-        """Gather `out[positions[i]] = rows[slots[i]]` for slots `(num, T)`."""
-        rows = self.rows.index_select(0, slots.view(-1)).view(*slots.shape, *self.rows.shape[1:])
-        if self.needs_cast:
-            out.index_copy_(0, positions, rows.to(out.dtype))
-        else:
-            self._in_words(out).index_copy_(0, positions, rows)
-
-    def _window_view(self, length: int) -> torch.Tensor:
-        """All windows that do not wrap, one a row, overlapping: `(capacity - length + 1, length, *row)`."""
-        if len(self.windows) == _MAX_VIEWS:
-            self.windows.clear()
-        num_windows = self.capacity - length + 1
-        stride = self.rows.stride()
-        view = self.rows.as_strided((num_windows, length, *self.rows.shape[1:]), (stride[0], *stride))
-        self.windows[length] = view
-        return view
-
-    def _in_words(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor `(..., *shape)` as words `(..., n)`, or as it is where its own elements serve."""
-        if self.word is None:
-            return tensor
-        num_leading_axes = tensor.dim() - len(self.tensor_type.shape)
-        return tensor.view(*tensor.shape[:num_leading_axes], -1).view(self.word)
-
-
-def _word(tensor_type: TensorType) -> torch.dtype | None:
-    """The integers that rows are moved as; None for the elements themselves."""
-    if tensor_type.dtype.itemsize == 1 and tensor_type.nbytes % 8 == 0 and tensor_type.nbytes > 0:
-        return torch.int64
-    # torch has these dtypes without the gather.
-    return {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(tensor_type.dtype)
+    def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
+        """A ring of its own with the same episodes."""
+        other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
+        other.index, other._has_evicted = copy.deepcopy(self.index, memo), self._has_evicted
+        head, rows = self.index.next_start, self.index.num_steps
+        if self._fields is not None:
+            slots = torch.arange(head - rows, head, device=self.device) % self.capacity
+            for name, column in self._columns.items():
+                other._columns[name].rows[slots] = column.rows[slots]
+        if other._log is not None:
+            other._log.begin(other.index)
+        return other

@@ -1,0 +1,102 @@
+"""Column: the storage of one field of a ring."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from buffers.dataset.fields import TensorType, as_tensor
+
+__all__ = ["Column"]
+
+_MAX_VIEWS = 8
+
+
+class Column:
+    """The storage of one field: `(capacity, *shape)`.
+
+    Args:
+        capacity: In steps.
+        tensor_type: What is stored.
+        device: Where.
+        array: The memory, if it is not on a GPU: `(capacity, *shape)`.
+        batch_dtype: dtype of what is read.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        tensor_type: TensorType,
+        device: torch.device,
+        array: np.ndarray | None,
+        batch_dtype: torch.dtype,
+    ) -> None:
+        self.capacity, self.tensor_type, self.array = capacity, tensor_type, array
+        self.needs_cast = batch_dtype != tensor_type.dtype
+        if array is not None:
+            self.tensor = as_tensor(array, tensor_type)
+        else:
+            self.tensor = torch.empty((capacity, *tensor_type.shape), dtype=tensor_type.dtype, device=device)
+        # What is gathered are words, of 8 bytes where rows of bytes allow: with two threads 423 us against 890 us for
+        # 256 x 3 pixels, as torch decides by the number of elements whether to split the work.
+        self.word = _word(tensor_type)
+        self.rows = self._in_words(self.tensor)
+        self.windows: dict[int, torch.Tensor] = {}
+
+    def write(self, slot: int, rows: np.ndarray) -> None:
+        """Copy rows to the slots from `slot` on, around the end if need be."""
+        before_end = min(len(rows), self.capacity - slot)
+        if self.array is not None:
+            self.array[slot : slot + before_end] = rows[:before_end]
+            if before_end < len(rows):
+                self.array[: len(rows) - before_end] = rows[before_end:]
+            return
+        source = torch.tensor(rows) if self.tensor.dtype != torch.bfloat16 else as_tensor(rows.copy(), self.tensor_type)
+        self.tensor[slot : slot + before_end].copy_(source[:before_end])
+        if before_end < len(rows):
+            self.tensor[: len(rows) - before_end].copy_(source[before_end:])
+
+    def read_windows(self, slots: torch.Tensor, length: int, out: torch.Tensor) -> None:
+        """Gather `out[b] = rows[slots[b] : slots[b] + length]`, none of which wraps."""
+        windows = self.windows.get(length)
+        if windows is None:
+            windows = self._window_view(length)
+        if self.needs_cast:
+            out.copy_(torch.index_select(windows, 0, slots))
+        elif self.word is None:
+            torch.index_select(windows, 0, slots, out=out)
+        else:
+            torch.index_select(windows, 0, slots, out=self._in_words(out))
+
+    def read_rows(self, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        """Gather `out[positions[i]] = rows[slots[i]]` for slots `(num, T)`."""
+        rows = self.rows.index_select(0, slots.view(-1)).view(*slots.shape, *self.rows.shape[1:])
+        if self.needs_cast:
+            out.index_copy_(0, positions, rows.to(out.dtype))
+        else:
+            self._in_words(out).index_copy_(0, positions, rows)
+
+    def _window_view(self, length: int) -> torch.Tensor:
+        """All windows that do not wrap, one a row, overlapping: `(capacity - length + 1, length, *row)`."""
+        if len(self.windows) == _MAX_VIEWS:
+            self.windows.clear()
+        num_windows = self.capacity - length + 1
+        stride = self.rows.stride()
+        view = self.rows.as_strided((num_windows, length, *self.rows.shape[1:]), (stride[0], *stride))
+        self.windows[length] = view
+        return view
+
+    def _in_words(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor `(..., *shape)` as words `(..., n)`, or as it is where its own elements serve."""
+        if self.word is None:
+            return tensor
+        num_leading_axes = tensor.dim() - len(self.tensor_type.shape)
+        return tensor.view(*tensor.shape[:num_leading_axes], -1).view(self.word)
+
+
+def _word(tensor_type: TensorType) -> torch.dtype | None:
+    """The integers that rows are moved as; None for the elements themselves."""
+    if tensor_type.dtype.itemsize == 1 and tensor_type.nbytes % 8 == 0 and tensor_type.nbytes > 0:
+        return torch.int64
+    # torch has these dtypes without the gather.
+    return {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(tensor_type.dtype)

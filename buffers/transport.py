@@ -1,0 +1,192 @@
+"""How a batch crosses from a worker to the trainer: in shared slots that are used again and again.
+
+    worker                                              trainer
+
+    finds a slot whose flag is 0, sets it to 1
+    gathers into the slot
+    sends slot number, offsets, shapes, dtypes    ->    makes tensors over the slot
+                                                        drops the last of them: a finalizer sets the flag to 0
+
+A batch that the user keeps is never written over. Where no slot is free, the batch goes torch's way, in one new piece
+of shared memory: nothing waits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers.dataset.fields import Fields
+from buffers.dataset.shared import SharedArrays
+
+__all__ = ["Slots", "forget"]
+
+_ALIGNMENT = 64
+# Room for what joins the fields in a batch: `include`, what a transform makes.
+_SLACK = 65_536
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """Where a tensor lies in the memory of its batch."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Slots:
+    """The worker's side.
+
+    Args:
+        num_slots: Batches that can be under way or in use at a time.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._shared: SharedArrays | None = None
+        self._slot: int | None = None
+        self._memory: np.ndarray = np.empty(0, np.uint8)
+        self._used = 0
+
+    def begin(self, num_bytes: int) -> None:
+        """Choose the memory of the next batch, whose tensors take about so much."""
+        num_bytes += num_bytes // 8 + _SLACK
+        if self._shared is None or self._shared["slots"].shape[1] < num_bytes:
+            size, uint8 = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT, np.dtype(np.uint8)
+            # Batches in the slots before these keep their memory: the trainer has mapped it.
+            self._shared = SharedArrays(
+                {"flags": ((self._num_slots,), uint8), "slots": ((self._num_slots, size), uint8)}
+            )
+        free = np.flatnonzero(self._shared["flags"] == 0)
+        self._used = 0
+        if len(free):
+            self._slot = int(free[0])
+            self._shared["flags"][self._slot] = 1
+            self._memory = self._shared["slots"][self._slot]
+        else:
+            self._slot = None
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """A tensor in the memory of the batch; None if there is no room left."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self._used + num_bytes > len(self._memory):
+            return None
+        tensor = _tensor_at(self._memory, _Leaf(self._used, shape, dtype))
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return tensor
+
+    def empty_batch(self, fields: Fields, leading: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Memory for a batch, `name -> (*leading, *shape)`."""
+        self.begin(fields.nbytes * leading[0] * leading[1] + _ALIGNMENT * len(fields))
+        out = {name: self.empty(leading + field.shape, field.dtype) for name, field in fields.items()}
+        return {name: tensor for name, tensor in out.items() if tensor is not None}
+
+    def pack(self, batch: Any) -> Any:
+        """What is sent instead of the batch, and becomes it when it is unpickled."""
+        if not len(self._memory):
+            return batch
+        tree = _map_tensors(batch, self._leaf)
+        memory, self._memory = self._memory, np.empty(0, np.uint8)
+        if self._slot is None:
+            return _Packed(_unpack_tensor, (torch.from_numpy(memory)[: self._used], tree))
+        assert self._shared is not None  # It has the slot.
+        return _Packed(_unpack_slot, (os.getpid(), self._shared.__getstate__(), self._slot, tree))
+
+    def _leaf(self, tensor: torch.Tensor) -> Any:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.requires_grad:
+            return tensor
+        offset = tensor.data_ptr() - self._memory.ctypes.data
+        is_inside = offset >= 0 and offset + tensor.nbytes <= self._used and tensor.is_contiguous()
+        if not is_inside:
+            room = self.empty(tuple(tensor.shape), tensor.dtype)
+            if room is None:
+                return tensor
+            room.copy_(tensor)
+            offset = room.data_ptr() - self._memory.ctypes.data
+        return _Leaf(offset, tuple(tensor.shape), tensor.dtype)
+
+
+class _Packed:
+    """Pickles as a call that makes the batch."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._call
+
+
+# The trainer's side.
+
+# The slots of each worker that lives, by its process id: mapped once.
+_opened: dict[int, tuple[Any, SharedArrays]] = {}
+
+
+def forget(workers: Iterable[int]) -> None:
+    """Give up the slots of workers that have ended; batches in them keep their memory."""
+    for worker in workers:
+        _opened.pop(worker, None)
+
+
+def _unpack_slot(worker: int, state: dict[str, Any], slot: int, tree: Any) -> Any:
+    shared = _open(worker, state)
+    # An array of its own over the slot, which all tensors of the batch keep alive, and nothing else does.
+    memory = np.frombuffer(memoryview(shared["slots"][slot]), np.uint8)
+    weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
+    return _map_leaves(tree, lambda leaf: _tensor_at(memory, leaf))
+
+
+def _unpack_tensor(memory: torch.Tensor, tree: Any) -> Any:
+    array = memory.numpy()
+    return _map_leaves(tree, lambda leaf: _tensor_at(array, leaf))
+
+
+def _open(worker: int, state: dict[str, Any]) -> SharedArrays:
+    handle = state.get("handle")
+    if worker in _opened and handle is not None and _opened[worker][0] == handle:
+        return _opened[worker][1]
+    shared = SharedArrays.__new__(SharedArrays)
+    shared.__setstate__(state)
+    _opened[worker] = handle, shared
+    return shared
+
+
+def _free(shared: SharedArrays, slot: int, trainer: int) -> None:
+    # A process that the trainer forked drops its copy of the batch, too, and must not give the slot away.
+    if os.getpid() == trainer:
+        shared["flags"][slot] = 0
+
+
+def _tensor_at(memory: np.ndarray, leaf: _Leaf) -> torch.Tensor:
+    num_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+    return torch.from_numpy(memory[leaf.offset : leaf.offset + num_bytes]).view(leaf.dtype).view(leaf.shape)
+
+
+def _map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    return _map(tree, torch.Tensor, function)
+
+
+def _map_leaves(tree: Any, function: Callable[[_Leaf], Any]) -> Any:
+    return _map(tree, _Leaf, function)
+
+
+def _map(tree: Any, leaf_type: type, function: Callable[[Any], Any]) -> Any:
+    """The same structure of dicts, lists and tuples with `function` applied to leaves of a type."""
+    if isinstance(tree, leaf_type):
+        return function(tree)
+    if type(tree) is dict:
+        return {key: _map(value, leaf_type, function) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_map(value, leaf_type, function) for value in tree))
+    if type(tree) in (list, tuple):
+        return type(tree)(_map(value, leaf_type, function) for value in tree)
+    return tree
