@@ -190,6 +190,10 @@ def test_the_format_of_a_directory_is_found_out_and_another_one_is_refused(tmp_p
     with pytest.raises(ValueError, match=r"episodes in the format \['.npz'\], not only in `.pt`. Give"):
         IndividualFileDataset(30, None, None, tmp_path, TorchSerialization())
     assert len(files(tmp_path)) == 2
+    # A backup that someone has made is not another format.
+    (tmp_path / (files(tmp_path)[0] + ".bak")).write_text("")
+    with IndividualFileDataset(30, directory=tmp_path) as dataset:
+        assert numbers(dataset) == [(0, 4), (1, 5)]
 
 
 class Raw(EpisodeSerializationStrategy):

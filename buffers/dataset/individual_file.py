@@ -23,7 +23,7 @@ from buffers.dataset.safetensors_format import SafetensorsSerialization
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.window_reader import WindowReader
 from buffers.evictor.base import Evictor
-from buffers.utils import format_bytes, integer
+from buffers.utils import format_bytes, integer, one_of
 
 __all__ = [
     "DamagedEpisodeError",
@@ -104,9 +104,9 @@ class IndividualFileDataset(EpisodeDataset):
                 f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
             )
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
-        self.durability = _one_of("durability", durability, Durability)
-        self.mode = _one_of("mode", mode, Mode)
-        _one_of("verify", verify, Verify)
+        self.durability = one_of("durability", durability, get_args(Durability))
+        self.mode = one_of("mode", mode, get_args(Mode))
+        one_of("verify", verify, get_args(Verify))
         self._is_format_open = strategy is None
         self._strategy = SafetensorsSerialization() if strategy is None else strategy
         # The fields as the files have them: they may be named by other types than in `info`.
@@ -157,18 +157,24 @@ class IndividualFileDataset(EpisodeDataset):
                     self._directory.suffix = kind.suffix
                     listing = self._directory.list(self._seen)
                     break
-        if listing.other_suffixes:
-            raise ValueError(
-                f"{self._directory.path} holds episodes in the format {sorted(listing.other_suffixes)}, not only in "
-                f"`{self._strategy.suffix}`. Give the `serialization_strategy` they were written with, or choose "
-                "another `directory`."
-            )
+        if self._stored_fields is None:
+            self._check_format(listing)
         inspection = inspect(self._directory, listing, self._strategy, self._stored_fields, self._fields, verify)
         if inspection.fields is not None:
             self._bind(inspection.fields)
         self._insert(inspection.texts, inspection.numbers)
         self._seen = listing.names
         return listing, inspection
+
+    def _check_format(self, listing: Listing) -> None:
+        """Refuse a directory of another format; single files that merely look like it (a backup) are no matter."""
+        others = listing.other_suffixes
+        if others and (not listing.texts or any(kind.suffix in others for kind in _FORMATS)):
+            raise ValueError(
+                f"{self._directory.path} holds episodes in the format {sorted(others)}, not only in "
+                f"`{self._strategy.suffix}`. Give the `serialization_strategy` they were written with, or choose "
+                "another `directory`."
+            )
 
     def _bind(self, fields: Fields) -> None:
         if self._stored_fields is not None:
@@ -392,9 +398,3 @@ def _follower(
     dataset._warns = False
     dataset.__init__(capacity, info, None, path, strategy, attempts, mode="r")
     return dataset
-
-
-def _one_of(name: str, value: Any, choices: Any) -> Any:
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` must be one of {list(get_args(choices))}, found {value!r:.60}.")
-    return value
