@@ -9,9 +9,16 @@ import numpy as np
 import torch
 
 from benchmarks.adding import adding, memory
+from benchmarks.recording import recording
 from benchmarks.sampling import growth, sampling
 
-PARTS = {"sampling": sampling, "growth": growth, "adding": adding, "memory": lambda rounds: memory()}
+PARTS = {
+    "sampling": sampling,
+    "growth": growth,
+    "adding": adding,
+    "memory": lambda rounds: memory(),
+    "recording": recording,
+}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from buffers._version import __version__
 from buffers.evictor import Evictor, FIFOEvictor
+from buffers.recorder import Recorder
 from buffers.replay_buffer import ReplayBuffer
 
-__all__ = ["Evictor", "FIFOEvictor", "ReplayBuffer", "__version__"]
+__all__ = ["Evictor", "FIFOEvictor", "Recorder", "ReplayBuffer", "__version__"]

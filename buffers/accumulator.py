@@ -19,6 +19,8 @@ from buffers.dataset.fields import Fields
 __all__ = ["Accumulator"]
 
 _INITIAL_ROOM = 64
+# Rows that are written one by one: of 256, this takes 3 us for 1 and 9 us for 4, and 16 us otherwise for any number.
+_FEW = 6
 
 
 class Accumulator:
@@ -120,16 +122,40 @@ class Accumulator:
         self._lengths += 1 if mask is None else mask
         self._longest += 1
 
-    def flush(self) -> None:
-        """Hand over all open episodes as they stand."""
-        for env in np.flatnonzero(self._lengths).tolist():
+    def amend(self, name: str, value: float, mask: np.ndarray | None = None) -> None:
+        """Change a field of the last row of open episodes: what ended them may be known only after that row.
+
+        Args:
+            name: The field.
+            value: Its new value.
+            mask: bool `(N,)`, whose episodes; None for all.
+        """
+        is_open = self._lengths > 0
+        envs = np.flatnonzero(is_open if mask is None else is_open & mask)
+        self._arrays[self.fields.names.index(name)][envs, self._lengths[envs] - 1] = value
+
+    def flush(self, mask: np.ndarray | None = None) -> None:
+        """Hand over open episodes as they stand.
+
+        Args:
+            mask: bool `(N,)`, whose episodes; None for all.
+        """
+        for env in np.flatnonzero(self._lengths if mask is None else self._lengths * mask).tolist():
             self._close(env, 0)
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
         """Put a row behind each open episode; it does not belong to it before the lengths say so."""
+        envs = None if mask is None else mask.nonzero()[0]
+        if envs is not None and len(envs) <= _FEW:
+            for env in envs.tolist():
+                place = self._lengths[env]
+                for array, values in zip(self._arrays, rows, strict=True):
+                    array[env, place] = values[env]
+            return
         places = self._first_places + self._lengths
-        if mask is not None:
+        if mask is not None and self._longest >= self._room:
             rows, places = [array[mask] for array in rows], places[mask]
+        # Else there is room behind every episode, and a row that nobody brought does no harm there.
         for (items, item), array in zip(self._items, rows, strict=True):
             if items is not None:
                 items[places] = array.reshape(-1).view(item)
@@ -138,7 +164,7 @@ class Accumulator:
         """Hand over episodes with the row just written; return which environments' rows are still open."""
         still_open = np.ones(self.num_envs, np.bool_) if mask is None else mask.copy()
         taken = np.zeros(self.num_envs, np.bool_) if self._taken is None else self._taken
-        for env in np.flatnonzero(is_complete & still_open).tolist():
+        for env in (is_complete & still_open).nonzero()[0].tolist():
             self._close(env, 1)
             still_open[env], taken[env] = False, True
             # Should a later one fail, the caller repeats the call, which must not bring this row again.

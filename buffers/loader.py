@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import select
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from buffers.dataset.index import Windows
 from buffers.dataset.shared import SharedArrays
+from buffers.lifetime import end_with
 from buffers.sampler.base import Sampler
 from buffers.sampler.uniform import UniformSampler
 from buffers.transport import Slots, forget
@@ -389,33 +387,3 @@ class _BatchesOfWorkers(Iterator[Any]):
     def __del__(self) -> None:
         if not self._loader.persistent_workers:
             forget(self._workers)
-
-
-def end_with(trainer: int) -> None:
-    """End this process when the trainer has ended, however it did; called once or more.
-
-    torch looks whether its parent has changed, which under forkserver is not the trainer.
-    """
-    if trainer not in _watched:
-        _watched.add(trainer)
-        threading.Thread(target=_wait_and_exit, args=(trainer,), daemon=True, name="buffers-end-with-trainer").start()
-
-
-_watched: set[int] = set()
-
-
-def _wait_and_exit(trainer: int) -> None:
-    try:
-        select.select([os.pidfd_open(trainer)], [], [])
-    except (AttributeError, OSError):  # Not Linux, an old kernel, or gone already.
-        while _is_alive(trainer):
-            time.sleep(1.0)
-    os._exit(1)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

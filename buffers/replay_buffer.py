@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,8 @@ class ReplayBuffer:
         self._batches: Iterator[Any] | None = None
         self._accumulator: Accumulator | None = None
         self._leading: tuple[int, ...] = ()
+        # The token of the recorder whose rows come in: one at a time, or the episodes of two would mix.
+        self._recorder: object | None = None
         self._is_closed = False
 
     # Steps in.
@@ -173,6 +175,42 @@ class ReplayBuffer:
         self._check_open()
         if self._accumulator is not None:
             self._accumulator.flush()
+
+    def _add_known(self, rows: Sequence[np.ndarray], is_first: Any, is_last: Any, mask: Any) -> None:
+        """For the recorder: `add` of rows that are known to fit, in the order of `fields`.
+
+        Args:
+            rows: `(N, *shape)` a field; N = 1 also where rows have no environment axis.
+            is_first: As for `add`, but bool `(N,)` or None; so are the others.
+            is_last: The same.
+            mask: The same.
+        """
+        self._check_open()
+        accumulator = self._accumulator
+        assert accumulator is not None  # The recorder's first row comes by `add`.
+        if self._leading:
+            accumulator.add_rows(rows, is_first, is_last, mask)
+        elif mask is None or mask[0]:
+            flags = [flag is not None and bool(flag[0]) for flag in (is_first, is_last)]
+            accumulator.add_row([row[0] for row in rows], *flags)
+
+    def _truncate(self, mask: Any) -> None:
+        """For the recorder: hand over open episodes that a reset cut off, with `truncated` set on their last rows.
+
+        Args:
+            mask: bool, or bool `(N,)`: whose episodes.
+
+        Raises:
+            ValueError: The mask is of another N; nothing has changed.
+        """
+        self._check_open()
+        accumulator = self._accumulator
+        if accumulator is None or mask is False:
+            return
+        mask = self._flag_for(self._leading, "mask", mask)
+        if "truncated" in accumulator.fields:
+            accumulator.amend("truncated", True, mask)
+        accumulator.flush(mask)
 
     def _begin(self, step_data: Mapping[str, Any], flags: list[Any]) -> None:
         """From the first row, settle N and the fields; nothing is kept if the row is refused."""

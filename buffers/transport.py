@@ -7,8 +7,8 @@
     sends slot number, offsets, shapes, dtypes    ->    makes tensors over the slot
                                                         drops the last of them: a finalizer sets the flag to 0
 
-A batch that the user keeps is never written over. Where no slot is free, the batch goes torch's way, in one new piece
-of shared memory: nothing waits.
+A batch that the user keeps is never written over. Where no slot is free, the batch crosses in a new piece of shared
+memory of its own: nothing waits, and nothing is taken from `/dev/shm`, which is small in containers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = ["Slots", "forget"]
 _ALIGNMENT = 64
 # Room for what joins the fields in a batch: `include`, what a transform makes.
 _SLACK = 65_536
+_FREE, _FULL, _OPENED = range(3)
 
 
 @dataclass(frozen=True)
@@ -52,28 +53,31 @@ class Slots:
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
         self._shared: SharedArrays | None = None
-        self._slot: int | None = None
-        self._memory: np.ndarray = np.empty(0, np.uint8)
-        self._used = 0
+        self._parting: list[SharedArrays] = []
+        # Where the batch that is being made lies.
+        self._current: SharedArrays | None = None
+        self._slot = self._used = 0
+        self._memory = np.empty(0, np.uint8)
 
     def begin(self, num_bytes: int) -> None:
         """Choose the memory of the next batch, whose tensors take about so much."""
         num_bytes += num_bytes // 8 + _SLACK
+        if self._current is not None:  # A transform failed, and the batch was never sent.
+            self._current["flags"][self._slot] = _FREE
+        # Memory under way to the trainer must stay open until that has mapped it; then it lives as long as its batch.
+        self._parting = [memory for memory in self._parting if (memory["flags"] == _FULL).any()]
         if self._shared is None or self._shared["slots"].shape[1] < num_bytes:
-            size, uint8 = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT, np.dtype(np.uint8)
-            # Batches in the slots before these keep their memory: the trainer has mapped it.
-            self._shared = SharedArrays(
-                {"flags": ((self._num_slots,), uint8), "slots": ((self._num_slots, size), uint8)}
-            )
-        free = np.flatnonzero(self._shared["flags"] == 0)
-        self._used = 0
+            if self._shared is not None:
+                self._parting.append(self._shared)
+            self._shared = _make(self._num_slots, num_bytes)
+        free = np.flatnonzero(self._shared["flags"] == _FREE)
         if len(free):
-            self._slot = int(free[0])
-            self._shared["flags"][self._slot] = 1
-            self._memory = self._shared["slots"][self._slot]
+            self._current, self._slot = self._shared, int(free[0])
         else:
-            self._slot = None
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+            self._current, self._slot = _make(1, num_bytes), 0
+            self._parting.append(self._current)
+        self._current["flags"][self._slot] = _FULL
+        self._memory, self._used = self._current["slots"][self._slot], 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         """A tensor in the memory of the batch; None if there is no room left."""
@@ -92,14 +96,12 @@ class Slots:
 
     def pack(self, batch: Any) -> Any:
         """What is sent instead of the batch, and becomes it when it is unpickled."""
-        if not len(self._memory):
+        if self._current is None:
             return batch
-        tree = _map_tensors(batch, self._leaf)
-        memory, self._memory = self._memory, np.empty(0, np.uint8)
-        if self._slot is None:
-            return _Packed(_unpack_tensor, (torch.from_numpy(memory)[: self._used], tree))
-        assert self._shared is not None  # It has the slot.
-        return _Packed(_unpack_slot, (os.getpid(), self._shared.__getstate__(), self._slot, tree))
+        tree = _map(batch, torch.Tensor, self._leaf)
+        arguments = (os.getpid(), self._current.__getstate__(), self._current is not self._shared, self._slot, tree)
+        self._current = None
+        return _Packed(_unpack, arguments)
 
     def _leaf(self, tensor: torch.Tensor) -> Any:
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.requires_grad:
@@ -113,6 +115,11 @@ class Slots:
             room.copy_(tensor)
             offset = room.data_ptr() - self._memory.ctypes.data
         return _Leaf(offset, tuple(tensor.shape), tensor.dtype)
+
+
+def _make(num_slots: int, num_bytes: int) -> SharedArrays:
+    uint8, size = np.dtype(np.uint8), -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return SharedArrays({"flags": ((num_slots,), uint8), "slots": ((num_slots, size), uint8)})
 
 
 class _Packed:
@@ -137,46 +144,41 @@ def forget(workers: Iterable[int]) -> None:
         _opened.pop(worker, None)
 
 
-def _unpack_slot(worker: int, state: dict[str, Any], slot: int, tree: Any) -> Any:
-    shared = _open(worker, state)
+def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tree: Any) -> Any:
+    """The batch, over the worker's memory."""
+    shared = _map_memory(state) if is_parting else _open(worker, state)
     # An array of its own over the slot, which all tensors of the batch keep alive, and nothing else does.
     memory = np.frombuffer(memoryview(shared["slots"][slot]), np.uint8)
-    weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
-    return _map_leaves(tree, lambda leaf: _tensor_at(memory, leaf))
+    if is_parting:
+        shared["flags"][0] = _OPENED
+    else:
+        weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
+    return _map(tree, _Leaf, lambda leaf: _tensor_at(memory, leaf))
 
 
-def _unpack_tensor(memory: torch.Tensor, tree: Any) -> Any:
-    array = memory.numpy()
-    return _map_leaves(tree, lambda leaf: _tensor_at(array, leaf))
+def _map_memory(state: dict[str, Any]) -> SharedArrays:
+    shared = SharedArrays.__new__(SharedArrays)
+    shared.__setstate__(state)
+    return shared
 
 
 def _open(worker: int, state: dict[str, Any]) -> SharedArrays:
     handle = state.get("handle")
     if worker in _opened and handle is not None and _opened[worker][0] == handle:
         return _opened[worker][1]
-    shared = SharedArrays.__new__(SharedArrays)
-    shared.__setstate__(state)
-    _opened[worker] = handle, shared
-    return shared
+    _opened[worker] = handle, _map_memory(state)
+    return _opened[worker][1]
 
 
 def _free(shared: SharedArrays, slot: int, trainer: int) -> None:
     # A process that the trainer forked drops its copy of the batch, too, and must not give the slot away.
     if os.getpid() == trainer:
-        shared["flags"][slot] = 0
+        shared["flags"][slot] = _FREE
 
 
 def _tensor_at(memory: np.ndarray, leaf: _Leaf) -> torch.Tensor:
     num_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
     return torch.from_numpy(memory[leaf.offset : leaf.offset + num_bytes]).view(leaf.dtype).view(leaf.shape)
-
-
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    return _map(tree, torch.Tensor, function)
-
-
-def _map_leaves(tree: Any, function: Callable[[_Leaf], Any]) -> Any:
-    return _map(tree, _Leaf, function)
 
 
 def _map(tree: Any, leaf_type: type, function: Callable[[Any], Any]) -> Any:

@@ -95,8 +95,10 @@ class SharedArrays(Mapping[str, np.ndarray]):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes}
-        if self._descriptor < 0:
+        if sys.platform != "linux":
             return {**state, "tensor": self._tensor}
+        if self._descriptor < 0:
+            raise RuntimeError("Shared memory can only be handed on by the process that made it.")
         status = os.fstat(self._descriptor)
         return {**state, "handle": (os.getpid(), self._descriptor, status.st_dev, status.st_ino)}
 
@@ -109,13 +111,14 @@ class SharedArrays(Mapping[str, np.ndarray]):
         owner, descriptor, *identity = state["handle"]
         path = f"/proc/{owner}/fd/{descriptor}"
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise RuntimeError(f"The process {owner}, which shares its memory, cannot be reached: {error}.") from None
-        status = os.fstat(self._descriptor)
-        if [status.st_dev, status.st_ino] != identity:
-            raise RuntimeError(f"The process {owner} no longer has the memory that it shared.")
-        self._map()
+            status = os.stat(path)
+            if [status.st_dev, status.st_ino] != identity:
+                raise FileNotFoundError(path)
+            # Unlike Python's mmap, this keeps no descriptor.
+            memory = torch.from_file(path, shared=True, size=self.num_bytes, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"The process {owner} does not have the memory that it shared: {error}.") from None
+        self._lay_out(memory.numpy())
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
@@ -201,7 +204,16 @@ class EpisodeLog:
 
     def follow(self, index: EpisodeIndex) -> None:
         """Bring a reader's own index up to date."""
-        head = int(self._counters[_HEAD])
+        while True:
+            head = int(self._counters[_HEAD])
+            self._catch_up(index, head)
+            index.retire(self.tail)
+            # A reader that was held up may find that all it has just learned of is retired; there is more by now.
+            if len(index) or int(self._counters[_HEAD]) == head:
+                return
+
+    def _catch_up(self, index: EpisodeIndex, head: int) -> None:
+        """Learn of the episodes before `head`."""
         while index.next_id < head:
             fence()
             room = int(self._counters[_ROOM])
@@ -217,4 +229,3 @@ class EpisodeLog:
                 # What is not whole has been written over, so its episode is retired.
                 index.extend(entries[is_whole])
                 index.next_id = head
-        index.retire(self.tail)

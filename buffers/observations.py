@@ -1,0 +1,147 @@
+"""Observations in the many forms in which environments deliver them, as arrays; pure functions for the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers.dataset.fields import Fields, as_array
+
+__all__ = ["as_flags", "find_final_obs", "leaves_of", "put_final_obs", "to_array", "tree_of"]
+
+
+def to_array(name: str, value: Any) -> np.ndarray:
+    """As `as_array`, also for what numpy can read (JAX arrays, lazy frames)."""
+    if type(value) is np.ndarray and value.dtype.char in "?bBfdlq" and value.dtype.isnative:
+        return value  # Nearly all that comes, and `as_array` would say the same.
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.bfloat16:
+            raise TypeError(
+                f"Field `{name}` is of bfloat16, which numpy has not; convert it, by `.float()` for example."
+            )
+    elif not isinstance(value, (np.ndarray, np.generic)) and hasattr(value, "__array__"):
+        value = np.asarray(value)
+    return as_array(name, value)
+
+
+def as_flags(name: str, array: np.ndarray, num_envs: int) -> np.ndarray:
+    """The array as bool `(N,)`.
+
+    Raises:
+        ValueError: Another shape, or numbers other than 0 and 1.
+    """
+    if array.shape != (num_envs,):
+        raise ValueError(f"`{name}` has shape {array.shape}, expected {(num_envs,)}.")
+    if array.dtype == np.bool_:
+        return array
+    flags = array.astype(np.bool_)
+    if (array != flags).any():
+        raise ValueError(f"`{name}` must be bool, or numbers that are 0 or 1, found {array!r:.60}.")
+    return flags
+
+
+def tree_of(name: str, value: Any, convert: Callable[[str, Any], np.ndarray] = to_array) -> Any:
+    """Nested dicts of arrays, from nested dicts and tuples; a tuple becomes a dict with the keys "0", "1", ..."""
+    if isinstance(value, tuple):
+        value = {str(i): item for i, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        return {key: tree_of(f"{name}/{key}", item, convert) for key, item in value.items()}
+    return convert(name, value)
+
+
+def leaves_of(fields: Fields, tree: dict[str, Any]) -> list[np.ndarray]:
+    """The arrays of nested dicts in the order of the fields.
+
+    Raises:
+        ValueError: Keys are missing or unexpected.
+    """
+    leaves = fields.flatten(tree)
+    for name, leaf in zip(fields.names, leaves, strict=True):
+        if not isinstance(leaf, np.ndarray):
+            raise ValueError(f"`{name}` is a dict with the keys {list(leaf)}, expected {fields[name]}, as before.")
+    return leaves
+
+
+def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
+    """Where the final observations of environments that reset themselves are.
+
+        final_obs                         as passed
+        infos["final_obs"]                Gymnasium: an object array, None where there is none, of arrays, dicts, tuples
+                                          Isaac Lab: a full batch
+        infos["final_observation"]        Gymnasium before 1.0: an object array;  ManiSkill: a full batch
+        infos[i]["terminal_observation"]  SB3
+
+    The infos that are dicts may have a mask `infos["_final_obs"]` or `infos["_final_observation"]`.
+
+    Args:
+        final_obs: What the caller has, or None.
+        infos: What the environments returned, or None.
+
+    Returns:
+        The name of the place; what is there, None if nothing is; its mask, None if there is none.
+    """
+    if final_obs is not None:
+        return "final_obs", final_obs, None
+    if isinstance(infos, Mapping):
+        for name in ("final_obs", "final_observation"):
+            if infos.get(name) is not None:
+                return name, infos[name], infos.get(f"_{name}")
+    elif isinstance(infos, (list, tuple)):
+        return "terminal_observation", [info.get("terminal_observation") for info in infos], None
+    return "final_obs", None, None
+
+
+def put_final_obs(
+    fields: Fields,
+    arrived: list[np.ndarray],
+    envs: np.ndarray,
+    name: str,
+    source: Any,
+    batch_leaves: Callable[[Any], list[np.ndarray]],
+) -> np.ndarray:
+    """Write final observations over those in `arrived`.
+
+    Args:
+        fields: Of observations.
+        arrived: Observations `(N, *shape)`, in the order of the fields.
+        envs: Whose final observations are wanted.
+        name: Of the place where they are.
+        source: A full batch, or one item an environment (a list, an object array), None where there is none.
+        batch_leaves: Makes arrays `(N, *shape)` of a full batch, and checks them.
+
+    Returns:
+        int64, those of `envs` that were found.
+
+    Raises:
+        TypeError: A value that is no tensor, array or number.
+        ValueError: Other keys, shapes or dtypes than other observations have.
+    """
+    if not (isinstance(source, list) or (isinstance(source, np.ndarray) and source.dtype == np.object_)):
+        for array, leaf in zip(arrived, batch_leaves(source), strict=True):
+            array[envs] = leaf[envs]
+        return envs
+    num_envs = len(arrived[0])
+    if len(source) != num_envs:
+        raise ValueError(f"`{name}` has {len(source)} items, expected one of each of {num_envs} environments.")
+    found = [env for env in envs.tolist() if source[env] is not None]
+    for env in found:
+        for array, leaf in zip(arrived, _item_leaves(fields, name, env, source[env]), strict=True):
+            array[env] = leaf
+    return np.array(found, np.int64)
+
+
+def _item_leaves(fields: Fields, name: str, env: int, item: Any) -> list[np.ndarray]:
+    """The final observation of one environment as arrays `(*shape)`, in the order of the fields."""
+    leaves = leaves_of(fields, {"obs": tree_of(f"obs ({name})", item)})
+    for (field, dtype, shape), leaf in zip(fields.layout, leaves, strict=True):
+        # Of the same kind is enough: an environment may return float64 where the vector environment makes it the
+        # float32 of its space.
+        if leaf.shape != shape or not np.can_cast(leaf.dtype, dtype, "same_kind"):
+            raise ValueError(
+                f"The final observation of environment {env} in `{name}` has dtype {leaf.dtype} and shape "
+                f"{leaf.shape} for field `{field}`, expected {dtype} and {shape}."
+            )
+    return leaves

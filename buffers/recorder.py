@@ -1,0 +1,394 @@
+"""Recorder: from what environments return, by their different conventions, to rows with boundaries.
+
+An episode of T transitions is T + 1 rows, aligned on arrival: a row has an observation and all that led to it.
+
+    row            0     1     2    ...   T
+    obs            o0    o1    o2         oT       the true final observation is a row of its own
+    action         0     a0    a1         aT-1     taken at the observation of the row before
+    reward         0     r1    r2         rT       received on arriving
+    terminated     -     -     -          x        either, or both
+    truncated      -     -     -          x
+    is_first       x     -     -          -
+
+The episode of environment i ends at call t, by action a and with reward r; o0' is the first observation of the next.
+
+                 call t                      the next for i                what is recorded
+    next_step    a -> oT, r, done            (a*) -> o0', (r*), not done   t: (oT, a, r, done) closes
+                                                                           next: o0' is held; a*, r* are dropped
+    same_step    a -> o0', r, done, and      a' -> o1', r'                 t: (oT, a, r, done) closes; o0' is held
+                 oT in final_obs or infos                                  next: first row o0', then (o1', a', r')
+    disabled     a -> oT, r, done            reset(mask) -> o0'            t: (oT, a, r, done) closes
+                                                                           reset: o0' is held
+
+A first row is held back until a transition follows it, so that an episode without one is never stored. Which calls
+are resets is known from the done before them, never from a reward of 0: there are environments that pay at a reset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from buffers.dataset.fields import Fields
+from buffers.dataset.verification import VerificationMode, check_rows
+from buffers.observations import as_flags, find_final_obs, leaves_of, put_final_obs, to_array, tree_of
+from buffers.replay_buffer import ReplayBuffer
+from buffers.utils import integer
+
+__all__ = ["Recorder"]
+
+MODES = ("next_step", "same_step", "disabled")
+_MISSING = "final_obs_missing"
+_RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", _MISSING}
+
+
+class Recorder:
+    """Records the calls of an environment, or of N environments that step together, as whole episodes.
+
+        recorder = Recorder(buffer, num_envs=8, autoreset_mode="next_step")
+        recorder.reset(obs)
+        recorder.step(action, next_obs, reward, terminated, truncated, infos=infos)
+
+    The rows have the fields `obs`, `action`, `reward`, `terminated`, `truncated`, `is_first`, and those of `extras`,
+    aligned on arrival: the row of an observation holds the action that led to it. In first rows all but `obs` and
+    `is_first` is zero. dtypes are kept as they are delivered. Tuples become dicts with the keys "0", "1", ...
+
+    Args:
+        buffer: Where the rows go. It takes the rows of one recorder at a time: the newest.
+        num_envs: N; all that is passed has N as leading size, also for N = 1. None for a single environment, whose
+            values have no such axis; its rewards, if they are plain numbers, are stored as float32.
+        autoreset_mode: "next_step" (the call after the last one of an episode resets), "same_step" (the last call
+            itself resets, and the final observation is passed aside) or "disabled" (the caller resets).
+        final_obs_may_be_missing: Whether an episode may end under "same_step" without its final observation. The
+            closing row then repeats the last one known, and the bool field `final_obs_missing` says so. The field is
+            also there if it happens at the first step, or if the buffer has it already.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An unknown mode, or a `num_envs` that is not positive.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        num_envs: int | None,
+        autoreset_mode: str,
+        *,
+        final_obs_may_be_missing: bool = False,
+    ) -> None:
+        if not isinstance(buffer, ReplayBuffer):
+            raise TypeError(f"`buffer` must be a ReplayBuffer, found {type(buffer).__name__}.")
+        if autoreset_mode not in MODES:
+            raise ValueError(f"`autoreset_mode` must be one of {MODES}, found {autoreset_mode!r}.")
+        self.buffer, self.autoreset_mode = buffer, autoreset_mode
+        self.num_envs = 1 if num_envs is None else integer("num_envs", num_envs, 1)
+        self._is_single = num_envs is None
+        self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (buffer.fields or ())
+        self._token = buffer._recorder = object()
+        # A row in two parts, as the first observation comes before anything is known about the rest.
+        self._obs_fields: Fields | None = None
+        self._rest_fields: Fields | None = None
+        # Observations that are not rows yet: where `_is_pending`, the first of an episode; elsewhere the last one known
+        # if that may be needed.
+        self._held: list[np.ndarray] = []
+        self._first_rest: list[np.ndarray] = []
+        self._arrived: list[np.ndarray] = []
+        # Where each of the buffer's fields is among those of the two parts.
+        self._order: list[int] = []
+        # An environment is in one of these states, or in the middle of an episode. None stands for no environment.
+        self._needs_reset: np.ndarray | None = np.ones(self.num_envs, np.bool_)
+        self._is_pending: np.ndarray | None = None
+        self._was_done: np.ndarray | None = None
+
+    def reset(self, obs: Any, mask: Any = None) -> None:
+        """Take the first observations after a reset of the environments, or of some.
+
+        An episode in whose middle it comes is closed as truncated; one without a transition is dropped.
+
+        Args:
+            obs: Observations `(N, *shape)`; nested dicts and tuples of arrays or tensors allowed.
+            mask: bool `(N,)`, which environments were reset; None for all. The others' observations are not looked at.
+
+        Raises:
+            TypeError: A value that is no tensor, array or number.
+            ValueError: Other keys, dtypes, shapes or N than before. Nothing has changed.
+            RuntimeError: Another recorder has taken over the buffer.
+        """
+        self._check_owner()
+        tree = {"obs": self._tree("obs", obs)}
+        fields = Fields.from_rows(tree, 1) if self._obs_fields is None else self._obs_fields
+        leaves = self._leaves(fields, tree)
+        is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask)
+        self.buffer._truncate(bool(is_reset[0]) if self._is_single else is_reset)
+        if self._obs_fields is None:
+            self._obs_fields = fields
+            self._held = [np.zeros_like(leaf) for leaf in leaves]
+        self._hold(leaves, is_reset)
+        self._is_pending = is_reset.copy() if self._is_pending is None else self._is_pending | is_reset
+        self._was_done = _but(self._was_done, is_reset)
+        self._needs_reset = _but(self._needs_reset, is_reset)
+
+    def step(
+        self,
+        action: Any,
+        obs: Any,
+        reward: Any,
+        terminated: Any,
+        truncated: Any,
+        final_obs: Any = None,
+        infos: Any = None,
+        *,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take what one call of the environments was given and has returned.
+
+        Args:
+            action: The actions that the environments were given, `(N, *shape)`; nested dicts and tuples allowed.
+            obs: The observations that they returned, as in `reset`.
+            reward: `(N,)`.
+            terminated: bool `(N,)`, or numbers that are 0 or 1.
+            truncated: The same; both may be set. None where `infos` is SB3's: then `terminated` takes its dones, and
+                which of them are truncations is found there.
+            final_obs: Under "same_step", the final observations of the environments that are done: a full batch, or
+                one item an environment (a list, an object array), None where there is none. If it is not given, it
+                is looked for in `infos`.
+            infos: As the environments return them. Looked at under "same_step" alone: `infos["final_obs"]` or
+                `infos["final_observation"]` in the forms of `final_obs`, each with its mask `infos["_final_obs"]` if
+                there is one, or a list of dicts with "terminal_observation" and "TimeLimit.truncated".
+            extras: Further fields of the rows, `name -> (N, *shape)`: what belongs to the action, as its
+                log-probability. It is zero in first rows; what belongs to the observation is better put into `obs`.
+
+        Raises:
+            TypeError: A value that is no tensor, array or number.
+            ValueError: Other fields, dtypes, shapes or N than before, or a final observation that was not found.
+                Nothing has changed.
+            RuntimeError: An environment was not reset, or another recorder has taken over the buffer.
+        """
+        self._check_ready()
+        is_terminated, is_truncated = self._ends(terminated, truncated, infos)
+        is_done = is_terminated | is_truncated
+        any_done = bool(is_done.any())
+        obs_leaves = self._obs_leaves(obs)
+        arrived, is_missing = obs_leaves, None
+        if self.autoreset_mode == "same_step" and any_done:
+            arrived, is_missing = self._with_final_obs(obs_leaves, is_done, final_obs, infos)
+        rest = self._rest(action, reward, is_terminated, is_truncated, is_missing, extras)
+        fields = Fields.from_rows(rest, 1) if self._rest_fields is None else self._rest_fields
+        rest_leaves = self._leaves(fields, rest)
+        first_rest = self._first_rest or _first_rest(fields, rest_leaves)
+        if self._is_pending is not None:
+            self._hand_over(fields, self._held, first_rest, self._is_pending, None, self._is_pending)
+            self._rest_fields, self._first_rest = fields, first_rest
+            # At once: should what follows fail and be called again, the first rows must not come twice.
+            self._is_pending = None
+        is_last = is_done if any_done else None
+        self._hand_over(
+            fields, arrived, rest_leaves, None, is_last, None if self._was_done is None else ~self._was_done
+        )
+        self._move_on(obs_leaves, is_last)
+
+    def _move_on(self, obs: list[np.ndarray], is_done: np.ndarray | None) -> None:
+        """What each environment is waiting for after a step."""
+        if self.autoreset_mode == "disabled":
+            self._needs_reset = is_done
+            return
+        is_first = is_done
+        if self.autoreset_mode == "next_step":
+            # An episode may even end on the call that resets: it has no transition, so its first row is not kept.
+            is_first = _but(self._was_done, is_done)
+            self._was_done = is_done
+        elif self._may_be_missing:
+            for held, leaf in zip(self._held, obs, strict=True):
+                np.copyto(held, leaf)
+        if is_first is not None:
+            self._hold(obs, is_first)
+        self._is_pending = is_first
+
+    def _hold(self, obs: list[np.ndarray], mask: np.ndarray) -> None:
+        """Copy observations: environments use their arrays again."""
+        envs = mask.nonzero()[0]
+        for held, leaf in zip(self._held, obs, strict=True):
+            held[envs] = leaf[envs]
+
+    def _hand_over(
+        self,
+        rest_fields: Fields,
+        obs: list[np.ndarray],
+        rest: list[np.ndarray],
+        is_first: np.ndarray | None,
+        is_last: np.ndarray | None,
+        mask: np.ndarray | None,
+    ) -> None:
+        """One row of each environment under `mask`."""
+        if self._order:
+            leaves = [*obs, *rest]
+            self.buffer._add_known([leaves[i] for i in self._order], is_first, is_last, mask)
+            return
+        row: dict[str, Any] = {}
+        names: list[str] = []
+        for fields, leaves in ((self._known_obs_fields, obs), (rest_fields, rest)):
+            values = [leaf[0] if self._is_single else leaf for leaf in leaves]
+            row.update(fields.unflatten(dict(zip(fields.names, values, strict=True))))
+            names += fields.names
+        flags = [flag if flag is None or not self._is_single else bool(flag[0]) for flag in (is_first, is_last, mask)]
+        self.buffer.add(row, is_first=flags[0], is_last=flags[1], mask=flags[2])
+        assert self.buffer.fields is not None  # It has a row.
+        self._order = [names.index(name) for name in self.buffer.fields]
+
+    # What came in, as arrays that are known to fit.
+
+    def _rest(
+        self,
+        action: Any,
+        reward: Any,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        is_missing: np.ndarray | None,
+        extras: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """All of a row but its observation."""
+        reward = self._array("reward", reward)
+        if self._is_single and reward.ndim == 1:
+            reward = reward.astype(np.float32)
+        rest = {
+            "action": self._tree("action", action),
+            "reward": reward,
+            "terminated": terminated,
+            "truncated": truncated,
+            "is_first": np.zeros(self.num_envs, np.bool_),
+        }
+        if extras is not None:
+            if not isinstance(extras, Mapping):
+                raise TypeError(f"`extras` must be a dict from field to value, found {type(extras).__name__}.")
+            taken = sorted(_RESERVED.intersection(extras))
+            if taken:
+                raise ValueError(f"`extras` has {taken}, which the recorder writes itself. Rename them.")
+            rest.update({name: self._tree(name, value) for name, value in extras.items()})
+        if self._may_be_missing:
+            rest[_MISSING] = np.zeros(self.num_envs, np.bool_) if is_missing is None else is_missing
+        return rest
+
+    def _tree(self, name: str, value: Any) -> Any:
+        """Nested dicts of arrays, tuples as dicts from "0", "1", ..."""
+        return tree_of(name, value, self._array)
+
+    def _array(self, name: str, value: Any) -> np.ndarray:
+        """`(N, *shape)`, N = 1 for a single environment."""
+        array = to_array(name, value)
+        return array[None] if self._is_single else array
+
+    def _obs_leaves(self, obs: Any) -> list[np.ndarray]:
+        return self._leaves(self._known_obs_fields, {"obs": self._tree("obs", obs)})
+
+    def _leaves(self, fields: Fields, tree: dict[str, Any]) -> list[np.ndarray]:
+        """The arrays in the order of the fields."""
+        leaves = leaves_of(fields, tree)
+        if self._is_single:
+            # An action may be np.int32(1) once and 1 then: numbers take the dtype that the first had.
+            for i, (_, dtype, shape) in enumerate(fields.layout):
+                if not shape and leaves[i].dtype != dtype and np.can_cast(leaves[i].dtype, dtype, "same_kind"):
+                    leaves[i] = leaves[i].astype(dtype)
+        check_rows(fields, leaves, (self.num_envs,), self.buffer.dataset.verification_mode)
+        return leaves
+
+    def _flag(self, name: str, value: Any) -> np.ndarray:
+        """An array of bool `(N,)`."""
+        return as_flags(name, self._array(name, value), self.num_envs)
+
+    def _ends(self, terminated: Any, truncated: Any, infos: Any) -> tuple[np.ndarray, np.ndarray]:
+        """`terminated` and `truncated` as bool `(N,)`."""
+        is_terminated = self._flag("terminated", terminated)
+        if truncated is not None:
+            return is_terminated, self._flag("truncated", truncated)
+        if not isinstance(infos, (list, tuple)) or len(infos) != self.num_envs:
+            raise ValueError(
+                "`truncated` is None, which needs `infos` to be a list of one dict an environment with "
+                f"'TimeLimit.truncated' in it (SB3), found {type(infos).__name__}. Pass `truncated`."
+            )
+        is_truncated = np.zeros(self.num_envs, np.bool_)
+        for env in np.flatnonzero(is_terminated).tolist():
+            is_truncated[env] = bool(infos[env].get("TimeLimit.truncated", False))
+        return is_terminated & ~is_truncated, is_truncated
+
+    # Final observations.
+
+    def _with_final_obs(
+        self, obs: list[np.ndarray], is_done: np.ndarray, final_obs: Any, infos: Any
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The observations that were arrived at: `obs`, where done replaced by the final ones.
+
+        Returns:
+            The observations, valid until the next call, and bool `(N,)`, whose final observation is missing.
+        """
+        fields = self._known_obs_fields
+        if not self._arrived:
+            self._arrived = [np.empty_like(leaf) for leaf in obs]
+        for arrived, leaf in zip(self._arrived, obs, strict=True):
+            np.copyto(arrived, leaf)
+        name, source, mask = find_final_obs(final_obs, infos)
+        is_missing = is_done.copy()
+        if source is not None:
+            envs = (is_done if mask is None else is_done & self._flag(f"_{name}", mask)).nonzero()[0]
+            is_missing[put_final_obs(fields, self._arrived, envs, name, source, self._obs_leaves)] = False
+        if is_missing.any():
+            self._check_may_be_missing(is_missing)
+            for arrived, held in zip(self._arrived, self._held, strict=True):
+                arrived[is_missing] = held[is_missing]
+        if self.buffer.dataset.verification_mode is VerificationMode.ALL_CHECKS:
+            check_rows(fields, self._arrived, (self.num_envs,), VerificationMode.ALL_CHECKS)
+        return self._arrived, is_missing
+
+    def _check_may_be_missing(self, is_missing: np.ndarray) -> None:
+        # Before the first row is stored, its fields are still open.
+        if self._rest_fields is None and self.buffer.fields is None:
+            self._may_be_missing = True
+        if not self._may_be_missing:
+            raise ValueError(
+                f"Environments {np.flatnonzero(is_missing).tolist()} ended without a final observation: with "
+                "'same_step', `obs` is already the next episode's first, and neither `final_obs` nor `infos` "
+                "('final_obs', 'final_observation', or SB3's 'terminal_observation') has it. Pass `final_obs`, or make "
+                "the recorder with `final_obs_may_be_missing=True`: it repeats the last one known and says so in the "
+                "field `final_obs_missing`."
+            )
+
+    # The state.
+
+    @property
+    def _known_obs_fields(self) -> Fields:
+        assert self._obs_fields is not None  # Whoever steps has reset.
+        return self._obs_fields
+
+    def _check_owner(self) -> None:
+        if self.buffer._recorder is not self._token:
+            raise RuntimeError(
+                "Another recorder writes to this buffer by now; together they would mix their episodes. Give each its "
+                "own ReplayBuffer; they may share one dataset."
+            )
+
+    def _check_ready(self) -> None:
+        self._check_owner()
+        if self._obs_fields is None:
+            raise RuntimeError("Nothing was reset yet: pass the first observations to `reset` before `step`.")
+        if self._needs_reset is not None:
+            envs = np.flatnonzero(self._needs_reset).tolist()
+            raise RuntimeError(
+                f"Environments {envs} have ended, or never begun, and were stepped. With "
+                f"{self.autoreset_mode!r}, pass their first observations to `reset(obs, mask)` first."
+            )
+
+
+def _first_rest(fields: Fields, rest: list[np.ndarray]) -> list[np.ndarray]:
+    """What first rows have besides an observation."""
+    first = [np.zeros_like(leaf) for leaf in rest]
+    first[fields.names.index("is_first")][:] = True
+    return first
+
+
+def _but(mask: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+    """Those of `mask` that are not of `other`, None if there are none."""
+    if mask is None or other is None:
+        return mask
+    left = mask & ~other
+    return left if left.any() else None

@@ -1,0 +1,123 @@
+"""Functions on a batch of recorded rows; each can be the `transform=` of a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["n_step_returns", "to_transitions"]
+
+_ROW_FIELDS = ("obs", "action", "reward", "terminated", "truncated")
+# One value a sequence, not one a row.
+_PER_SEQUENCE = ("episode", "weight")
+
+
+def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """From T + 1 rows aligned on arrival to T transitions.
+
+        rows            o0        o1        o2             row t holds what led to o_t
+                        -    a0 r1 d1   a1 r2 d2
+        transitions     o0 a0 r1 d1 o1     o1 a1 r2 d2 o2
+
+    With `sequence_length=2`, every transition that is stored is drawn once, uniformly. The results are views of the
+    batch: `obs` and `next_obs` share their memory.
+
+    Args:
+        batch: As recorded, `field -> (B, T + 1, *shape)`, or `(T + 1, *shape)` for a single sequence, T at least 1.
+
+    Returns:
+        `obs`, `action`, `reward`, `terminated`, `truncated`, `next_obs` `(B, T, *shape)`; all other fields of rows
+        (extra ones, and `mask`, `index`, ... of `include`) as they are in the row on arrival, but `is_first`, which
+        says whether `obs` is the first of an episode. `episode` and `weight` `(B,)` are left as they are.
+
+    Raises:
+        ValueError: A field is missing, or sequences have one row.
+    """
+    missing = [name for name in _ROW_FIELDS if name not in batch]
+    if missing:
+        raise ValueError(f"The batch has no {missing}: `to_transitions` takes what a Recorder has recorded.")
+    axis = batch["terminated"].dim() - 1
+    length = batch["terminated"].shape[axis]
+    if length < 2:
+        raise ValueError("A transition needs two rows, found sequences of 1. Draw with `sequence_length=2` or more.")
+    transitions = {}
+    for name, value in batch.items():
+        start = 0 if name in ("obs", "is_first") else 1
+        transitions[name] = value if name in _PER_SEQUENCE else _narrow(value, axis, start, length - 1)
+    transitions["next_obs"] = _narrow(batch["obs"], axis, 1, length - 1)
+    return transitions
+
+
+def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, Any]:
+    """Discounted sums of up to n rewards, and what to bootstrap from behind them.
+
+        target = batch["return"] + batch["discount"] * value(batch["bootstrap_obs"])
+
+    From transition t on, m rewards are summed: n of them, or fewer where the episode or the batch's T transitions end
+    before. `terminated` leaves nothing to bootstrap from; `truncated` alone, and the end of the sequence, do not.
+
+        n = 3, T = 5       t     0 1 2 3 4
+                           m     3 3 3 2 1            never over an end: with one at t = 2    3 2 1 2 1
+
+    For always n rewards, draw `sequence_length=n + 1` and use t = 0 alone: then no return starts at the last n - 1
+    transitions of an episode.
+
+    Args:
+        batch: Transitions of `to_transitions`, `(B, T, *shape)`, with `reward` `(B, T)`. Where there is a `mask`, what
+            is not real is left out, and has a return and a discount of 0.
+        n: At least 1.
+        gamma: Discount of a step, 0 to 1.
+
+    Returns:
+        The batch, with `return` `(B, T)`: the sum over k < m of gamma**k * reward[t + k]; `discount` `(B, T)`:
+        gamma**m, or 0 where the last of them terminated; `bootstrap_obs` `(B, T, *shape)`: the observation after them.
+
+    Raises:
+        ValueError: `n` or `gamma` out of range, a batch of no transitions, or rewards of another shape.
+    """
+    if n < 1 or not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"`n` must be at least 1 and `gamma` from 0 to 1, found {n} and {gamma}.")
+    if "next_obs" not in batch:
+        raise ValueError("The batch has no `next_obs`: call `to_transitions` first.")
+    reward, terminated = batch["reward"], batch["terminated"]
+    if reward.shape != terminated.shape:
+        raise ValueError(
+            f"`reward` has shape {tuple(reward.shape)}, expected {tuple(terminated.shape)}: one number each."
+        )
+    if not reward.is_floating_point():
+        reward = reward.float()
+    is_real = torch.ones_like(terminated) if batch.get("mask") is None else batch["mask"]
+    # Whether the sum may go on from a transition to the next.
+    goes_on = ~(terminated | batch["truncated"]) & _shifted(is_real, 1)
+    returns, count = torch.zeros_like(reward), torch.zeros_like(reward, dtype=torch.int64)
+    is_summed = is_real
+    for k in range(min(n, reward.shape[-1])):
+        returns = returns + gamma**k * torch.where(is_summed, _shifted(reward, k), 0)
+        count = count + is_summed
+        is_summed = is_summed & _shifted(goes_on, k)
+    last = torch.arange(reward.shape[-1], device=reward.device) + (count - 1).clamp(min=0)
+    stops = terminated.gather(-1, last) | ~is_real
+    discount = torch.where(stops, 0, torch.pow(torch.as_tensor(gamma, dtype=reward.dtype, device=reward.device), count))
+    return {**batch, "return": returns, "discount": discount, "bootstrap_obs": _take(batch["next_obs"], last)}
+
+
+def _narrow(value: Any, axis: int, start: int, length: int) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _narrow(item, axis, start, length) for key, item in value.items()}
+    return value.narrow(axis, start, length)
+
+
+def _shifted(values: torch.Tensor, k: int) -> torch.Tensor:
+    """`values[..., t + k]` at t, 0 behind the end."""
+    return torch.nn.functional.pad(values[..., k:], (0, k)) if k else values
+
+
+def _take(value: Any, indices: torch.Tensor) -> Any:
+    """`value[b, indices[b, t]]` at (b, t), for `(B, T, *shape)` or without the B."""
+    if isinstance(value, Mapping):
+        return {key: _take(item, indices) for key, item in value.items()}
+    if indices.dim() == 1:
+        return value[indices]
+    return value[torch.arange(len(indices), device=indices.device)[:, None], indices]

@@ -1,0 +1,189 @@
+"""Gymnasium wrappers that record everything that is stepped through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+try:
+    import gymnasium
+    from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+except ImportError as error:
+    raise ImportError(
+        "`buffers.wrappers` needs gymnasium 1.1 or newer, which comes with `pip install 'buffers[extras]'`. "
+        "`buffers.Recorder` does without it."
+    ) from error
+
+from buffers.observations import to_array
+from buffers.recorder import MODES, Recorder
+from buffers.replay_buffer import ReplayBuffer
+
+__all__ = ["RecordEpisodes", "VectorRecordEpisodes"]
+
+# They step the environments without passing by `step` and `reset`, so what they do would be missing in the buffer.
+_UNRECORDED = ("step_async", "step_wait", "reset_async", "reset_wait")
+
+
+class RecordEpisodes(gymnasium.Wrapper):
+    """Records a single environment, which is stepped as always.
+
+        env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
+
+    The fields are those of `Recorder`. Observations and actions have the dtypes of their spaces (where what is
+    delivered is of that kind), rewards are float32. An `Autoreset` wrapper may lie below or above.
+
+    Args:
+        env: The environment.
+        buffer: Where the episodes go.
+    """
+
+    def __init__(self, env: gymnasium.Env, buffer: ReplayBuffer) -> None:
+        super().__init__(env)
+        self.recorder = Recorder(buffer, None, _single_mode(env))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset; an episode in the middle is closed as truncated."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.recorder.reset(_as_in(self.env.observation_space, obs))
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step and record."""
+        taken = _as_in(self.env.action_space, action, copy=True)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.recorder.step(taken, _as_in(self.env.observation_space, obs), reward, terminated, truncated)
+        return obs, reward, terminated, truncated, info
+
+
+class VectorRecordEpisodes(VectorWrapper):
+    """Records environments that step together, which are stepped as always.
+
+        envs = VectorRecordEpisodes(gymnasium.make_vec("CartPole-v1", num_envs=8), buffer)
+
+    The fields are those of `Recorder`. Observations are stored as they are delivered, actions have the dtype of their
+    space (where what is given is of that kind), rewards are float32. Whatever else the environments have can be
+    reached through the wrapper, but for `step_async` and its like, which would go unrecorded.
+
+    Args:
+        envs: The environments.
+        buffer: Where the episodes go.
+        autoreset_mode: "next_step", "same_step" or "disabled", or gymnasium's `AutoresetMode`. None takes it from
+            `envs.metadata["autoreset_mode"]`.
+        final_obs_may_be_missing: As for `Recorder`.
+
+    Raises:
+        ValueError: The mode is neither given nor in the metadata, or the two differ.
+    """
+
+    def __init__(
+        self,
+        envs: VectorEnv,
+        buffer: ReplayBuffer,
+        autoreset_mode: str | AutoresetMode | None = None,
+        *,
+        final_obs_may_be_missing: bool = False,
+    ) -> None:
+        super().__init__(envs)
+        mode = _vector_mode(envs, autoreset_mode)
+        self.recorder = Recorder(buffer, envs.num_envs, mode, final_obs_may_be_missing=final_obs_may_be_missing)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset all, or those under `options["reset_mask"]`; episodes in the middle are closed as truncated.
+
+        ManiSkill's `options["env_idx"]` is understood as well.
+        """
+        # Before the call, as gymnasium takes the mask out of the options.
+        mask = _reset_mask(self.num_envs, options)
+        obs, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+        self.recorder.reset(obs, mask)
+        return obs, infos
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step and record."""
+        taken = _as_in(self.env.action_space, actions, copy=True)
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        # Gymnasium's rewards are float64 for no more reason than numpy's default, and would make a loss float64.
+        stored_rewards = to_array("reward", rewards).astype(np.float32)
+        self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos)
+        return obs, rewards, terminated, truncated, infos
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _UNRECORDED:
+            raise AttributeError(f"`{name}` would go unrecorded. Use `step` and `reset`.")
+        if name.startswith("_") or name in ("env", "recorder"):
+            raise AttributeError(f"{type(self).__name__} has no attribute '{name}'.")
+        env = self.env
+        while isinstance(env, VectorWrapper) and not hasattr(env, name):
+            env = env.env
+        return getattr(env, name)
+
+
+def _single_mode(env: gymnasium.Env) -> str:
+    """With an `Autoreset` wrapper below it is "next_step"; else the user resets."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, gymnasium.wrappers.Autoreset):
+            return "next_step"
+        env = env.env
+    return "disabled"
+
+
+def _vector_mode(envs: VectorEnv, stated: str | AutoresetMode | None) -> str:
+    found = (envs.metadata or {}).get("autoreset_mode")
+    if found is None and stated is None:
+        raise ValueError(
+            f'{envs} does not say when it resets: there is no `metadata["autoreset_mode"]`. Pass `autoreset_mode`, '
+            f"one of {MODES}."
+        )
+    if found is None or stated is None:
+        return _mode_name(found or stated)
+    if _mode_name(found) != _mode_name(stated):
+        raise ValueError(
+            f'`autoreset_mode`={stated!r}, but `metadata["autoreset_mode"]` of {envs} is {found!r}. Leave it out, or '
+            "correct the metadata."
+        )
+    return _mode_name(stated)
+
+
+def _mode_name(mode: Any) -> str:
+    if isinstance(mode, AutoresetMode):
+        return mode.name.lower()
+    names = {member.value: member.name.lower() for member in AutoresetMode}
+    name = names.get(mode, mode)
+    if name not in MODES:
+        raise ValueError(f"The autoreset mode must be one of {MODES} or an AutoresetMode, found {mode!r}.")
+    return name
+
+
+def _reset_mask(num_envs: int, options: Mapping[str, Any] | None) -> np.ndarray | None:
+    """Which environments, bool `(N,)`, the options ask to be reset; None for all."""
+    if options is None:
+        return None
+    if options.get("reset_mask") is not None:
+        return np.array(to_array("reset_mask", options["reset_mask"]))
+    if options.get("env_idx") is not None:
+        mask = np.zeros(num_envs, np.bool_)
+        mask[to_array("env_idx", options["env_idx"])] = True
+        return mask
+    return None
+
+
+def _as_in(space: gymnasium.Space, value: Any, copy: bool = False) -> Any:
+    """The value as arrays of the dtypes of its space, where it is of that kind; else as it is.
+
+    Args:
+        space: Where it comes from.
+        value: Anything that the environment takes or returns.
+        copy: Whether it must survive that the original is written to.
+    """
+    if isinstance(space, gymnasium.spaces.Dict) and isinstance(value, Mapping):
+        return {key: _as_in(space[key], item, copy) if key in space.spaces else item for key, item in value.items()}
+    if isinstance(space, gymnasium.spaces.Tuple) and isinstance(value, (tuple, list)):
+        return tuple(_as_in(member, item, copy) for member, item in zip(space, value, strict=True))
+    array = to_array("value", value)
+    if space.dtype is not None and np.can_cast(array.dtype, space.dtype, "same_kind"):
+        return array.astype(space.dtype, copy=copy)
+    return array.copy() if copy else array

@@ -1,0 +1,205 @@
+"""An environment that keeps its own log: the oracle of everything that records environments.
+
+Every observation says which environment, episode and step it is; rewards are exact in float32, and some are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers import ReplayBuffer
+from buffers.dataset import RingBufferDataset
+
+ENDS = ("terminated", "truncated", "both")
+
+
+def observation(env: int, episode: int, step: int, kind: str = "box") -> Any:
+    """The observation of one environment at one time, in the form of a space."""
+    vector = np.array([env, episode, step], np.float32)
+    if kind == "discrete":
+        return np.int64(env * 10_000 + episode * 100 + step)
+    if kind == "dict":
+        return {"vector": vector, "deep": {"image": np.full((2, 2, 3), (episode * 7 + step) % 256, np.uint8)}}
+    if kind == "tuple":
+        return vector, np.array([step], np.int64)
+    return vector
+
+
+class Game:
+    """Episodes of lengths and endings drawn from a seed; all that happens is logged.
+
+    Args:
+        env: Its number.
+        kind: Of observations.
+        reuses: Whether every observation is returned in the same array.
+    """
+
+    def __init__(self, env: int, kind: str = "box", reuses: bool = False) -> None:
+        self.env, self.kind = env, kind
+        self.rng = np.random.default_rng(100 + env)
+        self.array = np.zeros(3, np.float32) if reuses else None
+        self.episode = -1
+        #: One dict an episode: "obs" (T + 1 of them), "action", "reward", "terminated", "truncated" (T of each), and
+        #: "ended" (T), which is not recorded: whether the episode ended by itself.
+        self.log: list[dict[str, list[Any]]] = []
+
+    def reset(self) -> Any:
+        if self.log and self.log[-1]["action"] and not self.is_over:
+            # What a recorder makes of an episode that is left in its middle.
+            self.log[-1]["truncated"][-1] = True
+        self.episode, self.step_index, self.is_over = self.episode + 1, 0, False
+        self.length = int(self.rng.integers(1, 6))
+        self.end = ENDS[self.rng.integers(3)]
+        self.log.append({"obs": [], "action": [], "reward": [], "terminated": [], "truncated": [], "ended": []})
+        return self._observe()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool]:
+        assert not self.is_over, "stepped after its end"
+        self.step_index += 1
+        self.is_over = self.step_index == self.length
+        reward = 0.0 if self.rng.random() < 0.3 else float(self.episode * 64 + self.step_index) + 0.5
+        terminated, truncated = (self.is_over and self.end in (flag, "both") for flag in ("terminated", "truncated"))
+        episode = self.log[-1]
+        values = {"action": action, "reward": reward, "terminated": terminated, "truncated": truncated}
+        for name, value in {**values, "ended": self.is_over}.items():
+            episode[name].append(value)
+        return self._observe(), reward, terminated, truncated
+
+    def _observe(self) -> Any:
+        self.log[-1]["obs"].append(observation(self.env, self.episode, self.step_index, self.kind))
+        if self.array is None:
+            return observation(self.env, self.episode, self.step_index, self.kind)
+        self.array[:] = self.env, self.episode, self.step_index
+        return self.array
+
+
+class Games:
+    """N games that step together by one of the conventions; returns what the environment loop would see.
+
+    Args:
+        num_envs: N.
+        mode: "next_step", "same_step" or "disabled".
+        reset_reward: What an environment is paid on the call that resets it ("next_step" alone).
+    """
+
+    def __init__(self, num_envs: int, mode: str, reset_reward: float = 0.0) -> None:
+        self.games = [Game(env) for env in range(num_envs)]
+        self.mode, self.reset_reward = mode, reset_reward
+        self.is_over = np.zeros(num_envs, np.bool_)
+        # One array for all calls, as simulators have: whoever keeps it without a copy keeps the newest.
+        self.obs = np.zeros((num_envs, 3), np.float32)
+        self.final: list[np.ndarray | None] = [None] * num_envs
+
+    @property
+    def logs(self) -> list[list[dict[str, list[Any]]]]:
+        return [game.log for game in self.games]
+
+    def reset(self, mask: np.ndarray | None = None) -> np.ndarray:
+        for env, game in enumerate(self.games):
+            if mask is None or mask[env]:
+                self.obs[env], self.is_over[env] = game.reset(), False
+        return self.obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        num_envs = len(self.games)
+        rewards, terminated, truncated = np.zeros(num_envs, np.float32), *np.zeros((2, num_envs), np.bool_)
+        self.final = [None] * num_envs
+        for env, game in enumerate(self.games):
+            if self.is_over[env] and self.mode == "next_step":
+                self.obs[env], rewards[env], self.is_over[env] = game.reset(), self.reset_reward, False
+                continue
+            self.obs[env], rewards[env], terminated[env], truncated[env] = game.step(actions[env].copy())
+            self.is_over[env] = game.is_over
+            if game.is_over and self.mode == "same_step":
+                self.final[env], self.obs[env], self.is_over[env] = self.obs[env].copy(), game.reset(), False
+        return self.obs, rewards, terminated, truncated
+
+    def full_final(self) -> np.ndarray:
+        """A full batch of final observations; of no meaning where there is none."""
+        return np.stack([np.full(3, -1, np.float32) if item is None else item for item in self.final])
+
+
+def actions(num_envs: int, step: int) -> np.ndarray:
+    """Actions `(N, 2)` that are nowhere 0, the same for one step of one environment always."""
+    return np.stack([np.full(num_envs, step + 1), np.arange(num_envs) + 1], -1).astype(np.float32)
+
+
+def make_buffer(capacity: int = 20_000, **options: Any) -> ReplayBuffer:
+    return ReplayBuffer(RingBufferDataset(capacity), batch_size=8, seed=0, **options)
+
+
+def recorded(buffer: ReplayBuffer) -> list[dict[str, Any]]:
+    return list(buffer.dataset.episodes())
+
+
+def expected_rows(log: dict[str, list[Any]]) -> dict[str, Any]:
+    """The T + 1 rows that a log of T transitions shall become, `field -> (T + 1, *shape)`."""
+    first = {"action": _zeros_like(log["action"][0]), "reward": 0.0, "terminated": False, "truncated": False}
+    rows = {name: _stack([first[name], *log[name]]) for name in first}
+    return {"obs": _stack(log["obs"]), **rows, "is_first": np.arange(len(log["obs"])) == 0}
+
+
+def assert_recorded(
+    episodes: Sequence[dict[str, Any]], logs: Sequence[Sequence[dict[str, list[Any]]]], but: Sequence[str] = ()
+) -> None:
+    """What was recorded is what the logs say, episode by episode: nothing missing, doubled or mixed.
+
+    Args:
+        episodes: What was recorded.
+        logs: One log an environment; all episodes over, but those without a transition, which shall not be there.
+        but: Fields that are not compared.
+    """
+    expected = {}
+    for env, log in enumerate(logs):
+        for number, episode in enumerate(log):
+            if episode["action"]:
+                expected[env, number] = expected_rows(episode)
+    found = {}
+    for episode in episodes:
+        key = _origin(episode["obs"])
+        assert key not in found, f"episode {key} was recorded twice"
+        found[key] = episode
+    assert sorted(found) == sorted(expected)
+    for key, rows in expected.items():
+        for name, value in rows.items():
+            if name not in but:
+                _assert_same(found[key][name], value, f"{name} of episode {key}")
+
+
+def _origin(obs: Any) -> tuple[int, int]:
+    """(environment, episode) of an episode's first row."""
+    if isinstance(obs, dict):
+        obs = obs["vector"] if "vector" in obs else obs["policy"] if "policy" in obs else obs["0"]
+    if obs.ndim == 1:
+        return int(obs[0]) // 10_000, int(obs[0]) % 10_000 // 100
+    return int(obs[0, 0]), int(obs[0, 1])
+
+
+def _zeros_like(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _zeros_like(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_zeros_like, value))
+    return np.zeros_like(value)
+
+
+def _stack(values: list[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {key: _stack([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], tuple):
+        return {str(i): _stack([value[i] for value in values]) for i in range(len(values[0]))}
+    return np.stack([np.asarray(value) for value in values])
+
+
+def _assert_same(found: Any, expected: Any, name: str) -> None:
+    if isinstance(expected, dict):
+        assert sorted(found) == sorted(expected), name
+        for key, item in expected.items():
+            _assert_same(found[key], item, f"{name}/{key}")
+        return
+    assert isinstance(found, torch.Tensor)
+    np.testing.assert_array_equal(found.numpy(), expected, err_msg=name)

@@ -1,0 +1,63 @@
+"""What reader processes of the tests run: it must be importable by processes that are spawned."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers.dataset import RingBufferDataset
+from buffers.dataset.fields import Fields, Scalar, TensorType
+from buffers.dataset.info import EpisodeDatasetInfo
+
+# Rows of two pages and more, so that a window that is written over meanwhile is torn between fields or within rows.
+WIDE = Fields(x=TensorType((1100,), torch.int64), y=TensorType((600,), torch.int64), length=Scalar(dtype=torch.int64))
+
+
+def tiny_ring(capacity: int) -> RingBufferDataset:
+    return RingBufferDataset(capacity, EpisodeDatasetInfo(WIDE))
+
+
+def tagged_episode(ring: RingBufferDataset, length: int) -> dict[str, np.ndarray]:
+    """The next episode, every number of which is the step id of its row (and the number of rows)."""
+    steps = ring.index.next_start + np.arange(length)
+    return {
+        "x": np.broadcast_to(steps[:, None], (length, 1100)),
+        "y": np.broadcast_to(steps[:, None], (length, 600)),
+        "length": np.full(length, length),
+    }
+
+
+def count_inconsistent(batch: dict[str, Any]) -> int:
+    """Windows with a row that is not what its step id says, or of an episode of another length."""
+    index = batch["index"][..., None]
+    is_right = (batch["x"] == index).all(-1) & (batch["y"] == index).all(-1)
+    is_right &= batch["length"] == batch["length"][:, :1]
+    is_right &= batch["step"] < batch["length"]
+    return int((~is_right.all(1)).sum())
+
+
+BATCH_SIZE = 16
+
+
+def read(ring: RingBufferDataset, num_batches: int, seed: int, connection: Connection) -> None:
+    """Draw batches; send (windows, inconsistent ones, distinct newest step ids)."""
+    torch.set_num_threads(1)
+    stream = ring.get_loader(BATCH_SIZE, 3, include=("index", "step"), seed=seed).stream
+    connection.send("ready")
+    inconsistent, newest = 0, set()
+    for n in range(num_batches):
+        while True:
+            try:
+                batch = stream.batch(n)
+                break
+            except RuntimeError as error:  # Everything was written over before it could be read: again.
+                if "gone" not in str(error) and "longer than every" not in str(error):
+                    raise
+        inconsistent += count_inconsistent(batch)
+        newest.add(int(batch["index"].max()))
+        if n % 50 == 0 and connection.poll():
+            break
+    connection.send((BATCH_SIZE * (n + 1), inconsistent, len(newest)))

@@ -1,0 +1,686 @@
+"""Recorder: every convention against environments that keep their own log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from buffers import Recorder, ReplayBuffer
+from buffers.dataset import RingBufferDataset
+from buffers.dataset.fields import Fields, Scalar, Vector
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.verification import VerificationMode
+from tests.logged_game import Game, Games, actions, assert_recorded, make_buffer, recorded
+
+N = 4
+MODES = ("next_step", "same_step", "disabled")
+
+
+def play(
+    games: Games,
+    recorder: Recorder,
+    num_steps: int = 60,
+    reset_at: dict[int, np.ndarray | None] | None = None,
+) -> None:
+    """Step games and record them; close what is open by a reset, before the steps in `reset_at` and at the end."""
+    recorder.reset(games.reset())
+    for step in range(num_steps):
+        if step in (reset_at or {}):
+            mask = (reset_at or {})[step]
+            recorder.reset(games.reset(mask), mask)
+        taken = actions(len(games.games), step)
+        obs, reward, terminated, truncated = games.step(taken)
+        recorder.step(taken, obs, reward, terminated, truncated, infos={"final_obs": final_as_gymnasium(games)})
+        if games.mode == "disabled" and games.is_over.any():
+            mask = games.is_over.copy()
+            recorder.reset(games.reset(mask), mask)
+    recorder.reset(games.reset())
+
+
+def final_as_gymnasium(games: Games) -> np.ndarray:
+    array = np.full(len(games.games), None, object)
+    for env, item in enumerate(games.final):
+        array[env] = item
+    return array
+
+
+# The log is the oracle.
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_envs", [1, N, 20])
+@pytest.mark.parametrize("stated", [None, "num_envs"])
+def test_what_is_recorded_is_the_log(mode: str, num_envs: int, stated: str | None) -> None:
+    games = Games(num_envs, mode)
+    buffer = make_buffer(num_envs=None if stated is None else num_envs)
+    play(games, Recorder(buffer, num_envs, mode))
+    assert_recorded(recorded(buffer), games.logs)
+    assert any(len(log["action"]) == 1 for log in games.logs[0])
+    ends = {(log["terminated"][-1], log["truncated"][-1]) for log in sum(games.logs, []) if log["action"]}
+    assert ends == {(True, False), (False, True), (True, True)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), mode=st.sampled_from(MODES), num_envs=st.integers(1, 5), num_steps=st.integers(1, 40))
+def test_resets_at_any_time_close_episodes_as_truncated_and_drop_those_without_a_transition(
+    data: st.DataObject, mode: str, num_envs: int, num_steps: int
+) -> None:
+    masks = st.none() | st.lists(st.booleans(), min_size=num_envs, max_size=num_envs).map(np.array)
+    reset_at = data.draw(st.dictionaries(st.integers(0, num_steps - 1), masks, max_size=6))
+    games, buffer = Games(num_envs, mode, reset_reward=3.5), make_buffer()
+    play(games, Recorder(buffer, num_envs, mode), num_steps, reset_at)
+    assert_recorded(recorded(buffer), games.logs)
+
+
+def test_a_single_environment_is_recorded_as_its_log_says() -> None:
+    game, buffer = Game(0, reuses=True), make_buffer()
+    recorder = Recorder(buffer, None, "disabled")
+    for episode in range(20):
+        recorder.reset(game.reset())
+        for step in range(3 if episode % 4 == 0 else 100):
+            taken = np.array([step + 1, 2], np.float32)
+            obs, reward, terminated, truncated = game.step(taken.copy())
+            recorder.step(taken, obs, reward, terminated, truncated)
+            taken[:] = -1
+            if terminated or truncated:
+                break
+    recorder.reset(game.reset())
+    assert_recorded(recorded(buffer), [game.log])
+    assert recorded(buffer)[0]["reward"].dtype == torch.float32
+
+
+def test_rewards_paid_by_the_call_that_resets_are_dropped() -> None:
+    games, buffer = Games(N, "next_step", reset_reward=7.0), make_buffer()
+    play(games, Recorder(buffer, N, "next_step"))
+    assert_recorded(recorded(buffer), games.logs)
+    assert not any((episode["reward"] == 7.0).any() for episode in recorded(buffer))
+
+
+def test_an_episode_that_ends_on_the_call_that_resets_has_no_transition_and_is_dropped() -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 1, "next_step")
+    zeros, action = np.zeros(1), np.ones((1, 1), np.float32)
+
+    def step(value: float, done: bool) -> None:
+        recorder.step(action, np.full((1, 1), value), zeros, np.array([done]), np.array([False]))
+
+    recorder.reset(np.zeros((1, 1)))
+    for value, done in ((1.0, True), (10.0, True), (20.0, False), (21.0, True)):
+        step(value, done)
+    assert [episode["obs"].flatten().tolist() for episode in recorded(buffer)] == [[0.0, 1.0], [20.0, 21.0]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_open_episodes_are_handed_over_by_flush_without_their_first_rows_alone(mode: str) -> None:
+    games, buffer = Games(N, mode), make_buffer()
+    recorder = Recorder(buffer, N, mode)
+    recorder.reset(games.reset())
+    buffer.flush()
+    assert buffer.is_empty
+    taken = actions(N, 0)
+    obs, reward, terminated, truncated = games.step(taken)
+    recorder.step(taken, obs, reward, terminated, truncated, final_obs=games.full_final())
+    buffer.close()
+    assert_recorded(recorded(buffer), [log[:1] for log in games.logs])
+
+
+# Mutants: the comparison with the log must find each of them.
+
+
+class _PutsNextEpisodesObs(Recorder):
+    def step(self, action: Any, obs: Any, *rest: Any, infos: Any = None, **options: Any) -> None:
+        super().step(action, obs, *rest, final_obs=obs, **options)
+
+
+class _KeepsTheDummyRow(Recorder):
+    def step(self, *arguments: Any, **options: Any) -> None:
+        self._was_done = None
+        super().step(*arguments, **options)
+
+
+class _ShiftsRewards(Recorder):
+    last: Any = 0.0
+
+    def step(self, action: Any, obs: Any, reward: Any, *rest: Any, **options: Any) -> None:
+        shifted, self.last = np.zeros_like(reward) + self.last, reward.copy()
+        super().step(action, obs, shifted, *rest, **options)
+
+
+class _KeysOnReward(Recorder):
+    def step(self, action: Any, obs: Any, reward: Any, *rest: Any, **options: Any) -> None:
+        self._was_done = np.asarray(reward) == 0
+        super().step(action, obs, reward, *rest, **options)
+
+
+class _StoresFirstRowsAlone(Recorder):
+    def reset(self, obs: Any, mask: Any = None) -> None:
+        if self._rest_fields is not None and self._is_pending is not None:
+            self._hand_over(self._rest_fields, self._held, self._first_rest, self._is_pending, None, self._is_pending)
+        super().reset(obs, mask)
+
+
+class _LeavesTheMiddleOpen(Recorder):
+    def reset(self, obs: Any, mask: Any = None) -> None:
+        self.buffer.flush()
+        super().reset(obs, mask)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "mode"),
+    [
+        (_PutsNextEpisodesObs, "same_step"),
+        (_KeepsTheDummyRow, "next_step"),
+        *((_ShiftsRewards, mode) for mode in MODES),
+        (_KeysOnReward, "next_step"),
+        *((_StoresFirstRowsAlone, mode) for mode in MODES),
+        *((_LeavesTheMiddleOpen, mode) for mode in MODES),
+    ],
+)
+def test_mutants_do_not_pass_the_comparison_with_the_log(mutant: type[Recorder], mode: str) -> None:
+    for recorder_type, passes in ((Recorder, True), (mutant, False)):
+        games, buffer = Games(N, mode), make_buffer()
+        play(games, recorder_type(buffer, N, mode), reset_at={20: None, 21: None, 40: np.arange(N) < 2})
+        if passes:
+            assert_recorded(recorded(buffer), games.logs)
+        else:
+            with pytest.raises(AssertionError):
+                assert_recorded(recorded(buffer), games.logs)
+
+
+# Where final observations are found.
+
+
+def _play_same_step(recorder: Recorder, step: Any, num_steps: int = 60) -> Games:
+    """`step(games)` gives what else `Recorder.step` takes."""
+    games = Games(recorder.num_envs, "same_step")
+    recorder.reset(games.reset())
+    for index in range(num_steps):
+        taken = actions(recorder.num_envs, index)
+        obs, reward, terminated, truncated = games.step(taken)
+        recorder.step(taken, obs, reward, terminated, truncated, **step(games))
+    recorder.reset(games.reset())
+    return games
+
+
+def _mask(games: Games) -> np.ndarray:
+    return np.array([item is not None for item in games.final])
+
+
+LAYOUTS = {
+    "argument, full batch": lambda games: {"final_obs": games.full_final()},
+    "argument, tensor": lambda games: {"final_obs": torch.from_numpy(games.full_final())},
+    "argument, list": lambda games: {"final_obs": list(games.final)},
+    "argument before infos": lambda games: {"final_obs": list(games.final), "infos": {"final_obs": games.obs}},
+    "final_obs, object array": lambda games: {"infos": {"final_obs": final_as_gymnasium(games)}},
+    "final_obs, float64 items": lambda games: {
+        "infos": {"final_obs": [None if item is None else item.astype(np.float64) for item in games.final]}
+    },
+    "final_obs, full batch": lambda games: {"infos": {"final_obs": games.full_final()}},
+    "final_observation, object array": lambda games: {
+        "infos": {"final_observation": final_as_gymnasium(games), "_final_observation": _mask(games)}
+    },
+    "final_observation, full batch": lambda games: {
+        "infos": {"final_observation": games.full_final(), "_final_observation": torch.from_numpy(_mask(games))}
+    },
+    "terminal_observation": lambda games: {
+        "infos": [{} if item is None else {"terminal_observation": item} for item in games.final]
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_final_observations_are_found_in_every_layout(layout: str) -> None:
+    buffer = make_buffer()
+    games = _play_same_step(Recorder(buffer, N, "same_step"), LAYOUTS[layout])
+    assert_recorded(recorded(buffer), games.logs)
+
+
+def _without_every_second(games: Games) -> dict[str, Any]:
+    return {"infos": {"final_obs": games.full_final(), "_final_obs": _mask(games) & (np.arange(N) % 2 == 0)}}
+
+
+def _with_the_last_known(log: list[dict[str, list[Any]]]) -> list[dict[str, list[Any]]]:
+    return [
+        {**episode, "obs": [*episode["obs"][:-1], episode["obs"][-2]]} if episode["ended"][-1:] == [True] else episode
+        for episode in log
+    ]
+
+
+def test_a_missing_final_observation_is_the_last_known_one_and_marked() -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, N, "same_step", final_obs_may_be_missing=True)
+    games = _play_same_step(recorder, _without_every_second)
+    logs = [_with_the_last_known(log) if env % 2 else log for env, log in enumerate(games.logs)]
+    assert_recorded(recorded(buffer), logs)
+    for episode in recorded(buffer):
+        env, number = (int(value) for value in episode["obs"][0, :2])
+        ended = games.logs[env][number]["ended"]
+        expected = [False, *(flag and env % 2 == 1 for flag in ended)]
+        assert episode["final_obs_missing"].tolist() == expected
+
+
+def test_the_field_for_missing_final_observations_comes_by_itself_before_a_row_is_stored() -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 2, "same_step")
+    recorder.reset(np.array([[0.0], [10.0]]))
+    action, no = np.ones((2, 1), np.float32), np.zeros(2, np.bool_)
+    recorder.step(action, np.array([[100.0], [11.0]]), np.ones(2), ~no & [True, False], no)
+    recorder.step(action, np.array([[200.0], [300.0]]), np.ones(2), ~no, no)
+    found = {tuple(e["obs"].flatten().tolist()): e["final_obs_missing"].tolist() for e in recorded(buffer)}
+    assert found == {
+        (0.0, 0.0): [False, True],
+        (100.0, 100.0): [False, True],
+        (10.0, 11.0, 11.0): [False, False, True],
+    }
+    # Another recorder finds the field in the dataset, and goes on with it.
+    again = Recorder(ReplayBuffer(buffer.dataset, batch_size=1), 1, "same_step")
+    again.reset(np.array([[5.0]]))
+    again.step(action[:1], np.array([[6.0]]), np.ones(1), no[:1], no[:1])
+    again.step(action[:1], np.array([[7.0]]), np.ones(1), ~no[:1], no[:1])
+    assert recorded(buffer)[-1]["final_obs_missing"].tolist() == [False, False, True]
+    assert recorded(buffer)[-1]["obs"].flatten().tolist() == [5.0, 6.0, 6.0]
+
+
+def test_a_missing_final_observation_is_an_error_that_changes_nothing_if_it_was_not_announced() -> None:
+    games, buffer = Games(N, "same_step"), make_buffer()
+    recorder = Recorder(buffer, N, "same_step")
+    recorder.reset(games.reset())
+    games.games[0].length = 2
+    for game in games.games[1:]:
+        game.length = 3
+    for index in range(60):
+        taken = actions(N, index)
+        obs, reward, terminated, truncated = games.step(taken)
+        if _mask(games).any():
+            with pytest.raises(ValueError, match=r"Environments \[.*\] ended without a final observation"):
+                recorder.step(taken, obs, reward, terminated, truncated, infos={"final_obs": None})
+        recorder.step(taken, obs, reward, terminated, truncated, final_obs=games.final)
+    recorder.reset(games.reset())
+    assert_recorded(recorded(buffer), games.logs)
+
+
+# Stand-ins for simulators: each gives what that library gives.
+
+
+def test_envpool_is_next_step() -> None:
+    games, buffer = Games(N, "next_step"), make_buffer()
+    recorder = Recorder(buffer, N, "next_step")
+    recorder.reset(games.reset())
+    for step in range(60):
+        taken = actions(N, step)
+        obs, reward, terminated, truncated = games.step(taken)
+        infos = {"env_id": np.arange(N, dtype=np.int32), "elapsed_step": np.zeros(N, np.int32)}
+        recorder.step(taken, obs, reward, terminated, truncated, infos=infos)
+    recorder.reset(games.reset())
+    assert_recorded(recorded(buffer), games.logs)
+
+
+def test_isaac_gym_is_next_step_with_rewards_at_resets_and_dones_of_int64() -> None:
+    games, buffer = Games(N, "next_step", reset_reward=-2.25), make_buffer()
+    recorder = Recorder(buffer, N, "next_step")
+    obs_buffer = torch.from_numpy(games.obs)
+    games.reset()
+    recorder.reset({"obs": obs_buffer})
+    for step in range(60):
+        taken = torch.from_numpy(actions(N, step))
+        _, reward, terminated, truncated = games.step(taken.numpy())
+        dones, time_outs = torch.from_numpy(terminated | truncated).long(), torch.from_numpy(truncated)
+        is_terminated = dones.bool() & ~time_outs
+        recorder.step(taken, {"obs": obs_buffer}, torch.from_numpy(reward), is_terminated, time_outs)
+    games.reset()
+    recorder.reset({"obs": obs_buffer})
+    flat = [{**episode, "obs": episode["obs"]["obs"]} for episode in recorded(buffer)]
+    assert_recorded(flat, _terminated_only_if_not_truncated(games))
+
+
+def _terminated_only_if_not_truncated(games: Games) -> list[list[dict[str, list[Any]]]]:
+    return [
+        [{**e, "terminated": [a and not b for a, b in zip(e["terminated"], e["truncated"], strict=True)]} for e in log]
+        for log in games.logs
+    ]
+
+
+def _truncated_only_if_not_terminated(games: Games) -> list[list[dict[str, list[Any]]]]:
+    return [
+        [
+            {
+                **e,
+                "truncated": [
+                    b and not (a and over)
+                    for a, b, over in zip(e["terminated"], e["truncated"], e["ended"], strict=True)
+                ],
+            }
+            for e in log
+        ]
+        for log in games.logs
+    ]
+
+
+@pytest.mark.parametrize("gives_final_obs", [True, False])
+def test_isaac_lab_is_same_step_with_dicts_of_tensors(gives_final_obs: bool) -> None:
+    games, buffer = Games(N, "same_step"), make_buffer()
+    recorder = Recorder(buffer, N, "same_step", final_obs_may_be_missing=not gives_final_obs)
+    policy = torch.from_numpy(games.obs)
+    games.reset()
+    recorder.reset({"policy": policy})
+    for step in range(60):
+        taken = torch.from_numpy(actions(N, step))
+        _, reward, terminated, time_outs = games.step(taken.numpy())
+        extras: dict[str, Any] = {"log": {}}
+        if gives_final_obs and (terminated | time_outs).any():
+            extras["final_obs"] = {"policy": torch.from_numpy(games.full_final())}
+        flags = torch.from_numpy(terminated), torch.from_numpy(time_outs)
+        recorder.step(taken, {"policy": policy}, torch.from_numpy(reward), *flags, infos=extras)
+    games.reset()
+    recorder.reset({"policy": policy})
+    logs = games.logs if gives_final_obs else [_with_the_last_known(log) for log in games.logs]
+    assert_recorded([{**episode, "obs": episode["obs"]["policy"]} for episode in recorded(buffer)], logs)
+
+
+def test_maniskill_is_same_step_with_a_full_batch_and_its_mask() -> None:
+    buffer = make_buffer()
+
+    def infos(games: Games) -> dict[str, Any]:
+        mask = torch.from_numpy(_mask(games))
+        if not mask.any():
+            return {"infos": {"elapsed_steps": torch.zeros(N)}}
+        final = torch.from_numpy(games.full_final())
+        return {"infos": {"final_observation": final, "_final_observation": mask, "final_info": {}}}
+
+    games = _play_same_step(Recorder(buffer, N, "same_step"), infos)
+    assert_recorded(recorded(buffer), games.logs)
+
+
+class _JaxArray:
+    """Like a JAX array in that numpy can read it, and it is none."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.array(self.array, dtype)
+
+
+def test_brax_is_same_step_with_flags_of_float32() -> None:
+    games, buffer = Games(N, "same_step"), make_buffer()
+    recorder = Recorder(buffer, N, "same_step")
+    recorder.reset(_JaxArray(games.reset()))
+    for step in range(60):
+        taken = actions(N, step)
+        obs, reward, terminated, truncated = games.step(taken)
+        done = (terminated | truncated).astype(np.float32)
+        info = {"truncation": (truncated & ~terminated).astype(np.float32), "final_obs": _JaxArray(games.full_final())}
+        recorder.step(
+            _JaxArray(taken),
+            _JaxArray(obs),
+            _JaxArray(reward),
+            _JaxArray(done * (1 - info["truncation"])),
+            _JaxArray(info["truncation"]),
+            infos=info,
+        )
+    recorder.reset(_JaxArray(games.reset()))
+    assert_recorded(recorded(buffer), _truncated_only_if_not_terminated(games))
+
+
+def test_sb3_gives_dones_and_a_list_of_infos() -> None:
+    games, buffer = Games(N, "same_step"), make_buffer()
+    recorder = Recorder(buffer, N, "same_step")
+    recorder.reset(games.reset())
+    for step in range(60):
+        taken = actions(N, step)
+        obs, reward, terminated, truncated = games.step(taken)
+        infos: list[dict[str, Any]] = []
+        for env, final in enumerate(games.final):
+            infos.append({"TimeLimit.truncated": bool(truncated[env] and not terminated[env])})
+            if final is not None:
+                infos[env]["terminal_observation"] = final
+        recorder.step(taken, obs, reward, terminated | truncated, None, infos=infos)
+    recorder.reset(games.reset())
+    assert_recorded(recorded(buffer), _truncated_only_if_not_terminated(games))
+
+
+# Fields and forms of data.
+
+
+def test_extra_fields_are_stored_with_the_action_and_zero_in_first_rows() -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 2, "same_step")
+    recorder.reset(np.zeros((2, 1), np.float32))
+    for step in (1, 2):
+        done = np.full(2, step == 2)
+        extras = {"policy": {"log_prob": np.full(2, -step, np.float32)}}
+        obs, action = np.full((2, 1), step, np.float32), np.full((2,), step)
+        recorder.step(action, obs, np.ones(2), done, ~done & False, final_obs=obs, extras=extras)
+    (first, second) = recorded(buffer)
+    for episode in (first, second):
+        assert episode["policy"]["log_prob"].tolist() == [0.0, -1.0, -2.0]
+        assert episode["action"].tolist() == [0, 1, 2]
+        assert episode["reward"].dtype == torch.float64, "rewards are stored as they are delivered"
+
+
+def test_nested_and_tuple_observations_and_actions_become_dicts() -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, None, "disabled")
+
+    def obs(step: int) -> Any:
+        return {"image": np.full((2, 2, 3), step, np.uint8), "pair": (torch.tensor([step]), (step, True))}
+
+    recorder.reset(obs(0))
+    recorder.step((np.int64(1), {"grip": 0.5}), obs(1), 1, True, False)
+    (episode,) = recorded(buffer)
+    assert episode["obs"]["image"].shape == (2, 2, 2, 3)
+    assert episode["obs"]["pair"]["0"].tolist() == [[0], [1]]
+    assert episode["obs"]["pair"]["1"]["0"].tolist() == [0, 1]
+    assert episode["obs"]["pair"]["1"]["1"].dtype == torch.bool
+    assert episode["action"]["0"].tolist() == [0, 1]
+    assert episode["action"]["1"]["grip"].tolist() == [0.0, 0.5]
+    assert episode["reward"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.float64, torch.int32])
+def test_tensors_keep_their_dtypes(dtype: torch.dtype) -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 2, "same_step")
+    obs = torch.arange(6).reshape(2, 3).to(dtype)
+    recorder.reset(obs)
+    done = torch.tensor([True, False])
+    recorder.step(torch.ones(2, 1), obs + 1, torch.ones(2), done, ~done & done, final_obs=[obs[0] + 2, None])
+    (episode,) = recorded(buffer)
+    assert episode["obs"].dtype == dtype
+    assert torch.equal(episode["obs"], torch.stack([obs[0], obs[0] + 2]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tensors_on_a_gpu_are_recorded() -> None:
+    games, buffer = Games(N, "same_step"), make_buffer()
+    recorder = Recorder(buffer, N, "same_step")
+    recorder.reset(torch.from_numpy(games.reset()).cuda())
+    for step in range(60):
+        taken = actions(N, step)
+        values = [torch.from_numpy(value).cuda() for value in games.step(taken)]
+        final = torch.from_numpy(games.full_final()).cuda()
+        recorder.step(torch.from_numpy(taken).cuda(), *values, infos={"final_obs": final})
+    recorder.reset(torch.from_numpy(games.reset()).cuda())
+    assert_recorded(recorded(buffer), games.logs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_warning_and_no_episode_axis_whatever_the_buffer_was_told(mode: str) -> None:
+    # Warnings are errors here. Without `num_envs`, a buffer guesses, but a recorder leaves it nothing to guess.
+    for options in ({}, {"num_envs": 1}):
+        buffer = make_buffer(**options)
+        recorder = Recorder(buffer, 1, mode)
+        recorder.reset(np.zeros((1, 1)))
+        done = np.array([True])
+        recorder.step(np.ones((1, 1)), np.ones((1, 1)), np.ones(1), done, ~done, final_obs=np.ones((1, 1)))
+        assert recorded(buffer)[0]["obs"].shape == (2, 1)
+
+
+def test_long_episodes_are_cut_by_the_buffer_and_a_reset_truncates_the_open_piece() -> None:
+    buffer = make_buffer(max_episode_length=4)
+    recorder = Recorder(buffer, None, "disabled")
+    recorder.reset(0.0)
+    for step in range(1, 6):
+        recorder.step(step, float(step), 1.0, False, False)
+    recorder.reset(0.0)
+    pieces = recorded(buffer)
+    assert [piece["obs"].tolist() for piece in pieces] == [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0]]
+    assert [piece["truncated"].tolist() for piece in pieces] == [[False] * 4, [False, True]]
+
+
+# Errors.
+
+
+def _begun(mode: str = "next_step", **options: Any) -> tuple[ReplayBuffer, Recorder]:
+    buffer = make_buffer(**options)
+    recorder = Recorder(buffer, 2, mode)
+    recorder.reset(np.zeros((2, 3), np.float32))
+    recorder.step(**_call())
+    return buffer, recorder
+
+
+def _call(**changes: Any) -> dict[str, Any]:
+    call = {
+        "action": np.ones((2, 1), np.float32),
+        "obs": np.ones((2, 3), np.float32),
+        "reward": np.ones(2),
+        "terminated": np.zeros(2, np.bool_),
+        "truncated": np.zeros(2, np.bool_),
+    }
+    return {**call, **changes}
+
+
+_DONE = np.array([True, False])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"obs": np.ones((2, 4), np.float32)}, ValueError, r"`obs` has dtype float32 and shape \(2, 4\), expected"),
+        ({"obs": np.ones((3, 3), np.float32)}, ValueError, r"`obs` has dtype float32 and shape \(3, 3\)"),
+        ({"obs": np.ones((2, 3))}, ValueError, "`obs` has dtype float64"),
+        ({"obs": {"a": np.ones((2, 3))}}, ValueError, r"`obs` is a dict with the keys \['a'\], expected float32"),
+        ({"obs": torch.ones(2, 3, dtype=torch.bfloat16)}, TypeError, "`obs` is of bfloat16"),
+        ({"obs": "north"}, TypeError, "Field `obs` must be a tensor, an array or a number, found str"),
+        ({"action": np.ones((2, 2), np.float32)}, ValueError, "`action` has"),
+        ({"reward": 1.0}, ValueError, "`reward` has"),
+        ({"terminated": False}, ValueError, r"`terminated` has shape \(\), expected \(2,\)"),
+        ({"terminated": np.array([0.5, 0])}, ValueError, "`terminated` must be bool, or numbers that are 0 or 1"),
+        ({"truncated": None}, ValueError, "`truncated` is None, which needs `infos` to be a list"),
+        ({"truncated": None, "infos": [{}]}, ValueError, "`truncated` is None"),
+        ({"extras": {"reward": 1}}, ValueError, r"`extras` has \['reward'\], which the recorder writes itself"),
+        ({"extras": 3}, TypeError, "`extras` must be a dict"),
+        ({"extras": {"value": np.ones(2)}}, ValueError, r"unexpected \['value'\]"),
+        ({"terminated": _DONE}, ValueError, r"Environments \[0\] ended without a final observation"),
+        ({"terminated": _DONE, "final_obs": [None, None]}, ValueError, "ended without a final observation"),
+        ({"terminated": _DONE, "final_obs": [None]}, ValueError, "`final_obs` has 1 items"),
+        ({"terminated": _DONE, "final_obs": np.ones((1, 3), np.float32)}, ValueError, "`obs` has dtype"),
+        ({"terminated": _DONE, "final_obs": [np.ones(4), None]}, ValueError, "environment 0 in `final_obs` has dtype"),
+        ({"terminated": _DONE, "infos": [{}, {}]}, ValueError, "ended without a final observation"),
+    ],
+)
+def test_a_bad_step_says_what_is_wrong_and_changes_nothing(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    buffer, recorder = _begun("same_step")
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            recorder.step(**_call(**changes))
+    final = np.full((2, 3), 9, np.float32)
+    recorder.step(**_call(terminated=np.ones(2, np.bool_), final_obs=final))
+    assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)] == [[0.0, 1.0, 9.0]] * 2
+
+
+@pytest.mark.parametrize("bad", [{"obs": np.ones((2, 4))}, {"reward": 1.0}, {"action": "left"}, {"truncated": None}])
+def test_a_bad_first_step_changes_nothing(bad: dict[str, Any]) -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 2, "next_step")
+    recorder.reset(np.zeros((2, 3), np.float32))
+    with pytest.raises((TypeError, ValueError)):
+        recorder.step(**_call(**bad))
+    recorder.step(**_call(terminated=np.ones(2, np.bool_)))
+    assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)] == [[0.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("obs", "mask", "message"),
+    [
+        (np.zeros((2, 4), np.float32), None, "`obs` has"),
+        (np.zeros((1, 3), np.float32), np.array([True, False]), "`obs` has"),
+        (np.zeros((2, 3), np.float32), np.array([True]), r"`mask` has shape \(1,\), expected \(2,\)"),
+    ],
+)
+def test_a_bad_reset_says_what_is_wrong_and_changes_nothing(obs: Any, mask: Any, message: str) -> None:
+    buffer, recorder = _begun()
+    with pytest.raises(ValueError, match=message):
+        recorder.reset(obs, mask)
+    assert buffer.is_empty
+    recorder.step(**_call(terminated=np.ones(2, np.bool_)))
+    assert buffer.dataset.episode_lengths == [3, 3]
+
+
+def test_numbers_that_all_checks_refuse_leave_no_row_behind() -> None:
+    info = EpisodeDatasetInfo(verification_mode=VerificationMode.ALL_CHECKS)
+    buffer = ReplayBuffer(RingBufferDataset(100, info), batch_size=1)
+    recorder = Recorder(buffer, 2, "disabled")
+    recorder.reset(np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match="`obs` holds NaN"):
+        recorder.step(**_call(obs=np.full((2, 3), np.nan, np.float32)))
+    recorder.reset(np.zeros((2, 3), np.float32))
+    assert buffer.is_empty
+
+
+def test_an_environment_must_be_reset_before_it_is_stepped() -> None:
+    recorder = Recorder(make_buffer(), 2, "disabled")
+    with pytest.raises(RuntimeError, match="Nothing was reset yet"):
+        recorder.step(**_call())
+    recorder.reset(np.zeros((2, 3), np.float32), np.array([True, False]))
+    with pytest.raises(RuntimeError, match=r"Environments \[1\] have ended, or never begun"):
+        recorder.step(**_call())
+    recorder.reset(np.zeros((2, 3), np.float32))
+    recorder.step(**_call(terminated=_DONE))
+    with pytest.raises(RuntimeError, match=r"Environments \[0\] have ended, or never begun"):
+        recorder.step(**_call())
+
+
+def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
+    buffer, old = _begun()
+    new = Recorder(buffer, 2, "next_step")
+    with pytest.raises(RuntimeError, match="Another recorder writes to this buffer by now"):
+        old.step(**_call())
+    new.reset(np.zeros((2, 3), np.float32))
+    assert [episode["truncated"].tolist() for episode in recorded(buffer)] == [[False, True]] * 2
+    # Two recorders, each with its own front-end, share one dataset.
+    other = Recorder(ReplayBuffer(buffer.dataset, batch_size=1), 2, "next_step")
+    other.reset(np.full((2, 3), 5, np.float32))
+    for recorder in (new, other, new, other):
+        recorder.step(**_call())
+    new.reset(np.zeros((2, 3), np.float32))
+    assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)[2:]] == [[0.0, 1.0, 1.0]] * 2
+
+
+def test_a_dataset_of_other_fields_is_refused_and_keeps_its_episodes() -> None:
+    info = EpisodeDatasetInfo(Fields(obs=Vector(3), reward=Scalar()))
+    buffer = ReplayBuffer(RingBufferDataset(100, info), batch_size=1)
+    recorder = Recorder(buffer, 2, "next_step")
+    recorder.reset(np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match=r"unexpected \['action', 'terminated', 'truncated', 'is_first'\]"):
+        recorder.step(**_call())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((None, 2, "next_step"), TypeError, "`buffer` must be a ReplayBuffer"),
+        (("buffer", 0, "next_step"), ValueError, "`num_envs` must be at least 1"),
+        (("buffer", 2, "sometime"), ValueError, "`autoreset_mode` must be one of"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Recorder(make_buffer() if arguments[0] == "buffer" else arguments[0], *arguments[1:])

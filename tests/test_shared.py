@@ -1,0 +1,268 @@
+"""One writer, many readers, no lock: nothing torn, and every mutant of the protocol is caught."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from buffers.dataset import RingBufferDataset
+from buffers.dataset.fields import ColorImage, Fields, Scalar
+from buffers.dataset.index import EpisodeIndex
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.shared import EpisodeLog, SharedArrays
+from tests import reading, tagged
+
+METHODS = ("fork", "spawn", "forkserver")
+
+
+def lap(method: str, num_readers: int, num_batches: int, capacity: int = 128) -> tuple[int, int, int]:
+    """Add episodes under readers until they are done: windows, inconsistent ones, and laps of the ring."""
+    context: Any = multiprocessing.get_context(method)
+    ring = reading.tiny_ring(capacity)
+    ring.add_episode(reading.tagged_episode(ring, 5))
+    readers = []
+    for seed in range(num_readers):
+        mine, theirs = context.Pipe()
+        process = context.Process(target=reading.read, args=(ring, num_batches, seed, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        readers.append((process, mine))
+    for _, mine in readers:
+        assert mine.recv() == "ready"
+    rng = np.random.default_rng(0)
+    while not all(mine.poll() for _, mine in readers):
+        for _ in range(20):
+            ring.add_episode(reading.tagged_episode(ring, int(rng.integers(1, 9))))
+    found = [mine.recv() for _, mine in readers]
+    for process, _ in readers:
+        process.join()
+    assert all(newest > 1 for _, _, newest in found), "a reader saw nothing new"
+    return sum(num for num, _, _ in found), sum(bad for _, bad, _ in found), ring.index.next_start // capacity
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_window_is_torn_under_a_writer_that_laps_the_ring(method: str) -> None:
+    windows, inconsistent, laps = lap(method, num_readers=2, num_batches=4000)
+    assert (windows, inconsistent) == (2 * 4000 * reading.BATCH_SIZE, 0)
+    assert laps > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_readers", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_window_of_a_million_is_torn(method: str, num_readers: int) -> None:
+    windows, inconsistent, laps = lap(method, num_readers, num_batches=64_000 // num_readers)
+    assert windows >= 1_000_000 and inconsistent == 0 and laps > 5000
+
+
+def tail_after_write(patch: pytest.MonkeyPatch) -> None:
+    write, retire = RingBufferDataset._write, EpisodeLog.retire
+    retired: list[tuple[EpisodeLog, int]] = []
+    patch.setattr(EpisodeLog, "retire", lambda self, tail: retired.append((self, tail)))
+
+    def late(self: RingBufferDataset, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
+        write(self, episode, start, episode_id)
+        for log, tail in retired:
+            retire(log, tail)
+        retired.clear()
+
+    patch.setattr(RingBufferDataset, "_write", late)
+
+
+def no_second_look(patch: pytest.MonkeyPatch) -> None:
+    read = RingBufferDataset._read
+
+    def trusting(self: RingBufferDataset, windows: Any, out: Any) -> None:
+        read(self, windows, out)
+
+    patch.setattr(RingBufferDataset, "_read", trusting)
+
+
+def head_before_write(patch: pytest.MonkeyPatch) -> None:
+    write, publish = RingBufferDataset._write, EpisodeLog.publish
+
+    def early(self: RingBufferDataset, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
+        assert self._log is not None
+        publish(self._log, episode_id, start, len(episode["x"]), len(self.index))
+        write(self, episode, start, episode_id)
+
+    patch.setattr(EpisodeLog, "publish", lambda *arguments, **more: None)
+    patch.setattr(RingBufferDataset, "_write", early)
+
+
+@pytest.mark.parametrize("mutant", [tail_after_write, no_second_look, head_before_write])
+def test_every_mutant_of_the_order_gives_torn_windows(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch)
+    for _ in range(10):  # What a race needs is tries; each has some tens of thousands of windows.
+        if lap("fork", num_readers=2, num_batches=1000)[1]:
+            return
+    pytest.fail("The mutant was not caught.")
+
+
+# The writer and the readers do not depend on each other's life.
+
+
+def write_forever(ring_info: EpisodeDatasetInfo, connection: Any) -> None:
+    ring = RingBufferDataset(128, ring_info)
+    ring.add_episode(reading.tagged_episode(ring, 5))
+    connection.send(pickle.dumps(ring))
+    rng = np.random.default_rng(os.getpid())
+    while True:
+        ring.add_episode(reading.tagged_episode(ring, int(rng.integers(1, 9))))
+
+
+def test_a_reader_survives_its_writer_killed_in_the_middle() -> None:
+    context = multiprocessing.get_context("fork")
+    for attempt in range(10):
+        mine, theirs = context.Pipe()
+        writer = context.Process(target=write_forever, args=(EpisodeDatasetInfo(reading.WIDE), theirs), daemon=True)
+        writer.start()
+        ring = pickle.loads(mine.recv())
+        stream = ring.get_loader(64, 3, include=("index", "step"), seed=attempt).stream
+        time.sleep(0.01 + 0.003 * attempt)
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        for n in range(20):
+            assert reading.count_inconsistent(stream.batch(n)) == 0
+        with pytest.raises(RuntimeError, match="Only the process that made"):
+            ring.add_episode(reading.tagged_episode(ring, 2))
+
+
+def test_the_writer_never_waits_for_a_reader_that_is_stopped() -> None:
+    context = multiprocessing.get_context("fork")
+    ring = reading.tiny_ring(128)
+    ring.add_episode(reading.tagged_episode(ring, 5))
+    mine, theirs = context.Pipe()
+    reader = context.Process(target=reading.read, args=(ring, 10**9, 0, theirs), daemon=True)
+    reader.start()
+    assert mine.recv() == "ready" and reader.pid is not None
+    os.kill(reader.pid, signal.SIGSTOP)
+    for _ in range(2000):
+        ring.add_episode(reading.tagged_episode(ring, 5))
+    os.kill(reader.pid, signal.SIGCONT)
+    mine.send("stop")
+    _, inconsistent, _ = mine.recv()
+    assert inconsistent == 0
+    reader.join()
+
+
+def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
+    import threading
+
+    ring = reading.tiny_ring(128)
+    ring.add_episode(reading.tagged_episode(ring, 5))
+    stop = threading.Event()
+
+    def add() -> None:
+        while not stop.is_set():
+            ring.add_episode(reading.tagged_episode(ring, 5))
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        for n in range(100):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    batch = ring.get_loader(8, 3, include=("index", "step"), seed=n).stream.batch(n)
+                    status = reading.count_inconsistent(batch)
+                finally:
+                    os._exit(status)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+# What is handed to another process.
+
+
+def test_pickling_ten_gigabytes_of_ring_takes_kilobytes() -> None:
+    fields = Fields(obs=ColorImage((64, 64, 3)), reward=Scalar())
+    ring = RingBufferDataset(800_000, EpisodeDatasetInfo(fields))
+    ring.add_episode({"obs": np.zeros((10, 64, 64, 3), np.uint8), "reward": np.arange(10, dtype=np.float32)})
+    handle = pickle.dumps(ring)
+    assert len(handle) < 64_000
+    reader = pickle.loads(handle)
+    assert reader.get_episode(0)["reward"].tolist() == list(range(10))
+    ring.add_episode({"obs": np.zeros((3, 64, 64, 3), np.uint8), "reward": np.ones(3, np.float32)})
+    assert reader.num_episodes == 1
+    reader._refresh()
+    assert reader.episode_lengths == [10, 3]
+
+
+def test_memory_that_its_owner_gave_up_is_an_error() -> None:
+    shared = SharedArrays({"x": ((10,), np.dtype(np.int64))})
+    handle = pickle.dumps(shared)
+    assert (pickle.loads(handle)["x"] == 0).all()
+    del shared
+    gc.collect()
+    with pytest.raises(RuntimeError, match="does not have the memory that it shared"):
+        pickle.loads(handle)
+
+
+def test_arrays_of_all_layouts_are_seen_by_both_sides() -> None:
+    layout = {"a": ((3, 5), np.dtype(np.float32)), "b": ((), np.dtype("V2")), "c": ((0, 4), np.dtype(np.int64))}
+    shared = SharedArrays({**layout, "d": ((100_000,), np.dtype(np.uint8))})
+    other = pickle.loads(pickle.dumps(shared))
+    assert {name: (array.shape, array.dtype) for name, array in other.items() if name != "d"} == layout
+    shared["a"][...] = 3
+    shared["d"][-1] = 7
+    assert (other["a"] == 3).all() and other["d"][-1] == 7
+    with pytest.raises(RuntimeError, match="only be handed on by the process that made it"):
+        pickle.dumps(other)
+
+
+# The log, step by step.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_follower_of_the_log_has_the_index_of_the_writer(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    capacity = 3000
+    memory = SharedArrays(EpisodeLog.layout(capacity))
+    log, index = EpisodeLog(memory), EpisodeIndex()
+    for length in rng.integers(1, 5, 10).tolist():
+        index.append(length)
+    log.begin(index)
+    followers = [(EpisodeLog(memory), EpisodeIndex(), every) for every in (1, 7, 400)]
+    for n in range(3000):
+        length = int(rng.integers(1, 4 if n < 1500 else 400))
+        while index.num_steps + length > capacity:
+            log.retire(int(index.starts[0] + index.lengths[0]))
+            index.remove(0)
+        log.publish(index.next_id, index.next_start, length, len(index))
+        index.append(length)
+        for follower, mirror, every in followers:
+            if n % every == 0:
+                follower.follow(mirror)
+                assert (
+                    mirror._table[mirror._first : mirror._last].tolist()
+                    == index._table[index._first : index._last].tolist()
+                )
+                assert mirror.num_steps == index.num_steps
+    assert len(index) < 1 << 11 <= int(log._counters[16])
+
+
+def test_a_copy_of_a_ring_has_readers_of_its_own() -> None:
+    ring = RingBufferDataset(20)
+    for number in range(6):
+        ring.add_episode(tagged.episode(4, number))
+    other = copy.deepcopy(ring)
+    reader = pickle.loads(pickle.dumps(other))
+    ring.add_episode(tagged.episode(4, 6))
+    other.add_episode(tagged.episode(3, 7))
+    reader._refresh()
+    assert [tagged.number_and_length(episode)[0] for episode in reader.episodes()] == [2, 3, 4, 5, 7]
+    assert [tagged.number_and_length(episode)[0] for episode in ring.episodes()] == [2, 3, 4, 5, 6]

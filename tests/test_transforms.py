@@ -1,0 +1,215 @@
+"""Transitions and n-step returns, against loops that spell them out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from buffers import Recorder, ReplayBuffer
+from buffers.transforms import n_step_returns, to_transitions
+from tests.logged_game import Games, actions, make_buffer
+
+N = 3
+
+
+def recorded_games(buffer: ReplayBuffer) -> Games:
+    games = Games(N, "next_step")
+    recorder = Recorder(buffer, N, "next_step")
+    recorder.reset(games.reset())
+    for step in range(60):
+        taken = actions(N, step)
+        obs, reward, terminated, truncated = games.step(taken)
+        recorder.step(taken, obs, reward, terminated, truncated, extras={"value": reward * 2})
+    recorder.reset(games.reset())
+    return games
+
+
+def logged_transitions(games: Games) -> dict[tuple[float, ...], tuple[Any, ...]]:
+    """From what identifies a transition (environment, episode, step of its first observation) to all of it."""
+    transitions = {}
+    for log in games.logs:
+        for episode in log:
+            for t, action in enumerate(episode["action"]):
+                key = tuple(episode["obs"][t].tolist())
+                flags = bool(episode["terminated"][t]), bool(episode["truncated"][t])
+                next_obs = tuple(episode["obs"][t + 1].tolist())
+                transitions[key] = (tuple(action.tolist()), episode["reward"][t], *flags, next_obs, t == 0)
+    return transitions
+
+
+def transitions_in(batch: dict[str, Any]) -> list[tuple[tuple[float, ...], tuple[Any, ...]]]:
+    """The same, of what was drawn."""
+    found = []
+    for index in np.ndindex(*batch["terminated"].shape):
+        names = ("action", "reward", "terminated", "truncated", "next_obs", "is_first")
+        values = [batch[name][index].tolist() for name in ("obs", *names)]
+        values = [tuple(value) if isinstance(value, list) else value for value in values]
+        assert batch["value"][index] == 2 * batch["reward"][index]
+        found.append((values[0], tuple(values[1:])))
+    return found
+
+
+def test_with_two_rows_every_stored_transition_is_one_window() -> None:
+    buffer = make_buffer()
+    logged = logged_transitions(recorded_games(buffer))
+    found = []
+    for episode in buffer.dataset.episodes():
+        for start in range(len(episode["reward"]) - 1):
+            found += transitions_in(to_transitions({name: value[start : start + 2] for name, value in episode.items()}))
+    assert len(found) == len(logged)
+    assert dict(found) == logged
+
+
+@pytest.mark.parametrize("num_transitions", [1, 3])
+def test_what_a_loader_draws_as_transitions_is_in_the_log(num_transitions: int) -> None:
+    buffer = make_buffer()
+    logged = logged_transitions(recorded_games(buffer))
+    drawing = ReplayBuffer(buffer.dataset, 256, num_transitions + 1, transform=to_transitions, seed=0)
+    found = transitions_in(drawing.sample())
+    assert all(logged[key] == transition for key, transition in found)
+    if num_transitions == 1:
+        # Uniform over all: 40 draws of each, on average.
+        for _ in range(40 * len(logged) // 256):
+            found += transitions_in(drawing.sample())
+        assert dict(found) == logged
+
+
+def test_included_names_follow_the_row_on_arrival() -> None:
+    buffer = make_buffer()
+    recorded_games(buffer)
+    include = ("index", "episode", "step", "is_last", "mask", "weight")
+    batch = ReplayBuffer(buffer.dataset, 16, 3, include=include, seed=0).sample()
+    found = to_transitions(batch)
+    for name in ("index", "step", "is_last", "mask", "value"):
+        assert torch.equal(found[name], batch[name][:, 1:])
+    assert found["episode"] is batch["episode"] and found["weight"] is batch["weight"]
+    assert torch.equal(found["is_first"], batch["is_first"][:, :2])
+
+
+def test_nested_fields_are_split_and_share_their_memory() -> None:
+    rows = {
+        "obs": {"image": torch.arange(24).reshape(2, 3, 4), "deep": {"state": torch.arange(6.0).reshape(2, 3)}},
+        "action": {"0": torch.zeros(2, 3)},
+        "reward": torch.zeros(2, 3, dtype=torch.float64),
+        "terminated": torch.zeros(2, 3, dtype=torch.bool),
+        "truncated": torch.zeros(2, 3, dtype=torch.bool),
+    }
+    found = to_transitions(rows)
+    assert torch.equal(found["obs"]["deep"]["state"], rows["obs"]["deep"]["state"][:, :2])
+    assert torch.equal(found["next_obs"]["image"], rows["obs"]["image"][:, 1:])
+    assert found["next_obs"]["image"].untyped_storage().data_ptr() == rows["obs"]["image"].untyped_storage().data_ptr()
+    assert found["action"]["0"].shape == (2, 2)
+    with_returns = n_step_returns(found, 2, 0.9)
+    assert torch.equal(with_returns["bootstrap_obs"]["image"][:, 0], rows["obs"]["image"][:, 2])
+    assert with_returns["return"].dtype == torch.float64
+
+
+def returns_by_loop(
+    reward: list[float], terminated: list[bool], truncated: list[bool], real: list[bool], n: int, gamma: float
+) -> list[tuple[float, float, int]]:
+    """(return, discount, last transition) for each start."""
+    found = []
+    for start in range(len(reward)):
+        total, discount, t = 0.0, 1.0, start
+        if not real[start]:
+            found.append((0.0, 0.0, start))
+            continue
+        while True:
+            total, discount = total + discount * reward[t], discount * gamma
+            is_end = t + 1 == len(reward) or not real[t + 1]
+            if terminated[t] or truncated[t] or t + 1 - start == n or is_end:
+                break
+            t += 1
+        found.append((total, 0.0 if terminated[t] else discount, t))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), length=st.integers(1, 7), n=st.integers(1, 9), gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]))
+def test_n_step_returns_are_those_of_a_loop(data: st.DataObject, length: int, n: int, gamma: float) -> None:
+    def column(values: st.SearchStrategy[Any]) -> list[list[Any]]:
+        return data.draw(st.lists(st.lists(values, min_size=length, max_size=length), min_size=2, max_size=2))
+
+    reward, terminated, truncated = column(st.integers(-3, 3)), column(st.booleans()), column(st.booleans())
+    num_real = data.draw(st.none() | st.lists(st.integers(1, length), min_size=2, max_size=2))
+    batch = {
+        "reward": torch.tensor(reward, dtype=torch.float32),
+        "terminated": torch.tensor(terminated),
+        "truncated": torch.tensor(truncated),
+        "next_obs": torch.arange(2 * length).reshape(2, length, 1),
+    }
+    real = [[num_real is None or t < num_real[b] for t in range(length)] for b in range(2)]
+    if num_real is not None:
+        batch["mask"] = torch.tensor(real)
+    found = n_step_returns(batch, n, gamma)
+    for b in range(2):
+        expected = returns_by_loop(reward[b], terminated[b], truncated[b], real[b], n, gamma)
+        single = n_step_returns({name: value[b] for name, value in batch.items()}, n, gamma)
+        for of_b in ({name: found[name][b] for name in ("return", "discount", "bootstrap_obs")}, single):
+            np.testing.assert_allclose(of_b["return"], [item[0] for item in expected], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(of_b["discount"], [item[1] for item in expected], rtol=1e-5)
+            np.testing.assert_array_equal(of_b["bootstrap_obs"][:, 0], [b * length + item[2] for item in expected])
+
+
+def test_bootstrapping_stops_at_terminated_and_not_at_truncated() -> None:
+    def flags(index: int) -> torch.Tensor:
+        return torch.arange(4)[None] == index
+
+    rewards = torch.ones(1, 4)
+    batch = {"reward": rewards, "terminated": flags(-1), "truncated": flags(1), "next_obs": torch.arange(4)[None]}
+    found = n_step_returns(batch, 3, 0.5)
+    assert found["return"].tolist() == [[1.5, 1.0, 1.5, 1.0]]
+    assert found["discount"].tolist() == [[0.25, 0.5, 0.25, 0.5]]
+    assert found["bootstrap_obs"].tolist() == [[1, 1, 3, 3]]
+    found = n_step_returns({**batch, "terminated": flags(1)}, 3, 0.5)
+    assert found["discount"].tolist() == [[0.0, 0.0, 0.25, 0.5]]
+
+
+def test_whole_padded_episodes_become_transitions_and_returns() -> None:
+    buffer = make_buffer()
+    games = recorded_games(buffer)
+    transform = partial(_n_steps, n=3)
+    batch = ReplayBuffer(buffer.dataset, 64, None, transform=transform, seed=0).sample()
+    for b in range(64):
+        length = int(batch["mask"][b].sum())
+        env, number = (int(value) for value in batch["obs"][b, 0, :2])
+        episode = games.logs[env][number]
+        assert length == len(episode["action"])
+        columns = [list(map(float, episode["reward"])), episode["terminated"], episode["truncated"], [True] * length]
+        expected = returns_by_loop(*columns, 3, 0.9)
+        np.testing.assert_allclose(batch["return"][b, :length], [item[0] for item in expected], rtol=1e-5)
+        np.testing.assert_allclose(batch["discount"][b, :length], [item[1] for item in expected], rtol=1e-5)
+        assert not batch["return"][b, length:].any() and not batch["discount"][b, length:].any()
+
+
+def _n_steps(batch: dict[str, Any], n: int) -> dict[str, Any]:
+    return n_step_returns(to_transitions(batch), n, 0.9)
+
+
+def test_integer_rewards_give_float_returns() -> None:
+    no = torch.zeros(1, 2, dtype=torch.bool)
+    batch = {"reward": torch.ones(1, 2, dtype=torch.int64), "terminated": no, "truncated": no, "next_obs": no}
+    assert n_step_returns(batch, 2, 0.5)["return"].tolist() == [[1.5, 1.0]]
+
+
+def test_batches_that_do_not_fit_are_refused() -> None:
+    no = torch.zeros(2, 1, dtype=torch.bool)
+    rows = {"obs": no, "action": no, "reward": no, "terminated": no, "truncated": no}
+    with pytest.raises(ValueError, match="found sequences of 1. Draw with `sequence_length=2`"):
+        to_transitions(rows)
+    with pytest.raises(ValueError, match=r"The batch has no \['truncated'\]"):
+        to_transitions({name: value for name, value in rows.items() if name != "truncated"})
+    with pytest.raises(ValueError, match="call `to_transitions` first"):
+        n_step_returns(rows, 1, 0.9)
+    with pytest.raises(ValueError, match="`n` must be at least 1 and `gamma` from 0 to 1, found 0 and 0.9"):
+        n_step_returns(rows, 0, 0.9)
+    with pytest.raises(ValueError, match="found 1 and 1.5"):
+        n_step_returns(rows, 1, 1.5)
+    with pytest.raises(ValueError, match=r"`reward` has shape \(2, 1, 3\), expected \(2, 1\)"):
+        n_step_returns({**rows, "next_obs": no, "reward": torch.zeros(2, 1, 3)}, 1, 0.9)

@@ -1,0 +1,491 @@
+"""The Gymnasium wrappers around real environments that keep their own log."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+
+from buffers import Recorder
+from buffers.wrappers import RecordEpisodes, VectorRecordEpisodes
+from tests.logged_game import Game, assert_recorded, make_buffer, recorded
+
+N = 3
+VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+OBSERVATION_SPACES = {
+    "box": VECTOR,
+    "discrete": spaces.Discrete(100_000),
+    "dict": spaces.Dict({"vector": VECTOR, "deep": spaces.Dict({"image": spaces.Box(0, 255, (2, 2, 3), np.uint8)})}),
+    "tuple": spaces.Tuple((VECTOR, spaces.Box(0, 100, (1,), np.int64))),
+}
+ACTION_SPACES = {
+    "box": spaces.Box(-1, 1, (2,), np.float32),
+    "discrete": spaces.Discrete(5, start=1),
+    "dict": spaces.Dict({"move": spaces.Box(-1, 1, (2,), np.float32), "grip": spaces.Discrete(3)}),
+    "tuple": spaces.Tuple((spaces.MultiDiscrete([3, 4]), spaces.MultiBinary(2))),
+}
+
+
+class LoggedEnv(gymnasium.Env):
+    """`Game` as a Gymnasium environment."""
+
+    def __init__(self, env: int, kind: str = "box", reuses: bool = False, action_kind: str | None = None) -> None:
+        self.game = Game(env, kind, reuses)
+        self.observation_space = OBSERVATION_SPACES[kind]
+        self.action_space = ACTION_SPACES[action_kind or kind]
+
+    @property
+    def log(self) -> list[dict[str, list[Any]]]:
+        return self.game.log
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.game.reset(), {"kind": self.game.kind}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated = self.game.step(_copied(action))
+        return obs, reward, terminated, truncated, {"step": self.game.step_index}
+
+
+def _copied(action: Any) -> Any:
+    if isinstance(action, dict):
+        return {key: _copied(item) for key, item in action.items()}
+    if isinstance(action, tuple):
+        return tuple(map(_copied, action))
+    return np.array(action)
+
+
+def play(envs: VectorEnv, num_steps: int = 40, reset_at: dict[int, Any] | None = None) -> None:
+    """Step as a user would, by random actions; close what is open by a reset at the end."""
+    mode = envs.metadata.get("autoreset_mode")
+    envs.reset(seed=0)
+    envs.action_space.seed(0)
+    for step in range(num_steps):
+        if step in (reset_at or {}):
+            mask = (reset_at or {})[step]
+            envs.reset(options=None if mask is None else {"reset_mask": mask})
+        _, _, terminated, truncated, _ = envs.step(envs.action_space.sample())
+        if mode is AutoresetMode.DISABLED and (terminated | truncated).any():
+            envs.reset(options={"reset_mask": terminated | truncated})
+    envs.reset()
+
+
+def makers(num_envs: int, **options: Any) -> list[Callable[[], gymnasium.Env]]:
+    return [lambda env=env: LoggedEnv(env, **options) for env in range(num_envs)]
+
+
+# Vector environments.
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("kind", OBSERVATION_SPACES)
+@pytest.mark.parametrize("num_envs", [1, N])
+@pytest.mark.parametrize("copy", [True, False])
+def test_what_sync_environments_do_is_recorded_as_their_log_says(
+    mode: AutoresetMode, kind: str, num_envs: int, copy: bool
+) -> None:
+    buffer = make_buffer()
+    envs = VectorRecordEpisodes(
+        SyncVectorEnv(makers(num_envs, kind=kind), copy=copy, autoreset_mode=mode),
+        buffer,
+    )
+    play(envs)
+    assert_recorded(recorded(buffer), envs.get_attr("log"))
+    assert recorded(buffer)[0]["reward"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize(("kind", "options"), [("box", {"copy": False}), ("dict", {}), ("tuple", {})])
+def test_what_async_environments_do_is_recorded_as_their_log_says(
+    mode: AutoresetMode, kind: str, options: dict[str, Any]
+) -> None:
+    buffer = make_buffer()
+    envs = AsyncVectorEnv(makers(2, kind=kind), autoreset_mode=mode, context="fork", **options)
+    try:
+        recording = VectorRecordEpisodes(envs, buffer)
+        play(recording)
+        assert_recorded(recorded(buffer), recording.get_attr("log"))
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_resets_in_the_middle_of_all_or_some_close_episodes_as_truncated(mode: AutoresetMode) -> None:
+    buffer = make_buffer()
+    envs = VectorRecordEpisodes(SyncVectorEnv(makers(N), autoreset_mode=mode), buffer)
+    some = np.array([True, False, True])
+    play(envs, reset_at={3: None, 4: None, 7: some, 8: some, 9: ~some, 20: None})
+    assert_recorded(recorded(buffer), envs.get_attr("log"))
+
+
+def test_an_environment_that_reuses_its_array_is_recorded_as_its_log_says() -> None:
+    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
+        buffer = make_buffer()
+        play(VectorRecordEpisodes(SyncVectorEnv(makers(N, reuses=True), autoreset_mode=mode), buffer))
+        envs = SyncVectorEnv(makers(N, reuses=True), copy=False, autoreset_mode=mode)
+        buffer = make_buffer()
+        recording = VectorRecordEpisodes(envs, buffer)
+        play(recording)
+        assert_recorded(recorded(buffer), recording.get_attr("log"))
+
+
+class _ShiftObs(gymnasium.wrappers.TransformObservation):
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env, lambda obs: obs + 1000, env.observation_space)
+
+
+class _ChangesEverything(VectorWrapper):
+    """Lies above the recorder, and writes to all that passes through it."""
+
+    def step(self, actions: Any) -> Any:
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        for array in (obs, rewards, terminated, truncated):
+            array[:] = 0
+        infos.clear()
+        return obs, rewards, terminated, truncated, infos
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_other_wrappers_may_lie_below_and_above(mode: AutoresetMode) -> None:
+    buffer = make_buffer()
+    envs: VectorEnv = SyncVectorEnv(makers(N), copy=False, autoreset_mode=mode)
+    envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
+    envs = gymnasium.wrappers.vector.TransformReward(envs, lambda rewards: rewards * 2)
+    envs = VectorRecordEpisodes(envs, buffer)
+    log = envs.get_attr("log")
+    play(_ChangesEverything(gymnasium.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="again")))
+    doubled = [[{**e, "reward": [2 * reward for reward in e["reward"]]} for e in episodes] for episodes in log]
+    assert_recorded(recorded(buffer), doubled)
+
+
+class _ToTorch(VectorWrapper):
+    def reset(self, **options: Any) -> Any:
+        obs, infos = self.env.reset(**options)
+        return torch.from_numpy(obs), infos
+
+    def step(self, actions: Any) -> Any:
+        *results, infos = self.env.step(actions.numpy())
+        infos = {key: torch.from_numpy(value) if value.dtype != object else value for key, value in infos.items()}
+        return *map(torch.from_numpy, results), infos
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_environments_that_deliver_tensors_are_recorded_as_their_log_says(mode: AutoresetMode) -> None:
+    class Bare(SyncVectorEnv):
+        def step(self, actions: Any) -> Any:
+            *results, infos = super().step(actions)
+            return *results, {key: value for key, value in infos.items() if "final_obs" in key}
+
+    buffer = make_buffer()
+    envs = Bare(makers(N), copy=False, autoreset_mode=mode)
+    recording = VectorRecordEpisodes(_ToTorch(envs), buffer)
+    recording.reset()
+    for _ in range(40):
+        recording.step(torch.from_numpy(envs.action_space.sample()))
+    recording.reset()
+    assert_recorded(recorded(buffer), envs.get_attr("log"))
+
+
+class _Remembers(VectorWrapper):
+    last: Any = None
+
+    def reset(self, **options: Any) -> Any:
+        self.last = self.env.reset(**options)
+        return self.last
+
+    def step(self, actions: Any) -> Any:
+        self.last_actions = actions
+        self.last = self.env.step(actions)
+        return self.last
+
+
+def test_what_passes_through_is_left_as_it_is() -> None:
+    envs = SyncVectorEnv(makers(N), autoreset_mode=AutoresetMode.SAME_STEP)
+    remembers = _Remembers(envs)
+    wrapped = VectorRecordEpisodes(remembers, make_buffer())
+    options = {"reset_mask": np.ones(N, np.bool_)}
+    result = wrapped.reset(seed=[1, 2, 3], options=options)
+    assert all(found is given for found, given in zip(result, remembers.last, strict=True))
+    for _ in range(20):
+        actions = envs.action_space.sample()
+        before = actions.copy()
+        found = wrapped.step(actions)
+        assert all(item is given for item, given in zip(found, remembers.last, strict=True))
+        assert remembers.last_actions is actions and np.array_equal(actions, before)
+    assert wrapped.num_envs == N
+    assert wrapped.observation_space == envs.observation_space
+    assert wrapped.unwrapped is envs
+    assert wrapped.envs is envs.envs
+    assert wrapped.call("log") == wrapped.get_attr("log")
+    assert wrapped.spec is None and wrapped.render_mode is None
+
+
+def test_steps_that_would_go_unrecorded_are_not_reachable() -> None:
+    envs = AsyncVectorEnv(makers(1), context="fork")
+    try:
+        recording = VectorRecordEpisodes(envs, make_buffer())
+        for name in ("step_async", "step_wait", "reset_async", "reset_wait"):
+            with pytest.raises(AttributeError, match=f"`{name}` would go unrecorded"):
+                getattr(recording, name)
+        with pytest.raises(AttributeError):
+            _ = recording.nothing
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize("action_type", [list, tuple, lambda a: np.asarray(a, np.int32)])
+def test_actions_have_the_dtype_of_their_space_however_they_are_given(action_type: Callable[[Any], Any]) -> None:
+    buffer = make_buffer()
+    envs = VectorRecordEpisodes(SyncVectorEnv(makers(2, kind="box", action_kind="discrete")), buffer)
+    envs.reset()
+    for step in range(30):
+        envs.step(action_type([1, 2]) if step % 2 else np.array([1, 2]))
+    assert recorded(buffer)[0]["action"].dtype == torch.int64
+    envs.reset()
+    assert_recorded(recorded(buffer), envs.get_attr("log"))
+
+
+class _Modeless(SyncVectorEnv):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        del self.metadata["autoreset_mode"]
+
+
+@pytest.mark.parametrize("stated", ["next_step", "NextStep", AutoresetMode.NEXT_STEP])
+def test_the_mode_must_be_known_and_is_never_guessed(stated: Any) -> None:
+    with pytest.raises(ValueError, match="does not say when it resets"):
+        VectorRecordEpisodes(_Modeless(makers(N)), make_buffer())
+    buffer = make_buffer()
+    envs = VectorRecordEpisodes(_Modeless(makers(N)), buffer, stated)
+    play(envs)
+    assert_recorded(recorded(buffer), envs.get_attr("log"))
+    assert VectorRecordEpisodes(SyncVectorEnv(makers(N)), make_buffer(), stated).recorder.autoreset_mode == "next_step"
+
+
+def test_a_stated_mode_that_contradicts_the_environments_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`autoreset_mode`='same_step', but .* is <AutoresetMode.NEXT_STEP"):
+        VectorRecordEpisodes(SyncVectorEnv(makers(N)), make_buffer(), "same_step")
+    with pytest.raises(ValueError, match="The autoreset mode must be one of"):
+        VectorRecordEpisodes(_Modeless(makers(N)), make_buffer(), "never")
+
+
+class _LikeManiSkill(VectorEnv):
+    """Resets by `options["env_idx"]`, says nothing of its mode, and returns tensors in place."""
+
+    def __init__(self, auto_reset: bool) -> None:
+        self.games = [Game(env) for env in range(N)]
+        self.num_envs, self.auto_reset = N, auto_reset
+        self.single_observation_space, self.single_action_space = VECTOR, ACTION_SPACES["box"]
+        self.observation_space = gymnasium.vector.utils.batch_space(VECTOR, N)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, N)
+        self.obs = torch.zeros(N, 3)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[torch.Tensor, dict[str, Any]]:
+        for env in range(N) if options is None else options["env_idx"].tolist():
+            self.obs[env] = torch.from_numpy(self.games[env].reset())
+        return self.obs, {}
+
+    def step(self, actions: torch.Tensor) -> Any:
+        rewards, flags = torch.zeros(N), torch.zeros(2, N, dtype=torch.bool)
+        for env, game in enumerate(self.games):
+            obs, rewards[env], flags[0, env], flags[1, env] = game.step(actions[env].numpy().copy())
+            self.obs[env] = torch.from_numpy(obs)
+        done, infos = flags.any(0), {}
+        if done.any() and self.auto_reset:
+            infos = {"final_observation": self.obs.clone(), "_final_observation": done}
+            self.reset(options={"env_idx": torch.arange(N)[done]})
+        return self.obs, rewards, *flags, infos
+
+
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_maniskill_with_and_without_its_own_resets(auto_reset: bool) -> None:
+    buffer = make_buffer()
+    envs = VectorRecordEpisodes(_LikeManiSkill(auto_reset), buffer, "same_step" if auto_reset else "disabled")
+    envs.reset()
+    for step in range(40):
+        _, _, terminated, truncated, _ = envs.step(torch.full((N, 2), step + 1.0))
+        done = terminated | truncated
+        if done.any() and not auto_reset:
+            envs.reset(options={"env_idx": torch.arange(N)[done]})
+        if step == 20:
+            envs.reset(options={"env_idx": torch.tensor([1])})
+    envs.reset()
+    assert_recorded(recorded(buffer), [game.log for game in envs.games])
+
+
+def test_final_observations_may_be_missing_if_the_wrapper_is_told() -> None:
+    class Forgetful(VectorWrapper):
+        def step(self, actions: Any) -> Any:
+            *results, infos = self.env.step(actions)
+            return *results, {}
+
+    envs = Forgetful(SyncVectorEnv(makers(N), autoreset_mode=AutoresetMode.SAME_STEP))
+    buffer = make_buffer()
+    play(VectorRecordEpisodes(envs, buffer, final_obs_may_be_missing=True))
+    assert any(episode["final_obs_missing"][-1] for episode in recorded(buffer))
+    for episode in recorded(buffer):
+        assert (episode["obs"][:, 1] == episode["obs"][0, 1]).all(), "an observation of another episode"
+
+
+# Single environments.
+
+
+def play_single(env: gymnasium.Env, num_episodes: int = 20) -> None:
+    """Every fifth episode is left in its middle, and some right after their reset."""
+    env.action_space.seed(0)
+    for episode in range(num_episodes):
+        env.reset(seed=episode)
+        if episode % 7 == 0:
+            env.reset()
+        for step in range(100):
+            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            if terminated or truncated or (episode % 5 == 0 and step == 1):
+                break
+    env.reset()
+
+
+@pytest.mark.parametrize("kind", OBSERVATION_SPACES)
+@pytest.mark.parametrize("num_envs", [None, 1])
+def test_what_a_single_environment_does_is_recorded_as_its_log_says(kind: str, num_envs: int | None) -> None:
+    buffer = make_buffer(num_envs=num_envs)
+    env = RecordEpisodes(LoggedEnv(0, kind), buffer)
+    play_single(env)
+    assert_recorded(recorded(buffer), [env.unwrapped.log])
+    assert recorded(buffer)[0]["reward"].dtype == torch.float32
+
+
+def test_a_single_environment_that_reuses_its_array_is_recorded_as_its_log_says() -> None:
+    buffer = make_buffer()
+    env = RecordEpisodes(LoggedEnv(0, reuses=True), buffer)
+    play_single(env)
+    assert_recorded(recorded(buffer), [env.unwrapped.log])
+
+
+@pytest.mark.parametrize("is_below", [True, False])
+def test_autoreset_may_lie_below_and_above(is_below: bool) -> None:
+    buffer = make_buffer()
+    logged = LoggedEnv(0)
+    if is_below:
+        env: gymnasium.Env = RecordEpisodes(gymnasium.wrappers.Autoreset(logged), buffer)
+    else:
+        env = gymnasium.wrappers.Autoreset(RecordEpisodes(logged, buffer))
+    env.reset()
+    for _ in range(60):
+        env.step(env.action_space.sample())
+    env.reset()
+    assert_recorded(recorded(buffer), [logged.log])
+
+
+def test_wrappers_of_a_single_environment_may_lie_below_and_above() -> None:
+    buffer = make_buffer()
+    logged = LoggedEnv(0)
+    env = gymnasium.wrappers.RecordEpisodeStatistics(RecordEpisodes(_ShiftObs(logged), buffer))
+    play_single(_ShiftObs(env))
+    unshifted = [{**episode, "obs": episode["obs"] - 1000} for episode in recorded(buffer)]
+    assert_recorded(unshifted, [logged.log])
+
+
+def test_numbers_in_and_out_take_the_dtypes_of_their_spaces() -> None:
+    class Sloppy(LoggedEnv):
+        """Returns float64 from `step` and float32 from `reset`, and rewards of three types."""
+
+        def step(self, action: Any) -> Any:
+            obs, reward, *rest = super().step(action)
+            types: list[Callable[[float], Any]] = [float, np.float64, np.float32]
+            return obs.astype(np.float64), types[self.game.step_index % 3](reward), *rest
+
+    buffer = make_buffer()
+    env = RecordEpisodes(Sloppy(0, action_kind="discrete"), buffer)
+    for _ in range(10):
+        env.reset()
+        for action in (1, np.int64(2), np.int32(3), np.array(4), 5):
+            if any(env.step(action)[2:4]):
+                break
+    env.reset()
+    assert_recorded(recorded(buffer), [env.unwrapped.log])
+    (dtypes,) = {tuple(e[name].dtype for name in ("obs", "action", "reward")) for e in recorded(buffer)}
+    assert dtypes == (torch.float32, torch.int64, torch.float32)
+
+
+def test_actions_that_the_environment_writes_to_are_recorded_as_they_were_given() -> None:
+    class Clips(LoggedEnv):
+        def step(self, action: Any) -> Any:
+            result = super().step(action)
+            action[:] = 0
+            return result
+
+    buffer = make_buffer()
+    env = RecordEpisodes(Clips(0), buffer)
+    play_single(env, 5)
+    assert_recorded(recorded(buffer), [env.unwrapped.log])
+
+
+def test_a_real_environment_by_name_is_recorded() -> None:
+    buffer = make_buffer()
+    env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
+    lengths = []
+    for seed in range(3):
+        env.reset(seed=seed)
+        lengths.append(1)
+        while True:
+            lengths[-1] += 1
+            if any(env.step(env.action_space.sample())[2:4]):
+                break
+    assert buffer.dataset.episode_lengths == lengths
+    assert env.spec is not None and env.spec.id == "CartPole-v1"
+    env.close()
+
+
+# Stable-Baselines3, where it is installed.
+
+
+@pytest.mark.parametrize("subprocesses", [False, True])
+def test_stable_baselines3_is_recorded_as_the_log_says(subprocesses: bool) -> None:
+    vec_env = pytest.importorskip(
+        "stable_baselines3.common.vec_env", reason="stable-baselines3 is not installed (pip install 'buffers[dev]')"
+    )
+    fns = makers(2)
+    envs = vec_env.SubprocVecEnv(fns, start_method="fork") if subprocesses else vec_env.DummyVecEnv(fns)
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 2, "same_step")
+    try:
+        recorder.reset(envs.reset())
+        for step in range(60):
+            actions = np.full((2, 2), step, np.float32)
+            obs, rewards, dones, infos = envs.step(actions)
+            recorder.step(actions, obs, rewards, dones, None, infos=infos)
+        recorder.reset(envs.reset())
+        logs = envs.get_attr("log")
+    finally:
+        envs.close()
+    for log in logs:
+        for episode in (episode for episode in log if episode["action"] and episode["ended"][-1]):
+            # SB3 does not tell an episode that was cut where it also ended from one that ended.
+            episode["truncated"][-1] = episode["truncated"][-1] and not episode["terminated"][-1]
+    assert_recorded(recorded(buffer), logs)
+
+
+# Without gymnasium.
+
+
+def test_without_gymnasium_the_error_names_the_extra_and_the_recorder_still_works() -> None:
+    code = """
+import sys
+sys.modules["gymnasium"] = None
+import buffers
+buffers.Recorder
+try:
+    import buffers.wrappers
+except ImportError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "pip install 'buffers[extras]'" in found
