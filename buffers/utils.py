@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,17 @@ def integer(name: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, found {value}.")
     return operator.index(value)
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> Any:
+    """An argument that must be one of a few words.
+
+    Raises:
+        ValueError: Another one.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, found {value!r:.60}.")
+    return value
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -127,3 +127,25 @@ def test_an_ever_changing_length_leaves_a_bounded_number_of_arrays() -> None:
 
 def test_an_episode_takes_24_bytes() -> None:
     assert EpisodeIndex()._table[0].nbytes == 24
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), st.sets(st.integers(0, 40)), st.integers(1, 5), st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_inserted_episodes_are_drawn_like_appended_ones_gaps_or_not(first, second, length, removed) -> None:
+    index = EpisodeIndex()
+    live: list[tuple[int, int, int]] = []
+    for numbers in (sorted(first), sorted(second - first)):
+        if numbers:
+            episodes = [(10 * number, 1 + number % 7, number) for number in numbers]
+            index.insert(np.array(episodes, np.int64))
+            live = sorted([*live, *episodes])
+            index.cumulated_windows(length)
+        for _ in range(min(removed, len(live) - 1)):
+            index.remove(0)
+            live.pop(0)
+    assert index.num_steps == sum(rows for _, rows, _ in live)
+    assert (index.next_id, index.next_start) == (live[-1][2] + 1, live[-1][0] + live[-1][1])
+    expected = window_list(live, length)
+    if expected:
+        assert drawn_list(index, length, len(expected)) == expected
+    assert index.append(3) == live[-1][2] + 1

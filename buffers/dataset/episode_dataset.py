@@ -191,11 +191,20 @@ class EpisodeDataset(IterableDataset, ABC):
             ValueError: There is no such episode.
             RuntimeError: It is gone (a file that someone has removed).
         """
-        position = np.array([self._position(episode_index)])
-        windows = self.index.windows(position, np.zeros(1, np.int64), int(self.index.lengths[position[0]]))
+        position = self._position(episode_index)
+        episode_id = int(self.index.ids[position])
+        episode = self._whole(position)
+        if episode is None:
+            raise RuntimeError(f"Episode {episode_id} is gone from the store.")
+        return episode
+
+    def _whole(self, position: int) -> dict[str, Any] | None:
+        """A copy of an episode; None if it is gone."""
+        length = int(self.index.lengths[position])
+        windows = self.index.windows(np.array([position]), np.zeros(1, np.int64), length)
         out = self._empty_batch(windows)
         if self._read(windows, out) is not None:
-            raise RuntimeError(f"Episode {windows.episode[0]} is gone from the store.")
+            return None
         assert self._fields is not None  # An episode was found, so there are fields.
         return self._fields.unflatten({name: tensor[0] for name, tensor in out.items()})
 
@@ -203,8 +212,9 @@ class EpisodeDataset(IterableDataset, ABC):
         """Copies of all episodes, oldest first; those that are evicted meanwhile are left out."""
         for episode_id in self.index.ids.tolist():
             position = self.index.position(episode_id)
-            if position is not None:
-                yield self.get_episode(position)
+            episode = None if position is None else self._whole(position)
+            if episode is not None:
+                yield episode
 
     def _position(self, episode_index: int) -> int:
         position = integer("episode_index", episode_index, minimum=-self.num_episodes)

@@ -136,6 +136,15 @@ class EpisodeIndex:
             self.next_start = int(rows[-1, _START] + rows[-1, _LENGTH])
             self.next_id = int(rows[-1, _ID]) + 1
 
+    def insert(self, rows: Int64Array) -> None:
+        """`extend`, also by episodes older than some that live; those cost O(all that live)."""
+        if len(self) and len(rows) and rows[0, _ID] < self.ids[-1]:
+            rows = np.concatenate([self._table[self._first : self._last], rows])
+            rows = rows[rows[:, _ID].argsort()]
+            self._first = self._last = self.num_steps = 0
+            self._cumulations.clear()
+        self.extend(rows)
+
     def retire(self, tail: int) -> None:
         """Forget the oldest episodes, those that start before step id `tail`."""
         if len(self) and self._table[self._first, _START] < tail:

@@ -1,0 +1,186 @@
+"""File formats of episodes: the seam for formats of one's own, and what all of them share.
+
+`docs/format.md` states what a file holds. The formats are in `safetensors_format.py` and `archives.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from buffers.dataset import fields as field_types
+from buffers.dataset.fields import Fields, TensorType
+
+__all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError"]
+
+FORMAT_VERSION = 1
+# Where each format keeps the text of `schema_text`.
+SCHEMA_KEY = "buffers"
+
+
+class DamagedEpisodeError(ValueError):
+    """A file is not the whole episode that its name promises."""
+
+
+class UnknownVersionError(DamagedEpisodeError):
+    """A file is of a version of the format that this version of the library does not know."""
+
+
+class EpisodeSerializationStrategy(ABC):
+    """How an episode becomes a file. A format of one's own needs a `suffix`, `save` and `load`.
+
+    A file is read by someone who did not write it, so `load` and all that follows it must run no code from the file,
+    and must check what the file says before room is made for it. The arguments say what to expect.
+
+    Attributes:
+        suffix: Ends the names of files, ".safetensors" for example.
+    """
+
+    suffix: str
+
+    @abstractmethod
+    def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
+        """Write an episode.
+
+        Args:
+            episode: `name -> (L, *shape)`, contiguous tensors on the CPU that share no memory.
+            fields: Their types.
+            file: Open for writing; flushed, made durable and closed by the caller.
+
+        Raises:
+            ValueError: The format cannot hold these fields (a name, say).
+        """
+
+    @abstractmethod
+    def load(self, file: io.FileIO, fields: Fields, length: int) -> Mapping[str, torch.Tensor]:
+        """Read an episode.
+
+        Args:
+            file: Open for reading, at its beginning.
+            fields: What it holds.
+            length: L, its rows.
+
+        Returns:
+            `name -> (L, *shape)` tensors.
+
+        Raises:
+            DamagedEpisodeError: The file is something else. Any other exception but an OSError means the same.
+        """
+
+    def load_fields(self, file: io.FileIO) -> Fields | None:
+        """The fields that a file says it holds; None (the default) if the format does not keep them.
+
+        Without them, who opens a directory that has episodes must give the fields.
+
+        Raises:
+            DamagedEpisodeError: The file is no episode of this format.
+        """
+        return None
+
+    def check(self, file: io.FileIO, fields: Fields, length: int) -> None:
+        """Refuse, by a DamagedEpisodeError, a file that can be told to be damaged without reading its rows."""
+        self.row_offsets(file, fields, length)
+
+    def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
+        """Refuse, by a DamagedEpisodeError, a file of which any byte that matters has changed. Reads all of it."""
+        self.load(file, fields, length)
+
+    def sizes(self, fields: Fields, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        """Bytes of whole files of these lengths; None (the default) if they depend on the data."""
+        return None
+
+    def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int] | None:
+        """Where ranges of rows can be read: `name -> offset of its first row`; None (the default) if nowhere.
+
+        A format whose rows lie one behind the other, as they are in memory (little endian), says so here. Then a
+        window costs its own bytes; otherwise whole episodes are loaded, and a bounded number of them is kept.
+
+        Raises:
+            DamagedEpisodeError: The file is not what was expected.
+        """
+        return None
+
+
+# The text that says what a file holds.
+
+
+def schema_text(fields: Fields, **more: Any) -> str:
+    """Version and fields as JSON in ASCII; equal fields give equal texts."""
+    described = [
+        {
+            "path": path,
+            "type": _type_name(tensor_type),
+            "dtype": str(tensor_type.dtype).removeprefix("torch."),
+            "shape": tensor_type.shape,
+        }
+        for path, tensor_type in zip(fields.paths, fields.values(), strict=True)
+    ]
+    return json.dumps({"version": FORMAT_VERSION, **more, "fields": described}, separators=(",", ":"))
+
+
+def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
+    """The fields, and all of the JSON, of what `schema_text` wrote.
+
+    Raises:
+        UnknownVersionError: Another version of the format.
+        DamagedEpisodeError: Anything else.
+    """
+    try:
+        schema = json.loads(text)
+        version = schema["version"]
+        if version != FORMAT_VERSION:
+            raise UnknownVersionError(
+                f"is of version {version!r:.20} of the format; this library knows {FORMAT_VERSION}"
+            )
+        tree: dict[str, Any] = {}
+        for described in schema["fields"]:
+            *parents, last = described["path"]
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            if last in node:
+                raise DamagedEpisodeError(f"names the field {last!r:.60} twice")
+            node[last] = _parsed_type(described)
+        return Fields(tree), schema
+    except DamagedEpisodeError:
+        raise
+    except Exception as error:
+        raise DamagedEpisodeError(f"has no readable schema ({type(error).__name__})") from error
+
+
+def _parsed_type(described: Mapping[str, Any]) -> TensorType:
+    name, shape = described["type"], described["shape"]
+    kind = getattr(field_types, name) if name in field_types.__all__ else None
+    if not (isinstance(kind, type) and issubclass(kind, TensorType)):
+        raise DamagedEpisodeError(f"has a field of the unknown type {name!r:.60}")
+    if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or math.prod(shape) >= 2**48:
+        raise DamagedEpisodeError(f"has a field of shape {shape!r:.60}")
+    return kind(tuple(shape), np.dtype(described["dtype"]) if described["dtype"] != "bfloat16" else torch.bfloat16)
+
+
+def _type_name(tensor_type: TensorType) -> str:
+    """The name of the nearest class that every version of the library knows: a user's own is described by its base."""
+    return next(kind.__name__ for kind in type(tensor_type).__mro__ if kind.__name__ in field_types.__all__)
+
+
+def check_fields(found: Fields, expected: Fields) -> None:
+    """Refuse a file of other fields, by a DamagedEpisodeError."""
+    conflict = found.conflict_with(expected)
+    if conflict is not None:
+        raise DamagedEpisodeError(f"holds other fields: {conflict}")
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

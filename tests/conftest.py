@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[[bytes], io.FileIO]]:
+    """A function from content to an open file that has it."""
+    with open(tmp_path / "content", "w+b", buffering=0) as file:
+
+        def write(content: bytes) -> io.FileIO:
+            file.seek(0)
+            file.truncate()
+            file.write(content)
+            file.seek(0)
+            return file
+
+        yield write

@@ -1,0 +1,405 @@
+"""Killed anywhere, or without power: every acknowledged episode is there whole, and no partial one is served.
+
+Processes are killed in two ways: by SIGKILL from outside at random times, and by themselves before each call that
+changes the directory. A power loss is modelled: the calls of a run are recorded, and every state that a disk may be in
+after any of them is made and opened.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffers.dataset import directory, opening
+from buffers.dataset.individual_file import SafetensorsSerialization
+from tests import tagged
+from tests.contract import fifo_model
+from tests.process_helpers import CAPACITY, in_child, lengths, opened
+
+CHANGES = ("open", "fdopen", "fsync", "rename", "unlink", "mkdir", "ftruncate", "pwrite", "close", "makedirs")
+
+
+def write_for_ever(path: Path, acknowledge: int, durability: str, capacity: int) -> None:
+    """Open, and add episodes whose number is their id, telling of each."""
+    with opened(path, capacity, durability=durability) as dataset:
+        for length in lengths():
+            dataset.add_episode(tagged.episode(length, dataset.index.next_id))
+            os.write(acknowledge, b"%d\n" % (dataset.index.next_id - 1))
+
+
+def acknowledged_before_the_kill(path: Path, durability: str, capacity: int, seconds: float) -> int:
+    """Kill a writer after so many seconds; the last number that it acknowledged, -1 if none."""
+    receive, send = os.pipe()
+    pid = in_child(lambda: write_for_ever(path, send, durability, capacity))
+    os.close(send)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with os.fdopen(receive) as pipe:
+        lines = pipe.read().split()
+    return int(lines[-1]) if lines else -1
+
+
+def assert_recovers(path: Path, acknowledged: int, capacity: int = CAPACITY) -> int:
+    """Check all that is served after a crash; the number of the newest episode."""
+    with opened(path, capacity) as dataset:
+        found = [tagged.number_and_length(episode) for episode in dataset.episodes()]
+        assert len(found) == dataset.num_episodes and dataset.num_timesteps <= capacity
+        ids = [number for number, _ in found]
+        assert ids == dataset.index.ids.tolist() == list(range(ids[0], ids[-1] + 1)) if ids else True
+        newest = ids[-1] if ids else -1
+        # One that was not acknowledged may be there: it was on its way.
+        assert acknowledged <= newest <= acknowledged + 1
+        if acknowledged >= 0:
+            batch = dataset.get_loader(32, 1, seed=0).stream.take()
+            assert {number for _, number, _, _ in tagged.origins(batch)} <= set(ids)
+        assert not [name for name in os.listdir(path) if name.startswith(".tmp")]
+    return newest
+
+
+def kill_in_a_loop(path: Path, num_kills: int, seed: int) -> None:
+    rng = random.Random(seed)
+    newest = -1
+    for _ in range(num_kills):
+        # A capacity that changes lets recovery evict, and be killed at that.
+        capacity = rng.choice([12, CAPACITY])
+        durability = rng.choice(["fsync", "rename"])
+        acknowledged = acknowledged_before_the_kill(path, durability, capacity, rng.uniform(0.0, 0.04))
+        assert acknowledged in (-1, *range(newest + 1, newest + 100_000))
+        newest = assert_recovers(path, max(newest, acknowledged), capacity)
+    assert newest > num_kills / 4
+
+
+def test_killed_dozens_of_times_at_random_it_loses_nothing(tmp_path) -> None:
+    kill_in_a_loop(tmp_path, 40, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_hundreds_of_times_at_random_it_loses_nothing(tmp_path) -> None:
+    for seed in range(4):
+        kill_in_a_loop(tmp_path / str(seed), 200, seed=seed + 1)
+
+
+class DyingOS:
+    """The os module, in a process that kills itself before its n-th call that changes something."""
+
+    def __init__(self, num_calls: int) -> None:
+        self.remaining = num_calls
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(os, name)
+        if name not in CHANGES:
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.remaining == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.remaining -= 1
+            return found(*arguments, **options)
+
+        return call
+
+
+def killed_before_call(num_calls: int, action: Callable[[], object]) -> bool:
+    """Run it in a process that dies before its n-th change; whether it got so far."""
+
+    def run() -> None:
+        directory.os = DyingOS(num_calls)  # type: ignore[attr-defined]
+        action()
+
+    status = os.waitpid(in_child(run), 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+    return status != 0
+
+
+@pytest.mark.parametrize("durability", ["fsync", "rename"])
+def test_killed_before_each_call_of_adding_and_evicting_it_loses_nothing(tmp_path, durability) -> None:
+    for num_calls in itertools.count():
+        path = tmp_path / str(num_calls)
+        with opened(path) as dataset:
+            for number, length in zip(range(5), lengths(), strict=False):
+                dataset.add_episode(tagged.episode(length, number))
+        acknowledged = path / "acknowledged"
+
+        def add_two(path: Path = path, acknowledged: Path = acknowledged) -> None:
+            with opened(path, durability=durability) as dataset:
+                for number in (5, 6):
+                    dataset.add_episode(tagged.episode(8, number))
+                    acknowledged.write_text(str(number))
+
+        was_killed = killed_before_call(num_calls, add_two)
+        newest = assert_recovers(path, int(acknowledged.read_text()) if acknowledged.exists() else 4)
+        if not was_killed:
+            assert newest == 6 and num_calls > 12
+            return
+
+
+def spoil(path: Path) -> None:
+    """Leave what recovery has to deal with: a temporary, a file that was cut short, one too many steps."""
+    with opened(path, 100) as dataset:
+        for number, length in zip(range(6), lengths(), strict=False):
+            dataset.add_episode(tagged.episode(length, number))
+    names = sorted(name for name in os.listdir(path) if name.startswith("0"))
+    shutil.copy(path / names[0], path / ".tmp-0000000006-000000000027-3.safetensors")
+    os.truncate(path / names[-1], 700)
+
+
+def test_killed_before_each_call_of_recovery_it_recovers_the_next_time(tmp_path) -> None:
+    for num_calls in itertools.count():
+        path = tmp_path / str(num_calls)
+        spoil(path)
+        was_killed = killed_before_call(num_calls, lambda path=path: opened(path).close())
+        with opened(path) as dataset:
+            found = [tagged.number_and_length(episode) for episode in dataset.episodes()]
+            assert found == [(2, 9), (3, 4), (4, 1)] or found == [(1, 3), (2, 9), (3, 4), (4, 1)]
+            assert dataset.index.next_id == 6
+            assert not [name for name in os.listdir(path) if name.startswith(".tmp")]
+        if not was_killed:
+            assert num_calls > 8
+            return
+
+
+# Power.
+
+
+class Recorder:
+    """The os module, which writes down what becomes of files."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def content(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def open(self, name: str, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and name != ".lock" and not (self.folder / name).exists():
+            self.calls.append(("create", name))
+        return os.open(name, flags, *arguments, **options)
+
+    def fsync(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path == self.folder:
+            self.calls.append(("sync directory",))
+        else:
+            self.calls.append(("write", path.name, path.read_bytes()))
+            self.calls.append(("sync", path.name, path.read_bytes()))
+
+    def rename(self, old: str, new: str, **options: Any) -> None:
+        self.calls.append(("rename", old, new, self.content(old)))
+        os.rename(old, new, **options)
+
+    def unlink(self, name: str, **options: Any) -> None:
+        os.unlink(name, **options)
+        self.calls.append(("unlink", name))
+
+
+def record(path: Path, monkeypatch: pytest.MonkeyPatch, durability: str, num_episodes: int = 5) -> list[Any]:
+    """The calls of a run that adds, and evicts, with ("acknowledged", number) between them."""
+    recorder = Recorder(path.resolve())
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "os", recorder)
+        with opened(path, 13, durability=durability) as dataset:
+            for number, length in zip(range(num_episodes), lengths(), strict=False):
+                dataset.add_episode(tagged.episode(length, number))
+                recorder.calls.append(("acknowledged", number))
+    return recorder.calls
+
+
+class Disk:
+    """What is on the disk for certain, and what may be.
+
+    The directory maps names to files; its changes since it was last synced may have arrived or not, each by itself.
+    A file's content since it was last synced may have arrived, or in part, or as zeros, or not.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+        self.pending: list[tuple[str, ...]] = []
+        self.live: dict[str, int] = {}
+        self.synced: dict[int, bytes] = {}
+        self.written: dict[int, bytes] = {}
+        self.acknowledged = -1
+        self.count = itertools.count()
+
+    def apply(self, call: tuple[Any, ...]) -> None:
+        kind, *arguments = call
+        if kind == "create":
+            self.live[arguments[0]] = next(self.count)
+            self.pending.append(("link", arguments[0], self.live[arguments[0]]))
+        elif kind == "write":
+            self.written[self.live[arguments[0]]] = arguments[1]
+        elif kind == "sync":
+            file = self.live[arguments[0]]
+            self.synced[file] = self.written[file] = arguments[1]
+        elif kind == "rename":
+            old, new, content = arguments
+            file = self.live[new] = self.live.pop(old)
+            self.written[file] = content
+            self.pending.append(("move", old, new, file))
+        elif kind == "unlink":
+            self.live.pop(arguments[0], None)
+            self.pending.append(("unlink", arguments[0]))
+        elif kind == "sync directory":
+            self.names, self.pending = dict(self.live), []
+        elif kind == "acknowledged":
+            self.acknowledged = arguments[0]
+
+    def directories(self) -> Iterator[dict[str, int]]:
+        """The directory in every state that it may be in."""
+        for chosen in itertools.product([False, True], repeat=len(self.pending)):
+            names = dict(self.names)
+            for is_there, change in zip(chosen, self.pending, strict=True):
+                if not is_there:
+                    continue
+                if change[0] == "link":
+                    names[change[1]] = change[2]  # type: ignore[assignment]
+                elif change[0] == "move":
+                    names.pop(change[1], None)
+                    names[change[2]] = change[3]  # type: ignore[assignment]
+                else:
+                    names.pop(change[1], None)
+            yield names
+
+    def contents(self, file: int) -> list[bytes]:
+        """The content in every state that it may be in, as far as they differ in kind."""
+        if file in self.synced:
+            return [self.synced[file]]
+        content = self.written.get(file, b"")
+        half = len(content) // 2
+        # Nothing; cut short; all its length without anything, or without its last rows.
+        return [b"", content[:half], bytes(len(content)), content[:-100] + bytes(len(content[-100:])), content]
+
+
+def states(calls: list[Any]) -> Iterator[tuple[dict[str, bytes], int]]:
+    """Every state after every call: the files, and the last number that had been acknowledged."""
+    disk, seen = Disk(), set()
+    for call in [("begin",), *calls]:
+        disk.apply(call)
+        for names in disk.directories():
+            # Files that were not synced differ one at a time; all others are whole.
+            for name in names or [""]:
+                for content in disk.contents(names[name]) if name else [b""]:
+                    state = {other: disk.contents(file)[-1] for other, file in names.items()}
+                    if name:
+                        state[name] = content
+                    key = (tuple(sorted(state.items())), disk.acknowledged)
+                    if hash(key) not in seen:
+                        seen.add(hash(key))
+                        yield state, disk.acknowledged
+
+
+def live_after(number: int) -> list[tuple[int, int]]:
+    """(number, length) of what lives after adding so many episodes to a capacity of 13."""
+    return fifo_model([length for _, length in zip(range(number + 1), lengths(), strict=False)], 13)
+
+
+def what_is_wrong(path: Path, calls: list[Any], **options: Any) -> set[str]:
+    """Open every state; what was not as promised in any of them."""
+    wrong = set()
+    for number, (files, acknowledged) in enumerate(states(calls)):
+        state = path / f"state{number}"
+        state.mkdir()
+        for name, content in files.items():
+            (state / name).write_bytes(content)
+        with opened(state, 13, durability="rename", **options) as dataset, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            served = []
+            for episode_id in dataset.index.ids.tolist():
+                position = dataset.index.position(episode_id)
+                episode = None if position is None else dataset._whole(position)
+                if episode is not None:
+                    try:
+                        served.append(tagged.number_and_length(episode))
+                    except AssertionError:
+                        wrong.add("served what was never written")
+            # The episode that was on its way may be there, and have let older ones go.
+            if not any(set(live_after(n)) <= set(served) for n in (acknowledged, acknowledged + 1)):
+                wrong.add("lost an acknowledged episode")
+        shutil.rmtree(state)
+    return wrong
+
+
+def test_no_power_loss_loses_an_acknowledged_episode_or_lets_a_partial_one_be_served(tmp_path, monkeypatch) -> None:
+    calls = record(tmp_path / "run", monkeypatch, "fsync")
+    kinds = [call[0] for call in calls if call[0] != "unlink"]
+    assert kinds == ["create", "write", "sync", "rename", "sync directory", "acknowledged"] * 5
+    assert sum(call[0] == "unlink" for call in calls) == 3
+    assert len(list(states(calls))) > 50
+    assert what_is_wrong(tmp_path, calls) == set()
+
+
+@pytest.mark.parametrize("verify", ["size", "full"])
+def test_without_fsync_only_the_checksum_keeps_partial_episodes_from_being_served(
+    tmp_path, monkeypatch, verify
+) -> None:
+    calls = record(tmp_path / "run", monkeypatch, "rename", num_episodes=3)
+    assert not any(call[0].startswith("sync") for call in calls)
+    wrong = what_is_wrong(tmp_path, calls, verify=verify)
+    assert wrong == {"lost an acknowledged episode"} | (
+        {"served what was never written"} if verify == "size" else set()
+    )
+
+
+def without(kind: str, calls: list[Any]) -> list[Any]:
+    return [call for call in calls if call[0] != kind]
+
+
+def directly(calls: list[Any]) -> list[Any]:
+    """As if episodes were written under their final names."""
+    finals = {call[1]: call[2] for call in calls if call[0] == "rename"}
+    changed = []
+    for call in calls:
+        if call[0] == "create":
+            content = next(other[3] for other in calls if other[0] == "rename" and other[1] == call[1])
+            # The content is on its way from here on.
+            changed += [("create", call[1]), ("rename", call[1], finals[call[1]], content)]
+        elif call[0] == "sync":
+            changed.append(("sync", finals[call[1]], call[2]))
+        elif call[0] not in ("rename", "write"):
+            changed.append(call)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("mutant", "expected"),
+    [
+        (lambda calls: without("sync", calls), "served what was never written"),
+        (lambda calls: without("sync", calls), "lost an acknowledged episode"),
+        (lambda calls: without("sync directory", calls), "lost an acknowledged episode"),
+        (directly, "served what was never written"),
+    ],
+    ids=["no fsync: serves", "no fsync: loses", "no fsync of the directory", "no rename"],
+)
+def test_without_one_of_its_steps_the_commit_is_found_wanting(tmp_path, monkeypatch, mutant, expected) -> None:
+    calls = mutant(record(tmp_path / "run", monkeypatch, "fsync", num_episodes=3))
+    assert expected in what_is_wrong(tmp_path, calls)
+
+
+def test_counting_before_the_commit_is_found_wanting(tmp_path, monkeypatch) -> None:
+    calls = record(tmp_path / "run", monkeypatch, "fsync", num_episodes=2)
+    position = calls.index(("acknowledged", 1))
+    renamed = max(i for i in range(position) if calls[i][0] == "rename")
+    calls.insert(renamed, calls.pop(position))
+    assert "lost an acknowledged episode" in what_is_wrong(tmp_path, calls)
+
+
+def test_without_the_checks_partial_files_are_served(tmp_path, monkeypatch) -> None:
+    calls = record(tmp_path / "run", monkeypatch, "rename", num_episodes=2)
+    assert "served what was never written" not in what_is_wrong(tmp_path, calls, verify="full")
+    monkeypatch.setattr(opening, "_error_of", lambda *_: None)
+    monkeypatch.setattr(SafetensorsSerialization, "verify", lambda *_: None)
+    assert "served what was never written" in what_is_wrong(tmp_path, calls, verify="full")

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from buffers.dataset import EpisodeDataset, IndividualFileDataset
+from buffers.dataset.fields import Fields, Scalar
+from buffers.dataset.individual_file import (
+    EpisodeSerializationStrategy,
+    NumpyCompressedSerialization,
+    TorchSerialization,
+)
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.evictor import Evictor
+from tests import tagged
+from tests.contract import DatasetContract
+from tests.file_helpers import add, files, numbers, numbers_drawn
+
+
+class FileContract(DatasetContract):
+    strategy: EpisodeSerializationStrategy | None = None
+
+    @pytest.fixture(autouse=True)
+    def _factory(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.factory = tmp_path_factory
+
+    def make(self, capacity: int, info: EpisodeDatasetInfo | None = None) -> EpisodeDataset:
+        path = self.factory.mktemp("episodes")
+        return IndividualFileDataset(capacity, info, None, path, self.strategy, durability="rename")
+
+    def test_a_copy_goes_on_by_itself(self) -> None:
+        dataset = self.filled([5, 3], 8)
+        copied = copy.deepcopy(dataset)
+        with pytest.raises(RuntimeError, match="mode='r', which only reads"):
+            copied.add_episode(tagged.episode(4, 2))
+        dataset.add_episode(tagged.episode(4, 2))
+        assert numbers_drawn(copied) == {1, 2}
+
+
+class TestSafetensors(FileContract):
+    pass
+
+
+class TestNumpyCompressed(FileContract):
+    strategy = NumpyCompressedSerialization()
+
+
+class TestTorch(FileContract):
+    strategy = TorchSerialization()
+
+
+# The reference model: a list of episodes, whatever is done, and however often the directory is opened.
+
+
+class Chosen(Evictor):
+    """A user's own: the episode that a sequence of integers says."""
+
+    def __init__(self, choices: list[int]) -> None:
+        self.choices = itertools.cycle(choices)
+
+    def evict(self, dataset: EpisodeDataset) -> int:
+        return next(self.choices) % dataset.num_episodes
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 9)),
+        st.tuples(st.just("evict"), st.integers(0, 9)),
+        st.tuples(st.just("unlink"), st.integers(0, 9)),
+        st.tuples(st.just("reopen"), st.integers(9, 30)),
+    ),
+    max_size=30,
+)
+
+
+@given(OPERATIONS, st.lists(st.integers(0, 9), min_size=1, max_size=5), st.sampled_from(["a", "r"]))
+@settings(max_examples=60, deadline=None)
+def test_it_agrees_with_a_list_of_episodes(operations, choices, read_by) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        capacity, live, next_id, next_start = 30, [], 0, 0
+        evictor, in_model = Chosen(choices), Chosen(choices)
+
+        def make_room(length: int) -> None:
+            while sum(rows for *_, rows in live) + length > capacity:
+                live.pop(next(in_model.choices) % len(live))
+
+        def opened() -> IndividualFileDataset:
+            return IndividualFileDataset(capacity, None, evictor, folder, durability="rename")
+
+        dataset = opened()
+        reader = IndividualFileDataset(30, directory=folder, mode="r")
+        for operation, value in operations:
+            if operation == "add":
+                make_room(value)
+                assert dataset.add_episode(tagged.episode(value, next_id)) == next_id
+                live.append((next_id, next_start, value))
+                next_id, next_start = next_id + 1, next_start + value
+            elif operation == "reopen":
+                dataset.close()
+                capacity = value
+                dataset = opened()
+                make_room(0)
+            elif live:
+                number, start, rows = live.pop(value % len(live))
+                if operation == "evict":
+                    dataset.evict_episode(dataset.index.position(number))
+                else:
+                    os.unlink(Path(folder) / f"{number:010d}-{start:012d}-{rows}.safetensors")
+                    list(dataset.episodes())  # It is found to be gone when it is read.
+            assert list(zip(dataset.index.ids, dataset.index.starts, dataset.index.lengths, strict=True)) == live
+        reader.refresh()
+        for each in (dataset, reader) if read_by == "r" else (dataset,):
+            assert numbers(each) == [(number, rows) for number, _, rows in live]
+            if live:
+                batch = each.get_loader(64, 1, include=("index", "episode"), seed=0).stream.take()
+                starts = {number: start for number, start, _ in live}
+                for (_, number, step, _), index in zip(tagged.origins(batch), batch["index"][:, 0], strict=True):
+                    assert int(index) == starts[number] + step
+        assert len([name for name in os.listdir(folder) if name.endswith(".safetensors")]) == len(live)
+
+
+# Opening again.
+
+
+def test_ids_and_step_ids_go_on_after_opening_again_even_if_the_newest_are_gone(tmp_path) -> None:
+    for round_ in range(3):
+        with IndividualFileDataset(100, directory=tmp_path) as dataset:
+            assert add(dataset, [5, 3], 2 * round_) == [2 * round_, 2 * round_ + 1]
+            assert dataset.index.starts.tolist()[-2:] == [8 * round_, 8 * round_ + 5]
+            for _ in range(2):
+                dataset.evict_episode(-1)
+            assert dataset.num_episodes == 0
+    assert files(tmp_path) == ["0000000006-000000000024.next"]
+
+
+def test_a_smaller_capacity_is_enforced_on_opening_by_the_evictor(tmp_path) -> None:
+    with IndividualFileDataset(100, directory=tmp_path) as dataset:
+        add(dataset, [5, 3, 9, 4])
+    with IndividualFileDataset(13, evictor=Chosen([1]), directory=tmp_path) as dataset:
+        assert numbers(dataset) == [(0, 5), (3, 4)]
+        assert dataset.is_full
+    with IndividualFileDataset(7, directory=tmp_path) as dataset:
+        assert numbers(dataset) == [(3, 4)]
+        assert add(dataset, [2], 4) == [4]
+
+
+def test_the_fields_of_a_directory_bind_and_keep_their_types(tmp_path) -> None:
+    fields = Fields(obs=Scalar(dtype=torch.bfloat16), z={"b": Scalar(), "a/b": Scalar()})
+    episode = {
+        "obs": torch.ones(3, dtype=torch.bfloat16),
+        "z": {"b": np.ones(3, np.float32), "a/b": np.ones(3, np.float32)},
+    }
+    with IndividualFileDataset(9, EpisodeDatasetInfo(fields), directory=tmp_path) as dataset:
+        dataset.add_episode(episode)
+    with IndividualFileDataset(9, directory=tmp_path) as dataset:
+        assert dataset.fields is not None
+        assert list(dataset.fields.items()) == list(fields.items()) and dataset.fields.paths == fields.paths
+        with pytest.raises(ValueError, match=r"missing \['z/b', 'z/a/b'\].*Expected \['obs', 'z/b', 'z/a/b'\]"):
+            dataset.add_episode({"obs": torch.ones(3, dtype=torch.bfloat16)})
+        with pytest.raises(ValueError, match="`obs` has dtype float32 .* expected"):
+            dataset.add_episode({**episode, "obs": np.ones(3, np.float32)})
+    other = Fields(obs=Scalar(dtype=torch.float64))
+    with pytest.raises(
+        ValueError, match=r"missing .* The directory has Fields\(obs: bfloat16.*`info` has Fields\(obs: "
+    ):
+        IndividualFileDataset(9, EpisodeDatasetInfo(other), directory=tmp_path)
+    # The one that was refused has not kept the lock, nor moved anything.
+    with IndividualFileDataset(9, directory=tmp_path) as dataset:
+        assert dataset.num_episodes == 1
+
+
+def test_the_format_of_a_directory_is_found_out_and_another_one_is_refused(tmp_path) -> None:
+    with IndividualFileDataset(30, None, None, tmp_path, NumpyCompressedSerialization()) as dataset:
+        add(dataset, [4])
+    reader = IndividualFileDataset(30, directory=tmp_path, mode="r")
+    with IndividualFileDataset(30, directory=tmp_path) as dataset:
+        add(dataset, [5], 1)
+        assert numbers(dataset) == [(0, 4), (1, 5)]
+    reader.refresh()
+    assert numbers(reader) == [(0, 4), (1, 5)]
+    with pytest.raises(ValueError, match=r"episodes in the format \['.npz'\], not only in `.pt`. Give"):
+        IndividualFileDataset(30, None, None, tmp_path, TorchSerialization())
+    assert len(files(tmp_path)) == 2
+    # A backup that someone has made is not another format.
+    (tmp_path / (files(tmp_path)[0] + ".bak")).write_text("")
+    with IndividualFileDataset(30, directory=tmp_path) as dataset:
+        assert numbers(dataset) == [(0, 4), (1, 5)]
+
+
+class Raw(EpisodeSerializationStrategy):
+    """A user's own format, of as little as it takes."""
+
+    suffix = ".raw"
+
+    def save(self, episode, fields, file):
+        for tensor in episode.values():
+            file.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+
+    def load(self, file, fields, length):
+        episode = {}
+        for name, field in fields.items():
+            data = bytearray(file.read(length * field.nbytes))
+            episode[name] = torch.frombuffer(data, dtype=field.dtype).view(length, *field.shape)
+        return episode
+
+
+class RawRanges(Raw):
+    """Which also says where its rows are."""
+
+    def load(self, file, fields, length):
+        raise AssertionError("ranges are enough")
+
+    def row_offsets(self, file, fields, length):
+        offsets = np.cumsum([0, *(length * field.nbytes for field in fields.values())]).tolist()
+        return dict(zip(fields, offsets, strict=False))
+
+
+@pytest.mark.parametrize("strategy", [Raw(), RawRanges()])
+def test_a_format_of_ones_own_works_and_asks_for_the_fields_it_does_not_keep(tmp_path, strategy) -> None:
+    with IndividualFileDataset(30, None, None, tmp_path, strategy) as dataset:
+        add(dataset, [4, 6])
+        assert numbers(dataset) == [(0, 4), (1, 6)]
+        fields = dataset.fields
+    with pytest.raises(ValueError, match="format `.raw`, which does not keep their fields. State them with `info="):
+        IndividualFileDataset(30, None, None, tmp_path, strategy)
+    with IndividualFileDataset(30, EpisodeDatasetInfo(fields), None, tmp_path, strategy) as dataset:
+        add(dataset, [3], 2)
+        assert numbers(dataset) == [(0, 4), (1, 6), (2, 3)]
+
+
+def test_arguments_are_checked(tmp_path) -> None:
+    for arguments, error, message in (
+        ({"durability": "maybe"}, ValueError, r"`durability` must be one of \['fsync', 'rename'\], found 'maybe'"),
+        ({"mode": "w"}, ValueError, r"`mode` must be one of \['a', 'r'\]"),
+        ({"verify": True}, ValueError, r"`verify` must be one of \['size', 'header', 'full'\]"),
+        ({"serialization_strategy": ".npz"}, TypeError, "must be an EpisodeSerializationStrategy, found str"),
+        ({"max_sampling_attempts": 0}, ValueError, "`max_sampling_attempts` must be at least 1"),
+        ({"capacity": 0}, ValueError, "`capacity` must be at least 1"),
+    ):
+        with pytest.raises(error, match=message):
+            IndividualFileDataset(**{"capacity": 9, "directory": tmp_path / "new", **arguments})
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="Episodes need a directory"):
+        IndividualFileDataset(9, directory=tmp_path / "file")
+
+
+def test_after_closing_everything_says_so_and_the_directory_is_free(tmp_path) -> None:
+    dataset = IndividualFileDataset(30, directory=tmp_path)
+    add(dataset, [4])
+    batches = iter(dataset.get_loader(2, 1))
+    next(batches)
+    num_open = len(os.listdir("/proc/self/fd"))
+    dataset.close()
+    dataset.close()
+    assert len(os.listdir("/proc/self/fd")) == num_open - 3  # The lock, the directory, the episode.
+    for action in (
+        lambda: add(dataset, [4]),
+        lambda: next(batches),
+        lambda: dataset.get_episode(0),
+        lambda: dataset.evict_episode(0),
+        dataset.refresh,
+    ):
+        with pytest.raises(RuntimeError, match="is closed"):
+            action()
+    IndividualFileDataset(30, directory=tmp_path).close()
+    # So it is when the dataset is merely dropped.
+    dropped = IndividualFileDataset(30, directory=tmp_path)
+    del dropped
+    IndividualFileDataset(30, directory=tmp_path).close()

@@ -1,0 +1,217 @@
+"""One writer at a time; and what is set aside when a directory is opened or read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffers.dataset import IndividualFileDataset, directory, lock
+from tests import tagged
+from tests.process_helpers import CAPACITY, in_child, lengths, opened
+
+# The lock.
+
+
+def hold(path: Path) -> tuple[int, int]:
+    """A process that has the directory open for writing, and something to read until it has."""
+    receive, send = os.pipe()
+
+    def run() -> None:
+        dataset = opened(path)
+        dataset.add_episode(tagged.episode(3, dataset.index.next_id))
+        os.write(send, b"x")
+        signal.pause()
+
+    pid = in_child(run)
+    os.close(send)
+    assert os.read(receive, 1) == b"x"
+    os.close(receive)
+    return pid, receive
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_second_writer_is_told_who_is_there_and_admitted_after_its_death(tmp_path) -> None:
+    pid, _ = hold(tmp_path)
+    message = rf"is being written to by process {pid} on {socket.gethostname()}.*mode='r'"
+    with pytest.raises(RuntimeError, match=message):
+        IndividualFileDataset(CAPACITY, directory=tmp_path)
+    assert opened(tmp_path, mode="r").num_episodes == 1
+    end(pid)
+    with opened(tmp_path) as dataset:
+        assert dataset.num_episodes == 1
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()} on"):
+            IndividualFileDataset(CAPACITY, directory=tmp_path)
+    opened(tmp_path).close()
+
+
+def kept_by_a_forked_child(path: Path) -> bool:
+    """Whether a child that was forked keeps the lock after its parent was killed."""
+    receive, send = os.pipe()
+
+    def run() -> None:
+        dataset = opened(path)
+        child = in_child(signal.pause)
+        os.write(send, b"%d" % child)
+        signal.pause()
+        dataset.close()
+
+    pid = in_child(run)
+    child = int(os.read(receive, 20))
+    end(pid)
+    try:
+        opened(path).close()
+        return False
+    except RuntimeError:
+        return True
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(receive)
+        os.close(send)
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path, monkeypatch) -> None:
+    assert not kept_by_a_forked_child(tmp_path)
+    # It would, if it did not give up its part.
+    monkeypatch.setattr(lock, "_close_in_forked_children", lambda descriptor: None)
+    assert kept_by_a_forked_child(tmp_path)
+
+
+def test_a_forked_child_reads_what_its_parent_adds_and_cannot_write(tmp_path) -> None:
+    dataset = opened(tmp_path)
+    dataset.add_episode(tagged.episode(5, 0))
+    receive, send = os.pipe()
+
+    def run() -> None:
+        os.read(receive, 1)
+        with pytest.raises(RuntimeError, match=f"Process {os.getppid()} writes to .*this one can only read"):
+            dataset.add_episode(tagged.episode(5, 7))
+        with pytest.raises(RuntimeError, match="can only read"):
+            dataset.evict_episode(0)
+        dataset.refresh()
+        assert [tagged.number_and_length(episode)[0] for episode in dataset.episodes()] == [0, 1]
+        dataset.close()
+
+    pid = in_child(run)
+    dataset.add_episode(tagged.episode(5, 1))
+    os.write(send, b"x")
+    assert os.waitpid(pid, 0)[1] == 0
+    # Its closing has not given up the parent's lock.
+    with pytest.raises(RuntimeError, match="is being written to"):
+        IndividualFileDataset(CAPACITY, directory=tmp_path)
+    dataset.close()
+
+
+def test_a_lock_file_that_is_removed_lets_nobody_in_beside_its_successor(tmp_path, monkeypatch) -> None:
+    real = directory.os
+
+    class Racing:
+        """Another process opens, and removes the file, between our opening it and our locking it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def open(self, name: str, *arguments: Any, **options: Any) -> int:
+            descriptor = real.open(name, *arguments, **options)
+            if name == ".lock":
+                monkeypatch.setattr(directory, "os", real)
+                real.unlink(tmp_path / ".lock")
+            return descriptor
+
+    monkeypatch.setattr(directory, "os", Racing())
+    with opened(tmp_path):
+        assert (tmp_path / ".lock").exists()
+        with pytest.raises(RuntimeError, match="is being written to"):
+            opened(tmp_path)
+
+
+# Setting aside.
+
+
+def test_what_is_no_episode_is_set_aside_with_one_warning_and_nothing_outside_is_touched(tmp_path) -> None:
+    path = tmp_path / "episodes"
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    with opened(path, 100) as dataset:
+        for number, length in zip(range(4), lengths(), strict=False):
+            dataset.add_episode(tagged.episode(length, number))
+    names = sorted(name for name in os.listdir(path) if name.startswith("0"))
+    content = (path / names[0]).read_bytes()
+    os.truncate(path / names[3], 100)
+    (path / "model.safetensors").write_bytes(content)
+    (path / "0000000000-000000000000-6.safetensors").write_bytes(content)
+    (path / "0000000009-000000000002-5.safetensors").write_bytes(content)
+    (path / "0000000010-000000000100-5.safetensors").symlink_to(outside)
+    os.mkfifo(path / "0000000011-000000000200-5.safetensors")
+    (path / "0000000012-000000000300-5.safetensors").mkdir()
+    (path / "00000000013-000000000400-5.safetensors").write_bytes(content)
+    (path / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="8 files in .* are no whole episodes and were moved .*; and 3 more") as found:
+        dataset = IndividualFileDataset(100, directory=path)
+    assert len(found) == 1
+    assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (1, 3), (2, 9)]
+    assert len(os.listdir(path / "damaged")) == 8
+    assert outside.read_bytes() == b"precious" and (path / "notes.txt").exists()
+    assert dataset.add_episode(tagged.episode(2, 13)) == 13
+    dataset.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IndividualFileDataset(100, directory=path).close()
+
+
+def test_files_are_set_aside_over_no_other_and_not_out_of_the_directory(tmp_path) -> None:
+    path, outside = tmp_path / "episodes", tmp_path / "outside"
+    outside.mkdir()
+    opened(path).close()
+    (path / "damaged").symlink_to(outside)
+    for content in (b"one", b"two"):
+        (path / "0000000001-000000000000-5.safetensors").write_bytes(content)
+        opened(path).close()
+    assert os.listdir(outside) == []
+    found = [next((path / folder).iterdir()).read_bytes() for folder in ("damaged-1", "damaged-2")]
+    assert found == [b"one", b"two"]
+
+
+def test_in_a_directory_that_was_never_ours_other_peoples_files_stay(tmp_path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"theirs")
+    with opened(tmp_path) as dataset:
+        dataset.add_episode(tagged.episode(3, 0))
+    assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_damage_that_is_found_while_drawing_is_warned_of_and_not_served(tmp_path, mode) -> None:
+    with opened(tmp_path, 100) as dataset:
+        for number in range(3):
+            dataset.add_episode(tagged.episode(6, number))
+    names = sorted(name for name in os.listdir(tmp_path) if name.startswith("0"))
+    with open(tmp_path / names[1], "r+b") as file:
+        file.seek(300)
+        file.write(b"#")
+    dataset = IndividualFileDataset(100, directory=tmp_path, mode=mode)
+    assert dataset.num_episodes == 3
+    what = "moved into the folder" if mode == "a" else "left out"
+    with pytest.warns(
+        UserWarning, match=f"1 files in .* are no whole episodes and were {what}.*{names[1]}: it "
+    ) as found:
+        batch = dataset.get_loader(64, 2, seed=0).stream.take()
+    assert len(found) == 1
+    assert {number for _, number, _, _ in tagged.origins(batch)} == {0, 2}
+    # Cut short while it is open: what is missing is not made up.
+    os.truncate(tmp_path / names[0], 900)
+    with pytest.warns(UserWarning, match=f"{names[0]}: it is shorter than its header says"):
+        batch = dataset.get_loader(64, 2, seed=0).stream.take()
+    assert {number for _, number, _, _ in tagged.origins(batch)} == {2}
+    dataset.close()
+    with pytest.warns(UserWarning, match="it ") if mode == "r" else contextlib.nullcontext():
+        IndividualFileDataset(100, directory=tmp_path, mode=mode, verify="header").close()
