@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from benchmarks.adding import adding, memory
+from benchmarks.disk import disk
 from benchmarks.recording import recording
 from benchmarks.sampling import growth, sampling
+from benchmarks.workers import workers
 
 PARTS = {
     "sampling": sampling,
@@ -18,6 +20,8 @@ PARTS = {
     "adding": adding,
     "memory": lambda rounds: memory(),
     "recording": recording,
+    "disk": disk,
+    "workers": workers,
 }
 
 

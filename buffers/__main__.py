@@ -13,6 +13,7 @@ from buffers.dataset import RingBufferDataset
 from buffers.replay_buffer import ReplayBuffer
 
 NUM_ENVS = 8
+_BAR = "{desc} |{bar}| {n:.0f}/{total} s{postfix}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def demo(seconds: float, seed: int) -> None:
     batch = buffer.sample()
     print("A batch:", {name: tuple(value.shape) for name, value in batch.items()}, "\n")
     first, last = train_predictor(buffer, seconds, seed)
-    print(f"\nError of the next observation, predicted by a GRU: {first:.4f} before, {last:.4f} after.")
+    print(f"\nLoss: {first:.4f} before, {last:.4f} after (the next observation's squared error, predicted by a GRU).")
 
 
 def record_single(seed: int) -> ReplayBuffer:
@@ -110,7 +111,7 @@ def train_predictor(buffer: ReplayBuffer, seconds: float, seed: int) -> tuple[fl
 
     with torch.no_grad():
         first = error(test).item()
-    with tqdm(total=round(seconds), unit="s", bar_format="{desc} |{bar}| {n:.0f}/{total} s {postfix}") as bar:
+    with tqdm(total=round(seconds), unit="s", desc="training", bar_format=_BAR) as bar:
         for num_batches, batch in enumerate(buffer, 1):
             loss = error(batch)
             optimizer.zero_grad()
@@ -119,7 +120,6 @@ def train_predictor(buffer: ReplayBuffer, seconds: float, seed: int) -> tuple[fl
             elapsed = min(bar.format_dict["elapsed"], seconds)
             bar.n = elapsed
             if num_batches % 50 == 0 or elapsed >= seconds:
-                bar.set_description("training")
                 bar.set_postfix_str(f"batches={num_batches} loss={loss.item():.4f}")
             if elapsed >= seconds:
                 break

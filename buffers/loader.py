@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from buffers.dataset.fields import Fields
 from buffers.dataset.index import Windows
 from buffers.dataset.shared import SharedArrays
 from buffers.lifetime import end_with
@@ -113,17 +114,27 @@ class SequenceStream(IterableDataset):
     def untransformed_batch(self, n: int) -> dict[str, Any]:
         """Batch n before `transform`."""
         windows, out = self._drawn(self.random.generator(n))
-        self.counters["newest"][n % _COUNTERS["newest"]] = (windows.start + windows.num_rows).max() - 1
+        newest = windows.start.max() + windows.length - 1 if self.sequence_length else windows.last_steps.max()
+        self.counters["newest"][n % _COUNTERS["newest"]] = newest
         if self.sequence_length is None:
             _zero_padding(windows, out)
         fields = self.dataset.fields
         assert fields is not None  # Windows are drawn from episodes, so there are fields.
+        self.check_include(fields)
         batch = fields.unflatten(out)
         for name in self.include:
-            if name in batch:
-                raise ValueError(f"`include` has '{name}', which is also a field of the steps. Rename the field.")
             batch[name] = _included(name, windows).to(self.dataset.device)
         return batch
+
+    def check_include(self, fields: Fields) -> None:
+        """Refuse, by a ValueError, names of `include` that are also fields."""
+        taken = {path[0] for path in fields.paths}
+        for name in self.include:
+            if name in taken:
+                raise ValueError(
+                    f"'{name}' of `include` (whole episodes include 'mask') is also a field of the steps. Drop it from "
+                    "`include` if the field is what you want (a Recorder stores `is_first`), or rename the field."
+                )
 
     @property
     def num_rejected(self) -> int:

@@ -26,6 +26,7 @@ are resets is known from the done before them, never from a reward of 0: there a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,6 +86,8 @@ class Recorder:
         self.buffer, self.autoreset_mode = buffer, autoreset_mode
         self.num_envs = 1 if num_envs is None else integer("num_envs", num_envs, 1)
         self._is_single = num_envs is None
+        if buffer._stated_num_envs not in (None, self.num_envs):
+            raise ValueError(f"`num_envs`={num_envs} here, but {buffer._stated_num_envs} in the ReplayBuffer.")
         self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (buffer.fields or ())
         self._token = buffer._recorder = object()
         # A row in two parts, as the first observation comes before anything is known about the rest.
@@ -342,8 +345,14 @@ class Recorder:
 
     def _check_may_be_missing(self, is_missing: np.ndarray) -> None:
         # Before the first row is stored, its fields are still open.
-        if self._rest_fields is None and self.buffer.fields is None:
+        if not self._may_be_missing and self._rest_fields is None and self.buffer.fields is None:
             self._may_be_missing = True
+            warnings.warn(
+                "An environment ended without a final observation. From now on rows have `final_obs_missing`, and such "
+                "episodes close with the last known observation repeated. Say that this is expected with "
+                "`final_obs_may_be_missing=True`.",
+                stacklevel=2,
+            )
         if not self._may_be_missing:
             raise ValueError(
                 f"Environments {np.flatnonzero(is_missing).tolist()} ended without a final observation: with "

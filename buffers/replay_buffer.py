@@ -225,6 +225,7 @@ class ReplayBuffer:
         if fields is None:
             fields = Fields.from_rows(step_data, len(leading))
         self._rows(fields, leading, step_data)
+        self.dataloader.stream.check_include(fields)
         for flag in flags:
             self._flag_for(leading, "flags", flag)
         self._leading = leading
@@ -319,6 +320,11 @@ class ReplayBuffer:
             RuntimeError: No complete episode is long enough.
         """
         self._check_open()
+        if self.is_empty and self._accumulator is not None and self._accumulator.num_open_rows:
+            raise RuntimeError(
+                f"No episode is complete yet: {self._accumulator.num_open_rows} steps are in open episodes. They can "
+                "be drawn when these end; `flush()` hands them over as they stand."
+            )
         if self._direct:
             return self.dataloader.stream.take()
         if self._batches is None:

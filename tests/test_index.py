@@ -26,9 +26,9 @@ class EachInteger(np.random.Generator):
     def __init__(self) -> None:
         super().__init__(np.random.Philox())
 
-    def integers(self, low, high, size):  # type: ignore[override]
-        assert size == high - low
-        return np.arange(low, high)
+    def integers(self, num, size):  # type: ignore[override]
+        assert size == num
+        return np.arange(num)
 
 
 def window_list(live: list[tuple[int, int, int]], length: int) -> list[tuple[int, int, int, int]]:
@@ -92,7 +92,7 @@ def test_a_queue_of_episodes_takes_no_more_room_as_it_moves_on() -> None:
     size = len(index._table)
     for _ in range(10_000):
         index.append(5)
-        index.cumulated_windows(3)
+        assert index.count_windows(3).num == 3 * len(index)
         index.remove(0)
     assert len(index._table) <= 2 * size
     assert index.lengths.tolist() == [5] * 100
@@ -120,9 +120,9 @@ def test_an_ever_changing_length_leaves_a_bounded_number_of_arrays() -> None:
     index = EpisodeIndex()
     index.append(200)
     for length in range(1, 100):
-        index.cumulated_windows(length)
+        index.count_windows(length)
     assert len(index._cumulations) <= 8
-    assert index.cumulated_windows(1).tolist() == [0, 200]
+    assert index.count_windows(1).num == 200
 
 
 def test_an_episode_takes_24_bytes() -> None:
@@ -139,7 +139,7 @@ def test_inserted_episodes_are_drawn_like_appended_ones_gaps_or_not(first, secon
             episodes = [(10 * number, 1 + number % 7, number) for number in numbers]
             index.insert(np.array(episodes, np.int64))
             live = sorted([*live, *episodes])
-            index.cumulated_windows(length)
+            index.count_windows(length)
         for _ in range(min(removed, len(live) - 1)):
             index.remove(0)
             live.pop(0)
@@ -149,3 +149,24 @@ def test_inserted_episodes_are_drawn_like_appended_ones_gaps_or_not(first, secon
     if expected:
         assert drawn_list(index, length, len(expected)) == expected
     assert index.append(3) == live[-1][2] + 1
+
+
+def test_windows_are_found_in_a_bounded_number_of_steps_whatever_the_lengths() -> None:
+    rng = np.random.default_rng(0)
+    index = EpisodeIndex()
+    live = []
+    for number in range(3000):  # Long ones among runs of short ones: many episodes in one bucket of the guide.
+        length = 4000 if number % 1000 == 0 else int(rng.integers(1, 4))
+        live.append((index.next_start, length, number))
+        index.append(length)
+        if number > 1500:
+            index.remove(0)
+            live.pop(0)
+        if number % 100 == 0:
+            windows = index.count_windows(2)
+            r = rng.integers(windows.num, size=500)
+            drawn = index.windows(*windows.locate(r), 2)
+            expected = window_list(live, 2)
+            assert [expected[i][:3] for i in r] == list(
+                zip(drawn.start.tolist(), drawn.step.tolist(), drawn.episode.tolist(), strict=True)
+            )

@@ -269,8 +269,10 @@ def test_the_field_for_missing_final_observations_comes_by_itself_before_a_row_i
     recorder = Recorder(buffer, 2, "same_step")
     recorder.reset(np.array([[0.0], [10.0]]))
     action, no = np.ones((2, 1), np.float32), np.zeros(2, np.bool_)
-    recorder.step(action, np.array([[100.0], [11.0]]), np.ones(2), ~no & [True, False], no)
-    recorder.step(action, np.array([[200.0], [300.0]]), np.ones(2), ~no, no)
+    with pytest.warns(UserWarning, match="without a final observation.*`final_obs_may_be_missing=True`") as caught:
+        recorder.step(action, np.array([[100.0], [11.0]]), np.ones(2), ~no & [True, False], no)
+        recorder.step(action, np.array([[200.0], [300.0]]), np.ones(2), ~no, no)
+    assert len(caught) == 1
     found = {tuple(e["obs"].flatten().tolist()): e["final_obs_missing"].tolist() for e in recorded(buffer)}
     assert found == {
         (0.0, 0.0): [False, True],

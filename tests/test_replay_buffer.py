@@ -43,7 +43,7 @@ def test_an_episode_can_be_drawn_in_the_very_call_that_ends_it() -> None:
     buffer = buffer_of(sequence_length=3, num_envs=1)
     for step in range(2):
         buffer.add_step(tagged.rows(0, 0, step), False)
-        with pytest.raises(RuntimeError, match="The dataset is empty"):
+        with pytest.raises(RuntimeError, match=f"No episode is complete yet: {step + 1} steps are in open episodes"):
             buffer.sample()
     buffer.add_step(tagged.rows(0, 0, 2), True)
     assert set(tagged.origins(buffer.sample())) == {(0, 0, 0, 3)}
@@ -441,3 +441,10 @@ def test_stats_are_numbers_for_a_logger(num_workers: int) -> None:
         "newest_age": 31 - newest,
     }
     buffer.close()
+
+
+def test_include_of_a_field_is_refused_with_the_first_step() -> None:
+    buffer = buffer_of(num_envs=1, include=("is_first",))
+    with pytest.raises(ValueError, match="'is_first' of `include` .* Drop it"):
+        buffer.add_step({"is_first": True}, False)
+    buffer.add_step({"x": 1.0}, False)

@@ -113,6 +113,7 @@ def test_only_the_oldest_can_be_evicted() -> None:
         ({"capacity": 0}, ValueError, "`capacity` must be at least 1, found 0"),
         ({"capacity": -5}, ValueError, "`capacity` must be at least 1"),
         ({"capacity": 1e6}, TypeError, "`capacity` must be an integer, found float"),
+        ({"capacity": 10, "device": "gpu"}, ValueError, "`device`='gpu' cannot be used"),
         ({"capacity": 10, "info": Fields(x=Scalar())}, TypeError, "`info` must be an EpisodeDatasetInfo"),
     ],
 )
@@ -133,6 +134,7 @@ def test_half_precision_stores_half_and_gives_float32_back() -> None:
     dataset.add_episode(episode)
     dataset.add_episode(episode)
     assert dataset._columns["x"].tensor.dtype == torch.float16
+    assert "x      Vector  float32 as float16  (2,)   4             20 B" in repr(dataset)
     found = dataset.get_episode(0)
     assert [found[name].dtype for name in "xyz"] == [torch.float32, torch.float64, torch.int64]
     np.testing.assert_array_equal(found["x"].numpy(), episode["x"].astype(np.float16).astype(np.float32))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from buffers.dataset.fields import Fields, as_tensor
+from buffers.dataset.fields import Fields, TensorType, as_tensor
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_rows
@@ -104,6 +104,10 @@ class EpisodeDataset(IterableDataset, ABC):
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, an episode that the store could not give back as it is. Refuses none by default."""
 
+    def _stored_type(self, field: TensorType) -> TensorType:
+        """How the store keeps a field: as it is, unless it says otherwise."""
+        return field
+
     def check_workers(self) -> None:
         """Refuse, by a ValueError, worker processes where they could not read. Refuses none by default."""
 
@@ -154,6 +158,9 @@ class EpisodeDataset(IterableDataset, ABC):
         arrays = fields.arrays(episode)
         if arrays[0].ndim == 0 or len(arrays[0]) == 0:
             raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")
+        for name, array in zip(fields.names, arrays, strict=True):
+            if array.ndim and len(array) != len(arrays[0]):
+                raise ValueError(f"Field `{name}` has {len(array)} rows, `{fields.names[0]}` has {len(arrays[0])}.")
         check_rows(fields, arrays, (len(arrays[0]),), self.verification_mode)
         return dict(zip(fields.names, arrays, strict=True))
 
@@ -335,6 +342,9 @@ class EpisodeDataset(IterableDataset, ABC):
     def __len__(self) -> int:
         return self.num_timesteps
 
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("Use `get_episode(index)` for an episode, or `get_loader` for batches of sequences.")
+
     def __repr__(self) -> str:
         return _table(self)
 
@@ -348,15 +358,18 @@ def _table(dataset: EpisodeDataset) -> str:
     )
     if not dataset.is_empty:
         lengths = dataset.index.lengths
-        head += f", lengths {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
+        head += f", length {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
     if dataset.fields is None:
         return head + "\n(no fields yet: the first episode decides)"
     rows = [("field", "type", "dtype", "shape", "bytes a step", "bytes stored")]
     for name, field in dataset.fields.items():
+        stored = dataset._stored_type(field)
         dtype = str(field.dtype).removeprefix("torch.")
-        stored = format_bytes(field.nbytes * dataset.num_timesteps)
-        rows.append((name, type(field).__name__, dtype, str(field.shape), f"{field.nbytes:,}", stored))
-    total = dataset.fields.nbytes
+        if stored.dtype != field.dtype:
+            dtype += f" as {str(stored.dtype).removeprefix('torch.')}"
+        num_bytes = format_bytes(stored.nbytes * dataset.num_timesteps)
+        rows.append((name, type(field).__name__, dtype, str(field.shape), f"{stored.nbytes:,}", num_bytes))
+    total = sum(dataset._stored_type(field).nbytes for field in dataset.fields.values())
     rows.append(("total", "", "", "", f"{total:,}", format_bytes(total * dataset.num_timesteps)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

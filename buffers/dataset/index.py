@@ -7,13 +7,8 @@ An episode is three numbers in flat arrays, 24 bytes, in the order in which epis
     length          5      3      4        rows
     id              0      1      2        episode id; never used again
 
-Windows are drawn over cumulated counts. For T = 3 these episodes have 3, 1 and 2 windows:
-
-    cumulated       0      3      4      6       (one more than episodes)
-    r               0 1 2  3      4 5            r = 4 -> position 2, first window
-
-The counts of an episode never change and only the oldest leave, as a rule, so cumulated counts stay valid when
-an episode leaves at the front: the draw subtracts what the first one has become. Nothing is ever recounted.
+Windows are drawn over cumulated counts (see cumulation.py). The counts of an episode never change and only the oldest
+leave, as a rule, so they stay valid: nothing is ever recounted.
 """
 
 from __future__ import annotations
@@ -23,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EpisodeIndex", "Windows"]
+from buffers.dataset.cumulation import Cumulation, Int64Array
 
-Int64Array = npt.NDArray[np.int64]
+__all__ = ["EpisodeIndex", "Windows"]
 
 _START, _LENGTH, _ID = range(3)
 _INITIAL_SIZE = 64
@@ -60,6 +55,11 @@ class Windows:
         """int64 `(B,)`, rows that are real: T, or fewer where the episode ends before the window does."""
         return np.minimum(self.length, self.episode_length - self.step)
 
+    @property
+    def last_steps(self) -> Int64Array:
+        """int64 `(B,)`, step ids of the last rows that are real."""
+        return self.start + self.num_rows - 1
+
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
         return Windows(
             self.length,
@@ -90,7 +90,7 @@ class EpisodeIndex:
         # Live episodes are the rows [first, last) of the table; rows before `first` are spent.
         self._first = 0
         self._last = 0
-        self._cumulations: dict[tuple[str, int], _Cumulation] = {}
+        self._cumulations: dict[tuple[str, int], Cumulation] = {}
         self.num_steps = 0
         self.next_start = 0
         self.next_id = 0
@@ -162,14 +162,14 @@ class EpisodeIndex:
         self._table[row : self._last - 1] = self._table[row + 1 : self._last]
         self._last -= 1
         for cumulation in self._cumulations.values():
-            cumulation.counted = min(cumulation.counted, row)
+            cumulation.truncate(row)
 
-    def cumulated_windows(self, length: int) -> Int64Array:
-        """Windows of T = `length` before each episode: int64 `(E + 1,)`, ascending, not from 0."""
+    def count_windows(self, length: int) -> Cumulation:
+        """The windows of T = `length` of each episode, cumulated: what `Cumulation.locate` leads to."""
         return self._cumulated("windows", length)
 
-    def cumulated_episodes(self, length: int) -> Int64Array:
-        """Episodes of at least `length` rows before each episode: int64 `(E + 1,)`, ascending, not from 0."""
+    def count_episodes(self, length: int) -> Cumulation:
+        """The episodes of at least `length` rows, cumulated."""
         return self._cumulated("episodes", length)
 
     def position(self, episode_id: int) -> int | None:
@@ -192,21 +192,21 @@ class EpisodeIndex:
             f"{self.lengths.max()} steps). Add longer episodes or lower it."
         )
 
-    def _cumulated(self, kind: str, length: int) -> Int64Array:
+    def _cumulated(self, kind: str, length: int) -> Cumulation:
         key = (kind, length)
         cumulation = self._cumulations.get(key)
         if cumulation is None:
             # A sequence length that changes for ever (a curriculum) must not leave an array behind each time.
             if len(self._cumulations) == _MAX_CUMULATIONS:
                 del self._cumulations[next(iter(self._cumulations))]
-            cumulation = self._cumulations[key] = _Cumulation(len(self._table), self._first)
+            cumulation = self._cumulations[key] = Cumulation(len(self._table), self._first)
         if cumulation.counted < self._first:
             cumulation.restart(self._first)
+        cumulation.first = self._first
         if cumulation.counted < self._last:
             lengths = self._table[cumulation.counted : self._last, _LENGTH]
-            counts = np.maximum(lengths - (length - 1), 0) if kind == "windows" else lengths >= length
-            cumulation.extend(counts)
-        return cumulation.values[self._first : self._last + 1]
+            cumulation.extend(np.maximum(lengths - (length - 1), 0) if kind == "windows" else lengths >= length)
+        return cumulation
 
     def _relocate(self, num_new: int) -> None:
         """Move the live rows to the front of a table that has room for new ones, and for a quarter more."""
@@ -216,31 +216,3 @@ class EpisodeIndex:
         for cumulation in self._cumulations.values():
             cumulation.relocate(len(table), self._first)
         self._table, self._first, self._last = table, 0, live
-
-
-class _Cumulation:
-    """Running totals over the table's rows: `values[r]` counts what lies before row r, up to `counted`."""
-
-    def __init__(self, size: int, first: int) -> None:
-        self.values: Int64Array = np.empty(size + 1, np.int64)
-        self.restart(first)
-
-    def restart(self, row: int) -> None:
-        self.counted = row
-        self.values[row] = 0
-
-    def extend(self, counts: npt.NDArray[np.generic]) -> None:
-        begin, end = self.counted, self.counted + len(counts)
-        np.cumsum(counts, out=self.values[begin + 1 : end + 1])
-        self.values[begin + 1 : end + 1] += self.values[begin]
-        self.counted = end
-
-    def relocate(self, size: int, first: int) -> None:
-        values = np.empty(size + 1, np.int64)
-        num_counted = self.counted - first
-        if num_counted >= 0:
-            values[: num_counted + 1] = self.values[first : self.counted + 1]
-            self.values, self.counted = values, num_counted
-        else:
-            self.values = values
-            self.restart(0)

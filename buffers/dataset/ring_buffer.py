@@ -41,7 +41,7 @@ class RingBufferDataset(EpisodeDataset):
         half_precision: Store float32 as float16 (numbers up to 65,504) and give float32 back.
 
     Raises:
-        ValueError: Another evictor than `FIFOEvictor`.
+        ValueError: Another evictor than `FIFOEvictor`, or a device that is not there.
         MemoryError: The memory for `capacity` steps is not to be had.
     """
 
@@ -58,7 +58,7 @@ class RingBufferDataset(EpisodeDataset):
                 f"A RingBufferDataset overwrites its oldest rows, so it can only use FIFOEvictor, found "
                 f"{type(evictor).__name__}. IndividualFileDataset takes any evictor."
             )
-        self.device = torch.device(device)
+        self.device = _usable_device(device)
         self.half_precision = bool(half_precision)
         self._memory: SharedArrays | None = None
         self._log: EpisodeLog | None = None
@@ -97,10 +97,10 @@ class RingBufferDataset(EpisodeDataset):
             for name, tensor_type in fields.items()
         }
 
-    def _stored_type(self, tensor_type: TensorType) -> TensorType:
-        if self.half_precision and tensor_type.dtype == torch.float32:
-            return TensorType(tensor_type.shape, torch.float16)
-        return tensor_type
+    def _stored_type(self, field: TensorType) -> TensorType:
+        if self.half_precision and field.dtype == torch.float32:
+            return TensorType(field.shape, torch.float16)
+        return field
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         self._check_writer()
@@ -207,3 +207,10 @@ class RingBufferDataset(EpisodeDataset):
         if other._log is not None:
             other._log.begin(other.index)
         return other
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device`={device!r} cannot be used: {str(error).splitlines()[0]}") from None

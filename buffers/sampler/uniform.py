@@ -40,10 +40,11 @@ class UniformSampler(Sampler):
         """
         if length is None:
             return draw_whole_episodes(index, num_windows, rng)
-        cumulated = index.cumulated_windows(length)
-        r = _draw_integers(index, cumulated, num_windows, length, rng)
-        position = cumulated.searchsorted(r, "right") - 1
-        return index.windows(position, r - cumulated.take(position), length)
+        windows = index.count_windows(length)
+        if windows.num == 0:
+            raise RuntimeError(index.no_window_message(length))
+        position, step = windows.locate(rng.integers(windows.num, size=num_windows))
+        return index.windows(position, step, length)
 
 
 class UniformEpisodeSampler(Sampler):
@@ -66,18 +67,9 @@ class UniformEpisodeSampler(Sampler):
         """
         if length is None:
             return draw_whole_episodes(index, num_windows, rng)
-        cumulated = index.cumulated_episodes(length)
-        r = _draw_integers(index, cumulated, num_windows, length, rng)
-        position = cumulated.searchsorted(r, "right") - 1
+        episodes = index.count_episodes(length)
+        if episodes.num == 0:
+            raise RuntimeError(index.no_window_message(length))
+        position, _ = episodes.locate(rng.integers(episodes.num, size=num_windows))
         step = rng.integers(index.lengths[position] - (length - 1))
         return index.windows(position, step, length)
-
-
-def _draw_integers(
-    index: EpisodeIndex, cumulated: np.ndarray, num: int, length: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Integers r between the first and the last cumulated count."""
-    low, high = int(cumulated[0]), int(cumulated[-1])
-    if low == high:
-        raise RuntimeError(index.no_window_message(length))
-    return rng.integers(low, high, size=num)
