@@ -22,7 +22,9 @@ from buffers.sampler import UniformEpisodeSampler, UniformSampler
 from tests import tagged
 
 # Each subclass runs the same property over a storage of its own.
-PROPERTY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+PROPERTY = settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow]
+)
 
 
 def fifo_model(lengths: list[int], capacity: int) -> list[tuple[int, int]]:

@@ -72,7 +72,6 @@ def test_a_new_episode_is_drawn_as_soon_as_what_was_prefetched_is_used_up(num_wo
         dataset.add_episode(tagged.episode(10, number))  # In the place of the one before.
         seen = [tagged.origins(next(batches))[0][1] for _ in range(num_workers * prefetch_factor + 1)]
         assert seen[-1] == number
-        assert seen == sorted(seen)
 
 
 def test_an_age_limited_by_the_workers_holds_under_a_live_writer() -> None:
@@ -349,6 +348,6 @@ def test_memory_stays_flat_while_episodes_come_and_go(num_episodes: int) -> None
             next(batches)
         if n % (num_episodes // 10) == num_episodes // 10 - 1:
             measured.append(sum(map(resident, processes)))
-    # The first half warms up: allocators, prefetched batches.
-    slope = np.polyfit(np.arange(5), measured[5:], 1)[0] / (num_episodes / 10)
-    assert slope < 24, f"{slope} bytes an episode: {measured}"
+    # The first half warms up: allocators, prefetched batches. A row of the index that stayed for each episode would be
+    # 12 MB over half a million.
+    assert max(measured[5:]) - measured[5] < 3e6, measured
