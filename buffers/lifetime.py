@@ -24,7 +24,9 @@ def end_with(trainer: int) -> None:
 
 def _wait_and_exit(trainer: int) -> None:
     try:
-        select.select([os.pidfd_open(trainer)], [], [])
+        poll = select.poll()  # Unlike select, with any number of descriptors.
+        poll.register(os.pidfd_open(trainer), select.POLLIN)
+        poll.poll()
     except (AttributeError, OSError):  # Not Linux, an old kernel, or gone already.
         while _is_alive(trainer):
             time.sleep(1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from buffers.dataset.index import Windows
 from buffers.dataset.shared import SharedArrays
 from buffers.lifetime import end_with
 from buffers.sampler.base import Sampler
-from buffers.sampler.uniform import UniformSampler
+from buffers.sampler.uniform import UniformEpisodeSampler, UniformSampler
 from buffers.transport import Slots, forget
 from buffers.utils import integer
 
@@ -147,19 +148,18 @@ class SequenceStream(IterableDataset):
         return int(self.counters["newest"][(self.position - 1) % _COUNTERS["newest"]]) if self.position else None
 
     def take(self) -> Any:
-        """The next batch."""
-        n = self.position
-        batch = self.batch(n)
-        self.position = n + 1
-        return batch
+        """The next batch. One that fails has its number, too: with workers, the next one is under way by then."""
+        self.position += 1
+        return self.batch(self.position - 1)
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
+        if worker is not None:
+            end_with(self.trainer)
         if self.batch_size is None:
             return _single_sequences(self, worker)
         if worker is None:
             return _Batches(self.take)
-        end_with(self.trainer)
         self._slots = self._slots or Slots(self.num_slots)
         self._number = worker.id % _COUNTERS["rejected"]
         first = int(self.counters["first"][0])
@@ -185,7 +185,8 @@ class SequenceStream(IterableDataset):
             read = np.setdiff1d(np.arange(len(missed)), still_missed)
             windows = windows.replaced(missed[read], others[read])
             for name, tensor in out.items():
-                as_bytes(tensor)[missed[read]] = as_bytes(rows[name])[read]
+                if tensor.numel():
+                    as_bytes(tensor)[missed[read]] = as_bytes(rows[name])[read]
             missed = missed[still_missed]
         raise RuntimeError(
             f"{len(missed)} of {len(windows)} windows were gone before they could be read, "
@@ -196,8 +197,16 @@ class SequenceStream(IterableDataset):
         self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool = False
     ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
         """Windows, their data, and the positions of those that were gone."""
+        with self.dataset._lock:
+            return self._attempt_alone(num_windows, rng, is_whole_batch)
+
+    def _attempt_alone(
+        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool
+    ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
         self.dataset._refresh()
         windows = self.sampler.draw(self.dataset.index, num_windows, self.sequence_length, rng)
+        if type(self.sampler) not in (UniformSampler, UniformEpisodeSampler):
+            self._check_windows(windows, num_windows)
         if is_whole_batch and self._slots is not None and self.dataset.fields is not None:
             out = self._slots.empty_batch(self.dataset.fields, (num_windows, windows.length))
         else:
@@ -212,6 +221,17 @@ class SequenceStream(IterableDataset):
             if was_read is not None:
                 missed.append(begin + np.flatnonzero(~was_read))
         return windows, out, np.concatenate(missed)
+
+    def _check_windows(self, windows: Windows, num_windows: int) -> None:
+        """Refuse what a sampler of the user's own must not draw."""
+        name = type(self.sampler).__name__
+        if not isinstance(windows, Windows) or len(windows) != num_windows:
+            raise ValueError(f"{name} was asked for {num_windows} windows, found {windows!r:.80}.")
+        if self.sequence_length not in (None, windows.length):
+            raise ValueError(f"{name} was asked for windows of {self.sequence_length} steps, found {windows.length}.")
+        ends = windows.step + (1 if self.sequence_length is None else windows.length)
+        if (windows.step < 0).any() or (ends > windows.episode_length).any():
+            raise ValueError(f"{name} drew a window that is not within its episode.")
 
 
 class BatchRandom:
@@ -278,7 +298,7 @@ def _zero_padding(windows: Windows, out: dict[str, torch.Tensor]) -> None:
     """Zero what lies behind the end of episodes."""
     padding = np.arange(windows.length) >= windows.num_rows[:, None]
     if padding.any():
-        for tensor in out.values():
+        for tensor in (tensor for tensor in out.values() if tensor.numel()):
             as_bytes(tensor)[torch.from_numpy(padding).to(tensor.device)] = 0
 
 
@@ -350,7 +370,7 @@ class SequenceLoader(DataLoader):
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
             collate_fn = _CollateAndPack(stream, collate_fn)
         # torch draws a seed for its workers, from the global generator unless it is given another.
-        loader_options.setdefault("generator", torch.Generator())
+        loader_options.setdefault("generator", torch.Generator().manual_seed(stream.random.seed % 2**63))
         super().__init__(
             stream,
             batch_size=None,
@@ -360,6 +380,8 @@ class SequenceLoader(DataLoader):
             **loader_options,
         )
         self.stream = stream
+        #: Counts up when iterators from before are out of date.
+        self.generation = 0
 
     def __iter__(self) -> Any:
         if self.num_workers == 0:
@@ -370,6 +392,11 @@ class SequenceLoader(DataLoader):
         self.stream.counters["first"][0] = self.stream.position
         return _BatchesOfWorkers(self, super().__iter__())
 
+    def end_workers(self) -> None:
+        """End persistent workers, if there are any; iterating again starts others."""
+        self._iterator = None
+        self.generation += 1
+
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands: `seed`, and `position`, the number of batches taken."""
         return {"seed": self.stream.random.seed, "position": self.stream.position}
@@ -377,6 +404,7 @@ class SequenceLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another loader stood; takes effect with the next iteration."""
         self.stream.random = BatchRandom(integer("seed", state["seed"], 0))
+        self.end_workers()
         self.stream.position = integer("position", state["position"], 0)
 
 
@@ -399,19 +427,18 @@ class _BatchesOfWorkers(Iterator[Any]):
 
     def __init__(self, loader: SequenceLoader, batches: Any) -> None:
         self._loader, self._batches = loader, batches
-        self._workers = [worker.pid for worker in getattr(batches, "_workers", [])]
+        workers = [worker.pid for worker in batches._workers]
+        weakref.finalize(batches, forget, workers).atexit = False
 
     def __next__(self) -> Any:
         try:
             batch = next(self._batches)
         except BaseException:
-            if not all(worker.is_alive() for worker in getattr(self._batches, "_workers", [])):
+            if all(worker.is_alive() for worker in self._batches._workers):
+                self._loader.stream.position += 1  # A batch that failed has its number, too.
+            else:
                 # A persistent worker that is gone is not started again by torch, but all of them are.
-                self._loader._iterator = None
+                self._loader.end_workers()
             raise
         self._loader.stream.position += 1
         return batch
-
-    def __del__(self) -> None:
-        if not self._loader.persistent_workers:
-            forget(self._workers)

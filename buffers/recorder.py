@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from buffers.dataset.fields import Fields
+from buffers.dataset.fields import Fields, cast_if_kept
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.observations import as_flags, find_final_obs, leaves_of, put_final_obs, to_array, tree_of
 from buffers.replay_buffer import ReplayBuffer
@@ -42,7 +42,7 @@ __all__ = ["Recorder"]
 
 MODES = ("next_step", "same_step", "disabled")
 _MISSING = "final_obs_missing"
-_RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", _MISSING}
+_RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", "mask", "next_obs", _MISSING}
 
 
 class Recorder:
@@ -277,6 +277,13 @@ class Recorder:
         """Nested dicts of arrays, tuples as dicts from "0", "1", ..."""
         return tree_of(name, value, self._array)
 
+    def invalidate(self) -> None:
+        """Take no further step before a reset: one was made that could not be recorded.
+
+        What is recorded up to there is closed as truncated by the reset; going on would leave a gap in an episode.
+        """
+        self._needs_reset = np.ones(self.num_envs, np.bool_)
+
     def _array(self, name: str, value: Any) -> np.ndarray:
         """`(N, *shape)`, N = 1 for a single environment."""
         array = to_array(name, value)
@@ -292,7 +299,7 @@ class Recorder:
             # An action may be np.int32(1) once and 1 then: numbers take the dtype that the first had.
             for i, (_, dtype, shape) in enumerate(fields.layout):
                 if not shape and leaves[i].dtype != dtype and np.can_cast(leaves[i].dtype, dtype, "same_kind"):
-                    leaves[i] = leaves[i].astype(dtype)
+                    leaves[i] = cast_if_kept(leaves[i], dtype)
         check_rows(fields, leaves, (self.num_envs,), self.buffer.dataset.verification_mode)
         return leaves
 

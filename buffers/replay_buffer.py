@@ -90,6 +90,7 @@ class ReplayBuffer:
         # Without workers and pinning there is nothing that a DataLoader adds to a batch but time.
         self._direct = self.dataloader.num_workers == 0 and not self.dataloader.pin_memory
         self._batches: Iterator[Any] | None = None
+        self._generation = 0
         self._accumulator: Accumulator | None = None
         self._leading: tuple[int, ...] = ()
         # The token of the recorder whose rows come in: one at a time, or the episodes of two would mix.
@@ -194,6 +195,7 @@ class ReplayBuffer:
         self._check_open()
         accumulator = self._accumulator
         assert accumulator is not None  # The recorder's first row comes by `add`.
+        self._check_storable(accumulator.fields, rows)
         if self._leading:
             accumulator.add_rows(rows, is_first, is_last, mask)
         elif mask is None or mask[0]:
@@ -228,6 +230,9 @@ class ReplayBuffer:
         self.dataloader.stream.check_include(fields)
         for flag in flags:
             self._flag_for(leading, "flags", flag)
+        if self.dataset.fields is None:
+            # At once, so that nobody else brings it other fields while episodes are open here.
+            self.dataset._set_fields(fields)
         self._leading = leading
         self._accumulator = Accumulator(
             fields,
@@ -239,15 +244,15 @@ class ReplayBuffer:
 
     def _emit(self, episode: dict[str, np.ndarray]) -> None:
         assert self._accumulator is not None  # It is what calls.
-        mine, theirs = self._accumulator.fields, self.dataset.fields
-        if theirs is not None and theirs is not mine and (conflict := mine.conflict_with(theirs)):
-            raise ValueError(f"The dataset has taken other fields from elsewhere: {conflict}.")
-        self.dataset._add(mine, episode)
+        with self.dataset._lock:
+            self.dataset._add(self._accumulator.fields, episode)
         self._note_return(episode.get("reward"))
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: list[Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
         sizes = {len(flag) for flag in flags if not isinstance(flag, bool)}
+        if 0 in sizes:
+            raise ValueError("A flag has shape (0,), expected one for each of at least one environment.")
         num_envs = self._stated_num_envs
         if num_envs is not None:
             return () if num_envs == 1 and not sizes else (num_envs,)
@@ -258,7 +263,7 @@ class ReplayBuffer:
         known = self.dataset.fields
         if known is not None and row.conflict_with(known) is None:
             return ()
-        if not all(shape and shape[0] == shapes[0][0] for shape in shapes):
+        if not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
             return ()
         warnings.warn(
             f"All fields of the first step have leading size {shapes[0][0]}, so they are taken for the rows of "
@@ -292,7 +297,13 @@ class ReplayBuffer:
         """The values in the order of the fields, as arrays that are known to fit."""
         rows = fields.arrays(step_data)
         check_rows(fields, rows, leading, self.dataset.verification_mode)
+        self._check_storable(fields, rows)
         return rows
+
+    def _check_storable(self, fields: Fields, rows: Sequence[Any]) -> None:
+        """Refuse a row now that the store would refuse with its episode, when nothing could be done about it."""
+        if self.dataset._refuses_values:
+            self.dataset._check(dict(zip(fields.names, rows, strict=True)))
 
     def _flag_for(self, leading: tuple[int, ...], name: str, flag: Any) -> Any:
         """A flag as it must be for N environments: bool `(N,)`, or None where it is no different from None."""
@@ -327,8 +338,8 @@ class ReplayBuffer:
             )
         if self._direct:
             return self.dataloader.stream.take()
-        if self._batches is None:
-            self._batches = iter(self.dataloader)
+        if self._batches is None or self._generation != self.dataloader.generation:
+            self._batches, self._generation = iter(self.dataloader), self.dataloader.generation
         try:
             return next(self._batches)
         except BaseException:
@@ -343,9 +354,11 @@ class ReplayBuffer:
     def close(self) -> None:
         """Hand over the open episodes and end the workers. The dataset stays as it is."""
         if not self._is_closed:
-            self.flush()
-            self._batches = None
-            self._is_closed = True
+            try:
+                self.flush()
+            finally:
+                self._is_closed, self._batches = True, None
+                self.dataloader.end_workers()
 
     def __enter__(self) -> ReplayBuffer:
         return self

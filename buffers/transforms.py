@@ -33,11 +33,12 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
         says whether `obs` is the first of an episode. `episode` and `weight` `(B,)` are left as they are.
 
     Raises:
-        ValueError: A field is missing, or sequences have one row.
+        ValueError: A field is missing, there is a `next_obs` already, or sequences have one row.
     """
     missing = [name for name in _ROW_FIELDS if name not in batch]
     if missing:
         raise ValueError(f"The batch has no {missing}: `to_transitions` takes what a Recorder has recorded.")
+    _check_free(batch, ("next_obs",))
     axis = batch["terminated"].dim() - 1
     length = batch["terminated"].shape[axis]
     if length < 2:
@@ -45,7 +46,9 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     transitions = {}
     for name, value in batch.items():
         start = 0 if name in ("obs", "is_first") else 1
-        transitions[name] = value if name in _PER_SEQUENCE else _narrow(value, axis, start, length - 1)
+        # An extra field of rows may have such a name, too, but it has the axis of time.
+        is_per_sequence = name in _PER_SEQUENCE and isinstance(value, torch.Tensor) and value.dim() <= axis
+        transitions[name] = value if is_per_sequence else _narrow(value, axis, start, length - 1)
     transitions["next_obs"] = _narrow(batch["obs"], axis, 1, length - 1)
     return transitions
 
@@ -75,12 +78,14 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
         gamma**m, or 0 where the last of them terminated; `bootstrap_obs` `(B, T, *shape)`: the observation after them.
 
     Raises:
-        ValueError: `n` or `gamma` out of range, a batch of no transitions, or rewards of another shape.
+        ValueError: `n` or `gamma` out of range, a batch of no transitions or one that has been through this already,
+            or rewards of another shape.
     """
     if n < 1 or not 0.0 <= gamma <= 1.0:
         raise ValueError(f"`n` must be at least 1 and `gamma` from 0 to 1, found {n} and {gamma}.")
     if "next_obs" not in batch:
         raise ValueError("The batch has no `next_obs`: call `to_transitions` first.")
+    _check_free(batch, ("return", "discount", "bootstrap_obs"))
     reward, terminated = batch["reward"], batch["terminated"]
     if reward.shape != terminated.shape:
         raise ValueError(
@@ -101,6 +106,12 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
     stops = terminated.gather(-1, last) | ~is_real
     discount = torch.where(stops, 0, torch.pow(torch.as_tensor(gamma, dtype=reward.dtype, device=reward.device), count))
     return {**batch, "return": returns, "discount": discount, "bootstrap_obs": _take(batch["next_obs"], last)}
+
+
+def _check_free(batch: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    taken = [name for name in names if name in batch]
+    if taken:
+        raise ValueError(f"The batch already has {taken}, which this would overwrite. Rename the field.")
 
 
 def _narrow(value: Any, axis: int, start: int, length: int) -> Any:

@@ -56,11 +56,12 @@ class Slots:
         self._parting: list[SharedArrays] = []
         # Where the batch that is being made lies.
         self._current: SharedArrays | None = None
-        self._slot = self._used = 0
+        self._slot = self._used = self._minimal_size = 0
         self._memory = np.empty(0, np.uint8)
 
     def begin(self, num_bytes: int) -> None:
         """Choose the memory of the next batch, whose tensors take about so much."""
+        num_bytes = max(num_bytes, self._minimal_size)
         num_bytes += num_bytes // 8 + _SLACK
         if self._current is not None:  # A transform failed, and the batch was never sent.
             self._current["flags"][self._slot] = _FREE
@@ -72,12 +73,9 @@ class Slots:
             self._shared = _make(self._num_slots, num_bytes)
         free = np.flatnonzero(self._shared["flags"] == _FREE)
         if len(free):
-            self._current, self._slot = self._shared, int(free[0])
+            self._use(self._shared, int(free[0]))
         else:
-            self._current, self._slot = _make(1, num_bytes), 0
-            self._parting.append(self._current)
-        self._current["flags"][self._slot] = _FULL
-        self._memory, self._used = self._current["slots"][self._slot], 0
+            self._use(_make(1, num_bytes), 0)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         """A tensor in the memory of the batch; None if there is no room left."""
@@ -98,23 +96,54 @@ class Slots:
         """What is sent instead of the batch, and becomes it when it is unpickled."""
         if self._current is None:
             return batch
+        self._make_room_for(batch)
         tree = _map(batch, torch.Tensor, self._leaf)
         arguments = (os.getpid(), self._current.__getstate__(), self._current is not self._shared, self._slot, tree)
         self._current = None
         return _Packed(_unpack, arguments)
 
-    def _leaf(self, tensor: torch.Tensor) -> Any:
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.requires_grad:
-            return tensor
+    def _make_room_for(self, batch: Any) -> None:
+        """Change to memory of its own for a batch that a transform has made too large for its slot."""
+        tensors: list[torch.Tensor] = []
+        _map(batch, torch.Tensor, tensors.append)
+        tensors = [tensor for tensor in tensors if _can_share(tensor)]
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        new = [size for tensor, size in zip(tensors, sizes, strict=True) if not self._is_inside(tensor)]
+        if self._used + sum(new) <= len(self._memory):
+            return
+        self._minimal_size = sum(sizes)
+        assert self._current is not None  # There is a batch in it.
+        self._current["flags"][self._slot] = _FREE
+        self._use(_make(1, self._minimal_size + _SLACK), 0)
+
+    def _use(self, memory: SharedArrays, slot: int) -> None:
+        self._current, self._slot = memory, slot
+        if memory is not self._shared:
+            self._parting.append(memory)
+        memory["flags"][slot] = _FULL
+        self._memory, self._used = memory["slots"][slot], 0
+
+    def _is_inside(self, tensor: torch.Tensor) -> bool:
         offset = tensor.data_ptr() - self._memory.ctypes.data
-        is_inside = offset >= 0 and offset + tensor.nbytes <= self._used and tensor.is_contiguous()
-        if not is_inside:
+        return offset >= 0 and offset + tensor.nbytes <= self._used and tensor.is_contiguous()
+
+    def _leaf(self, tensor: torch.Tensor) -> Any:
+        if not _can_share(tensor):
+            return tensor
+        tensor = tensor.resolve_conj().resolve_neg()
+        offset = tensor.data_ptr() - self._memory.ctypes.data
+        if not self._is_inside(tensor):
             room = self.empty(tuple(tensor.shape), tensor.dtype)
             if room is None:
                 return tensor
             room.copy_(tensor)
             offset = room.data_ptr() - self._memory.ctypes.data
         return _Leaf(offset, tuple(tensor.shape), tensor.dtype)
+
+
+def _can_share(tensor: torch.Tensor) -> bool:
+    is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return is_plain and not (tensor.requires_grad or tensor.is_nested or tensor.is_quantized)
 
 
 def _make(num_slots: int, num_bytes: int) -> SharedArrays:

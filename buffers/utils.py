@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,25 @@ import numpy as np
 import torch
 
 __all__ = ["to_torch"]
+
+
+class ThreadLock:
+    """A lock between the threads of one process; a forked child and a copy begin with one of their own."""
+
+    def __init__(self) -> None:
+        self._lock, self._process = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            # The fork may have left it taken, by a thread that is not here.
+            self._lock, self._process = threading.RLock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
+        return ThreadLock, ()
 
 
 def to_torch(value: Any, device: torch.device | str | None = None) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ except ImportError as error:
         "`buffers.Recorder` does without it."
     ) from error
 
+from buffers.dataset.fields import cast_if_kept
 from buffers.observations import to_array
 from buffers.recorder import MODES, Recorder
 from buffers.replay_buffer import ReplayBuffer
@@ -52,8 +54,9 @@ class RecordEpisodes(gymnasium.Wrapper):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step and record."""
         taken = _as_in(self.env.action_space, action, copy=True)
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        self.recorder.step(taken, _as_in(self.env.observation_space, obs), reward, terminated, truncated)
+        with _whole_step(self.recorder):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            self.recorder.step(taken, _as_in(self.env.observation_space, obs), reward, terminated, truncated)
         return obs, reward, terminated, truncated, info
 
 
@@ -105,10 +108,11 @@ class VectorRecordEpisodes(VectorWrapper):
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step and record."""
         taken = _as_in(self.env.action_space, actions, copy=True)
-        obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        # Gymnasium's rewards are float64 for no more reason than numpy's default, and would make a loss float64.
-        stored_rewards = to_array("reward", rewards).astype(np.float32)
-        self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos)
+        with _whole_step(self.recorder):
+            obs, rewards, terminated, truncated, infos = self.env.step(actions)
+            # Gymnasium's rewards are float64 for no more reason than numpy's default, and would make a loss float64.
+            stored_rewards = to_array("reward", rewards).astype(np.float32)
+            self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos)
         return obs, rewards, terminated, truncated, infos
 
     def __getattr__(self, name: str) -> Any:
@@ -120,6 +124,16 @@ class VectorRecordEpisodes(VectorWrapper):
         while isinstance(env, VectorWrapper) and not hasattr(env, name):
             env = env.env
         return getattr(env, name)
+
+
+@contextlib.contextmanager
+def _whole_step(recorder: Recorder) -> Iterator[None]:
+    """What fails in here has perhaps moved the environment on, so the next step would not follow what is recorded."""
+    try:
+        yield
+    except BaseException:
+        recorder.invalidate()
+        raise
 
 
 def _single_mode(env: gymnasium.Env) -> str:
@@ -185,5 +199,6 @@ def _as_in(space: gymnasium.Space, value: Any, copy: bool = False) -> Any:
         return tuple(_as_in(member, item, copy) for member, item in zip(space, value, strict=True))
     array = to_array("value", value)
     if space.dtype is not None and np.can_cast(array.dtype, space.dtype, "same_kind"):
-        return array.astype(space.dtype, copy=copy)
+        cast = cast_if_kept(array, space.dtype)
+        return cast.copy() if copy and cast is array else cast
     return array.copy() if copy else array

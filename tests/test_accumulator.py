@@ -120,6 +120,19 @@ def test_a_call_that_failed_in_the_middle_can_be_repeated(data: Any) -> None:
         assert sorted(recording.episodes) == sorted(reference.episodes)
 
 
+def test_a_call_that_failed_is_not_taken_for_another_that_follows() -> None:
+    accumulator, recording = make(2)
+    accumulator.add_rows(rows(2, 0))
+    recording.failures = [False, True]
+    with pytest.raises(OSError, match="no room"):
+        accumulator.add_rows(rows(2, 1), is_last=np.array([True, True]))
+    assert recording.episodes == [(0, [0, 1])]
+    # Another row than that of the failed call: it is of environment 0's next episode.
+    accumulator.add_rows(rows(2, 7))
+    accumulator.flush()
+    assert recording.episodes == [(0, [0, 1]), (0, [7]), (1, [0, 7])]
+
+
 def test_a_single_row_that_could_not_be_handed_over_is_not_added() -> None:
     recording = Recording()
     fields = Fields.from_rows(tagged.rows(0, 0, 0), 0)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import random
+import threading
 import warnings
 from typing import Any
 
@@ -15,7 +17,7 @@ from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
-from tests import tagged
+from tests import reading, tagged
 from tests.contract import assert_same_batch
 
 
@@ -80,6 +82,8 @@ def test_python_numbers_become_float32_int64_and_bool() -> None:
         (np.uint8(1), 255, True),
         (np.uint8(1), 256, False),
         (np.uint8(1), -1, False),
+        (np.int8(1), np.int64(300), False),
+        (np.float16(1), np.float32(1e5), False),
         (3, 0.5, False),
         (True, 1, False),
         (1, np.array(0.5), False),
@@ -235,13 +239,92 @@ def test_two_buffers_of_one_dataset_must_agree_on_its_fields() -> None:
     dataset = RingBufferDataset(100)
     one, other, third = (ReplayBuffer(dataset, 2, num_envs=1) for _ in range(3))
     one.add_step({"x": 1.0}, False)
-    other.add_step({"x": 1}, False)
+    with pytest.raises(ValueError, match="`x` has dtype float64 .* expected float32"):
+        other.add_step({"x": np.zeros(())}, False)
     third.add_step({"x": 2.0}, False)
     one.add_step({"x": 1.0}, True)
     third.add_step({"x": 2.0}, True)
-    with pytest.raises(ValueError, match="other fields from elsewhere: field `x` is int64"):
-        other.add_step({"x": 1}, True)
     assert dataset.episode_lengths == [2, 2]
+
+
+def test_a_copy_of_a_buffer_has_open_episodes_of_its_own() -> None:
+    for num_envs in (1, 3):
+        env = np.arange(3) if num_envs == 3 else 0
+        buffer = buffer_of(num_envs=num_envs)
+        buffer.add_step(tagged.rows(env, 0, 0), False)
+        copied = copy.deepcopy(buffer)
+        for step in range(1, 100):
+            buffer.add_step(tagged.rows(env, 0, step), False)
+        copied.add_step(tagged.rows(env, 0, 1), False)
+        copied.flush()
+        assert [steps for _, _, steps in stored(copied)] == [[0, 1]] * num_envs
+        assert buffer.num_episodes == 0
+        buffer.flush()
+        assert [steps for _, _, steps in stored(buffer)] == [list(range(100))] * num_envs
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a[:, ::2],
+        lambda a: a[::-1, ::-1],
+        lambda a: a[..., 0],
+        lambda a: np.broadcast_to(a[0, 0], a.shape),
+        lambda a: (a + 1j).real,
+        lambda a: torch.zeros(()).expand(8, 4),
+        lambda a: np.asfortranarray(a),
+    ],
+)
+def test_vectorized_rows_may_be_any_view(view) -> None:
+    buffer = buffer_of(num_envs=8)
+    value = view(np.arange(32.0, dtype=np.float32).reshape(8, 4))
+    expected = value.numpy() if isinstance(value, torch.Tensor) else np.array(value)
+    for done in (False, True):
+        buffer.add_step({"x": value}, done)
+    for env in range(8):
+        np.testing.assert_array_equal(buffer.dataset.get_episode(env)["x"][0].numpy(), expected[env])
+
+
+def test_half_precision_refuses_a_row_at_once_and_the_buffer_closes() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100, half_precision=True), 2, num_envs=1)
+    buffer.add_step({"x": 1.0}, False)
+    with pytest.raises(ValueError, match="beyond 65504"):
+        buffer.add_step({"x": 1e6}, True)
+    buffer.add_step({"x": 2.0}, True)
+    buffer.close()
+    assert buffer.dataset.get_episode(0)["x"].tolist() == [1.0, 2.0]
+
+
+def test_a_buffer_closes_although_its_open_episodes_cannot_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = buffer_of(num_envs=1)
+    buffer.add_step({"x": 1.0}, False)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(buffer.dataset, "_write", fail)
+    with pytest.raises(OSError, match="no room"):
+        buffer.close()
+    buffer.close()
+
+
+def test_threads_may_add_and_draw_at_the_same_time() -> None:
+    ring = reading.tiny_ring(60)
+    ring.add_episode(reading.tagged_episode(ring, 5))
+    stream = ring.get_loader(16, 3, include=("index", "step"), seed=0).stream
+    stop = threading.Event()
+
+    def add() -> None:
+        while not stop.is_set():
+            ring.add_episode(reading.tagged_episode(ring, 5))
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        assert sum(reading.count_inconsistent(stream.take()) for _ in range(300)) == 0
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_closing_hands_over_what_is_open_and_ends_the_use() -> None:

@@ -86,6 +86,36 @@ def test_chi_square_over_windows_finds_the_mutants(sampler: UniformSampler, is_u
     assert tagged.chi_square_is_plausible(observed, np.ones(len(windows))) is is_uniform
 
 
+def test_what_a_sampler_of_ones_own_must_not_draw_is_refused() -> None:
+    class Bad(UniformSampler):
+        def __init__(self, mistake: str) -> None:
+            self.mistake = mistake
+
+        def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+            if self.mistake == "fewer":
+                return super().draw(index, num_windows - 1, length, rng)
+            if self.mistake == "longer":
+                return super().draw(index, num_windows, 4, rng)
+            if self.mistake == "nothing":
+                return None  # type: ignore[return-value]
+            step = np.full(num_windows, {"late": 3, "early": -1, "fine": 2}[self.mistake])
+            return index.windows(np.zeros(num_windows, np.int64), step, 3)
+
+    dataset = RingBufferDataset(20)
+    dataset.add_episode(tagged.episode(5, 0))
+    dataset.add_episode(tagged.episode(5, 1))
+    for mistake, message in {
+        "fewer": "asked for 8 windows",
+        "nothing": "asked for 8 windows, found None",
+        "longer": "asked for windows of 3 steps, found 4",
+        "late": "not within its episode",
+        "early": "not within its episode",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            dataset.get_loader(8, 3, sampler=Bad(mistake)).stream.batch(0)
+    assert set(tagged.origins(dataset.get_loader(8, 3, sampler=Bad("fine")).stream.batch(0))) == {(0, 0, 2, 3)}
+
+
 def test_other_evictors_are_refused_at_construction() -> None:
     class Newest(FIFOEvictor):
         def evict(self, dataset: EpisodeDataset) -> int:

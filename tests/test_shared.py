@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import ColorImage, Fields, Scalar
@@ -175,6 +176,7 @@ def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
             if child == 0:
                 status = 1
                 try:
+                    torch.set_num_threads(1)  # As a DataLoader worker does: thread pools do not survive a fork.
                     batch = ring.get_loader(8, 3, include=("index", "step"), seed=n).stream.batch(n)
                     status = reading.count_inconsistent(batch)
                 finally:
@@ -222,6 +224,9 @@ def test_arrays_of_all_layouts_are_seen_by_both_sides() -> None:
     assert (other["a"] == 3).all() and other["d"][-1] == 7
     with pytest.raises(RuntimeError, match="only be handed on by the process that made it"):
         pickle.dumps(other)
+    own = copy.deepcopy(other)
+    shared["a"][...] = 4
+    assert (own["a"] == 3).all() and own["d"][-1] == 7
 
 
 # The log, step by step.

@@ -213,3 +213,15 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         n_step_returns(rows, 1, 1.5)
     with pytest.raises(ValueError, match=r"`reward` has shape \(2, 1, 3\), expected \(2, 1\)"):
         n_step_returns({**rows, "next_obs": no, "reward": torch.zeros(2, 1, 3)}, 1, 0.9)
+
+
+def test_names_that_are_taken_are_refused_and_extras_with_included_names_are_rows() -> None:
+    row = torch.zeros(2, 3)
+    flags = torch.zeros(2, 3, dtype=torch.bool)
+    batch = {"obs": row, "action": row, "reward": row, "terminated": flags, "truncated": flags}
+    found = to_transitions({**batch, "weight": torch.arange(6.0).view(2, 3), "episode": torch.zeros(2)})
+    assert found["weight"].tolist() == [[1.0, 2.0], [4.0, 5.0]] and found["episode"].shape == (2,)
+    with pytest.raises(ValueError, match=r"already has \['next_obs'\]"):
+        to_transitions({**batch, "next_obs": row})
+    with pytest.raises(ValueError, match=r"already has \['discount'\]"):
+        n_step_returns({**found, "discount": row}, 2, 0.9)

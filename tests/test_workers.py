@@ -21,7 +21,7 @@ import torch
 
 from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
-from buffers.transport import Slots, _unpack
+from buffers.transport import Slots, _opened, _unpack
 from tests import reading, tagged
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +163,45 @@ def test_what_a_transform_makes_crosses_whatever_it_is() -> None:
         assert one.keys() == two.keys() and one["text"] == "even"
         assert torch.equal(one["total"], two["total"]) and torch.equal(one["copy"], two["copy"])
         assert torch.equal(one["list"][0], two["list"][0])
+
+
+def to_float(batch: dict[str, Any]) -> dict[str, Any]:
+    pixels = batch["obs"]["pixels"]
+    return {"pixels": pixels.float() / 255, "conj": torch.view_as_complex(pixels[..., :2].float().contiguous()).conj()}
+
+
+def test_batches_that_a_transform_makes_larger_cross_in_slots_and_lazily_conjugated_ones_as_they_are() -> None:
+    dataset = RingBufferDataset(2000)
+    for number in range(4):
+        dataset.add_episode(tagged.episode(500, number))
+    options: dict[str, Any] = {"transform": to_float, "seed": 0}
+    before = set(os.listdir("/dev/shm"))
+    loader = dataset.get_loader(64, 100, num_workers=1, **options)
+    reference = dataset.get_loader(64, 100, **options)
+    batches = iter(loader)
+    for expected in itertools.islice(reference, 8):
+        found = next(batches)
+        assert torch.equal(found["pixels"], expected["pixels"])
+        assert torch.equal(found["conj"].resolve_conj(), expected["conj"].resolve_conj())
+        del found
+    assert {name for name in os.listdir("/dev/shm") if name.startswith("torch_")} <= before
+    assert len(_opened) >= 1
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_state_that_is_loaded_reaches_workers(persistent: bool) -> None:
+    dataset = filled()
+    reference = [dataset.get_loader(4, 3, seed=9).stream.batch(n) for n in range(5, 8)]
+    buffer = ReplayBuffer(dataset, 4, 3, num_workers=2, seed=0, persistent_workers=persistent)
+    buffer.sample()
+    buffer.dataloader.load_state_dict({"seed": 9, "position": 5})
+    for expected in reference:
+        assert torch.equal(buffer.sample()["code"], expected["code"])
+    workers = workers_of(buffer._batches)
+    buffer.close()
+    assert not any(is_running(worker) for worker in workers)
+    gc.collect()
+    assert not set(workers) & set(_opened)
 
 
 def test_batches_of_every_length_cross() -> None:

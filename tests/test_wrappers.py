@@ -14,7 +14,8 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
-from buffers import Recorder
+from buffers import Recorder, ReplayBuffer
+from buffers.dataset import RingBufferDataset
 from buffers.wrappers import RecordEpisodes, VectorRecordEpisodes
 from tests.logged_game import Game, assert_recorded, make_buffer, recorded
 
@@ -489,3 +490,37 @@ except ImportError as error:
 """
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "pip install 'buffers[extras]'" in found
+
+
+def test_an_exception_inside_a_step_leaves_no_gap_in_an_episode() -> None:
+    class Fragile(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        action_space = gymnasium.spaces.Discrete(2)
+        is_broken = False
+
+        def reset(self, *, seed=None, options=None):
+            self.t = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            if Fragile.is_broken:
+                raise OSError("simulator")
+            return np.full(1, self.t, np.float32), 1.0, False, False, {}
+
+    buffer = ReplayBuffer(RingBufferDataset(100), batch_size=2)
+    env = RecordEpisodes(Fragile(), buffer)
+    env.reset()
+    for _ in range(3):
+        env.step(0)
+    Fragile.is_broken = True
+    with pytest.raises(OSError, match="simulator"):
+        env.step(0)
+    Fragile.is_broken = False
+    with pytest.raises(RuntimeError):
+        env.step(0)
+    env.reset()
+    env.step(0)
+    buffer.flush()
+    assert [episode["obs"].flatten().tolist() for episode in buffer.dataset.episodes()] == [[0, 1, 2, 3], [0, 1]]
+    assert buffer.dataset.get_episode(0)["truncated"].tolist() == [False, False, False, True]

@@ -16,7 +16,7 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.evictor.base import Evictor
 from buffers.evictor.fifo import FIFOEvictor
-from buffers.utils import format_bytes, integer
+from buffers.utils import ThreadLock, format_bytes, integer
 
 if TYPE_CHECKING:
     from buffers.loader import SequenceLoader, SequenceStream
@@ -51,6 +51,8 @@ class EpisodeDataset(IterableDataset, ABC):
     #: A store whose `_write` may fail (a full disk) sets this to False, and then loses no episode to one that it
     #: could not take.
     _evicts_before_writing = True
+    #: Whether `_check` may refuse values for what they are, so that rows are shown to it before their episode ends.
+    _refuses_values = False
 
     def __init__(self, capacity: int, info: EpisodeDatasetInfo | None = None, evictor: Evictor | None = None) -> None:
         self.capacity = integer("capacity", capacity, minimum=1)
@@ -61,6 +63,8 @@ class EpisodeDataset(IterableDataset, ABC):
         self.evictor = FIFOEvictor() if evictor is None else evictor
         self.verification_mode = VerificationMode.BASIC_CHECKS if info is None else info.verification_mode
         self.index = EpisodeIndex()
+        # Threads may add and draw at the same time; worker processes need no lock.
+        self._lock = ThreadLock()
         #: Episodes evicted so far, for whatever reason.
         self.num_evicted = 0
         self._has_evicted = False
@@ -130,8 +134,9 @@ class EpisodeDataset(IterableDataset, ABC):
             ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
                 The dataset is as it was.
         """
-        fields = Fields.from_episode(episode) if self._fields is None else self._fields
-        return self._add(fields, self._checked(fields, episode))
+        with self._lock:
+            fields = Fields.from_episode(episode) if self._fields is None else self._fields
+            return self._add(fields, self._checked(fields, episode))
 
     def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
         """`add_episode` for flat arrays that fit the fields, which are those of the dataset if it has any."""
@@ -179,7 +184,8 @@ class EpisodeDataset(IterableDataset, ABC):
         Raises:
             ValueError: There is no such episode.
         """
-        self._evict(episode_index)
+        with self._lock:
+            self._evict(episode_index)
 
     def _evict(self, episode_index: int) -> None:
         position = self._position(episode_index)

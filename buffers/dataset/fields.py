@@ -180,9 +180,17 @@ def _number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
     if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
         return array
     if type(value) is int and dtype.kind in "iufc":
-        fits = dtype.kind in "fc" or np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
-        return array.astype(dtype) if fits else array
-    return array.astype(dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
+        return cast_if_kept(array, dtype)
+    return cast_if_kept(array, dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
+
+
+def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in another dtype; as it is if an integer would change or a finite number become infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if dtype.kind in "iub":
+        return cast if (cast == array).all() else array
+    return cast if (np.isfinite(cast) | ~np.isfinite(array)).all() else array
 
 
 def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
@@ -335,6 +343,8 @@ class Fields(Mapping[str, TensorType]):
     def conflict_with(self, other: Fields) -> str | None:
         """What differs from `other` in names, shapes or dtypes, in words; None if data of one fits the other."""
         missing, unexpected = set(other) - set(self), set(self) - set(other)
+        if not (missing or unexpected) and set(self.paths) != set(other.paths):
+            return f"the same names, but nested in another way: {sorted(self.paths)}, expected {sorted(other.paths)}"
         if missing or unexpected:
             return f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
         for name, expected in other.items():

@@ -59,7 +59,7 @@ class RingBufferDataset(EpisodeDataset):
                 f"{type(evictor).__name__}. IndividualFileDataset takes any evictor."
             )
         self.device = _usable_device(device)
-        self.half_precision = bool(half_precision)
+        self.half_precision = self._refuses_values = bool(half_precision)
         self._memory: SharedArrays | None = None
         self._log: EpisodeLog | None = None
         # The process that adds. In every other, this dataset reads what that one publishes.
@@ -199,6 +199,7 @@ class RingBufferDataset(EpisodeDataset):
         """A ring of its own with the same episodes."""
         other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
         other.index, other._has_evicted = copy.deepcopy(self.index, memo), self._has_evicted
+        other.num_evicted, other.max_sampling_attempts = self.num_evicted, self.max_sampling_attempts
         head, rows = self.index.next_start, self.index.num_steps
         if self._fields is not None:
             slots = torch.arange(head - rows, head, device=self.device) % self.capacity

@@ -34,17 +34,16 @@ _HEAD, _TAIL, _ROOM = 0, 8, 16  # Words, each counter on a cache line of its own
 _START, _LENGTH, _ID = range(3)
 _INITIAL_ROOM = 256
 _NUM_COUNTERS = 24
-_lock = threading.Lock()
 
 
 def fence() -> None:
     """Order what this thread has stored and loaded before it against what comes after.
 
     x86-64 keeps stores in order and loads in order, which is all that is needed here; elsewhere the atomic operations
-    of a lock that nobody else holds for longer than this do it. This is the only place that has to know.
+    of taking a lock do it: a new one, as a fork could leave a common one taken for ever. This is the only place that
+    has to know.
     """
-    with _lock:
-        pass
+    threading.Lock().acquire()
 
 
 class SharedArrays(Mapping[str, np.ndarray]):
@@ -119,6 +118,13 @@ class SharedArrays(Mapping[str, np.ndarray]):
         except (OSError, RuntimeError) as error:
             raise RuntimeError(f"The process {owner} does not have the memory that it shared: {error}.") from None
         self._lay_out(memory.numpy())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedArrays:
+        """Memory of its own with the same content."""
+        other = SharedArrays(self._layout)
+        for name, array in self.items():
+            other[name][...] = array
+        return other
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:

@@ -6,8 +6,9 @@ import enum
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from buffers.dataset.fields import Fields
+from buffers.dataset.fields import Fields, TensorType, as_tensor
 
 __all__ = ["VerificationMode"]
 
@@ -41,5 +42,11 @@ def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int,
                 f"Field `{name}` has dtype {array.dtype} and shape {array.shape}, "
                 f"expected {dtype} and {leading + shape}."
             )
-        if mode is VerificationMode.ALL_CHECKS and dtype.kind in "fc" and not np.isfinite(array).all():
+        if mode is VerificationMode.ALL_CHECKS and not _is_finite(array, fields[name]):
             raise ValueError(f"Field `{name}` holds NaN or infinite numbers, which ALL_CHECKS refuses.")
+
+
+def _is_finite(array: np.ndarray, field: TensorType) -> bool:
+    if not (field.dtype.is_floating_point or field.dtype.is_complex):
+        return True
+    return bool(torch.isfinite(as_tensor(np.array(array), field)).all())
