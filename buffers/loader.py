@@ -175,7 +175,7 @@ class SequenceStream(IterableDataset):
         windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
         for _ in range(self.dataset.max_sampling_attempts):
             if len(missed) == 0:
-                return windows, out
+                break
             if self.sequence_length is None:
                 # Another episode may be longer than all of these, which changes the padding: begin anew.
                 windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
@@ -188,6 +188,8 @@ class SequenceStream(IterableDataset):
                 if tensor.numel():
                     as_bytes(tensor)[missed[read]] = as_bytes(rows[name])[read]
             missed = missed[still_missed]
+        if len(missed) == 0:
+            return windows, out
         raise RuntimeError(
             f"{len(missed)} of {len(windows)} windows were gone before they could be read, "
             f"{self.dataset.max_sampling_attempts} times over. Evict less often or raise the `capacity`."

@@ -5,6 +5,7 @@ import itertools
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,9 @@ def test_it_agrees_with_a_list_of_episodes(operations, choices, read_by) -> None
                     dataset.evict_episode(dataset.index.position(number))
                 else:
                     os.unlink(Path(folder) / f"{number:010d}-{start:012d}-{rows}.safetensors")
-                    list(dataset.episodes())  # It is found to be gone when it is read.
+                    # It is found to be gone when it is opened; while it is open it can still be read.
+                    dataset._reader.close()
+                    list(dataset.episodes())
             assert list(zip(dataset.index.ids, dataset.index.starts, dataset.index.lengths, strict=True)) == live
         reader.refresh()
         for each in (dataset, reader) if read_by == "r" else (dataset,):
@@ -277,3 +280,88 @@ def test_after_closing_everything_says_so_and_the_directory_is_free(tmp_path) ->
     dropped = IndividualFileDataset(30, directory=tmp_path)
     del dropped
     IndividualFileDataset(30, directory=tmp_path).close()
+
+
+def test_episodes_of_a_single_field_and_of_any_length_are_read(tmp_path: Path) -> None:
+    with IndividualFileDataset(1000, directory=tmp_path) as dataset:
+        for length in (10, 11, 30, 3, 11):
+            dataset.add_episode({"obs": np.full((length, 3), length, np.float32)})
+        assert [len(episode["obs"]) for episode in dataset.episodes()] == [10, 11, 30, 3, 11]
+        for batch in itertools.islice(dataset.get_loader(16, 3, seed=0), 5):
+            assert batch["obs"].shape == (16, 3, 3)
+        assert dataset.num_episodes == 5
+
+
+def test_the_first_episode_binds_the_rest_also_when_a_stranger_is_newer(tmp_path: Path) -> None:
+    directory, other = tmp_path / "mine", tmp_path / "other"
+    with IndividualFileDataset(1000, directory=directory) as dataset:
+        for _ in range(5):
+            dataset.add_episode({"obs": np.zeros((10, 3), np.float32)})
+    with IndividualFileDataset(1000, directory=other) as dataset:
+        dataset.add_episode({"speed": np.zeros((10, 9), np.float32)})
+    (stranger,) = other.glob("*.safetensors")
+    (directory / "0000000900-000000090000-10.safetensors").write_bytes(stranger.read_bytes())
+    with (
+        pytest.warns(UserWarning, match="1 files .* 0000000900"),
+        IndividualFileDataset(1000, directory=directory) as dataset,
+    ):
+        assert dataset.num_episodes == 5 and list(dataset.fields or ()) == ["obs"]
+
+
+def test_numbers_that_no_name_can_have_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with IndividualFileDataset(1000, directory=tmp_path) as dataset:
+        dataset.add_episode({"x": np.zeros(5)})
+    (tmp_path / "0000000001-999999999999990-20.safetensors").write_bytes(b"junk")
+    with pytest.warns(UserWarning, match="1 files"), IndividualFileDataset(1000, directory=tmp_path) as dataset:
+        dataset.add_episode({"x": np.ones(5)})
+    with IndividualFileDataset(1000, directory=tmp_path) as dataset:
+        assert [episode["x"][0].item() for episode in dataset.episodes()] == [0.0, 1.0]
+        dataset.index.next_start = 10**15 - 2
+        with pytest.raises(RuntimeError, match="beyond the last number"):
+            dataset.add_episode({"x": np.ones(5)})
+        assert dataset.num_episodes == 2
+
+
+@pytest.mark.parametrize("suffix", ["half", "", ".lock", ".next", ".a/b", None, 5, "."])
+def test_a_suffix_that_could_not_be_found_again_is_refused(tmp_path: Path, suffix: Any) -> None:
+    class Odd(SafetensorsLike):
+        pass
+
+    Odd.suffix = suffix
+    with pytest.raises(ValueError, match="`suffix`"):
+        IndividualFileDataset(10, directory=tmp_path, serialization_strategy=Odd())
+
+
+def test_a_format_whose_code_is_at_fault_moves_no_file(tmp_path: Path) -> None:
+    with IndividualFileDataset(100, directory=tmp_path, serialization_strategy=SafetensorsLike()) as dataset:
+        dataset.add_episode({"x": np.zeros(5)})
+
+    class Broken(SafetensorsLike):
+        def load(self, file: Any, fields: Any, length: int) -> Any:
+            import no_such_codec  # noqa: F401
+
+    info = EpisodeDatasetInfo(Fields(x=Scalar(dtype=torch.float64)))
+    with IndividualFileDataset(100, info, directory=tmp_path, serialization_strategy=Broken()) as dataset:
+        with pytest.raises(ImportError, match="no_such_codec"):
+            dataset.get_episode(0)
+        assert dataset.num_episodes == 1
+
+
+class SafetensorsLike(EpisodeSerializationStrategy):
+    suffix = ".own"
+
+    def save(self, episode: Any, fields: Any, file: Any) -> None:
+        torch.save(dict(episode), file)
+
+    def load(self, file: Any, fields: Any, length: int) -> Any:
+        return torch.load(file, weights_only=True)
+
+
+def test_other_peoples_temporaries_and_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-notes").write_text("mine")
+    (tmp_path / ".tmp-folder").mkdir()
+    (tmp_path / ".tmp-0000000007-000000000000-5.safetensors").write_text("unfinished")
+    with IndividualFileDataset(10, directory=tmp_path) as dataset:
+        dataset.add_episode({"x": np.zeros(5)})
+    assert (tmp_path / ".tmp-notes").read_text() == "mine" and (tmp_path / ".tmp-folder").is_dir()
+    assert not (tmp_path / ".tmp-0000000007-000000000000-5.safetensors").exists()

@@ -39,6 +39,7 @@ from buffers.dataset.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, Direct
 __all__ = ["EpisodeDirectory", "FileName", "Listing", "explained"]
 
 TEMPORARY = ".tmp-"
+_LARGEST_NUMBER = 10**15
 DAMAGED = "damaged"
 NEXT = ".next"
 # Numbers below 10**15, each in the one way in which it is written.
@@ -55,7 +56,15 @@ class FileName(NamedTuple):
     length: int
 
     def text(self, suffix: str) -> str:
-        """The name itself: names in their order are episodes in theirs."""
+        """The name itself: names in their order are episodes in theirs.
+
+        Raises:
+            RuntimeError: Numbers have run out: the name would not be taken for an episode's when it is read.
+        """
+        if max(self.id, self.start + self.length) >= _LARGEST_NUMBER:
+            raise RuntimeError(
+                f"Episode {self.id}, from step {self.start} on, is beyond the last number, {_LARGEST_NUMBER}."
+            )
         return f"{self.id:010d}-{self.start:012d}-{self.length}{suffix}"
 
 
@@ -90,7 +99,9 @@ class Listing:
     names: set[str] = field(default_factory=set)
 
     def count(self, next_id: int, next_start: int) -> None:
-        """These numbers, and all before them, have been given."""
+        """These numbers, and all before them, have been given; not those that this library never gives."""
+        if max(next_id, next_start) >= _LARGEST_NUMBER:
+            return
         if next_id > self.next_numbers[0] or next_start > self.next_numbers[1]:
             self.next_numbers = max(next_id, self.next_numbers[0]), max(next_start, self.next_numbers[1])
 
@@ -142,7 +153,7 @@ class EpisodeDirectory:
             if marker is not None:
                 listing.markers.append(entry.name)
                 listing.count(int(marker[1]), int(marker[2]))
-            elif entry.name.startswith(TEMPORARY):
+            elif entry.name.startswith(TEMPORARY) and _NAME.fullmatch(entry.name, len(TEMPORARY)):
                 listing.temporaries.append(entry.name)
             elif entry.name.endswith(self.suffix):
                 listing.misfits.append((entry.name, "its name is no episode's"))
@@ -179,8 +190,10 @@ class EpisodeDirectory:
         """
         temporary = TEMPORARY + name
         descriptor = self._descriptor.number
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_SURPRISES
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_SURPRISES
         is_renamed = False
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=descriptor)  # What lies there, a link even, is nobody's.
         try:
             with _written(os.open(temporary, flags, 0o666, dir_fd=descriptor)) as file:
                 write(file)
@@ -200,7 +213,7 @@ class EpisodeDirectory:
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is gone already is no error."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             os.unlink(name, dir_fd=self._descriptor.number)
 
     def keep_numbers(self, next_id: int, next_start: int, durable: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import time
 import warnings
 from typing import Any, Literal, final, get_args
@@ -103,6 +104,8 @@ class IndividualFileDataset(EpisodeDataset):
             raise TypeError(
                 f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
             )
+        if strategy is not None:
+            _check_suffix(strategy.suffix)
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -271,7 +274,10 @@ class IndividualFileDataset(EpisodeDataset):
     # Episodes in.
 
     def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
-        """`add_episode`; after any error, the dataset and its directory are as they were."""
+        """`add_episode`; after any error, the episode is not there, nor its file.
+
+        Others are where they were, unless an evictor failed at a second choice: its first is carried out.
+        """
         self._check_writable()
         fields_before, stored_before = self._fields, self._stored_fields
         index, episode_id, start = self.index, self.index.next_id, self.index.next_start
@@ -398,3 +404,10 @@ def _follower(
     dataset._warns = False
     dataset.__init__(capacity, info, None, path, strategy, attempts, mode="r")
     return dataset
+
+
+def _check_suffix(suffix: object) -> None:
+    if not isinstance(suffix, str) or not re.fullmatch(r"\.[A-Za-z0-9_.-]*[A-Za-z0-9_-]", suffix):
+        raise ValueError(f"The `suffix` of a format must be like `.name`, found {suffix!r}.")
+    if suffix in (".lock", ".next"):
+        raise ValueError(f"The `suffix` {suffix!r} is kept for the directory's own files.")

@@ -116,11 +116,14 @@ def _overlap(numbers: Int64Array, is_good: npt.NDArray[np.bool_], i: int) -> Exc
 
 
 def set_aside(directory: EpisodeDirectory, listing: Listing, damaged: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Move damaged files away, and return those that were."""
+    """Move damaged files away, and return them, those that could not be moved with a word on it."""
     if directory.is_new and not listing.texts and not listing.markers:
         # No episode in a directory that nobody has written episodes to: other people's files stay where they are.
         return []
-    return [(name, reason) for name, reason in damaged if directory.set_aside(name)]
+    return [
+        (name, reason if directory.set_aside(name) else f"{reason} (and it could not be moved)")
+        for name, reason in damaged
+    ]
 
 
 def damage_message(path: str, damaged: list[tuple[str, str]], what_happened: str) -> str:
@@ -138,9 +141,12 @@ def _find_fields(
     stated_fields: Fields | None,
     damaged: list[tuple[str, str]],
 ) -> Fields | None:
-    """The fields that the newest good file states; those that are not good are noted as damaged."""
+    """The fields that the oldest good file states, as the first episode binds the rest.
+
+    Those that are not good are noted as damaged.
+    """
     unknown_version = None
-    for text, length in zip(reversed(texts), lengths[::-1].tolist(), strict=True):
+    for text, length in zip(texts, lengths.tolist(), strict=True):
         try:
             with _opened(directory, text) as file, as_damage():
                 fields = strategy.load_fields(file)
@@ -153,6 +159,8 @@ def _find_fields(
                 return fields
         except FileNotFoundError:
             continue
+        except PermissionError:
+            damaged.append((text, "it must not be read"))
         except DamagedEpisodeError as error:
             unknown_version = error if isinstance(error, UnknownVersionError) else unknown_version
             damaged.append((text, f"it {error}"))
@@ -180,6 +188,8 @@ def _error_of(
             (strategy.verify if is_full else strategy.check)(file, fields, length)
     except (DamagedEpisodeError, FileNotFoundError) as error:
         return error
+    except PermissionError:
+        return DamagedEpisodeError("must not be read")
     return None
 
 

@@ -52,7 +52,11 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         """Write an episode: a header that depends on fields and length alone, but for the checksum; then the rows."""
         if "__metadata__" in episode:
             raise ValueError("Field `__metadata__` has a name that safetensors keeps for itself. Rename it.")
-        file.write(_encoded(episode, fields, checksum(episode)))
+        encoded = _encoded(episode, fields, checksum(episode))
+        num_bytes = int.from_bytes(encoded[:8], "little")
+        if num_bytes > _MAX_HEADER:
+            raise ValueError(f"The names of the fields make a header of {num_bytes} bytes, of {_MAX_HEADER} allowed.")
+        file.write(encoded)
 
     def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
         """Read an episode after its header has been found to be the expected one. The checksum is not looked at."""
@@ -81,8 +85,12 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
 
     def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int]:
         """Check the header against fields, length and the file's size, and say where rows lie."""
-        layout, header = self._layout(fields), _read_header(file)
+        header = _read_header(file)
         size = os.fstat(file.fileno()).st_size - 8 - len(header)
+        if size < length * fields.nbytes:
+            # Before memory is taken for what may be a lie.
+            raise DamagedEpisodeError(f"has {size} bytes of rows, its header says {length * fields.nbytes}")
+        layout = self._layout(fields)
         if size == length * fields.nbytes and layout.matches(header, length):
             return layout.offsets(length, len(header))
         found = _parse_header(header)

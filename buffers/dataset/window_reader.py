@@ -89,7 +89,7 @@ class WindowReader:
         self._decoded_bytes = 0
         # Of files that were found to be good, nothing but the size is looked at again.
         self._rows: dict[int, _Rows] = {}
-        self._shared_rows: dict[tuple[_Segment, ...], _Rows] = {}
+        self._shared_rows: dict[tuple[int, tuple[_Segment, ...]], _Rows] = {}
         self._reads_ranges: bool | None = None
 
     def batch(self, out: Mapping[str, torch.Tensor]) -> _Batch:
@@ -193,7 +193,8 @@ class WindowReader:
         )
         if len(self._shared_rows) > 4096:
             self._shared_rows.clear()
-        return self._shared_rows.setdefault(tuple(segments), _Rows(file.size, segments))
+        # With a single field, rows lie at the same place in files of any size.
+        return self._shared_rows.setdefault((file.size, tuple(segments)), _Rows(file.size, segments))
 
 
 class _Batch:
@@ -268,8 +269,8 @@ def as_damage() -> Iterator[None]:
     """What a format of the user's own raises means that the file is damaged, unless the operating system says it."""
     try:
         yield
-    except (DamagedEpisodeError, OSError, MemoryError):
-        raise
+    except (DamagedEpisodeError, OSError, MemoryError, ImportError, NameError):
+        raise  # The last two are faults of the format's code, which no file is to blame for.
     except Exception as error:
         raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
 
