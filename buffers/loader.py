@@ -392,7 +392,21 @@ class SequenceLoader(DataLoader):
             raise RuntimeError(self.stream.dataset.index.no_window_message(None))
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
-        return _BatchesOfWorkers(self, super().__iter__())
+        return _BatchesOfWorkers(self, self._iterate())
+
+    def _iterate(self) -> Any:
+        """torch's iterator, over other workers if a persistent one was killed since the last iteration."""
+        before = getattr(self._iterator, "_workers", [])
+        if not all(worker.is_alive() for worker in before):
+            self.end_workers()
+        try:
+            return super().__iter__()
+        except RuntimeError:
+            if self._iterator is None:
+                raise
+            # It was still dying a moment ago.
+            self.end_workers()
+            return super().__iter__()
 
     def end_workers(self) -> None:
         """End persistent workers, if there are any; iterating again starts others."""

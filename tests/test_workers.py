@@ -281,6 +281,17 @@ def test_a_killed_worker_is_an_error_and_a_new_iteration_works(persistent: bool)
     tagged.origins(next(iter(loader)))
 
 
+def test_a_persistent_worker_that_is_killed_between_iterations_is_replaced() -> None:
+    loader = filled().get_loader(8, 4, num_workers=2, persistent_workers=True, seed=0)
+    batches = iter(loader)
+    next(batches)
+    victim = workers_of(batches)[0]
+    with contextlib.suppress(RuntimeError):  # The news of it is raised wherever the trainer is.
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda: not is_running(victim), 5)
+    tagged.origins(next(iter(loader)))
+
+
 def test_sample_starts_over_after_a_worker_was_killed() -> None:
     buffer = ReplayBuffer(filled(), 8, 4, num_workers=2, seed=0)
     buffer.sample()
