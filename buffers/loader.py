@@ -1,346 +1,22 @@
-"""The stream of batches that a DataLoader iterates.
-
-Batch n of a stream is a function of (seed, n) and of the episodes that live when it is drawn. Worker w of W makes
-the batches w, w + W, w + 2W, ... and the DataLoader takes from its workers in turn, so their number changes nothing.
-"""
+"""torch's DataLoader over a stream: its workers, and their lifetime."""
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from buffers.dataset.fields import Fields
-from buffers.dataset.index import Windows
 from buffers.dataset.shared import SharedArrays
-from buffers.lifetime import end_with
-from buffers.sampler.base import Sampler
-from buffers.sampler.uniform import UniformEpisodeSampler, UniformSampler
-from buffers.transport import Slots, forget
+from buffers.stream import COUNTERS, BatchRandom, SequenceStream
+from buffers.transport import forget
 from buffers.utils import integer
 
-if TYPE_CHECKING:
-    from buffers.dataset.episode_dataset import EpisodeDataset
-
-__all__ = ["SequenceLoader", "SequenceStream"]
-
-INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight")
-# Single sequences are drawn and read so many at a time.
-_SEQUENCES_PER_READ = 32
-_NONE = np.empty(0, np.int64)
-_COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
-
-
-class SequenceStream(IterableDataset):
-    """Batches without end from an `EpisodeDataset`; or single sequences, if it has no batch size.
-
-    Args:
-        dataset: Where the sequences come from.
-        batch_size: B; None for single sequences `field -> (T, *shape)`.
-        sequence_length: T, in steps; None for whole episodes, padded, with `mask`.
-        chunk_size: Sequences that one read brings; divides `batch_size`, which is the default.
-        sampler: Which windows are drawn; uniformly over all windows by default.
-        transform: A function on the batch, called where it is made (in the worker).
-        include: What else a batch holds, besides the fields:
-            `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, episode ids; `step` int64 `(B, T)`, position in
-            the episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real;
-            `weight` float32 `(B,)`. In padding, `index` and `step` are -1.
-        seed: Of all randomness; None takes it from the operating system.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range.
-    """
-
-    def __init__(
-        self,
-        dataset: EpisodeDataset,
-        batch_size: int | None,
-        sequence_length: int | None = 1,
-        chunk_size: int | None = None,
-        *,
-        sampler: Sampler | None = None,
-        transform: Callable[[dict[str, Any]], Any] | None = None,
-        include: Iterable[str] = (),
-        seed: int | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
-        self.sequence_length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
-        if self.sequence_length is not None and self.sequence_length > dataset.capacity:
-            raise ValueError(f"`sequence_length`={sequence_length} exceeds the `capacity` of {dataset.capacity} steps.")
-        self.num_windows = _SEQUENCES_PER_READ if self.batch_size is None else self.batch_size
-        self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
-        if self.num_windows % self.chunk_size:
-            raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
-        if sampler is not None and not isinstance(sampler, Sampler):
-            raise TypeError(f"`sampler` must be a Sampler, found {type(sampler).__name__}.")
-        self.sampler = UniformSampler() if sampler is None else sampler
-        if transform is not None and not callable(transform):
-            raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
-        self.transform = transform
-        self.include = _checked_include(include, whole_episodes=self.sequence_length is None)
-        self.is_seeded = seed is not None
-        self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
-        #: The number n of the next batch.
-        self.position = 0
-        # first: the position at which an iteration by workers began; persistent ones see it change. The position would
-        # not do, as it goes on while slow workers are still starting. newest: by batch, the newest step id in it.
-        # rejected: by worker, windows that were gone before they could be read.
-        self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in _COUNTERS.items()}
-        # Set by the loader for its workers.
-        self.trainer, self.num_slots = os.getpid(), 0
-        self._number = 0
-        self._slots: Slots | None = None
-
-    def batch(self, n: int) -> Any:
-        """Draw and read batch n.
-
-        Returns:
-            `field -> (B, T, *shape)` and what `include` asked for; or what `transform` made of it.
-
-        Raises:
-            RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
-            ValueError: A name of `include` is also a field's.
-        """
-        batch = self.untransformed_batch(n)
-        return batch if self.transform is None else self.transform(batch)
-
-    def untransformed_batch(self, n: int) -> dict[str, Any]:
-        """Batch n before `transform`."""
-        windows, out = self._drawn(self.random.generator(n))
-        newest = windows.start.max() + windows.length - 1 if self.sequence_length else windows.last_steps.max()
-        self.counters["newest"][n % _COUNTERS["newest"]] = newest
-        if self.sequence_length is None:
-            _zero_padding(windows, out)
-        fields = self.dataset.fields
-        assert fields is not None  # Windows are drawn from episodes, so there are fields.
-        self.check_include(fields)
-        batch = fields.unflatten(out)
-        for name in self.include:
-            batch[name] = _included(name, windows).to(self.dataset.device)
-        return batch
-
-    def check_include(self, fields: Fields) -> None:
-        """Refuse, by a ValueError, names of `include` that are also fields."""
-        taken = {path[0] for path in fields.paths}
-        for name in self.include:
-            if name in taken:
-                raise ValueError(
-                    f"'{name}' of `include` (whole episodes include 'mask') is also a field of the steps. Drop it from "
-                    "`include` if the field is what you want (a Recorder stores `is_first`), or rename the field."
-                )
-
-    @property
-    def num_rejected(self) -> int:
-        """Windows that were drawn again, as their episode was gone before they could be read."""
-        return int(self.counters["rejected"].sum())
-
-    @property
-    def newest_step(self) -> int | None:
-        """The newest step id in the last batch that was taken; None before the first."""
-        return int(self.counters["newest"][(self.position - 1) % _COUNTERS["newest"]]) if self.position else None
-
-    def take(self) -> Any:
-        """The next batch. One that fails has its number, too: with workers, the next one is under way by then."""
-        self.position += 1
-        return self.batch(self.position - 1)
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        if worker is not None:
-            end_with(self.trainer)
-        if self.batch_size is None:
-            return _single_sequences(self, worker)
-        if worker is None:
-            return _Batches(self.take)
-        self._slots = self._slots or Slots(self.num_slots)
-        self._number = worker.id % _COUNTERS["rejected"]
-        first = int(self.counters["first"][0])
-        numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
-        return _Batches(lambda: self.batch(next(numbers)))
-
-    def pack(self, batch: Any) -> Any:
-        """What a worker sends instead of a batch."""
-        return batch if self._slots is None else self._slots.pack(batch)
-
-    def _drawn(self, rng: np.random.Generator) -> tuple[Windows, dict[str, torch.Tensor]]:
-        """Windows and their data; those whose episode was evicted before they were read are drawn again."""
-        windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
-        for _ in range(self.dataset.max_sampling_attempts):
-            if len(missed) == 0:
-                break
-            if self.sequence_length is None:
-                # Another episode may be longer than all of these, which changes the padding: begin anew.
-                windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
-                continue
-            self.counters["rejected"][self._number] += len(missed)
-            others, rows, still_missed = self._attempt(len(missed), rng)
-            read = np.setdiff1d(np.arange(len(missed)), still_missed)
-            windows = windows.replaced(missed[read], others[read])
-            for name, tensor in out.items():
-                if tensor.numel():
-                    as_bytes(tensor)[missed[read]] = as_bytes(rows[name])[read]
-            missed = missed[still_missed]
-        if len(missed) == 0:
-            return windows, out
-        raise RuntimeError(
-            f"{len(missed)} of {len(windows)} windows were gone before they could be read, "
-            f"{self.dataset.max_sampling_attempts} times over. Evict less often or raise the `capacity`."
-        )
-
-    def _attempt(
-        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool = False
-    ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
-        """Windows, their data, and the positions of those that were gone."""
-        with self.dataset._lock:
-            return self._attempt_alone(num_windows, rng, is_whole_batch)
-
-    def _attempt_alone(
-        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool
-    ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
-        self.dataset._refresh()
-        windows = self.sampler.draw(self.dataset.index, num_windows, self.sequence_length, rng)
-        if type(self.sampler) not in (UniformSampler, UniformEpisodeSampler):
-            self._check_windows(windows, num_windows)
-        if is_whole_batch and self._slots is not None and self.dataset.fields is not None:
-            out = self._slots.empty_batch(self.dataset.fields, (num_windows, windows.length))
-        else:
-            out = self.dataset._empty_batch(windows)
-        if self.chunk_size >= num_windows:
-            was_read = self.dataset._read(windows, out)
-            return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
-        missed = [_NONE]
-        for begin in range(0, num_windows, self.chunk_size):
-            chunk = slice(begin, begin + self.chunk_size)
-            was_read = self.dataset._read(windows[chunk], {name: tensor[chunk] for name, tensor in out.items()})
-            if was_read is not None:
-                missed.append(begin + np.flatnonzero(~was_read))
-        return windows, out, np.concatenate(missed)
-
-    def _check_windows(self, windows: Windows, num_windows: int) -> None:
-        """Refuse what a sampler of the user's own must not draw."""
-        name = type(self.sampler).__name__
-        if not isinstance(windows, Windows) or len(windows) != num_windows:
-            raise ValueError(f"{name} was asked for {num_windows} windows, found {windows!r:.80}.")
-        if self.sequence_length not in (None, windows.length):
-            raise ValueError(f"{name} was asked for windows of {self.sequence_length} steps, found {windows.length}.")
-        ends = windows.step + (1 if self.sequence_length is None else windows.length)
-        if (windows.step < 0).any() or (ends > windows.episode_length).any():
-            raise ValueError(f"{name} drew a window that is not within its episode.")
-
-
-class BatchRandom:
-    """Randomness of batch n: a function of (seed, n), by a counter-based generator.
-
-    Args:
-        seed: At least 0.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._bits = np.random.Philox(key=np.random.SeedSequence(seed).generate_state(2, np.uint64))
-        self._generator = np.random.Generator(self._bits)
-        self._state: Any = self._bits.state
-
-    def __reduce__(self) -> tuple[type[BatchRandom], tuple[int]]:
-        return BatchRandom, (self.seed,)
-
-    def generator(self, n: int) -> np.random.Generator:
-        """The generator of batch n; the one of another batch is not to be used any more."""
-        # Setting the counter takes 1.4 us, a new generator 8 us. The upper half of the 256 bits is the batch's number,
-        # the lower half counts what is drawn for it.
-        self._state["state"]["counter"][:] = (0, 0, n, 0)
-        self._bits.state = self._state
-        return self._generator
-
-
-def _checked_include(include: Iterable[str], whole_episodes: bool) -> tuple[str, ...]:
-    if isinstance(include, str):
-        raise TypeError(f"`include` must be a tuple of names, found the string {include!r}: write ({include!r},).")
-    include = tuple(dict.fromkeys(include))
-    unknown = [name for name in include if name not in INCLUDABLE]
-    if unknown:
-        raise ValueError(f"`include` knows {list(INCLUDABLE)}, found {unknown}.")
-    return (*include, "mask") if whole_episodes and "mask" not in include else include
-
-
-def _fresh_seed() -> int:
-    entropy = np.random.SeedSequence().entropy
-    assert isinstance(entropy, int)
-    return entropy
-
-
-def _included(name: str, windows: Windows) -> torch.Tensor:
-    """The tensor that `include` calls `name`."""
-    if name == "episode":
-        return torch.from_numpy(windows.episode.copy())
-    if name == "weight":
-        weight = windows.weight
-        return torch.ones(len(windows)) if weight is None else torch.from_numpy(weight.astype(np.float32))
-    steps = windows.step[:, None] + np.arange(windows.length)
-    if name == "is_first":
-        return torch.from_numpy(steps == 0)
-    if name == "is_last":
-        return torch.from_numpy(steps == windows.episode_length[:, None] - 1)
-    mask = steps < windows.episode_length[:, None]
-    if name == "mask":
-        return torch.from_numpy(mask)
-    values = steps + (windows.start - windows.step)[:, None] if name == "index" else steps
-    return torch.from_numpy(np.where(mask, values, -1))
-
-
-def _zero_padding(windows: Windows, out: dict[str, torch.Tensor]) -> None:
-    """Zero what lies behind the end of episodes."""
-    padding = np.arange(windows.length) >= windows.num_rows[:, None]
-    if padding.any():
-        for tensor in (tensor for tensor in out.values() if tensor.numel()):
-            as_bytes(tensor)[torch.from_numpy(padding).to(tensor.device)] = 0
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A view `(B, T, bytes)` of contiguous `(B, T, *shape)`: torch assigns bytes whatever the dtype was."""
-    return tensor.view(*tensor.shape[:2], math.prod(tensor.shape[2:])).view(torch.uint8)
-
-
-class _Batches(Iterator[Any]):
-    """An iterator over a function. Unlike a generator it goes on after an error (an empty dataset, say)."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-
-    def __next__(self) -> Any:
-        return self._function()
-
-
-def _single_sequences(stream: SequenceStream, worker: Any) -> Iterator[Any]:
-    """Single sequences, drawn and read several at a time: worker w of W draws the blocks w, w + W, ..."""
-    n, step = stream.position, 1
-    if worker is not None:
-        n, step = n + worker.id, worker.num_workers
-        if not stream.is_seeded:
-            # A forked worker has a copy of the trainer's stream and must not draw what its siblings draw.
-            stream.random = BatchRandom(_fresh_seed())
-    while True:
-        block = stream.untransformed_batch(n)
-        n += step
-        if worker is None:
-            stream.position = n
-        for b in range(stream.num_windows):
-            sequence = _row(block, b)
-            yield sequence if stream.transform is None else stream.transform(sequence)
-
-
-def _row(batch: Any, b: int) -> Any:
-    if isinstance(batch, dict):
-        return {name: _row(value, b) for name, value in batch.items()}
-    return batch[b]
+__all__ = ["SequenceLoader"]
 
 
 class SequenceLoader(DataLoader):
@@ -367,7 +43,7 @@ class SequenceLoader(DataLoader):
         collate_fn = loader_options.pop("collate_fn", None)
         if num_workers:
             stream.dataset.check_workers()
-            stream.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in _COUNTERS.items()})
+            stream.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in COUNTERS.items()})
             # Batches that wait for the trainer, one that it has, and one that is being made.
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
             collate_fn = _CollateAndPack(stream, collate_fn)
@@ -395,7 +71,7 @@ class SequenceLoader(DataLoader):
         return _BatchesOfWorkers(self, self._iterate())
 
     def _iterate(self) -> Any:
-        """torch's iterator, over other workers if a persistent one was killed since the last iteration."""
+        """The iterator of torch, over other workers if a persistent one was killed since the last iteration."""
         before = getattr(self._iterator, "_workers", [])
         if not all(worker.is_alive() for worker in before):
             self.end_workers()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from buffers.dataset import EpisodeDataset, RingBufferDataset
 from buffers.dataset.index import Windows
-from buffers.loader import BatchRandom, SequenceStream
+from buffers.stream import BatchRandom, SequenceStream
 from tests import tagged
 from tests.contract import assert_same_batch
 from tests.list_dataset import ListDataset

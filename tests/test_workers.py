@@ -217,6 +217,9 @@ def test_batches_of_every_length_cross() -> None:
 
 # Nobody is left behind.
 
+# torch raises the news of a dead worker wherever the trainer happens to be, be it in a finalizer.
+RAISES_ANYWHERE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.mark.parametrize("activity", ["idle", "fetching"])
 @pytest.mark.parametrize("method", METHODS)
@@ -268,6 +271,7 @@ def start_trainer(method: str, activity: str) -> tuple[subprocess.Popen[str], li
     return trainer, workers, sibling
 
 
+@RAISES_ANYWHERE
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_killed_worker_is_an_error_and_a_new_iteration_works(persistent: bool) -> None:
     loader = filled().get_loader(8, 4, num_workers=2, persistent_workers=persistent, seed=0)
@@ -281,6 +285,7 @@ def test_a_killed_worker_is_an_error_and_a_new_iteration_works(persistent: bool)
     tagged.origins(next(iter(loader)))
 
 
+@RAISES_ANYWHERE
 def test_a_persistent_worker_that_is_killed_between_iterations_is_replaced() -> None:
     loader = filled().get_loader(8, 4, num_workers=2, persistent_workers=True, seed=0)
     batches = iter(loader)
@@ -292,6 +297,7 @@ def test_a_persistent_worker_that_is_killed_between_iterations_is_replaced() -> 
     tagged.origins(next(iter(loader)))
 
 
+@RAISES_ANYWHERE
 def test_sample_starts_over_after_a_worker_was_killed() -> None:
     buffer = ReplayBuffer(filled(), 8, 4, num_workers=2, seed=0)
     buffer.sample()

@@ -19,7 +19,8 @@ from buffers.evictor.fifo import FIFOEvictor
 from buffers.utils import ThreadLock, format_bytes, integer
 
 if TYPE_CHECKING:
-    from buffers.loader import SequenceLoader, SequenceStream
+    from buffers.loader import SequenceLoader
+    from buffers.stream import SequenceStream
 
 __all__ = ["EpisodeDataset"]
 
@@ -278,7 +279,8 @@ class EpisodeDataset(IterableDataset, ABC):
             TypeError: An argument of the wrong type.
             ValueError: An argument out of its range.
         """
-        from buffers.loader import SequenceLoader, SequenceStream
+        from buffers.loader import SequenceLoader
+        from buffers.stream import SequenceStream
 
         names = ("sampler", "transform", "include", "seed")
         stream_options = {name: options.pop(name) for name in names if name in options}
@@ -295,7 +297,7 @@ class EpisodeDataset(IterableDataset, ABC):
             **options: `sampler`, `transform`, `include` and `seed`. In worker processes without a `seed`, torch's
                 own base seed is used.
         """
-        from buffers.loader import SequenceStream
+        from buffers.stream import SequenceStream
 
         return SequenceStream(self, None, integer("sequence_length", sequence_length, 1), **options)
 
