@@ -175,7 +175,10 @@ def forget(workers: Iterable[int]) -> None:
 
 def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tree: Any) -> Any:
     """The batch, over the worker's memory."""
-    shared = _map_memory(state) if is_parting else _open(worker, state)
+    try:
+        shared = _map_memory(state) if is_parting else _open(worker, state)
+    except RuntimeError as error:
+        raise RuntimeError(f"DataLoader worker (pid {worker}) ended before its batch was taken.") from error
     # An array of its own over the slot, which all tensors of the batch keep alive, and nothing else does.
     memory = np.frombuffer(memoryview(shared["slots"][slot]), np.uint8)
     if is_parting:

@@ -140,6 +140,16 @@ def test_slots_are_used_again_and_extra_memory_only_while_batches_are_kept() -> 
     assert len(slots._parting) == 1
 
 
+def test_a_batch_of_a_worker_that_is_gone_is_an_error_that_says_so() -> None:
+    slots = Slots(2)
+    slots.begin(1000)
+    _, arguments = slots.pack({"x": torch.zeros(3)}).__reduce__()
+    del slots
+    gc.collect()
+    with pytest.raises(RuntimeError, match="DataLoader worker .* ended before its batch was taken"):
+        _unpack(0, *arguments[1:])
+
+
 def test_a_batch_whose_transform_failed_gives_its_slot_back() -> None:
     slots = Slots(2)
     for _ in range(5):
