@@ -417,7 +417,8 @@ class ReplayBuffer:
         """Remember the sum of an episode's rewards; None and what is no scalar field are passed over."""
         fields = self.dataset.fields
         if reward is not None and fields is not None and fields["reward"].shape == ():
-            self._returns.append(float(np.sum(as_array("reward", reward))))
+            rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
+            self._returns.append(float(rewards.sum()))
 
     def __len__(self) -> int:
         return self.num_timesteps

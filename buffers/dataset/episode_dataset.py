@@ -191,7 +191,8 @@ class EpisodeDataset(IterableDataset, ABC):
     def _evict(self, episode_index: int) -> None:
         position = self._position(episode_index)
         index = self.index
-        self._erase(int(index.ids[position]), int(index.starts[position]), int(index.lengths[position]))
+        start, length, episode_id = index.episode(position)
+        self._erase(episode_id, start, length)
         index.remove(position)
         self.num_evicted += 1
 

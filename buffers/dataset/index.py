@@ -113,6 +113,11 @@ class EpisodeIndex:
         """int64 `(E,)`, ascending episode ids. A view: valid until the index changes."""
         return self._table[self._first : self._last, _ID]
 
+    def episode(self, position: int) -> tuple[int, int, int]:
+        """Start, length and id of the episode at a position."""
+        start, length, episode_id = self._table[self._first + position].tolist()
+        return start, length, episode_id
+
     def append(self, length: int) -> int:
         """Write down an episode of `length` rows and return its id."""
         if self._last == len(self._table):
