@@ -127,9 +127,8 @@ class SequenceStream(IterableDataset):
 
     def check_include(self, fields: Fields) -> None:
         """Refuse, by a ValueError, names of `include` that are also fields."""
-        taken = {path[0] for path in fields.paths}
         for name in self.include:
-            if name in taken:
+            if name in fields.roots:
                 raise ValueError(
                     f"'{name}' of `include` (whole episodes include 'mask') is also a field of the steps. Drop it from "
                     "`include` if the field is what you want (a Recorder stores `is_first`), or rename the field."

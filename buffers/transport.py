@@ -31,7 +31,7 @@ __all__ = ["Slots", "forget"]
 _ALIGNMENT = 64
 # Room for what joins the fields in a batch: `include`, what a transform makes.
 _SLACK = 65_536
-_FREE, _FULL, _OPENED = range(3)
+_FREE, _FULL = range(2)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Slots:
         if self._used + num_bytes > len(self._memory):
             return None
         tensor = _tensor_at(self._memory, _Leaf(self._used, shape, dtype))
-        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._used += _aligned(num_bytes)
         return tensor
 
     def empty_batch(self, fields: Fields, leading: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -107,14 +107,14 @@ class Slots:
         tensors: list[torch.Tensor] = []
         _map(batch, torch.Tensor, tensors.append)
         tensors = [tensor for tensor in tensors if _can_share(tensor)]
-        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-        new = [size for tensor, size in zip(tensors, sizes, strict=True) if not self._is_inside(tensor)]
-        if self._used + sum(new) <= len(self._memory):
+        needed = self._used + sum(_aligned(tensor.nbytes) for tensor in tensors if self._offset(tensor) is None)
+        if needed <= len(self._memory):
             return
-        self._minimal_size = sum(sizes)
+        # The next batch has room for the fields and for what becomes of them.
+        self._minimal_size = needed
         assert self._current is not None  # There is a batch in it.
         self._current["flags"][self._slot] = _FREE
-        self._use(_make(1, self._minimal_size + _SLACK), 0)
+        self._use(_make(1, sum(_aligned(tensor.nbytes) for tensor in tensors)), 0)
 
     def _use(self, memory: SharedArrays, slot: int) -> None:
         self._current, self._slot = memory, slot
@@ -123,21 +123,22 @@ class Slots:
         memory["flags"][slot] = _FULL
         self._memory, self._used = memory["slots"][slot], 0
 
-    def _is_inside(self, tensor: torch.Tensor) -> bool:
+    def _offset(self, tensor: torch.Tensor) -> int | None:
+        """Where a tensor lies in the memory of the batch; None if it does not."""
         offset = tensor.data_ptr() - self._memory.ctypes.data
-        return offset >= 0 and offset + tensor.nbytes <= self._used and tensor.is_contiguous()
+        is_inside = offset >= 0 and offset + tensor.nbytes <= self._used and tensor.is_contiguous()
+        return offset if is_inside else None
 
     def _leaf(self, tensor: torch.Tensor) -> Any:
         if not _can_share(tensor):
             return tensor
         tensor = tensor.resolve_conj().resolve_neg()
-        offset = tensor.data_ptr() - self._memory.ctypes.data
-        if not self._is_inside(tensor):
-            room = self.empty(tuple(tensor.shape), tensor.dtype)
+        offset = self._offset(tensor)
+        if offset is None:
+            offset, room = self._used, self.empty(tuple(tensor.shape), tensor.dtype)
             if room is None:
                 return tensor
             room.copy_(tensor)
-            offset = room.data_ptr() - self._memory.ctypes.data
         return _Leaf(offset, tuple(tensor.shape), tensor.dtype)
 
 
@@ -146,8 +147,12 @@ def _can_share(tensor: torch.Tensor) -> bool:
     return is_plain and not (tensor.requires_grad or tensor.is_nested or tensor.is_quantized)
 
 
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def _make(num_slots: int, num_bytes: int) -> SharedArrays:
-    uint8, size = np.dtype(np.uint8), -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    uint8, size = np.dtype(np.uint8), _aligned(num_bytes)
     return SharedArrays({"flags": ((num_slots,), uint8), "slots": ((num_slots, size), uint8)})
 
 
@@ -182,7 +187,7 @@ def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tre
     # An array of its own over the slot, which all tensors of the batch keep alive, and nothing else does.
     memory = np.frombuffer(memoryview(shared["slots"][slot]), np.uint8)
     if is_parting:
-        shared["flags"][0] = _OPENED
+        shared["flags"][slot] = _FREE  # It is mapped, so the worker need not keep it, and will not use it again.
     else:
         weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
     return _map(tree, _Leaf, lambda leaf: _tensor_at(memory, leaf))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,6 +31,24 @@ def tagged_episode(ring: RingBufferDataset, length: int) -> dict[str, np.ndarray
         "y": np.broadcast_to(steps[:, None], (length, 600)),
         "length": np.full(length, length),
     }
+
+
+@contextlib.contextmanager
+def adding(ring: RingBufferDataset) -> Iterator[None]:
+    """Another thread adds episodes of 5 steps, one after the other, meanwhile."""
+    stop = threading.Event()
+
+    def add() -> None:
+        while not stop.is_set():
+            ring.add_episode(tagged_episode(ring, 5))
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def count_inconsistent(batch: dict[str, Any]) -> int:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-import threading
 import warnings
 from typing import Any
 
@@ -312,19 +311,12 @@ def test_threads_may_add_and_draw_at_the_same_time() -> None:
     ring = reading.tiny_ring(60)
     ring.add_episode(reading.tagged_episode(ring, 5))
     stream = ring.get_loader(16, 3, include=("index", "step"), seed=0).stream
-    stop = threading.Event()
-
-    def add() -> None:
-        while not stop.is_set():
-            ring.add_episode(reading.tagged_episode(ring, 5))
-
-    thread = threading.Thread(target=add)
-    thread.start()
-    try:
+    with reading.adding(ring):
         assert sum(reading.count_inconsistent(stream.take()) for _ in range(300)) == 0
-    finally:
-        stop.set()
-        thread.join()
+        for _ in range(100):
+            episode = ring.get_episode(0)
+            assert (episode["x"][:, 0] - episode["x"][0, 0]).tolist() == list(range(5))
+            assert (episode["y"] == episode["x"][:, :1]).all() and (episode["length"] == 5).all()
 
 
 def test_closing_hands_over_what_is_open_and_ends_the_use() -> None:

@@ -158,19 +158,9 @@ def test_the_writer_never_waits_for_a_reader_that_is_stopped() -> None:
 
 
 def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
-    import threading
-
     ring = reading.tiny_ring(128)
     ring.add_episode(reading.tagged_episode(ring, 5))
-    stop = threading.Event()
-
-    def add() -> None:
-        while not stop.is_set():
-            ring.add_episode(reading.tagged_episode(ring, 5))
-
-    thread = threading.Thread(target=add)
-    thread.start()
-    try:
+    with reading.adding(ring):
         for n in range(100):
             child = os.fork()
             if child == 0:
@@ -182,9 +172,6 @@ def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
                 finally:
                     os._exit(status)
             assert os.waitpid(child, 0)[1] == 0
-    finally:
-        stop.set()
-        thread.join()
 
 
 # What is handed to another process.

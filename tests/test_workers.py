@@ -140,6 +140,18 @@ def test_slots_are_used_again_and_extra_memory_only_while_batches_are_kept() -> 
     assert len(slots._parting) == 1
 
 
+def test_a_batch_that_outgrew_its_slot_finds_room_in_one_the_next_time() -> None:
+    slots, was_extra = Slots(2), []
+    for n in range(4):
+        slots.begin(1_000_000)
+        field = slots.empty((1_000_000,), torch.uint8)
+        assert field is not None
+        _, arguments = slots.pack({"x": field.fill_(n).float()}).__reduce__()
+        assert (_unpack(*arguments)["x"] == n).all()
+        was_extra.append(arguments[2])
+    assert was_extra == [True, False, False, False]
+
+
 def test_a_batch_of_a_worker_that_is_gone_is_an_error_that_says_so() -> None:
     slots = Slots(2)
     slots.begin(1000)

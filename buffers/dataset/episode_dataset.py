@@ -206,9 +206,10 @@ class EpisodeDataset(IterableDataset, ABC):
             ValueError: There is no such episode.
             RuntimeError: It is gone (a file that someone has removed).
         """
-        position = self._position(episode_index)
-        episode_id = int(self.index.ids[position])
-        episode = self._whole(position)
+        with self._lock:
+            position = self._position(episode_index)
+            episode_id = int(self.index.ids[position])
+            episode = self._whole(position)
         if episode is None:
             raise RuntimeError(f"Episode {episode_id} is gone from the store.")
         return episode
@@ -226,8 +227,9 @@ class EpisodeDataset(IterableDataset, ABC):
     def episodes(self) -> Iterator[dict[str, Any]]:
         """Copies of all episodes, oldest first; those that are evicted meanwhile are left out."""
         for episode_id in self.index.ids.tolist():
-            position = self.index.position(episode_id)
-            episode = None if position is None else self._whole(position)
+            with self._lock:
+                position = self.index.position(episode_id)
+                episode = None if position is None else self._whole(position)
             if episode is not None:
                 yield episode
 
@@ -295,8 +297,8 @@ class EpisodeDataset(IterableDataset, ABC):
 
         Args:
             sequence_length: T, in steps.
-            **options: `sampler`, `transform`, `include` and `seed`. In worker processes without a `seed`, torch's
-                own base seed is used.
+            **options: `sampler`, `transform`, `include` and `seed`. Without a `seed`, each worker process draws its
+                own from the operating system; with one, iterating again repeats what workers drew.
         """
         from buffers.stream import SequenceStream
 

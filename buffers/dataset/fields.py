@@ -259,6 +259,8 @@ class Fields(Mapping[str, TensorType]):
         self.layout: tuple[tuple[str, np.dtype, tuple[int, ...]], ...] = tuple(
             (name, tensor_type.numpy_dtype, tensor_type.shape) for name, tensor_type in self._types.items()
         )
+        #: Keys of the top level.
+        self.roots: frozenset[str] = frozenset(path[0] for path in self.paths)
         self._is_flat = all(len(path) == 1 for path in self.paths)
 
     @classmethod

@@ -71,8 +71,9 @@ class RingBufferDataset(EpisodeDataset):
         try:
             if self.device.type == "cpu":
                 self._memory = SharedArrays(self._layout(stored))
-                EpisodeLog(self._memory).begin(self.index)
             self._set_columns(fields, stored)
+            if self._log is not None:
+                self._log.begin(self.index)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             size = format_bytes(sum(tensor_type.nbytes for tensor_type in stored.values()) * self.capacity)
             raise MemoryError(

@@ -18,8 +18,8 @@ class VerificationMode(enum.Enum):
 
     | mode | checked |
     |---|---|
-    | `NO_CHECKS` | keys only; the caller vouches for shapes, dtypes and equal lengths |
-    | `BASIC_CHECKS` | keys, shapes, dtypes, equal lengths of all fields (the default) |
+    | `NO_CHECKS` | keys, and that all fields have as many rows; the caller vouches for shapes and dtypes |
+    | `BASIC_CHECKS` | also shapes and dtypes (the default) |
     | `ALL_CHECKS` | also that every floating number is finite, which reads all of the data |
     """
 
