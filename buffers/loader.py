@@ -64,8 +64,7 @@ class SequenceLoader(DataLoader):
     def __iter__(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
-        if self.stream.dataset.fields is None:
-            raise RuntimeError(self.stream.dataset.index.no_window_message(None))
+        self.stream.dataset.check_drawable()
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
         return _BatchesOfWorkers(self, self._iterate())

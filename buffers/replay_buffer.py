@@ -71,9 +71,10 @@ class ReplayBuffer:
         self.max_episode_length = max_episode_length
         if max_episode_length is not None:
             self.max_episode_length = integer("max_episode_length", max_episode_length, 1)
-            if self.max_episode_length > dataset.capacity:
+            if self.max_episode_length > dataset.largest_capacity:
                 raise ValueError(
-                    f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {dataset.capacity} steps."
+                    f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {dataset.largest_capacity} "
+                    "steps."
                 )
         self._stated_num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
         self.dataloader = dataset.get_loader(
@@ -222,6 +223,7 @@ class ReplayBuffer:
 
     def _begin(self, step_data: Mapping[str, Any], flags: list[Any]) -> None:
         """From the first row, settle N and the fields; nothing is kept if the row is refused."""
+        self.dataset._check_writable()
         leading = self._leading_of(step_data, flags)
         fields = self.dataset.fields
         if fields is None:
@@ -237,7 +239,7 @@ class ReplayBuffer:
         self._accumulator = Accumulator(
             fields,
             num_envs=leading[0] if leading else 1,
-            max_rows=self.dataset.capacity,
+            max_rows=self.dataset.largest_capacity,
             cut_after=self.max_episode_length,
             emit=self._emit,
         )
@@ -245,7 +247,7 @@ class ReplayBuffer:
     def _emit(self, episode: dict[str, np.ndarray]) -> None:
         assert self._accumulator is not None  # It is what calls.
         with self.dataset._lock:
-            self.dataset._add(self._accumulator.fields, episode)
+            self.dataset._take(self._accumulator.fields, episode)
         self._note_return(episode.get("reward"))
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: list[Any]) -> tuple[int, ...]:
@@ -303,7 +305,7 @@ class ReplayBuffer:
     def _check_storable(self, fields: Fields, rows: Sequence[Any]) -> None:
         """Refuse a row now that the store would refuse with its episode, when nothing could be done about it."""
         if self.dataset._refuses_values:
-            self.dataset._check(dict(zip(fields.names, rows, strict=True)))
+            self.dataset._check_everywhere(dict(zip(fields.names, rows, strict=True)))
 
     def _flag_for(self, leading: tuple[int, ...], name: str, flag: Any) -> Any:
         """A flag as it must be for N environments: bool `(N,)`, or None where it is no different from None."""
@@ -359,6 +361,7 @@ class ReplayBuffer:
             finally:
                 self._is_closed, self._batches = True, None
                 self.dataloader.end_workers()
+                self.dataset._end_workers()
 
     def __enter__(self) -> ReplayBuffer:
         return self
@@ -395,7 +398,8 @@ class ReplayBuffer:
             `num_episodes` and `num_timesteps` that live, `fill` (their share of the capacity), `mean_episode_length`,
             `num_evicted` episodes so far, `num_batches` taken, `num_rejected_windows` (drawn again, as their
             episode was evicted meanwhile); `mean_episode_return` of the last 100 complete episodes if there is a
-            scalar `reward`; and, after a batch, `newest_age`: steps added since the newest row in the last one.
+            scalar `reward`; and, after a batch, `newest_age`: steps added since the newest row in the last one (not
+            for a mixture, whose members count their steps apart).
         """
         dataset, stream = self.dataset, self.dataloader.stream
         found: dict[str, float] = {
@@ -409,7 +413,7 @@ class ReplayBuffer:
         }
         if self._returns:
             found["mean_episode_return"] = sum(self._returns) / len(self._returns)
-        if stream.newest_step is not None:
+        if stream.newest_step is not None and not dataset.has_members:
             found["newest_age"] = dataset.index.next_start - 1 - stream.newest_step
         return found
 

@@ -19,16 +19,16 @@ from buffers.dataset.fields import Fields
 from buffers.dataset.index import Windows
 from buffers.lifetime import end_with
 from buffers.sampler.base import Sampler
-from buffers.sampler.uniform import UniformEpisodeSampler, UniformSampler
+from buffers.sampler.uniform import UniformSampler
 from buffers.transport import Slots
 from buffers.utils import integer
 
 if TYPE_CHECKING:
-    from buffers.dataset.episode_dataset import EpisodeDataset
+    from buffers.dataset.episode_source import EpisodeSource
 
 __all__ = ["BatchRandom", "SequenceStream"]
 
-INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight")
+INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight", "source")
 # Single sequences are drawn and read so many at a time.
 _SEQUENCES_PER_READ = 32
 _NONE = np.empty(0, np.int64)
@@ -48,7 +48,8 @@ class SequenceStream(IterableDataset):
         include: What else a batch holds, besides the fields:
             `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, episode ids; `step` int64 `(B, T)`, position in
             the episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real;
-            `weight` float32 `(B,)`. In padding, `index` and `step` are -1.
+            `weight` float32 `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are
+            -1.
         seed: Of all randomness; None takes it from the operating system.
 
     Raises:
@@ -58,7 +59,7 @@ class SequenceStream(IterableDataset):
 
     def __init__(
         self,
-        dataset: EpisodeDataset,
+        dataset: EpisodeSource,
         batch_size: int | None,
         sequence_length: int | None = 1,
         chunk_size: int | None = None,
@@ -84,6 +85,8 @@ class SequenceStream(IterableDataset):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
         self.include = _checked_include(include, whole_episodes=self.sequence_length is None)
+        if "source" in self.include and not dataset.has_members:
+            dataset.sources_of(Windows(0, _NONE, _NONE, _NONE, _NONE))
         self.is_seeded = seed is not None
         self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
@@ -92,6 +95,8 @@ class SequenceStream(IterableDataset):
         # not do, as it goes on while slow workers are still starting. newest: by batch, the newest step id in it.
         # rejected: by worker, windows that were gone before they could be read.
         self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
+        #: Makes a batch of windows and their rows, before `transform`.
+        self.assemble: Callable[[SequenceStream, Windows, dict[str, torch.Tensor]], Any] = _batch_of
         # Set by the loader for its workers.
         self.trainer, self.num_slots = os.getpid(), 0
         self._number = 0
@@ -110,20 +115,12 @@ class SequenceStream(IterableDataset):
         batch = self.untransformed_batch(n)
         return batch if self.transform is None else self.transform(batch)
 
-    def untransformed_batch(self, n: int) -> dict[str, Any]:
+    def untransformed_batch(self, n: int) -> Any:
         """Batch n before `transform`."""
         windows, out = self._drawn(self.random.generator(n))
         newest = windows.start.max() + windows.length - 1 if self.sequence_length else windows.last_steps.max()
         self.counters["newest"][n % COUNTERS["newest"]] = newest
-        if self.sequence_length is None:
-            _zero_padding(windows, out)
-        fields = self.dataset.fields
-        assert fields is not None  # Windows are drawn from episodes, so there are fields.
-        self.check_include(fields)
-        batch = fields.unflatten(out)
-        for name in self.include:
-            batch[name] = _included(name, windows).to(self.dataset.device)
-        return batch
+        return self.assemble(self, windows, out)
 
     def check_include(self, fields: Fields) -> None:
         """Refuse, by a ValueError, names of `include` that are also fields."""
@@ -178,7 +175,7 @@ class SequenceStream(IterableDataset):
                 windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
                 continue
             self.counters["rejected"][self._number] += len(missed)
-            others, rows, still_missed = self._attempt(len(missed), rng)
+            others, rows, still_missed = self._attempt(len(missed), rng, again=windows[missed])
             read = np.setdiff1d(np.arange(len(missed)), still_missed)
             windows = windows.replaced(missed[read], others[read])
             for name, tensor in out.items():
@@ -193,19 +190,17 @@ class SequenceStream(IterableDataset):
         )
 
     def _attempt(
-        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool = False
+        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool = False, again: Windows | None = None
     ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
-        """Windows, their data, and the positions of those that were gone."""
+        """Windows, their data, and the positions of those that were gone; `again`: those that were, before."""
         with self.dataset._lock:
-            return self._attempt_alone(num_windows, rng, is_whole_batch)
+            return self._attempt_alone(num_windows, rng, is_whole_batch, again)
 
     def _attempt_alone(
-        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool
+        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool, again: Windows | None
     ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
         self.dataset._refresh()
-        windows = self.sampler.draw(self.dataset.index, num_windows, self.sequence_length, rng)
-        if type(self.sampler) not in (UniformSampler, UniformEpisodeSampler):
-            self._check_windows(windows, num_windows)
+        windows = self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
         if is_whole_batch and self._slots is not None and self.dataset.fields is not None:
             out = self._slots.empty_batch(self.dataset.fields, (num_windows, windows.length))
         else:
@@ -220,17 +215,6 @@ class SequenceStream(IterableDataset):
             if was_read is not None:
                 missed.append(begin + np.flatnonzero(~was_read))
         return windows, out, np.concatenate(missed)
-
-    def _check_windows(self, windows: Windows, num_windows: int) -> None:
-        """Refuse what a sampler of the user's own must not draw."""
-        name = type(self.sampler).__name__
-        if not isinstance(windows, Windows) or len(windows) != num_windows:
-            raise ValueError(f"{name} was asked for {num_windows} windows, found {windows!r:.80}.")
-        if self.sequence_length not in (None, windows.length):
-            raise ValueError(f"{name} was asked for windows of {self.sequence_length} steps, found {windows.length}.")
-        ends = windows.step + (1 if self.sequence_length is None else windows.length)
-        if (windows.step < 0).any() or (ends > windows.episode_length).any():
-            raise ValueError(f"{name} drew a window that is not within its episode.")
 
 
 class BatchRandom:
@@ -272,6 +256,21 @@ def _fresh_seed() -> int:
     entropy = np.random.SeedSequence().entropy
     assert isinstance(entropy, int)
     return entropy
+
+
+def _batch_of(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A batch `field -> (B, T, *shape)` with what `include` asks for."""
+    if stream.sequence_length is None:
+        _zero_padding(windows, out)
+    fields = stream.dataset.fields
+    assert fields is not None  # Windows are drawn from episodes, so there are fields.
+    stream.check_include(fields)
+    batch = fields.unflatten(out)
+    for name in stream.include:
+        is_source = name == "source"
+        value = torch.from_numpy(stream.dataset.sources_of(windows)) if is_source else _included(name, windows)
+        batch[name] = value.to(stream.dataset.device)
+    return batch
 
 
 def _included(name: str, windows: Windows) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 import threading
@@ -17,8 +18,12 @@ __all__ = ["to_torch"]
 class ThreadLock:
     """A lock between the threads of one process; a forked child and a copy begin with one of their own."""
 
+    _numbers = itertools.count()
+
     def __init__(self) -> None:
         self._lock, self._process = threading.RLock(), os.getpid()
+        #: Who needs several takes them in the order of their numbers, so that no two threads wait for each other.
+        self.number = next(ThreadLock._numbers)
 
     def __enter__(self) -> None:
         if self._process != os.getpid():
@@ -31,6 +36,34 @@ class ThreadLock:
 
     def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
         return ThreadLock, ()
+
+    @property
+    def parts(self) -> tuple[ThreadLock, ...]:
+        """The locks that are taken."""
+        return (self,)
+
+
+class ThreadLocks:
+    """Several locks that are taken together.
+
+    Args:
+        *locks: Locks, or several of them.
+    """
+
+    def __init__(self, *locks: ThreadLock | ThreadLocks) -> None:
+        parts: dict[int, ThreadLock] = {part.number: part for lock in locks for part in lock.parts}
+        self.parts: tuple[ThreadLock, ...] = tuple(parts[number] for number in sorted(parts))
+
+    def __enter__(self) -> None:
+        for lock in self.parts:
+            lock.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        for lock in reversed(self.parts):
+            lock.__exit__()
+
+    def __reduce__(self) -> tuple[type[ThreadLocks], tuple[ThreadLock, ...]]:
+        return ThreadLocks, self.parts
 
 
 def to_torch(value: Any, device: torch.device | str | None = None) -> Any:

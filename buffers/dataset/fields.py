@@ -7,7 +7,7 @@ knows the way from the nested form that users hand in and get back to the flat o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -341,6 +341,11 @@ class Fields(Mapping[str, TensorType]):
         if self._is_flat:
             return {name: leaves[name] for name in self.names}
         return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
+
+    def select(self, names: Collection[str]) -> Fields:
+        """The fields of these names, in the order that they have here."""
+        pairs = zip(self.paths, self.names, strict=True)
+        return Fields(_unwalk((path, self[name]) for path, name in pairs if name in names))
 
     def conflict_with(self, other: Fields) -> str | None:
         """What differs from `other` in names, shapes or dtypes, in words; None if data of one fits the other."""

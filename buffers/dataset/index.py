@@ -38,6 +38,7 @@ class Windows:
         episode: int64 `(B,)`, episode ids.
         episode_length: int64 `(B,)`, rows of the episodes.
         weight: float32 `(B,)`, importance weights; None stands for ones.
+        source: int64 `(B,)`, which of several stores each window is in; None where there is one.
     """
 
     length: int
@@ -46,6 +47,7 @@ class Windows:
     episode: Int64Array
     episode_length: Int64Array
     weight: npt.NDArray[np.float32] | None = None
+    source: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -68,12 +70,13 @@ class Windows:
             self.episode[selection],
             self.episode_length[selection],
             None if self.weight is None else self.weight[selection],
+            None if self.source is None else self.source[selection],
         )
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others of the same length."""
         columns = []
-        for name in ("start", "step", "episode", "episode_length", "weight"):
+        for name in ("start", "step", "episode", "episode_length", "weight", "source"):
             mine, theirs = getattr(self, name), getattr(others, name)
             if mine is not None:
                 mine = mine.copy()

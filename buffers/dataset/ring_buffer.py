@@ -104,7 +104,7 @@ class RingBufferDataset(EpisodeDataset):
         return field
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
-        self._check_writer()
+        self._check_writable()
         if not self.half_precision:
             return
         for name, rows in episode.items():
@@ -113,7 +113,7 @@ class RingBufferDataset(EpisodeDataset):
                     f"Field `{name}` holds numbers beyond {_LARGEST_HALF:.0f}, which half_precision=True cannot store."
                 )
 
-    def _check_writer(self) -> None:
+    def _check_writable(self) -> None:
         if os.getpid() != self._writer:
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
@@ -126,7 +126,7 @@ class RingBufferDataset(EpisodeDataset):
             self._log.publish(episode_id, start, length, num_live=len(self.index))
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        self._check_writer()
+        self._check_writable()
         if start != self.index.starts[0]:
             raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
         if self._log is not None:
@@ -200,7 +200,7 @@ class RingBufferDataset(EpisodeDataset):
         """A ring of its own with the same episodes."""
         other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
         other.index, other._has_evicted = copy.deepcopy(self.index, memo), self._has_evicted
-        other.num_evicted, other.max_sampling_attempts = self.num_evicted, self.max_sampling_attempts
+        other._num_evicted, other.max_sampling_attempts = self._num_evicted, self.max_sampling_attempts
         head, rows = self.index.next_start, self.index.num_steps
         if self._fields is not None:
             slots = torch.arange(head - rows, head, device=self.device) % self.capacity

@@ -204,8 +204,10 @@ class _Batch:
         self._reader, self._out = reader, out
         some = next(iter(out.values()))
         self._length = some.shape[1]
-        self._views = [bytes_of(out[name]) for name in fields]
-        self._row_bytes = fields.nbytes
+        # By field, also those that are not wanted: of these, nothing is read.
+        self._views = [bytes_of(out[name]) if name in out else memoryview(b"") for name in fields]
+        self._wanted = None if len(out) == len(fields) else {n for n, name in enumerate(fields) if name in out}
+        self._row_bytes = sum(fields[name].nbytes for name in out)
         self._waste = memoryview(bytearray(_MAX_GAP))
 
     def read(self, b: int, episode_id: int, length: int, step: int, num_rows: int) -> None:
@@ -217,14 +219,18 @@ class _Batch:
         """
         file = self._reader.file(episode_id, length)
         if file is None:
-            for name, rows in self._reader.decoded(episode_id, length).items():
-                self._out[name][b, :num_rows] = rows[step : step + num_rows]
+            episode = self._reader.decoded(episode_id, length)
+            for name, tensor in self._out.items():
+                tensor[b, :num_rows] = episode[name][step : step + num_rows]
             return
         views, descriptor, row = self._views, file.descriptor, b * self._length
         allowed = int(num_rows * self._row_bytes * _MAX_SHARE_OF_GAPS)
         buffers: list[memoryview] = []
         begin = end = 0
-        for offset, row_bytes, field in file.segments:
+        segments = file.segments
+        if self._wanted is not None:
+            segments = [segment for segment in segments if segment.field in self._wanted]
+        for offset, row_bytes, field in segments:
             first = offset + step * row_bytes
             gap = first - end
             if not buffers:

@@ -1,0 +1,261 @@
+"""EpisodeSource: what windows are drawn from; the reading half of an EpisodeDataset."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from buffers.dataset.fields import Fields, TensorType, as_tensor
+from buffers.dataset.index import EpisodeIndex, Windows
+from buffers.dataset.table import counts_line, fields_table
+from buffers.sampler.base import Sampler
+from buffers.sampler.checking import checked_draw
+from buffers.utils import ThreadLock, ThreadLocks, integer
+
+if TYPE_CHECKING:
+    from buffers.loader import SequenceLoader
+    from buffers.stream import SequenceStream
+
+__all__ = ["EpisodeSource"]
+
+
+class EpisodeSource(IterableDataset, ABC):
+    """Whole episodes that can be counted, looked at, and drawn windows from.
+
+    Args:
+        capacity: In steps, over all episodes.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: `capacity` is not positive.
+    """
+
+    device = torch.device("cpu")
+    #: How often windows that could not be read (their episode had just been evicted) are drawn again.
+    max_sampling_attempts = 100
+    #: Whether it is a mixture, whose sequences come from members.
+    has_members = False
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = integer("capacity", capacity, minimum=1)
+        self.index = EpisodeIndex()
+        # Threads may add and draw at the same time; worker processes need no lock.
+        self._lock: ThreadLock | ThreadLocks = ThreadLock()
+        self._num_evicted = 0
+        self._has_evicted = False
+        self._fields: Fields | None = None
+
+    # What a store implements, and what it may.
+
+    @abstractmethod
+    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+        """Copy windows into `out`.
+
+        Args:
+            windows: B windows of T rows; row t of window b is row `windows.step[b] + t` of its episode.
+            out: `name -> (B, T, *shape)`, contiguous, to be filled, for some of the fields or all. Rows behind the
+                end of an episode (there are some only where whole episodes are padded) may be left as they come.
+
+        Returns:
+            None if all were read, else bool `(B,)`, False for windows whose episode is gone: they are drawn again.
+        """
+
+    def _stored_type(self, field: TensorType) -> TensorType:
+        """How the store keeps a field: as it is, unless it says otherwise."""
+        return field
+
+    def _refresh(self) -> None:
+        """Called before windows are drawn: a store that another process writes to looks for what is new."""
+
+    def check_workers(self) -> None:
+        """Refuse, by a ValueError, worker processes where they could not read. Refuses none by default."""
+
+    def check_drawable(self) -> None:
+        """Refuse, by a RuntimeError, to draw while the fields are not known."""
+        if self.fields is None:
+            raise RuntimeError(self.index.no_window_message(None))
+
+    def sources_of(self, windows: Windows) -> np.ndarray:
+        """Of a mixture, the member of each window, int64 `(B,)`."""
+        raise ValueError(f"'source' of `include` is the member of a mixture: a {type(self).__name__} has none.")
+
+    def _draw(
+        self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
+    ) -> Windows:
+        """Draw windows by a sampler; `again`, where given, are those that were gone before they could be read."""
+        return checked_draw(sampler, self.index, num_windows, length, rng)
+
+    # Episodes out.
+
+    def get_episode(self, episode_index: int) -> dict[str, Any]:
+        """A copy of an episode, `field -> (L, *shape)`.
+
+        Args:
+            episode_index: 0 is the oldest; negative numbers count from the newest.
+
+        Raises:
+            ValueError: There is no such episode.
+            RuntimeError: It is gone (a file that someone has removed).
+        """
+        with self._lock:
+            position = self._position(episode_index)
+            episode_id = int(self.index.ids[position])
+            episode = self._whole(position)
+        if episode is None:
+            raise RuntimeError(f"Episode {episode_id} is gone from the store.")
+        return episode
+
+    def _whole(self, position: int) -> dict[str, Any] | None:
+        """A copy of an episode; None if it is gone."""
+        length = int(self.index.lengths[position])
+        windows = self.index.windows(np.array([position]), np.zeros(1, np.int64), length)
+        out = self._empty_batch(windows)
+        if self._read(windows, out) is not None:
+            return None
+        assert self._fields is not None  # An episode was found, so there are fields.
+        return self._fields.unflatten({name: tensor[0] for name, tensor in out.items()})
+
+    def episodes(self) -> Iterator[dict[str, Any]]:
+        """Copies of all episodes, oldest first; those that are evicted meanwhile are left out."""
+        for episode_id in self.index.ids.tolist():
+            with self._lock:
+                position = self.index.position(episode_id)
+                episode = None if position is None else self._whole(position)
+            if episode is not None:
+                yield episode
+
+    def _position(self, episode_index: int) -> int:
+        position = integer("episode_index", episode_index, minimum=-self.num_episodes)
+        if position >= self.num_episodes:
+            raise ValueError(f"`episode_index`={episode_index} is out of range: {self.num_episodes} episodes live.")
+        return position % self.num_episodes
+
+    def _empty_batch(self, windows: Windows) -> dict[str, torch.Tensor]:
+        """Memory for windows: `name -> (B, T, *shape)`."""
+        assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
+        leading = (len(windows), windows.length)
+        if self.device.type == "cpu":
+            # 1.0 us a field, and 2.2 us by torch.empty.
+            return {
+                name: as_tensor(np.empty(leading + shape, dtype), self._fields[name])
+                for name, dtype, shape in self._fields.layout
+            }
+        return {
+            name: torch.empty(leading + tensor_type.shape, dtype=tensor_type.dtype, device=self.device)
+            for name, tensor_type in self._fields.items()
+        }
+
+    # Windows out.
+
+    def get_loader(
+        self,
+        batch_size: int,
+        sequence_length: int | None = None,
+        chunk_size: int | None = None,
+        num_workers: int | None = None,
+        pin_memory: bool | None = None,
+        **options: Any,
+    ) -> SequenceLoader:
+        """A `DataLoader` of batches without end: `field -> (batch_size, sequence_length, *shape)`.
+
+        Args:
+            batch_size: B, sequences a batch.
+            sequence_length: T, steps of each; None for whole episodes, padded with zeros to the longest of the
+                batch and accompanied by `mask`.
+            chunk_size: Sequences that one read brings; it divides `batch_size`, which is the default. It bounds
+                what a store holds at once and changes nothing that is drawn.
+            num_workers: Processes that load; 0 by default.
+            pin_memory: As in `DataLoader`; off by default.
+            **options: `sampler`, `transform`, `include` and `seed` of `SequenceStream`; all else goes to
+                torch's `DataLoader` as it is.
+
+        Raises:
+            TypeError: An argument of the wrong type.
+            ValueError: An argument out of its range.
+        """
+        from buffers.loader import SequenceLoader
+        from buffers.stream import SequenceStream
+
+        names = ("sampler", "transform", "include", "seed")
+        stream_options = {name: options.pop(name) for name in names if name in options}
+        stream = SequenceStream(self, batch_size, sequence_length, chunk_size, **stream_options)
+        return SequenceLoader(stream, num_workers=num_workers, pin_memory=pin_memory, **options)
+
+    def sequences(self, sequence_length: int = 1, **options: Any) -> SequenceStream:
+        """An `IterableDataset` of single sequences `field -> (T, *shape)`, for a `DataLoader` of one's own.
+
+            DataLoader(dataset.sequences(16), batch_size=32, num_workers=2)
+
+        Args:
+            sequence_length: T, in steps.
+            **options: `sampler`, `transform`, `include` and `seed`. Without a `seed`, each worker process draws its
+                own from the operating system; with one, iterating again repeats what workers drew.
+        """
+        from buffers.stream import SequenceStream
+
+        return SequenceStream(self, None, integer("sequence_length", sequence_length, 1), **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Single steps as sequences of length 1, without end; the same as `iter(dataset.sequences(1))`."""
+        return iter(self.sequences(1))
+
+    # What there is.
+
+    @property
+    def fields(self) -> Fields | None:
+        """The fields, None until they are known."""
+        if self._fields is None:
+            self._find_fields()
+        return self._fields
+
+    def _find_fields(self) -> None:
+        """Settle the fields, if they can be known without an episode. They cannot by default."""
+
+    @property
+    def num_episodes(self) -> int:
+        """Live episodes."""
+        return len(self.index)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of all live episodes."""
+        return self.index.num_steps
+
+    @property
+    def episode_lengths(self) -> list[int]:
+        """Steps of each live episode, oldest first."""
+        return self.index.lengths.tolist()
+
+    @property
+    def average_episode_length(self) -> float:
+        """Mean steps of a live episode; 0.0 if there is none."""
+        return self.num_timesteps / self.num_episodes if self.num_episodes else 0.0
+
+    @property
+    def num_evicted(self) -> int:
+        """Episodes evicted so far, for whatever reason."""
+        return self._num_evicted
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no episode."""
+        return self.num_episodes == 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every step is taken, or episodes have already had to leave for others."""
+        return self._has_evicted or self.num_timesteps == self.capacity
+
+    def __len__(self) -> int:
+        return self.num_timesteps
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("Use `get_episode(index)` for an episode, or `get_loader` for batches of sequences.")
+
+    def __repr__(self) -> str:
+        return f"{counts_line(self)}\n{fields_table(self)}"

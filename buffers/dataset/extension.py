@@ -1,0 +1,287 @@
+"""A small dataset extended by a large one: every episode goes to both, and old ones come back.
+
+An addition, in the order in which things happen, so that an error leaves both as they were:
+
+    1. draw     whole episodes that the loader of `other` has read beforehand       may fail: nothing has changed
+    2. other    store the new episode there                                         may fail: nothing has changed
+    3. here     store it here, evicting the oldest                                  if it fails, it leaves `other` too
+    4. bring    store here what was drawn, evicting the oldest, never the newest
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from buffers.dataset.fields import Fields, as_array
+from buffers.dataset.index import Windows
+from buffers.utils import integer
+
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
+    from buffers.loader import SequenceLoader
+    from buffers.stream import SequenceStream
+
+__all__ = ["Extension"]
+
+_SPARE_IDS = 64
+
+
+class Extension:
+    """What a dataset knows of the larger one behind it, `other`.
+
+    Args:
+        dataset: The one that is extended.
+        other: The larger one.
+        batch_size: Episodes that one addition draws.
+        num_workers: Processes that read them beforehand.
+        every: An addition in so many draws.
+        seed: Of the draws.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument out of its range, or fields that differ.
+        RuntimeError: One of the two cannot be added to, or is extended in a way that does not fit.
+    """
+
+    def __init__(
+        self,
+        dataset: EpisodeDataset,
+        other: EpisodeDataset,
+        batch_size: int,
+        num_workers: int | None,
+        every: int,
+        seed: int | None,
+    ) -> None:
+        _check_pair(dataset, other)
+        self.other = other
+        self._batch_size = integer("other_batch_size", batch_size, 1)
+        self._every = integer("fetch_from_other_every", every, 1)
+        num_workers = 0 if num_workers is None else integer("other_num_workers", num_workers, 0)
+        self._loader = _episode_loader(other, self._batch_size, num_workers, seed)
+        self._rng = np.random.default_rng(None if seed is None else integer("seed", seed, 0))
+        self._drawn: Iterator[Any] | None = None
+        #: Episodes that were drawn and have not come, oldest first: there was no room for them yet.
+        self._waiting: deque[_Episode] = deque()
+        #: Episode ids in `other` of episodes here -> their ids here. Some have left: `_is_here` looks.
+        self._ids_here: dict[int, int] = {}
+        self._num_additions = 0
+        self._warned: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        # A copy of the dataset, or one in a worker, is not extended.
+        return _nothing, ()
+
+    def begin(self, dataset: EpisodeDataset) -> None:
+        """Agree on the fields; copy what is here to an empty `other`."""
+        self.agree(dataset)
+        if not self.other.is_empty:
+            return
+        for position, episode_id in enumerate(dataset.index.ids.tolist()):
+            episode = dataset._whole(position)
+            if episode is not None:
+                self._note(dataset, self.other.add_episode(episode), episode_id)
+
+    def agree(self, dataset: EpisodeDataset) -> None:
+        """Give the fields of one to the other; those of both, where there are some, must be the same."""
+        mine, theirs = dataset._fields, self.other.fields
+        if mine is None and theirs is not None:
+            dataset._set_fields(theirs)
+        elif mine is not None and theirs is None:
+            self.other._set_fields(mine)
+        elif mine is not None and theirs is not None:
+            conflict = mine.conflict_with(theirs)
+            if conflict is not None:
+                raise ValueError(f"The fields differ from those of `other`: {conflict}. Episodes must fit both.")
+
+    def add(self, dataset: EpisodeDataset, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
+        """Store an episode in both; its id here, -1 if it is too long to be here."""
+        length = len(arrays[fields.names[0]])
+        if length > dataset.capacity:
+            self.other._take(fields, arrays)
+            if dataset.fields is None:
+                dataset._set_fields(fields)
+            self._warn(
+                "too long",
+                f"An episode of {length} steps is longer than the `capacity` of {dataset.capacity} steps: it, and "
+                f"others like it, are kept by the {type(self.other).__name__} only.",
+            )
+            return -1
+        dataset._check(arrays)
+        evicts = dataset._has_evicted or dataset.num_timesteps + length > dataset.capacity
+        is_due = evicts and (self._num_additions + 1) % self._every == 0
+        drawn = self._draw(dataset, dataset.capacity - length) if is_due else []
+        try:
+            newest = self._add_to_both(dataset, fields, arrays)
+        except BaseException:
+            self._waiting.extendleft(reversed(drawn))
+            raise
+        self._num_additions += evicts
+        for episode in drawn:
+            self._bring(dataset, fields, episode, newest)
+        return newest
+
+    def _add_to_both(self, dataset: EpisodeDataset, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
+        other_id = self.other._take(fields, arrays)
+        try:
+            episode_id = dataset._add(fields, arrays)
+        except BaseException:
+            position = self.other.index.position(other_id)
+            if position is not None:
+                self.other._evict(position)
+            raise
+        self._note(dataset, other_id, episode_id)
+        return episode_id
+
+    # What comes back.
+
+    def _draw(self, dataset: EpisodeDataset, room: int) -> list[_Episode]:
+        """Draw episodes; those of them that are not here and have room, all together, beside the newest."""
+        chosen: dict[int, _Episode] = {}
+        for _ in range(self._batch_size):
+            if self.other.is_empty:
+                break
+            episode = self._waiting.popleft() if self._waiting else self._next()
+            if self._is_here(dataset, episode.id) or episode.id in chosen or not self._can_store(dataset, episode):
+                continue
+            if episode.length <= room:
+                chosen[episode.id] = episode
+                room -= episode.length
+            elif chosen:  # Its turn is next time. Alone it would have come now, if it can at all beside the newest.
+                self._waiting.appendleft(episode)
+                break
+        return list(chosen.values())
+
+    def _next(self) -> _Episode:
+        if self._drawn is None:
+            self._drawn = iter(self._loader)
+        try:
+            episode_id, rows = next(self._drawn)
+        except BaseException:
+            self._drawn = None  # Workers may be gone: the next addition starts others.
+            raise
+        return _Episode(episode_id, {name: as_array(name, tensor) for name, tensor in rows.items()})
+
+    def _can_store(self, dataset: EpisodeDataset, episode: _Episode) -> bool:
+        try:
+            dataset._check(episode.arrays)
+        except ValueError as error:
+            self._warn("refused", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {error}")
+            return False
+        return True
+
+    def _bring(self, dataset: EpisodeDataset, fields: Fields, episode: _Episode, newest: int) -> None:
+        """Store an episode that was drawn, evicting others than the newest."""
+        while dataset.num_timesteps + episode.length > dataset.capacity:
+            position = dataset.evictor.evict(dataset)
+            if int(dataset.index.ids[position]) == newest:  # Never the choice of a first-in-first-out evictor.
+                position = 1 if position == 0 else 0
+            dataset._evict(position)
+        dataset._has_evicted = True
+        self._note(dataset, episode.id, dataset._add(fields, episode.arrays))
+
+    def refill(self, dataset: EpisodeDataset) -> int:
+        """Fill what room there is with episodes of `other` at random; its newest comes last, so that it stays."""
+        self.agree(dataset)
+        fields, others = dataset.fields, self.other.index
+        newest = self.other.num_episodes - 1
+        positions = self._rng.permutation(self.other.num_episodes)
+        chosen, room = [], dataset.capacity - dataset.num_timesteps
+        for position in [newest, *positions[positions != newest].tolist()]:
+            _, length, other_id = others.episode(position)
+            if self._is_here(dataset, other_id) or length > dataset.capacity:
+                continue
+            if length > room:
+                break
+            chosen.append(other_id)
+            room -= length
+        num_before = dataset.num_episodes
+        for other_id in reversed(chosen):
+            position = others.position(other_id)
+            episode = None if position is None else self.other._whole(position)
+            if episode is not None and fields is not None:
+                arrays = dict(zip(fields.names, fields.arrays(episode), strict=True))
+                if self._can_store(dataset, _Episode(other_id, arrays)):
+                    self._note(dataset, other_id, dataset._add(fields, arrays))
+        return dataset.num_episodes - num_before
+
+    # Which episodes are here.
+
+    def _is_here(self, dataset: EpisodeDataset, other_id: int) -> bool:
+        episode_id = self._ids_here.get(other_id)
+        return episode_id is not None and dataset.index.position(episode_id) is not None
+
+    def _note(self, dataset: EpisodeDataset, other_id: int, episode_id: int) -> None:
+        self._ids_here[other_id] = episode_id
+        if len(self._ids_here) > 2 * dataset.num_episodes + _SPARE_IDS:
+            self._ids_here = {key: value for key, value in self._ids_here.items() if self._is_here(dataset, key)}
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=5)
+
+    def end_workers(self) -> None:
+        """End the workers of the loader."""
+        self._drawn = None
+        self._loader.end_workers()
+
+
+class _Episode(NamedTuple):
+    """An episode of `other`."""
+
+    id: int
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def length(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+
+def _check_pair(dataset: EpisodeDataset, other: EpisodeDataset) -> None:
+    from buffers.dataset.episode_dataset import EpisodeDataset
+
+    if not isinstance(other, EpisodeDataset):
+        raise TypeError(f"`other` must be an EpisodeDataset, found {type(other).__name__}.")
+    if dataset._extension is not None:
+        raise RuntimeError(f"It is extended already, by a {type(dataset._extension.other).__name__}.")
+    dataset._check_writable()
+    other._check_writable()
+    behind: EpisodeDataset | None = other
+    while behind is not None:
+        if behind is dataset:
+            raise ValueError("`other` is the dataset itself, or leads back to it.")
+        behind = None if behind._extension is None else behind._extension.other
+    if dataset._is_behind:
+        raise RuntimeError(
+            "It is behind another dataset already. Extend the largest first: `b.extend(c)`, `a.extend(b)`."
+        )
+
+
+def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
+    """A loader of single whole episodes, so that none is padded to the length of another."""
+    from buffers.loader import SequenceLoader
+    from buffers.stream import SequenceStream
+
+    stream = SequenceStream(other, 1, None, seed=seed)
+    stream.assemble = _episode_of
+    if num_workers == 0:
+        return SequenceLoader(stream)
+    per_worker = math.ceil(batch_size / num_workers)
+    loader = SequenceLoader(stream, num_workers=num_workers, prefetch_factor=per_worker, persistent_workers=True)
+    stream.num_slots += per_worker  # An addition holds as many as it draws, while the next are being read.
+    return loader
+
+
+def _episode_of(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
+    return int(windows.episode[0]), {name: tensor[0] for name, tensor in out.items()}
+
+
+def _nothing() -> None:
+    return None

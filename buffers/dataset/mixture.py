@@ -1,0 +1,310 @@
+"""MixtureDataset: batches of several datasets, in exact shares.
+
+A mixture may have mixtures as members. What is drawn from are their leaves, the datasets that hold episodes; a window's
+`source` is the number of its leaf:
+
+    member        0                1                            batch of 8
+                 ring     mixture of two, 0.5 each              leaf 0  # # # #
+    weight       0.5              0.5                           leaf 1  # #
+    leaf          0            1       2                        leaf 2  # #
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+
+from buffers.dataset.cumulation import Int64Array
+from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.fields import Fields
+from buffers.dataset.index import EpisodeIndex, Windows
+from buffers.dataset.mixture_fields import common_fields
+from buffers.dataset.table import counts_line
+from buffers.dataset.weights import Float64Array, SharedWeights, shares
+from buffers.sampler.base import Sampler
+from buffers.utils import ThreadLocks
+
+__all__ = ["MixtureDataset"]
+
+
+@final
+class MixtureDataset(EpisodeDataset):
+    """Several datasets, of which every batch takes exact shares.
+
+        mixture = MixtureDataset([offline, online], weights=[0.5, 0.5])
+        loader = mixture.get_loader(64, 16)      # 32 sequences of each, those of `offline` first
+
+    Where a share is not whole, it is rounded up or down at random so that it is right on average, and the sum is the
+    batch size. Within a member, the loader's sampler draws as it does from that member alone. Episodes are added to the
+    members, and drawn from the next batch on. Workers see both, and changes of the weights.
+
+    Args:
+        datasets: The members: datasets of any kind, also mixtures, on one device.
+        weights: A number for each, at least 0; only their ratios matter.
+        fields: Which fields batches have: None for all, which the members must agree on; "common" for those that all
+            members have in the same shape and dtype; or their names, "obs" standing for all below it.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: No members, other weights than members, or members whose fields differ: the error names the field.
+    """
+
+    has_members = True
+
+    def __init__(
+        self,
+        datasets: Iterable[EpisodeDataset],
+        weights: Sequence[float],
+        *,
+        fields: Literal["common"] | Sequence[str] | None = None,
+    ) -> None:
+        self._members = list(datasets)
+        for dataset in self._members:
+            if not isinstance(dataset, EpisodeDataset):
+                raise TypeError(f"Members must be EpisodeDatasets, found {type(dataset).__name__}.")
+        if not self._members:
+            raise ValueError("A mixture needs at least one member, found none.")
+        devices = {str(dataset.device) for dataset in self._members}
+        if len(devices) > 1:
+            raise ValueError(f"Members must be on one device, found {sorted(devices)}.")
+        self._leaves: list[EpisodeDataset] = []
+        #: By leaf: its member, and how an error calls it ("1", or "1.0" for the first leaf of a mixture).
+        self._member_of: list[int] = []
+        self._names: list[str] = []
+        for number, member in enumerate(self._members):
+            inner = member if isinstance(member, MixtureDataset) else None
+            leaves = [member] if inner is None else inner._leaves
+            self._leaves += leaves
+            self._member_of += [number] * len(leaves)
+            self._names += [str(number)] if inner is None else [f"{number}.{name}" for name in inner._names]
+        self._weights = SharedWeights(len(self._members))
+        self._weights.set(weights)
+        self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
+        super().__init__(sum(leaf.capacity for leaf in self._leaves))
+        self.device = self._members[0].device
+        self._lock = ThreadLocks(*(leaf._lock for leaf in self._leaves))
+        self.index = _MixtureIndex(self._leaves)
+        self._find_fields()
+
+    @property
+    def datasets(self) -> tuple[EpisodeDataset, ...]:
+        """The members."""
+        return tuple(self._members)
+
+    @property
+    def weights(self) -> Float64Array:
+        """float64 `(members,)` of sum 1. Setting them takes effect with the next batch that is drawn.
+
+        Workers have drawn up to `num_workers * prefetch_factor` batches ahead.
+        """
+        return self._weights.get()
+
+    @weights.setter
+    def weights(self, weights: Sequence[float]) -> None:
+        self._weights.set(weights)
+
+    def _find_fields(self) -> None:
+        fields = common_fields([(str(n), member.fields) for n, member in enumerate(self._members)], self._choice)
+        # Where all have the same, who does not know them yet can lay out its storage, so that workers find it.
+        if fields is None or self._choice is not None or self._settle(fields):
+            self._fields = fields
+
+    def _settle(self, fields: Fields) -> bool:
+        """Tell members the fields that do not know theirs; False if one cannot be told."""
+        if self._choice is not None:
+            return False
+        for member in self._members:
+            if member.fields is None and isinstance(member, MixtureDataset):
+                if not member._settle(fields):
+                    return False
+            elif member.fields is None:
+                member._set_fields(fields)
+        return True
+
+    def check_drawable(self) -> None:
+        """Refuse, by a RuntimeError, to draw while the fields are not known."""
+        if self.fields is None:
+            unknown = [n for n, member in enumerate(self._members) if member.fields is None]
+            raise RuntimeError(
+                f"The mixture cannot be drawn from: the fields of members {unknown} are not known yet. Add an "
+                "episode to each, or state them with `info=EpisodeDatasetInfo(fields)`."
+            )
+
+    # What is drawn.
+
+    def _refresh(self) -> None:
+        for leaf in self._leaves:
+            leaf._refresh()
+        if self._fields is None:
+            self._find_fields()
+
+    def _draw(
+        self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
+    ) -> Windows:
+        if again is None:
+            counts, weights = self._counts(num_windows, rng)
+        else:
+            # What was gone is drawn again from where it was.
+            assert again.source is not None  # It was drawn here.
+            counts = np.bincount(again.source, minlength=len(self._leaves))
+            weights = counts.astype(np.float64)
+        parts, sources = [], []
+        for number, leaf in enumerate(self._leaves):
+            if weights[number] == 0:
+                continue
+            try:
+                # Also where the share of this batch is 0, or an empty member would be an error now and then.
+                part = leaf._draw(sampler, max(1, int(counts[number])), length, rng, None)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"Member {self._names[number]} ({type(leaf).__name__}) of the mixture: {error}"
+                ) from error
+            if counts[number]:
+                parts.append(part)
+                sources.append(number)
+        self.check_drawable()
+        return _joined(parts, sources)
+
+    def _counts(self, num: int, rng: np.random.Generator) -> tuple[Int64Array, Float64Array]:
+        """By leaf, the windows of a batch, and the weights."""
+        weights = self.weights
+        counts = shares(weights, num, rng)
+        leaf_counts, leaf_weights = [], []
+        for member, count, weight in zip(self._members, counts.tolist(), weights.tolist(), strict=True):
+            if isinstance(member, MixtureDataset):
+                inner_counts, inner_weights = member._counts(count, rng)
+                leaf_counts += inner_counts.tolist()
+                leaf_weights += (inner_weights * weight).tolist()
+            else:
+                leaf_counts.append(count)
+                leaf_weights.append(weight)
+        return np.array(leaf_counts, np.int64), np.array(leaf_weights)
+
+    def sources_of(self, windows: Windows) -> Int64Array:
+        """The member of each window, int64 `(B,)`."""
+        assert windows.source is not None  # It was drawn here.
+        return np.array(self._member_of)[windows.source]
+
+    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+        assert windows.source is not None  # It was drawn here.
+        ends = [*(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]
+        was_read, begin = None, 0
+        for end in ends:
+            part = slice(begin, end)
+            leaf = self._leaves[windows.source[begin]]
+            found = _read_part(leaf, windows[part], {name: tensor[part] for name, tensor in out.items()})
+            if found is not None:
+                was_read = np.ones(len(windows), np.bool_) if was_read is None else was_read
+                was_read[part] = found
+            begin = end
+        return was_read
+
+    # What there is: all members together, in their order.
+
+    def get_episode(self, episode_index: int) -> dict[str, Any]:
+        """A copy of an episode of a member, `field -> (L, *shape)`, counted through the members in their order.
+
+        Raises:
+            ValueError: There is no such episode.
+            RuntimeError: It is gone (a file that someone has removed).
+        """
+        position = self._position(episode_index)
+        for leaf in self._leaves:
+            if position < leaf.num_episodes:
+                return leaf.get_episode(position)
+            position -= leaf.num_episodes
+        raise RuntimeError("The episode has left meanwhile.")
+
+    def episodes(self) -> Iterator[dict[str, Any]]:
+        """Copies of all episodes of all members, oldest first in each."""
+        for leaf in self._leaves:
+            yield from leaf.episodes()
+
+    @property
+    def num_evicted(self) -> int:
+        """Episodes that members have evicted so far."""
+        return sum(leaf.num_evicted for leaf in self._leaves)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all members are full."""
+        return all(leaf.is_full for leaf in self._leaves)
+
+    def check_workers(self) -> None:
+        """Refuse worker processes where a member does."""
+        for leaf in self._leaves:
+            leaf.check_workers()
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {number}: weight {weight:.3g}, " + repr(member).splitlines()[0]
+            for number, (member, weight) in enumerate(zip(self._members, self.weights.tolist(), strict=True))
+        ]
+        return "\n".join([counts_line(self), *lines])
+
+    # Nothing is added to it.
+
+    def _check_writable(self) -> None:
+        raise RuntimeError(
+            "A MixtureDataset holds no episodes of its own: add to one of its members, or evict from it."
+        )
+
+    def _allocate(self, fields: Fields) -> None:
+        """Members lay out their own."""
+
+    def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
+        self._check_writable()
+
+    def _erase(self, episode_id: int, start: int, length: int) -> None:
+        self._check_writable()
+
+
+class _MixtureIndex(EpisodeIndex):
+    """The episodes of all leaves, counted through in their order; only to be looked at."""
+
+    def __init__(self, leaves: list[EpisodeDataset]) -> None:
+        self._leaves = leaves
+
+    def __len__(self) -> int:
+        return sum(len(leaf.index) for leaf in self._leaves)
+
+    @property
+    def num_steps(self) -> int:  # type: ignore[override]
+        return sum(leaf.index.num_steps for leaf in self._leaves)
+
+    @property
+    def lengths(self) -> Int64Array:
+        return np.concatenate([leaf.index.lengths for leaf in self._leaves])
+
+
+def _joined(parts: list[Windows], sources: list[int]) -> Windows:
+    """Windows one after the other, with their sources; those of whole episodes all get the length of the longest."""
+    weights = None
+    if any(part.weight is not None for part in parts):
+        ones = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
+        weights = np.concatenate(ones)
+    start, step, episode, episode_length = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("start", "step", "episode", "episode_length")
+    )
+    source = np.repeat(np.array(sources, np.int64), [len(part) for part in parts])
+    return Windows(max(part.length for part in parts), start, step, episode, episode_length, weights, source)
+
+
+def _read_part(leaf: EpisodeDataset, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+    longest = int(windows.num_rows.max())
+    if longest == windows.length:
+        return leaf._read(windows, out)
+    # Padded to an episode of another leaf, and this one may not even have room for so many rows.
+    own = Windows(longest, windows.start, windows.step, windows.episode, windows.episode_length)
+    rows = {
+        name: torch.empty_like(tensor[:, :longest], memory_format=torch.contiguous_format)
+        for name, tensor in out.items()
+    }
+    was_read = leaf._read(own, rows)
+    for name, tensor in out.items():
+        tensor[:, :longest] = rows[name]
+    return was_read

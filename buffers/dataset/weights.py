@@ -1,0 +1,95 @@
+"""The weights of a mixture: changed by one process while others draw with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from buffers.dataset.cumulation import Int64Array
+from buffers.dataset.shared import SharedArrays, fence
+
+__all__ = ["SharedWeights", "shares"]
+
+Float64Array = npt.NDArray[np.float64]
+# A share that is a whole number but for the rounding of floating numbers is meant to be one.
+_TOLERANCE = 1e-9
+_RESOLUTION = 1 << 32
+
+
+class SharedWeights:
+    """Positive numbers that sum to 1, for all processes to see.
+
+    There are two places for them. A change is written to the one that is not in use, and one store says that it is.
+
+    Args:
+        num: How many.
+    """
+
+    def __init__(self, num: int) -> None:
+        int64, float64 = np.dtype(np.int64), np.dtype(np.float64)
+        self._memory = SharedArrays({"version": ((1,), int64), "weights": ((2, num), float64)})
+
+    def get(self) -> Float64Array:
+        """The weights, `(num,)`."""
+        version, weights = self._memory["version"], self._memory["weights"]
+        while True:
+            before = int(version[0])
+            fence()
+            found = weights[before % 2].copy()
+            fence()
+            if int(version[0]) == before:
+                return found
+
+    def set(self, weights: Sequence[float]) -> None:
+        """Take other weights, which are divided by their sum.
+
+        Raises:
+            TypeError: Not numbers.
+            ValueError: Of another number, negative, not finite, or all zero.
+        """
+        places, version = self._memory["weights"], int(self._memory["version"][0])
+        places[(version + 1) % 2] = _checked(weights, places.shape[1])
+        fence()
+        self._memory["version"][0] = version + 1
+
+
+def _checked(weights: Any, num: int) -> Float64Array:
+    try:
+        found = np.asarray(weights, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"`weights` must be numbers, found {weights!r:.80}.") from None
+    if found.shape != (num,):
+        raise ValueError(f"`weights` must be {num} numbers, one a member, found shape {found.shape}.")
+    if not (np.isfinite(found) & (found >= 0)).all() or found.sum() == 0:
+        raise ValueError(f"`weights` must be finite, at least 0, and not all 0, found {found.tolist()}.")
+    return found / found.sum()
+
+
+def shares(weights: Float64Array, num: int, rng: np.random.Generator) -> Int64Array:
+    """Split `num` by weights: each part is its share rounded up or down, and its share on average.
+
+    Rows of a comb are counted between running totals; where the comb begins is drawn.
+
+        weights 0.25 0.25 0.5, num 3       shares  0.75  0.75  1.5
+        totals   0    0.75    1.5     3            begins at 0.1: teeth 0.1 | 1.1 | 2.1     1 1 1
+                 |-----|-------|------|            begins at 0.6: teeth 0.6 | - | 1.6 2.6   1 0 2
+
+    Args:
+        weights: float64 `(n,)`, at least 0, of sum 1.
+        num: At least 0.
+        rng: Source of randomness; one integer is taken from it.
+
+    Returns:
+        int64 `(n,)` of sum `num`.
+    """
+    begin = rng.integers(_RESOLUTION) / _RESOLUTION
+    totals = np.cumsum(weights) * num
+    whole = np.rint(totals)
+    totals = np.where(np.abs(totals - whole) <= _TOLERANCE * num, whole, totals)
+    totals[-1] = num
+    ends = np.ceil(totals - begin).astype(np.int64)
+    ends[1:] -= ends[:-1].copy()
+    return ends
