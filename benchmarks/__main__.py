@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.adding import adding, memory
+from benchmarks.composing import composing
 from benchmarks.disk import disk
 from benchmarks.recording import recording
 from benchmarks.sampling import growth, sampling
@@ -22,6 +23,7 @@ PARTS = {
     "recording": recording,
     "disk": disk,
     "workers": workers,
+    "composing": composing,
 }
 
 

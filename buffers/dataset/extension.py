@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Extension"]
 
 _SPARE_IDS = 64
+# What crosses from a worker costs some 100 us, however little it is.
+_EPISODES_PER_ITEM = 8
 
 
 class Extension:
@@ -159,14 +161,18 @@ class Extension:
         return list(chosen.values())
 
     def _next(self) -> _Episode:
+        """The next episode that the loader has drawn."""
         if self._drawn is None:
             self._drawn = iter(self._loader)
         try:
-            episode_id, rows = next(self._drawn)
+            episode_ids, lengths, rows = next(self._drawn)
         except BaseException:
             self._drawn = None  # Workers may be gone: the next addition starts others.
             raise
-        return _Episode(episode_id, {name: as_array(name, tensor) for name, tensor in rows.items()})
+        arrays = {name: as_array(name, tensor) for name, tensor in rows.items()}
+        for b, (episode_id, length) in enumerate(zip(episode_ids, lengths, strict=True)):
+            self._waiting.append(_Episode(episode_id, {name: array[b, :length] for name, array in arrays.items()}))
+        return self._waiting.popleft()
 
     def _can_store(self, dataset: EpisodeDataset, episode: _Episode) -> bool:
         try:
@@ -265,22 +271,23 @@ def _check_pair(dataset: EpisodeDataset, other: EpisodeDataset) -> None:
 
 
 def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
-    """A loader of single whole episodes, so that none is padded to the length of another."""
+    """A loader of a few whole episodes at a time."""
     from buffers.loader import SequenceLoader
     from buffers.stream import SequenceStream
 
-    stream = SequenceStream(other, 1, None, seed=seed)
-    stream.assemble = _episode_of
+    stream = SequenceStream(other, min(batch_size, _EPISODES_PER_ITEM), None, seed=seed)
+    stream.assemble = _episodes_of
     if num_workers == 0:
         return SequenceLoader(stream)
-    per_worker = math.ceil(batch_size / num_workers)
+    per_worker = math.ceil(batch_size / stream.num_windows / num_workers)
     loader = SequenceLoader(stream, num_workers=num_workers, prefetch_factor=per_worker, persistent_workers=True)
     stream.num_slots += per_worker  # An addition holds as many as it draws, while the next are being read.
     return loader
 
 
-def _episode_of(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
-    return int(windows.episode[0]), {name: tensor[0] for name, tensor in out.items()}
+def _episodes_of(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
+    """Ids, lengths, and the rows `name -> (episodes, longest, *shape)`, with anything behind the end of each."""
+    return windows.episode.tolist(), windows.num_rows.tolist(), out
 
 
 def _nothing() -> None:

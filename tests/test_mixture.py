@@ -1,0 +1,472 @@
+"""A mixture's batches: exact shares, the right rows, whatever the members are and whoever reads."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from buffers import ReplayBuffer
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
+from buffers.dataset.fields import Fields, Scalar, Vector
+from buffers.dataset.index import EpisodeIndex, Windows
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.weights import SharedWeights, shares
+from buffers.sampler import Sampler, UniformEpisodeSampler
+from tests import tagged
+from tests.list_dataset import ListDataset
+
+
+def member(number: int, dataset: EpisodeDataset, lengths: list[int]) -> EpisodeDataset:
+    """A member whose rows say that they are of environment `number`."""
+    for episode, length in enumerate(lengths):
+        dataset.add_episode(tagged.episode(length, episode, env=number))
+    return dataset
+
+
+@pytest.fixture
+def members(tmp_path) -> list[EpisodeDataset]:
+    files = IndividualFileDataset(1000, directory=tmp_path, durability="rename")
+    return [
+        member(0, RingBufferDataset(40), [9, 11, 7, 12, 9]),
+        member(1, files, [20, 6]),
+        member(2, ListDataset(100), [5, 6, 7, 8]),
+    ]
+
+
+def sources(batch: dict[str, Any], mask: torch.Tensor | None = None) -> list[int]:
+    """The member of each sequence, by its rows, which must agree with `source` where that is included."""
+    found = [env for env, _, _, _ in tagged.origins(batch, mask)]
+    if "source" in batch:
+        assert batch["source"].dtype == torch.int64 and batch["source"].tolist() == found
+    return found
+
+
+# Shares.
+
+
+def test_half_and_half_is_32_and_32_in_every_batch(members) -> None:
+    mixture = MixtureDataset(members[:2], [0.5, 0.5])
+    for batch in itertools.islice(mixture.get_loader(64, 4, include=("source",)), 50):
+        assert sources(batch) == [0] * 32 + [1] * 32
+
+
+@given(
+    st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 10)), min_size=1, max_size=6).filter(any),
+    st.integers(1, 200),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=300)
+def test_shares_are_off_by_less_than_one_and_sum_up(weights, num, seed) -> None:
+    exact = np.array(weights) / sum(weights) * num
+    found = shares(np.array(weights) / sum(weights), num, np.random.default_rng(seed))
+    assert found.sum() == num and found.dtype == np.int64
+    assert (np.abs(found - exact) < 1 + 1e-6).all()
+    assert (found[np.array(weights) == 0] == 0).all()
+    whole = np.abs(exact - np.rint(exact)) < 1e-12
+    if whole.all():
+        assert (found == np.rint(exact)).all()
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.3, 0.7], [1 / 3, 1 / 3, 1 / 3], [0.05, 0.05, 0.9], [0.1] * 10])
+def test_shares_are_unbiased(weights) -> None:
+    rng, num, num_draws = np.random.default_rng(1), 7, 20_000
+    counts = sum(shares(np.array(weights), num, rng) for _ in range(num_draws))
+    exact = np.array(weights) * num
+    # Each draw rounds up with a probability: the sum of roundings is binomial.
+    up = exact % 1
+    deviation = np.sqrt(num_draws * np.maximum(up * (1 - up), 1e-12))
+    assert (np.abs(counts - exact * num_draws) <= 5 * deviation + 1e-6).all()
+
+
+def test_a_share_that_is_whole_but_for_rounding_errors_is_exact() -> None:
+    for seed in range(200):
+        assert shares(np.full(10, 0.1), 10, np.random.default_rng(seed)).tolist() == [1] * 10
+        assert shares(np.array([1 / 3, 2 / 3]), 9, np.random.default_rng(seed)).tolist() == [3, 6]
+
+
+def test_shares_of_batches_are_unbiased_too(members) -> None:
+    mixture = MixtureDataset(members, [1, 2, 3])
+    counts = np.zeros(3)
+    for batch in itertools.islice(mixture.get_loader(5, 3, seed=0), 1200):
+        found = np.bincount(sources(batch), minlength=3)
+        assert (np.abs(found - np.array([5 / 6, 10 / 6, 15 / 6])) < 1).all()
+        counts += found
+    assert tagged.chi_square_is_plausible(counts, np.array([1, 2, 3]))
+
+
+def test_within_a_member_every_window_is_equally_likely(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 2])
+    counts: dict[Any, int] = {}
+    for batch in itertools.islice(mixture.get_loader(64, 5, seed=0), 60):
+        for env, number, first, _ in tagged.origins(batch):
+            counts[env, number, first] = counts.get((env, number, first), 0) + 1
+    for number, dataset in enumerate(members):
+        lengths = [len(episode["reward"]) for episode in dataset.episodes()]
+        mine = np.array([count for (env, _, _), count in counts.items() if env == number])
+        assert len(mine) == sum(length - 4 for length in lengths)
+        assert tagged.chi_square_is_plausible(mine, np.ones(len(mine)))
+
+
+# Members of all kinds, all ways of drawing.
+
+
+@given(
+    st.lists(st.lists(st.integers(4, 12), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.integers(1, 16),
+    st.sampled_from([1, 3, 4, None]),
+    st.integers(0, 100),
+)
+@settings(max_examples=60)
+def test_sequences_are_whole_and_of_their_member(lengths, batch_size, length, seed) -> None:
+    datasets = [member(n, (RingBufferDataset, ListDataset)[n % 2](30), each) for n, each in enumerate(lengths)]
+    nested = MixtureDataset([datasets[0], MixtureDataset(datasets, [1] * len(datasets))], [1, 1])
+    loader = nested.get_loader(batch_size, length, include=("source", "episode"), seed=seed)
+    for batch in itertools.islice(loader, 3):
+        mask = batch.get("mask")
+        found = tagged.origins(batch, mask)
+        assert batch["source"].tolist() == sorted(batch["source"].tolist())
+        for (env, number, _, rows), source, episode in zip(found, batch["source"], batch["episode"], strict=True):
+            assert (source == 1 or env == 0) and episode == number
+            assert rows == (lengths[env][number] if length is None else length)
+
+
+def test_a_mixture_may_be_a_member(members) -> None:
+    mixture = MixtureDataset([members[0], MixtureDataset(members[1:], [1, 3])], [0.5, 0.5])
+    for batch in itertools.islice(mixture.get_loader(16, 3, include=("source",)), 20):
+        found = [env for env, _, _, _ in tagged.origins(batch)]
+        assert found == [0] * 8 + [1] * 2 + [2] * 6
+        assert batch["source"].tolist() == [0] * 8 + [1] * 8, "the member of the outer mixture"
+
+
+def test_whole_episodes_longer_than_another_member_can_hold_are_padded(members) -> None:
+    small = member(3, RingBufferDataset(5), [2, 3])
+    mixture = MixtureDataset([small, members[1]], [1, 1])
+    for batch in itertools.islice(mixture.get_loader(8, include=("source",), seed=0), 20):
+        found = tagged.origins(batch, batch["mask"])
+        assert [env for env, _, _, _ in found] == [3] * 4 + [1] * 4
+        assert batch["mask"].shape[1] == max(rows for _, _, _, rows in found)
+
+
+def test_chunks_and_seeds_do_as_with_any_dataset(members) -> None:
+    mixture = MixtureDataset(members, [1, 2, 3])
+    batches = [mixture.get_loader(12, 4, chunk_size=size, seed=5).stream.batch(3) for size in (None, 1, 2, 4)]
+    for batch in batches[1:]:
+        assert torch.equal(batch["code"], batches[0]["code"])
+    assert not torch.equal(batches[0]["code"], mixture.get_loader(12, 4, seed=6).stream.batch(3)["code"])
+
+
+class LastWindow(Sampler):
+    """The last window of the newest episode, with a weight."""
+
+    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        position = np.full(num_windows, len(index) - 1)
+        drawn = index.windows(position, index.lengths[position] - (length or 0), length or 0)
+        return Windows(
+            drawn.length,
+            drawn.start,
+            drawn.step,
+            drawn.episode,
+            drawn.episode_length,
+            np.full(num_windows, 2.0, np.float32),
+        )
+
+
+def test_the_sampler_draws_within_each_member(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 1])
+    batch = mixture.get_loader(6, 3, sampler=LastWindow(), include=("weight", "is_last")).stream.take()
+    assert {(env, number) for env, number, _, _ in tagged.origins(batch)} == {(0, 4), (1, 1), (2, 3)}
+    assert batch["is_last"][:, -1].all() and (batch["weight"] == 2).all()
+
+
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 1), ("fork", 2), ("spawn", 2)])
+def test_workers_draw_the_same_and_see_new_episodes_and_weights(members, method, num_workers) -> None:
+    mixture = MixtureDataset(members, [2, 1, 1])
+    options = {"seed": 3, "include": ("source",)}
+    alone = itertools.islice(mixture.get_loader(10, 4, **options), 6)
+    loader = mixture.get_loader(10, 4, num_workers=num_workers, multiprocessing_context=method, **options)
+    batches = iter(loader)
+    for one in list(alone):
+        two = next(batches)
+        assert torch.equal(one["code"], two["code"]) and torch.equal(one["source"], two["source"])
+    mixture.weights = [1, 0, 0]
+    members[0].add_episode(tagged.episode(30, 9, env=0))
+    ahead = 2 * num_workers + 1
+    behind = list(itertools.islice(batches, ahead + 5))[ahead:]
+    assert all(sources(batch) == [0] * 10 for batch in behind)
+    assert 9 in {number for batch in behind for _, number, _, _ in tagged.origins(batch)}
+
+
+def test_windows_that_are_gone_are_drawn_again_from_their_member(members) -> None:
+    files = members[1]
+    mixture = MixtureDataset([members[0], files], [0.5, 0.5])
+    loader = mixture.get_loader(16, 3, include=("source",), seed=0)
+    assert sources(loader.stream.take()) == [0] * 8 + [1] * 8
+    # Somebody removes a file behind the dataset's back.
+    assert isinstance(files, IndividualFileDataset)
+    for name in list(files._names.values())[:1]:
+        files._directory.remove(name)
+        files._reader.close()  # type: ignore[union-attr]
+    for batch in itertools.islice(loader, 5):
+        assert sources(batch) == [0] * 8 + [1] * 8
+    assert files.num_episodes == 1
+
+
+def test_weights_can_be_changed_while_iterating(members) -> None:
+    mixture = MixtureDataset(members[:2], [1, 0])
+    batches = iter(mixture.get_loader(8, 3))
+    for share in (0, 2, 4, 8):
+        mixture.weights = [8 - share, share]
+        assert sources(next(batches)) == [0] * (8 - share) + [1] * share
+    assert mixture.weights.tolist() == [0, 1]
+
+
+def test_a_change_of_weights_is_seen_whole_or_not_at_all() -> None:
+    import threading
+
+    weights, stop = SharedWeights(64), threading.Event()
+    weights.set([1.0] * 64)
+
+    def change() -> None:
+        for n in itertools.cycle(range(64)):
+            if stop.is_set():
+                return
+            weights.set([1.0] * 64 if n % 2 else [float(k == n) for k in range(64)])
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(20_000):
+            found = weights.get()
+            assert found.max() == 1.0 or (found == 1 / 64).all()
+    finally:
+        stop.set()
+        thread.join()
+
+
+# What it holds.
+
+
+def test_it_counts_all_members_together(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 1])
+    assert mixture.num_episodes == sum(dataset.num_episodes for dataset in members) == len(list(mixture.episodes()))
+    assert len(mixture) == mixture.num_timesteps == sum(dataset.num_timesteps for dataset in members)
+    assert mixture.episode_lengths == [length for dataset in members for length in dataset.episode_lengths]
+    assert mixture.capacity == 40 + 1000 + 100
+    assert not mixture.is_empty and not mixture.is_full
+    assert mixture.num_evicted == sum(dataset.num_evicted for dataset in members) > 0
+    for position, episode in enumerate(mixture.episodes()):
+        tagged.assert_same_episode(mixture.get_episode(position), to_numpy(episode))
+    with pytest.raises(ValueError, match="`episode_index`=99 is out of range"):
+        mixture.get_episode(99)
+    lines = repr(mixture).splitlines()
+    assert lines[0].startswith("MixtureDataset: 10 episodes") and len(lines) == 4
+    assert lines[1].startswith("  0: weight 0.333, RingBufferDataset: 4 episodes")
+    assert mixture.datasets == tuple(members)
+
+
+def to_numpy(tree: Any) -> Any:
+    return {k: to_numpy(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.numpy()
+
+
+def test_members_go_on_with_their_own_lives(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 1])
+    batches = iter(mixture.get_loader(30, 4, seed=0))
+    for number in range(20, 60):
+        members[0].add_episode(tagged.episode(10, number, env=0))
+        assert len(set(sources(next(batches)))) == 3
+        assert number in {tagged.number_and_length(episode)[0] for episode in members[0].episodes()}
+
+
+def test_a_buffer_draws_from_it_and_says_what_it_can(members) -> None:
+    with ReplayBuffer(MixtureDataset(members, [1, 1, 1]), 6, 3, seed=0) as buffer:
+        buffer.sample()
+        found = buffer.stats()
+        assert found["num_episodes"] == 10 and found["num_batches"] == 1 and "newest_age" not in found
+        with pytest.raises(RuntimeError, match="holds no episodes of its own: add to one of its members"):
+            buffer.add_step(tagged.rows(0, 0, 0), True)
+        with pytest.raises(RuntimeError, match="add to one of its members"):
+            buffer.add_episode(tagged.episode(3, 0))
+
+
+def test_a_pickled_mixture_draws_the_same_and_a_copy_goes_on_by_itself(members) -> None:
+    mixture = MixtureDataset(members[::2], [1, 3])
+    expected = mixture.get_loader(8, 3, seed=1).stream.batch(0)["code"]
+    assert len(pickle.dumps(MixtureDataset(members[:2], [1, 1]))) < 65_536
+    clone = pickle.loads(pickle.dumps(mixture))
+    assert clone.get_loader(8, 3, seed=1).stream.batch(0)["code"].equal(expected)
+    copied = copy.deepcopy(mixture)
+    mixture.weights = [1, 0]
+    assert copied.weights.tolist() == [0.25, 0.75] and clone.weights.tolist() == [1, 0]
+    copied.datasets[1].add_episode(tagged.episode(5, 9, env=2))
+    assert members[2].num_episodes == 4
+
+
+# Fields.
+
+
+def ring_of(**fields: Any) -> RingBufferDataset:
+    return RingBufferDataset(20, EpisodeDatasetInfo(Fields(fields)))
+
+
+def test_fields_that_differ_are_named_with_both() -> None:
+    one, two = ring_of(x=Vector(3), y=Scalar()), ring_of(x=Vector(4), y=Scalar())
+    with pytest.raises(
+        ValueError, match=r"member 1 differ .* member 0: field `x` is float32 \(4,\), expected float32 \(3,\)"
+    ):
+        MixtureDataset([one, two], [1, 1])
+    three = ring_of(y=Scalar(), z=Scalar())
+    with pytest.raises(ValueError, match=r"member 1 .* missing \['x'\], unexpected \['z'\]"):
+        MixtureDataset([one, three], [1, 1])
+    with pytest.raises(ValueError, match="no field in common"):
+        MixtureDataset([ring_of(x=Scalar()), ring_of(y=Scalar())], [1, 1], fields="common")
+    with pytest.raises(ValueError, match="Member 0 has no field `z`"):
+        MixtureDataset([one, three], [1, 1], fields=("z",))
+    with pytest.raises(ValueError, match="field `x` is"):
+        MixtureDataset([one, two], [1, 1], fields=("x",))
+    with pytest.raises(TypeError, match="`fields` must be None, 'common', or names"):
+        MixtureDataset([one, two], [1, 1], fields=(3,))  # type: ignore[arg-type]
+
+
+def test_batches_can_be_restricted_to_common_or_named_fields(tmp_path) -> None:
+    def episode(value: float, **more: Any) -> dict[str, Any]:
+        return {"obs": {"a": np.full((6, 2), value, np.float32), "b": np.full(6, value, np.float32)}, **more}
+
+    ring, files = RingBufferDataset(20), IndividualFileDataset(50, directory=tmp_path, durability="rename")
+    npz = ListDataset(50)
+    ring.add_episode(episode(1, reward=np.ones(6)))
+    files.add_episode(episode(2, reward=np.ones(6), extra=np.zeros((6, 700), np.int64)))
+    npz.add_episode(episode(3, reward=np.ones(6, np.int64)))
+    for fields, expected in (("common", {"obs/a", "obs/b"}), (("obs/a",), {"obs/a"}), (("obs",), {"obs/a", "obs/b"})):
+        mixture = MixtureDataset([ring, files, npz], [1, 1, 1], fields=fields)
+        batch = mixture.get_loader(9, 3, include=("source",)).stream.take()
+        source = batch.pop("source")
+        flat = tagged.flatten(batch)
+        assert set(flat) == expected
+        for value in flat.values():
+            assert (value.reshape(9, -1) == source[:, None] + 1).all()
+    restricted = MixtureDataset([MixtureDataset([files, npz], [1, 1], fields="common"), ring], [1, 1], fields="common")
+    assert set(restricted.fields or ()) == {"obs/a", "obs/b"}
+    assert (restricted.get_loader(4, 2).stream.take()["obs"]["b"][2:] == 1).all()
+
+
+def test_files_of_every_format_give_some_of_their_fields(tmp_path) -> None:
+    from buffers.dataset.individual_file import (
+        NumpyCompressedSerialization,
+        SafetensorsSerialization,
+        TorchSerialization,
+    )
+
+    for kind in (NumpyCompressedSerialization, SafetensorsSerialization, TorchSerialization):
+        files = IndividualFileDataset(50, directory=tmp_path / kind.__name__, serialization_strategy=kind())
+        for number in range(3):
+            files.add_episode(tagged.episode(8, number))
+        mixture = MixtureDataset([files], [1], fields=("code", "obs/pixels"))
+        batch = mixture.get_loader(6, 4, include=("episode", "step"), seed=0).stream.take()
+        expected = tagged.rows(0, batch["episode"][:, None].numpy(), batch["step"].numpy())
+        assert batch.keys() == {"obs", "code", "episode", "step"} and batch["obs"].keys() == {"pixels"}
+        np.testing.assert_array_equal(batch["code"].numpy(), expected["code"])
+        np.testing.assert_array_equal(batch["obs"]["pixels"].numpy(), expected["obs"]["pixels"])
+        tagged.origins(files.get_loader(6, 4).stream.take())
+        files.close()
+
+
+def test_a_member_that_knows_no_fields_takes_those_of_the_others_if_all_agree() -> None:
+    full, empty = member(0, RingBufferDataset(40), [9]), RingBufferDataset(40)
+    mixture = MixtureDataset([full, empty], [1, 0])
+    assert empty.fields == full.fields == mixture.fields
+    assert sources(mixture.get_loader(4, 3).stream.take()) == [0] * 4
+    mixture.weights = [1, 1]
+    with pytest.raises(RuntimeError, match=r"Member 1 \(RingBufferDataset\) of the mixture: The dataset is empty"):
+        mixture.get_loader(4, 3).stream.take()
+    unsure = MixtureDataset([full, RingBufferDataset(40)], [1, 0], fields="common")
+    for num_workers in (0, 1):
+        with pytest.raises(RuntimeError, match=r"fields of members \[1\] are not known yet"):
+            next(iter(unsure.get_loader(4, 3, num_workers=num_workers)))
+    later = MixtureDataset([RingBufferDataset(40), RingBufferDataset(40)], [1, 1])
+    assert later.fields is None
+    batches = iter(later.get_loader(4, 3))
+    with pytest.raises(RuntimeError, match="Member 0 .* empty"):
+        next(batches)
+    for number, dataset in enumerate(later.datasets):
+        member(number, dataset, [5])
+    assert sources(next(batches)) == [0, 0, 1, 1]
+
+
+# Bad input.
+
+
+def test_an_empty_or_short_member_is_an_error_that_says_which_in_every_batch(members) -> None:
+    inner = MixtureDataset([members[0], RingBufferDataset(20)], [1, 1])
+    mixture = MixtureDataset([members[2], inner], [0.999, 0.001])
+    for _ in range(5):
+        with pytest.raises(
+            RuntimeError, match=r"Member 1\.1 \(RingBufferDataset\) of the mixture: The dataset is empty"
+        ):
+            mixture.get_loader(4, 3).stream.take()
+    mixture = MixtureDataset([members[0], members[2]], [1, 1])
+    with pytest.raises(RuntimeError, match="Member 1 .* `sequence_length`=9 is longer than every stored episode"):
+        mixture.get_loader(4, 9).stream.take()
+    with pytest.raises(RuntimeError, match="Member 1 .* longer than every"):
+        next(iter(mixture.get_loader(4, 9, num_workers=1)))
+
+
+def test_adding_and_evicting_are_refused(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 1])
+    for change in (
+        lambda: mixture.add_episode(tagged.episode(3, 0)),
+        lambda: mixture.evict_episode(0),
+        lambda: mixture.extend(ListDataset(100)),
+        lambda: ListDataset(10).extend(mixture),
+    ):
+        with pytest.raises(RuntimeError, match="add to one of its members"):
+            change()
+    assert mixture.num_episodes == 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([1], ValueError, r"`weights` must be 2 numbers, one a member, found shape \(1,\)"),
+        ([1, 2, 3], ValueError, "must be 2 numbers"),
+        ([1, -1], ValueError, "at least 0"),
+        ([0, 0], ValueError, "not all 0"),
+        ([1, float("nan")], ValueError, "finite"),
+        ([1, float("inf")], ValueError, "finite"),
+        (["a", "b"], TypeError, "`weights` must be numbers"),
+        (None, (TypeError, ValueError), "`weights` must be"),
+        (3, ValueError, r"found shape \(\)"),
+    ],
+)
+def test_bad_weights_are_refused_and_change_nothing(members, weights, error, message) -> None:
+    with pytest.raises(error, match=message):
+        MixtureDataset(members[:2], weights)
+    mixture = MixtureDataset(members[:2], [1, 3])
+    with pytest.raises(error, match=message):
+        mixture.weights = weights
+    assert mixture.weights.tolist() == [0.25, 0.75]
+
+
+def test_bad_members_and_includes_are_refused(members) -> None:
+    with pytest.raises(ValueError, match="at least one member"):
+        MixtureDataset([], [])
+    with pytest.raises(TypeError, match="Members must be EpisodeDatasets, found str"):
+        MixtureDataset(["ring"], [1])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="'source' .* a RingBufferDataset has none"):
+        members[0].get_loader(4, 3, include=("source",))
+
+
+def test_episode_sampler_over_members(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 1])
+    batch = mixture.get_loader(300, 5, sampler=UniformEpisodeSampler(), seed=0).stream.take()
+    found = [(env, number) for env, number, _, _ in tagged.origins(batch)]
+    assert {pair for pair in found if pair[0] == 1} == {(1, 0), (1, 1)}
+    counts = np.array([found.count((1, 0)), found.count((1, 1))])
+    assert tagged.chi_square_is_plausible(counts, np.ones(2))
