@@ -16,7 +16,7 @@ from benchmarks.timing import interleave, print_table
 from benchmarks.workloads import EPISODE_LENGTH, SIZES, filled_ring, rows
 from buffers.dataset import RingBufferDataset
 
-NUM_PLACES = 512
+NUM_PLACES = 8192
 
 
 def bare_gather(ring: RingBufferDataset, batch_size: int, length: int) -> Callable[[], list[torch.Tensor]]:

@@ -19,6 +19,7 @@ from buffers.dataset.fields import Fields
 from buffers.dataset.index import Windows
 from buffers.lifetime import end_with
 from buffers.sampler.base import Sampler
+from buffers.sampler.checking import is_ours
 from buffers.sampler.uniform import UniformSampler
 from buffers.transport import Slots
 from buffers.utils import integer
@@ -31,6 +32,7 @@ __all__ = ["BatchRandom", "SequenceStream"]
 INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight", "source")
 # Single sequences are drawn and read so many at a time.
 _SEQUENCES_PER_READ = 32
+_NUM_AHEAD = 8
 _NONE = np.empty(0, np.int64)
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
 
@@ -101,6 +103,12 @@ class SequenceStream(IterableDataset):
         self.trainer, self.num_slots = os.getpid(), 0
         self._number = 0
         self._slots: Slots | None = None
+        # Windows that were drawn ahead, by batch, and what of; `_stride` is from a worker's batch to its next.
+        self._draws_ahead, self._stride = is_ours(self.sampler), 1
+        self._ahead: dict[int, Windows] = {}
+        self._ahead_of: Any = None
+        # What was drawn last in this process: looking for the newest step in it can wait until someone asks.
+        self._last: Windows | None = None
 
     def batch(self, n: int) -> Any:
         """Draw and read batch n.
@@ -117,9 +125,11 @@ class SequenceStream(IterableDataset):
 
     def untransformed_batch(self, n: int) -> Any:
         """Batch n before `transform`."""
-        windows, out = self._drawn(self.random.generator(n))
-        newest = windows.start.max() + windows.length - 1 if self.sequence_length else windows.last_steps.max()
-        self.counters["newest"][n % COUNTERS["newest"]] = newest
+        windows, out = self._drawn(n)
+        if self._slots is None:
+            self._last = windows
+        else:
+            self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max()
         return self.assemble(self, windows, out)
 
     def check_include(self, fields: Fields) -> None:
@@ -139,6 +149,8 @@ class SequenceStream(IterableDataset):
     @property
     def newest_step(self) -> int | None:
         """The newest step id in the last batch that was taken; None before the first."""
+        if self._last is not None:
+            return int(self._last.last_steps.max())
         return int(self.counters["newest"][(self.position - 1) % COUNTERS["newest"]]) if self.position else None
 
     def take(self) -> Any:
@@ -155,7 +167,7 @@ class SequenceStream(IterableDataset):
         if worker is None:
             return _Batches(self.take)
         self._slots = self._slots or Slots(self.num_slots)
-        self._number = worker.id % COUNTERS["rejected"]
+        self._number, self._stride = worker.id % COUNTERS["rejected"], worker.num_workers
         first = int(self.counters["first"][0])
         numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
         return _Batches(lambda: self.batch(next(numbers)))
@@ -164,18 +176,18 @@ class SequenceStream(IterableDataset):
         """What a worker sends instead of a batch."""
         return batch if self._slots is None else self._slots.pack(batch)
 
-    def _drawn(self, rng: np.random.Generator) -> tuple[Windows, dict[str, torch.Tensor]]:
-        """Windows and their data; those whose episode was evicted before they were read are drawn again."""
-        windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
-        for _ in range(self.dataset.max_sampling_attempts):
+    def _drawn(self, n: int) -> tuple[Windows, dict[str, torch.Tensor]]:
+        """The windows of batch n and their data; those that were gone before they were read are drawn again."""
+        windows, out, missed = self._attempt(n, 0)
+        for attempt in range(1, self.dataset.max_sampling_attempts + 1):
             if len(missed) == 0:
                 break
             if self.sequence_length is None:
                 # Another episode may be longer than all of these, which changes the padding: begin anew.
-                windows, out, missed = self._attempt(self.num_windows, rng, is_whole_batch=True)
+                windows, out, missed = self._attempt(n, attempt)
                 continue
             self.counters["rejected"][self._number] += len(missed)
-            others, rows, still_missed = self._attempt(len(missed), rng, again=windows[missed])
+            others, rows, still_missed = self._attempt(n, attempt, again=windows[missed])
             read = np.setdiff1d(np.arange(len(missed)), still_missed)
             windows = windows.replaced(missed[read], others[read])
             for name, tensor in out.items():
@@ -190,31 +202,55 @@ class SequenceStream(IterableDataset):
         )
 
     def _attempt(
-        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool = False, again: Windows | None = None
+        self, n: int, attempt: int, again: Windows | None = None
     ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
         """Windows, their data, and the positions of those that were gone; `again`: those that were, before."""
-        with self.dataset._lock:
-            return self._attempt_alone(num_windows, rng, is_whole_batch, again)
+        dataset = self.dataset
+        with dataset._lock:
+            dataset._refresh()
+            windows = self._draw(n, attempt, again) if attempt else self._drawn_ahead(n)
+            if self._slots is not None or self.chunk_size < len(windows):
+                return windows, *self._read_chunks(windows, again is None)
+            out, was_read = dataset._read_new(windows)
+            return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
 
-    def _attempt_alone(
-        self, num_windows: int, rng: np.random.Generator, is_whole_batch: bool, again: Windows | None
-    ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
-        self.dataset._refresh()
-        windows = self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
+    def _draw(self, n: int, attempt: int = 0, again: Windows | None = None) -> Windows:
+        num_windows = self.num_windows if again is None else len(again)
+        rng = self.random.generator(n, attempt)
+        return self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
+
+    def _drawn_ahead(self, n: int) -> Windows:
+        """The windows of batch n. While nothing changes, those of the next batches are drawn with them.
+
+        Between two batches, caches have forgotten what a draw needs: several at once take a third of the time each.
+        """
+        key = (self.random, self.dataset.version)
+        if key != self._ahead_of or not self._draws_ahead:
+            self._ahead_of, self._ahead = key, {}
+            return self._draw(n)
+        windows = self._ahead.pop(n, None)
+        if windows is None:
+            numbers = range(n, n + _NUM_AHEAD * self._stride, self._stride)
+            self._ahead = {number: self._draw(number) for number in numbers}
+            for drawn in self._ahead.values():
+                self.dataset._prepare(drawn)
+            windows = self._ahead.pop(n)
+        return windows
+
+    def _read_chunks(self, windows: Windows, is_whole_batch: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        """The data of windows, in a worker's slot, or brought by several reads."""
+        num_windows = len(windows)
         if is_whole_batch and self._slots is not None and self.dataset.fields is not None:
             out = self._slots.empty_batch(self.dataset.fields, (num_windows, windows.length))
         else:
             out = self.dataset._empty_batch(windows)
-        if self.chunk_size >= num_windows:
-            was_read = self.dataset._read(windows, out)
-            return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
         missed = [_NONE]
         for begin in range(0, num_windows, self.chunk_size):
             chunk = slice(begin, begin + self.chunk_size)
             was_read = self.dataset._read(windows[chunk], {name: tensor[chunk] for name, tensor in out.items()})
             if was_read is not None:
                 missed.append(begin + np.flatnonzero(~was_read))
-        return windows, out, np.concatenate(missed)
+        return out, np.concatenate(missed)
 
 
 class BatchRandom:
@@ -233,11 +269,11 @@ class BatchRandom:
     def __reduce__(self) -> tuple[type[BatchRandom], tuple[int]]:
         return BatchRandom, (self.seed,)
 
-    def generator(self, n: int) -> np.random.Generator:
-        """The generator of batch n; the one of another batch is not to be used any more."""
-        # Setting the counter takes 1.4 us, a new generator 8 us. The upper half of the 256 bits is the batch's number,
-        # the lower half counts what is drawn for it.
-        self._state["state"]["counter"][:] = (0, 0, n, 0)
+    def generator(self, n: int, attempt: int = 0) -> np.random.Generator:
+        """The generator of an attempt at batch n; the one of another is not to be used any more."""
+        # Setting the counter takes 1.4 us, a new generator 8 us. The upper half of the 256 bits is the batch's number
+        # and the attempt, the lower half counts what is drawn for it.
+        self._state["state"]["counter"][:] = (0, 0, n, attempt)
         self._bits.state = self._state
         return self._generator
 

@@ -7,7 +7,7 @@ over the totals mispredicts a branch and misses a cache at every level (for 256 
     window      0 1 2 3 4 5             guide: every 2nd window       r = 5 -> guide[2] = 3: found
     row         0 0 0 1 3 3                    0 0 3                  r = 3 -> guide[1] = 0, one step on: 1
 
-Totals are absolute: when the oldest episode leaves, nothing changes but where the live ones begin.
+When the oldest episode leaves, nothing changes but where the live ones begin.
 """
 
 from __future__ import annotations
@@ -31,14 +31,22 @@ class Cumulation:
     """
 
     def __init__(self, size: int, first: int) -> None:
-        self.values: Int64Array = np.empty(size + 1, np.int64)
+        self._set_values(np.empty(size + 1, np.int64))
         self.restart(first)
+
+    def _set_values(self, values: Int64Array) -> None:
+        self.values, self._ends = values, values[1:]
 
     def restart(self, row: int) -> None:
         """Begin to count at a row."""
         self.counted, self.first = row, row
         self.values[row] = 0
         self._forget_guide()
+
+    def append(self, count: int) -> None:
+        """Count on, with what the next row holds: a tenth of the time of `extend`."""
+        self.counted += 1
+        self.values[self.counted] = self.values[self.counted - 1] + count
 
     def extend(self, counts: npt.NDArray[np.generic]) -> None:
         """Count on, with what the next rows hold."""
@@ -56,7 +64,7 @@ class Cumulation:
     def relocate(self, size: int, first: int) -> None:
         """Follow the table, which has a new size, and whose row `first` is now row 0."""
         before, num_counted = self.values, self.counted - first
-        self.values = np.empty(size + 1, np.int64)
+        self._set_values(np.empty(size + 1, np.int64))
         if num_counted < 0:
             self.restart(0)
             return
@@ -72,47 +80,68 @@ class Cumulation:
     def locate(self, r: Int64Array) -> tuple[Int64Array, Int64Array]:
         """For integers in [0, num): the positions of their rows, from `first` on, and what remains of them there."""
         self._extend_guide()
-        r = r + self.values[self.first]
-        rows = np.maximum(self._guide.take((r >> self._shift) - self._first_bucket), self.first)
-        for _ in range(_MAX_STEPS):
-            is_behind = self.values.take(rows + 1) <= r
-            if not is_behind.any():
+        totals = r + self.values[self.first]
+        rows = self._guide.take(totals >> self._shift)
+        for step in range(min(self._num_steps, _MAX_STEPS)):
+            is_behind = self._ends.take(rows) <= totals
+            if step and not is_behind.any():
                 break
             rows += is_behind
         else:
-            # Many rows of little in a bucket: search the rest.
-            late = (self.values.take(rows + 1) <= r).nonzero()[0]
-            live = self.values[self.first : self.counted + 1]
-            rows[late] = live.searchsorted(r[late], "right") - 1 + self.first
-        return rows - self.first, r - self.values.take(rows)
+            if self._num_steps > _MAX_STEPS:  # Many rows of little in a bucket: search the rest.
+                late = (self._ends.take(rows) <= totals).nonzero()[0]
+                live = self.values[self.first : self.counted + 1]
+                rows[late] = live.searchsorted(totals[late], "right") - 1 + self.first
+        return rows - self.first, totals - self.values.take(rows)
 
-    # The guide: bucket b holds the row that window b << shift lies in.
+    # The guide: bucket b holds the row that the window with running total b << shift lies in.
 
     def _forget_guide(self) -> None:
         self._guide: Int64Array = np.empty(0, np.int64)
-        self._shift = self._first_bucket = self._num_buckets = self._num_guided = 0
+        self._shift = self._num_buckets = self._num_guided = self._guided_first = 0
+        # Rows that lie in one bucket, less one: that far may be what is sought from where the guide leads to.
+        self._max_span = self._num_steps = 0
 
     def _extend_guide(self) -> None:
-        if self._num_guided == self.counted and self._num_buckets:
+        if self._num_guided == self.counted and self._guided_first == self.first and self._num_buckets:
             return
         end = (int(self.values[self.counted]) - 1 >> self._shift) + 1
-        if end - self._first_bucket > len(self._guide):
+        if end > len(self._guide):
             self._begin_guide()
             end = (int(self.values[self.counted]) - 1 >> self._shift) + 1
-        begin = self._first_bucket + self._num_buckets
+        guide, begin = self._guide, self._num_buckets
         if begin < end:
-            starts = np.arange(begin, end) << self._shift
-            totals = self.values[self._num_guided : self.counted + 1]
-            rows = totals.searchsorted(np.maximum(starts, totals[0]), "right") - 1 + self._num_guided
-            self._guide[self._num_buckets : self._num_buckets + len(rows)] = rows
-            self._num_buckets += len(rows)
+            if self.counted - self._num_guided == 1:
+                guide[begin:end] = self._num_guided
+                before = int(guide[begin - 1]) if begin else self._num_guided
+                self._max_span = max(self._max_span, self._num_guided - before)
+            else:
+                self._add_buckets(begin, end)
+            self._num_buckets = end
         self._num_guided = self.counted
+        if self._guided_first != self.first:
+            # Rows that have left may share the first bucket with the first that lives.
+            bucket = int(self.values[self.first]) >> self._shift
+            if guide[bucket] < self.first:
+                guide[bucket] = self.first
+            self._guided_first = self.first
+        self._num_steps = max(self._max_span, self.counted - 1 - int(guide[self._num_buckets - 1]))
+
+    def _add_buckets(self, begin: int, end: int) -> None:
+        """Lead the buckets from `begin` to `end` to rows that have been counted since the last ones."""
+        starts = np.arange(begin, end) << self._shift
+        totals = self.values[self._num_guided : self.counted + 1]
+        rows = totals.searchsorted(np.maximum(starts, totals[0]), "right") - 1 + self._num_guided
+        self._guide[begin:end] = rows
+        spans = np.diff(self._guide[max(0, begin - 1) : end])
+        self._max_span = max(self._max_span, int(spans.max(initial=0)))
 
     def _begin_guide(self) -> None:
         """An empty guide from the first live row on, of about as many buckets as there are rows, and a quarter more."""
         num_rows = max(1, self.counted - self.first)
         self._shift = max(0, (self.num // num_rows).bit_length() - 1)
-        self._first_bucket = int(self.values[self.first]) >> self._shift
+        live = self.values[self.first : self.counted + 1]
+        live -= live[0]
         num_buckets = (self.num >> self._shift) + 2
         self._guide = np.empty(num_buckets + max(64, num_buckets // 4), np.int64)
-        self._num_buckets, self._num_guided = 0, self.first
+        self._num_buckets, self._num_guided, self._guided_first, self._max_span = 0, self.first, self.first, 0

@@ -135,6 +135,19 @@ class EpisodeSource(IterableDataset, ABC):
             raise ValueError(f"`episode_index`={episode_index} is out of range: {self.num_episodes} episodes live.")
         return position % self.num_episodes
 
+    @property
+    def version(self) -> Any:
+        """Something that changes whenever what is drawn from does."""
+        return self.index.version
+
+    def _prepare(self, windows: Windows) -> None:
+        """Find out `places` of windows that will be read later, if that can be. It is not by default."""
+
+    def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
+        """`_read` into new memory; for a store that does not need to be given any, a place to do better."""
+        out = self._empty_batch(windows)
+        return out, self._read(windows, out)
+
     def _empty_batch(self, windows: Windows) -> dict[str, torch.Tensor]:
         """Memory for windows: `name -> (B, T, *shape)`."""
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.

@@ -14,6 +14,7 @@ leave, as a rule, so they stay valid: nothing is ever recounted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,9 @@ _INITIAL_SIZE = 64
 _MAX_CUMULATIONS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # Not frozen: that takes 2 us to make.
 class Windows:
-    """Windows as drawn: what is to be read, and where it lies in its episodes.
+    """Windows as drawn: what is to be read, and where it lies in its episodes. Nothing changes them.
 
     Attributes:
         length: T, steps of each window. Whole episodes have the length of the longest; the shorter are padded.
@@ -39,6 +40,7 @@ class Windows:
         episode_length: int64 `(B,)`, rows of the episodes.
         weight: float32 `(B,)`, importance weights; None stands for ones.
         source: int64 `(B,)`, which of several stores each window is in; None where there is one.
+        places: Where the store will read them, if it has found out already; its own affair.
     """
 
     length: int
@@ -48,6 +50,7 @@ class Windows:
     episode_length: Int64Array
     weight: npt.NDArray[np.float32] | None = None
     source: Int64Array | None = None
+    places: Any = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -97,6 +100,8 @@ class EpisodeIndex:
         self.num_steps = 0
         self.next_start = 0
         self.next_id = 0
+        #: Counts changes: windows that were drawn are as if drawn now while it stays.
+        self.version = 0
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -128,6 +133,7 @@ class EpisodeIndex:
         episode_id = self.next_id
         self._table[self._last] = (self.next_start, length, episode_id)
         self._last += 1
+        self.version += 1
         self.next_id += 1
         self.next_start += length
         self.num_steps += length
@@ -137,6 +143,7 @@ class EpisodeIndex:
         """Write down episodes `(n, 3)` of (start, length, id), in ascending order, all newer than those that live."""
         if self._last + len(rows) > len(self._table):
             self._relocate(len(rows))
+        self.version += 1
         if len(rows):
             self._table[self._last : self._last + len(rows)] = rows
             self._last += len(rows)
@@ -157,12 +164,14 @@ class EpisodeIndex:
         """Forget the oldest episodes, those that start before step id `tail`."""
         if len(self) and self._table[self._first, _START] < tail:
             num_retired = int(self.starts.searchsorted(tail))
+            self.version += 1
             self.num_steps -= int(self.lengths[:num_retired].sum())
             self._first += num_retired
 
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, a shift of the younger ones for any other."""
         self.num_steps -= int(self.lengths[position])
+        self.version += 1
         if position == 0:
             self._first += 1
             return
@@ -211,7 +220,10 @@ class EpisodeIndex:
         if cumulation.counted < self._first:
             cumulation.restart(self._first)
         cumulation.first = self._first
-        if cumulation.counted < self._last:
+        if cumulation.counted + 1 == self._last:
+            num_rows = int(self._table[cumulation.counted, _LENGTH])
+            cumulation.append(max(num_rows - (length - 1), 0) if kind == "windows" else int(num_rows >= length))
+        elif cumulation.counted < self._last:
             lengths = self._table[cumulation.counted : self._last, _LENGTH]
             cumulation.extend(np.maximum(lengths - (length - 1), 0) if kind == "windows" else lengths >= length)
         return cumulation

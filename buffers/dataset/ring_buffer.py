@@ -142,6 +142,24 @@ class RingBufferDataset(EpisodeDataset):
             places = self._on_device(slots)
             for name, tensor in out.items():
                 self._columns[name].read_windows(places, length, tensor)
+        return self._which_are_whole(windows)
+
+    def _prepare(self, windows: Windows) -> None:
+        slots = windows.start % self.capacity
+        if slots.max() <= self.capacity - windows.length:  # Else some wrap.
+            windows.places = self._on_device(slots)
+
+    def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
+        if windows.places is None:
+            self._prepare(windows)
+        places, length = windows.places, windows.length
+        if places is None:
+            return super()._read_new(windows)
+        out = {name: column.new_windows(places, length) for name, column in self._columns.items()}
+        return out, self._which_are_whole(windows)
+
+    def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
+        """To be asked after reading: None if all are, else bool `(B,)`, False where it has been written over."""
         if self._log is None or os.getpid() == self._writer:
             return None
         is_whole = windows.start >= self._log.tail

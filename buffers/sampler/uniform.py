@@ -41,9 +41,10 @@ class UniformSampler(Sampler):
         if length is None:
             return draw_whole_episodes(index, num_windows, rng)
         windows = index.count_windows(length)
-        if windows.num == 0:
+        num = windows.num
+        if num == 0:
             raise RuntimeError(index.no_window_message(length))
-        position, step = windows.locate(rng.integers(windows.num, size=num_windows))
+        position, step = windows.locate(rng.integers(num, size=num_windows))
         return index.windows(position, step, length)
 
 
