@@ -1,0 +1,191 @@
+"""What a batch and a step cost, in counts instead of seconds, and that it is the same however much is stored.
+
+The bounds are the figures themselves: who makes a path longer changes one here, and says why.
+"""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from buffers import ReplayBuffer
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
+from buffers.transforms import to_transitions
+
+BATCH_SIZE, LENGTH = 32, 4
+NUM_FIELDS = 5
+# Windows are drawn for so many batches at a time.
+NUM_CALLS = 8
+
+
+def rows(*leading: int) -> dict[str, Any]:
+    """24 + 6 floats, a reward and two flags: 126 bytes a step."""
+    return {
+        "obs": np.zeros((*leading, 24), np.float32),
+        "action": np.zeros((*leading, 6), np.float32),
+        "reward": np.zeros(leading, np.float32),
+        "terminated": np.zeros(leading, np.bool_),
+        "truncated": np.zeros(leading, np.bool_),
+    }
+
+
+STEP_BYTES = 126
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of eight calls.
+
+    Attributes:
+        operators: Of torch.
+        calls: Functions called, of Python and C.
+        tensor_bytes: Of the tensors that the operators made.
+        array_bytes: That Python and numpy had allocated at a time beyond those before.
+    """
+
+    operators: int
+    calls: int
+    tensor_bytes: int
+    array_bytes: int
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.num += 1
+        if isinstance(found, torch.Tensor) and not func.is_view:
+            self.num_bytes += found.nbytes
+        return found
+
+
+def costs(once: Callable[[], object]) -> Costs:
+    """Counted in calls of their own, after some that fill caches."""
+
+    def function() -> None:
+        for _ in range(NUM_CALLS):
+            once()
+
+    for _ in range(3):
+        function()
+    with _Counting() as counting:
+        function()
+    num_calls = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    tracemalloc.start()
+    try:
+        function()
+        array_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    return Costs(counting.num, num_calls, counting.num_bytes, array_bytes)
+
+
+def ring_of(num_episodes: int, length: int = 8) -> RingBufferDataset:
+    ring = RingBufferDataset(num_episodes * length)
+    episode = rows(length)
+    for _ in range(num_episodes):
+        ring.add_episode(episode)
+    return ring
+
+
+def batches(dataset: EpisodeDataset, **options: Any) -> Callable[[], Any]:
+    return ReplayBuffer(dataset, BATCH_SIZE, LENGTH, seed=0, **options).sample
+
+
+def adding_before(dataset: EpisodeDataset, sample: Callable[[], Any]) -> Callable[[], Any]:
+    """A batch after an episode that was just added, so that nothing can be kept from the batch before."""
+    episode = rows(8)
+
+    def function() -> Any:
+        dataset.add_episode(episode)
+        return sample()
+
+    return function
+
+
+@pytest.mark.parametrize("num_episodes", [10, 10_000])
+def test_a_batch_is_one_gather_a_field_into_memory_of_its_size(num_episodes) -> None:
+    found = costs(batches(ring_of(num_episodes)))
+    # Beside the gathers, one operator a batch: the places as a tensor.
+    assert found.operators == NUM_CALLS * (NUM_FIELDS + 1)
+    assert found.tensor_bytes == NUM_CALLS * BATCH_SIZE * LENGTH * STEP_BYTES
+    assert found.calls <= 1000
+    assert found.array_bytes <= 21_000, "the windows of eight batches, and nothing of their size"
+
+
+@pytest.mark.parametrize("num_episodes", [10, 10_000])
+def test_an_episode_added_before_each_batch_adds_what_adding_takes_and_a_draw(num_episodes) -> None:
+    ring = ring_of(num_episodes)
+    found = costs(adding_before(ring, batches(ring)))
+    assert found.operators == NUM_CALLS * (NUM_FIELDS + 1)
+    assert found.tensor_bytes == NUM_CALLS * BATCH_SIZE * LENGTH * STEP_BYTES
+    assert found.calls <= 1920
+    assert found.array_bytes <= 7000
+
+
+def test_transitions_and_included_columns_cost_a_few_operators_more() -> None:
+    transitions = ReplayBuffer(ring_of(100), BATCH_SIZE, 2, transform=to_transitions, seed=0).sample
+    assert costs(transitions).operators <= NUM_CALLS * 12
+    included = costs(batches(ring_of(100), include=("index", "step", "is_first", "weight")))
+    assert included.operators <= NUM_CALLS * 10
+
+
+@pytest.mark.parametrize(("num_envs", "calls"), [(1, 165), (16, 340), (256, 340)])
+def test_a_step_calls_as_many_functions_for_256_environments_as_for_16(num_envs, calls) -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100_000), BATCH_SIZE, num_envs=num_envs)
+    row = rows() if num_envs == 1 else rows(num_envs)
+    done = False if num_envs == 1 else np.zeros(num_envs, np.bool_)
+    found = costs(lambda: buffer.add_step(row, done))
+    assert found.operators == 0, "numpy rows go in without torch"
+    assert found.calls <= calls
+    assert found.array_bytes <= 1000 + 10 * num_envs, "places, and no copy of the rows"
+
+
+@pytest.mark.parametrize("num_episodes", [10, 1000])
+def test_adding_an_episode_costs_the_same_whatever_is_stored(num_episodes) -> None:
+    ring, episode = ring_of(num_episodes), rows(8)
+    found = costs(lambda: ring.add_episode(episode))
+    assert found.operators == 0
+    assert found.calls <= 900
+    assert found.array_bytes <= 1000
+
+
+@pytest.mark.parametrize("num_episodes", [10, 1000])
+def test_a_window_of_files_is_read_by_few_calls_whatever_is_stored(num_episodes, tmp_path, monkeypatch) -> None:
+    from buffers.dataset import window_reader
+
+    files = IndividualFileDataset(8000, directory=tmp_path, durability="rename")
+    for _ in range(num_episodes):
+        files.add_episode(rows(8))
+    sample, num_reads, preadv = batches(files), 0, window_reader._preadv
+
+    def count(*arguments: Any) -> int:
+        nonlocal num_reads
+        num_reads += 1
+        return preadv(*arguments)
+
+    monkeypatch.setattr(window_reader, "_preadv", count)
+    sample()
+    assert num_reads <= BATCH_SIZE * NUM_FIELDS
+    assert num_reads >= BATCH_SIZE
