@@ -422,7 +422,7 @@ class ReplayBuffer:
         fields = self.dataset.fields
         if reward is not None and fields is not None and fields["reward"].shape == ():
             rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
-            self._returns.append(float(rewards.sum()))
+            self._returns.append(float(np.add.reduce(rewards)))
 
     def __len__(self) -> int:
         return self.num_timesteps

@@ -129,9 +129,13 @@ class EpisodeDataset(EpisodeSource):
         return self.index.append(length)
 
     def _make_room(self, length: int) -> None:
-        while self.num_timesteps + length > self.capacity:
-            self._evict(self.evictor.evict(self))
+        while self.index.num_steps + length > self.capacity:
+            self._evict(self._choose_who_leaves())
             self._has_evicted = True
+
+    def _choose_who_leaves(self) -> int:
+        """The position of the episode that the evictor lets go."""
+        return 0 if type(self.evictor) is FIFOEvictor else self._position(self.evictor.evict(self))
 
     def _checked(self, fields: Fields, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The episode as flat arrays, known to fit the fields."""
@@ -167,10 +171,9 @@ class EpisodeDataset(EpisodeSource):
         """
         with self._lock:
             self._check_writable()
-            self._evict(episode_index)
+            self._evict(self._position(episode_index))
 
-    def _evict(self, episode_index: int) -> None:
-        position = self._position(episode_index)
+    def _evict(self, position: int) -> None:
         index = self.index
         start, length, episode_id = index.episode(position)
         self._erase(episode_id, start, length)
