@@ -12,7 +12,7 @@ import torch
 
 from buffers.accumulator import Accumulator
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields, as_array
+from buffers.dataset.fields import Fields, as_array, as_tensor
 from buffers.dataset.verification import check_rows
 from buffers.sampler.base import Sampler
 from buffers.utils import integer
@@ -420,9 +420,13 @@ class ReplayBuffer:
     def _note_return(self, reward: Any) -> None:
         """Remember the sum of an episode's rewards; None and what is no scalar field are passed over."""
         fields = self.dataset.fields
-        if reward is not None and fields is not None and fields["reward"].shape == ():
-            rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
+        if reward is None or fields is None or fields["reward"].shape != ():
+            return
+        rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
+        if rewards.dtype.kind in "fiub":
             self._returns.append(float(np.add.reduce(rewards)))
+        elif fields["reward"].dtype == torch.bfloat16:
+            self._returns.append(float(as_tensor(rewards.copy(), fields["reward"]).float().sum()))
 
     def __len__(self) -> int:
         return self.num_timesteps

@@ -523,3 +523,21 @@ def test_include_of_a_field_is_refused_with_the_first_step() -> None:
     with pytest.raises(ValueError, match="'is_first' of `include` .* Drop it"):
         buffer.add_step({"is_first": True}, False)
     buffer.add_step({"x": 1.0}, False)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (torch.tensor(1.5, dtype=torch.bfloat16), 4.5),
+        (torch.tensor(2, dtype=torch.uint8), 6.0),
+        (True, 3.0),
+        (np.float64(0.5), 1.5),
+        (1 + 2j, None),
+    ],
+)
+def test_a_reward_of_any_dtype_completes_an_episode_and_has_a_return_if_it_is_real(reward, expected) -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100), 4, num_envs=1)
+    for step in range(6):
+        buffer.add_step({"reward": reward}, step % 3 == 2)
+    assert buffer.dataset.episode_lengths == [3, 3]
+    assert buffer.stats().get("mean_episode_return") == expected
