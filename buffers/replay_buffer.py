@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 
 from buffers.accumulator import Accumulator
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields, as_array, as_tensor
+from buffers.dataset.fields import Fields
 from buffers.dataset.verification import check_rows
 from buffers.sampler.base import Sampler
+from buffers.statistics import Statistics
 from buffers.utils import integer
 
 __all__ = ["ReplayBuffer"]
-
-_NUM_RETURNS = 100
 
 
 class ReplayBuffer:
@@ -97,7 +95,7 @@ class ReplayBuffer:
         # The token of the recorder whose rows come in: one at a time, or the episodes of two would mix.
         self._recorder: object | None = None
         self._is_closed = False
-        self._returns: deque[float] = deque(maxlen=_NUM_RETURNS)
+        self._statistics = Statistics(dataset)
 
     # Steps in.
 
@@ -175,7 +173,7 @@ class ReplayBuffer:
         """
         self._check_open()
         episode_id = self.dataset.add_episode(episode)
-        self._note_return(episode.get("reward"))
+        self._statistics.note_return(episode.get("reward"))
         return episode_id
 
     def flush(self) -> None:
@@ -248,7 +246,7 @@ class ReplayBuffer:
         assert self._accumulator is not None  # It is what calls.
         with self.dataset._lock:
             self.dataset._take(self._accumulator.fields, episode)
-        self._note_return(episode.get("reward"))
+        self._statistics.note_return(episode.get("reward"))
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: list[Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
@@ -401,32 +399,7 @@ class ReplayBuffer:
             scalar `reward`; and, after a batch, `newest_age`: steps added since the newest row in the last one (not
             for a mixture, whose members count their steps apart).
         """
-        dataset, stream = self.dataset, self.dataloader.stream
-        found: dict[str, float] = {
-            "num_episodes": dataset.num_episodes,
-            "num_timesteps": dataset.num_timesteps,
-            "fill": dataset.num_timesteps / dataset.capacity,
-            "mean_episode_length": dataset.average_episode_length,
-            "num_evicted": dataset.num_evicted,
-            "num_batches": stream.position,
-            "num_rejected_windows": stream.num_rejected,
-        }
-        if self._returns:
-            found["mean_episode_return"] = sum(self._returns) / len(self._returns)
-        if stream.newest_step is not None and not dataset.has_members:
-            found["newest_age"] = dataset.index.next_start - 1 - stream.newest_step
-        return found
-
-    def _note_return(self, reward: Any) -> None:
-        """Remember the sum of an episode's rewards; None and what is no scalar field are passed over."""
-        fields = self.dataset.fields
-        if reward is None or fields is None or fields["reward"].shape != ():
-            return
-        rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
-        if rewards.dtype.kind in "fiub":
-            self._returns.append(float(np.add.reduce(rewards)))
-        elif fields["reward"].dtype == torch.bfloat16:
-            self._returns.append(float(as_tensor(rewards.copy(), fields["reward"]).float().sum()))
+        return self._statistics.numbers(self.dataloader.stream)
 
     def __len__(self) -> int:
         return self.num_timesteps

@@ -1,0 +1,58 @@
+"""Numbers about a buffer, for a logger."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.fields import as_array, as_tensor
+from buffers.stream import SequenceStream
+
+__all__ = ["Statistics"]
+
+_NUM_RETURNS = 100
+
+
+class Statistics:
+    """Remembers the returns of the last episodes, and counts what is there.
+
+    Args:
+        dataset: Where episodes live.
+    """
+
+    def __init__(self, dataset: EpisodeDataset) -> None:
+        self._dataset = dataset
+        self._returns: deque[float] = deque(maxlen=_NUM_RETURNS)
+
+    def note_return(self, reward: Any) -> None:
+        """Remember the sum of an episode's rewards; None and what is no real scalar field are passed over."""
+        fields = self._dataset.fields
+        if reward is None or fields is None or fields["reward"].shape != ():
+            return
+        rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
+        if rewards.dtype.kind in "fiub":
+            self._returns.append(float(np.add.reduce(rewards)))
+        elif fields["reward"].dtype == torch.bfloat16:
+            self._returns.append(float(as_tensor(rewards.copy(), fields["reward"]).float().sum()))
+
+    def numbers(self, stream: SequenceStream) -> dict[str, float]:
+        """What `ReplayBuffer.stats` gives."""
+        dataset = self._dataset
+        found: dict[str, float] = {
+            "num_episodes": dataset.num_episodes,
+            "num_timesteps": dataset.num_timesteps,
+            "fill": dataset.num_timesteps / dataset.capacity,
+            "mean_episode_length": dataset.average_episode_length,
+            "num_evicted": dataset.num_evicted,
+            "num_batches": stream.position,
+            "num_rejected_windows": stream.num_rejected,
+        }
+        if self._returns:
+            found["mean_episode_return"] = sum(self._returns) / len(self._returns)
+        if stream.newest_step is not None and not dataset.has_members:
+            found["newest_age"] = dataset.index.next_start - 1 - stream.newest_step
+        return found
