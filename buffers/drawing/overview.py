@@ -63,7 +63,7 @@ def _draw_points(ax: Axes, name: str, what: str, positions: np.ndarray, values: 
     """A point for each episode, and the mean of its neighbours where there are many."""
     ax.plot(positions, values, ".", color=COLORS[0], markersize=4, alpha=1.0 if len(values) < 1000 else 0.3)
     if len(values) >= _MIN_FOR_MEAN:
-        window = len(values) // 20
+        window = max(5, len(values) // 20)
         means = np.convolve(values, np.full(window, 1 / window), "valid")
         middles = np.convolve(positions, np.full(window, 1 / window), "valid")
         ax.plot(middles, means, color=COLORS[1], linewidth=1.5)

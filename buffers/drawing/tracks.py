@@ -15,7 +15,7 @@ from buffers.dataset.fields import Fields, TensorType
 from buffers.stream import INCLUDABLE
 from buffers.utils import integer, to_torch
 
-__all__ = ["DrawnSequence", "Timeline", "Track", "read_sequence", "spread"]
+__all__ = ["DrawnSequence", "Timeline", "Track", "as_array", "read_sequence", "spread"]
 
 BoolArray = npt.NDArray[np.bool_]
 # What `to_transitions` and `n_step_returns` make of a field has its type.
@@ -61,7 +61,7 @@ class Track:
     def rows(self, positions: npt.NDArray[np.int64] | slice = slice(None)) -> np.ndarray:
         """A copy of some steps on the CPU, `(n, *shape)`; half precision as float32, complex numbers as their size."""
         picked = slice(None) if isinstance(positions, slice) else torch.from_numpy(positions).to(self.values.device)
-        return _as_array(self.values[picked])
+        return as_array(self.values[picked])
 
     def describe(self, *notes: str) -> str:
         """What it is, and what else there is to say, in one line."""
@@ -177,7 +177,8 @@ def _drawn_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _as_array(tensor: torch.Tensor) -> np.ndarray:
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A copy on the CPU that numpy can calculate with: half precision as float32, complex numbers as their size."""
     tensor = tensor.detach().cpu()
     if tensor.dtype.is_complex:
         tensor = tensor.abs()
@@ -196,7 +197,7 @@ def _read_timeline(
     x, label = np.arange(length), "step of the sequence"
     if "step" in included and tuple(included["step"].shape) == leading and is_real.any():
         # In padding `step` is -1; the axis just goes on there. Where a transform has left steps out, it cannot.
-        shifts = (_as_array(included["step"][b]).astype(np.int64) - x)[is_real]
+        shifts = (as_array(included["step"][b]).astype(np.int64) - x)[is_real]
         if (shifts == shifts[0]).all():
             x, label = x + shifts[0], "step of the episode"
     return Timeline(x, label, is_real, *(none if flags is None else flags for flags in (is_first, is_last)))
@@ -205,7 +206,7 @@ def _read_timeline(
 def _flags(value: torch.Tensor | None, b: int, leading: tuple[int, int]) -> BoolArray | None:
     if value is None or tuple(value.shape) != leading:
         return None
-    return _as_array(value[b]).astype(np.bool_)
+    return as_array(value[b]).astype(np.bool_)
 
 
 def _facts(
