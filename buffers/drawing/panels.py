@@ -127,8 +127,9 @@ class Lines(TimePanel):
             ax.locator_params(axis="y", integer=True, min_n_ticks=1)
         for i, column in enumerate(values.T):
             # Points without a neighbour make no line.
-            is_alone = np.isnan(np.pad(column, 1, constant_values=np.nan)[[np.arange(len(x)), np.arange(len(x)) + 2]])
-            markers = np.flatnonzero(is_alone.all(0) | (len(x) <= _MAX_MARKERS))
+            is_gap = np.pad(np.isnan(column), 1, constant_values=True)
+            is_alone = ~is_gap[1:-1] & is_gap[:-2] & is_gap[2:]
+            markers = np.flatnonzero(is_alone | (len(x) <= _MAX_MARKERS))
             style = {"drawstyle": drawstyle, "marker": ".", "markevery": markers.tolist(), "markersize": 4}
             ax.plot(x, column, color=COLORS[i], linewidth=1.2, label=str(i), **style)
         if values.shape[1] > 1:

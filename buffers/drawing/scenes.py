@@ -253,7 +253,7 @@ class Clouds(Panel):
         caption = f"step {steps_text}: {len(points):,} points"
         if ax not in self._captions:
             self._captions[ax] = ax.text2D(
-                0.5, -0.02, "", transform=ax.transAxes, ha="center", va="top", fontsize=TEXT_SIZE
+                0.5, -0.14, "", transform=ax.transAxes, ha="center", va="top", fontsize=TEXT_SIZE
             )
         self._captions[ax].set_text(caption)
 

@@ -140,8 +140,9 @@ def _leading_sizes(tensors: Mapping[str, torch.Tensor], known: Mapping[str, Tens
     """B and T: what most tensors have, those of the dataset's fields before all others."""
     for name, value in tensors.items():
         if name in known and value.dim() == len(known[name].shape) + 1:
+            expected = ", ".join(["B", "T", *map(str, known[name].shape)])
             raise TypeError(
-                f"`batch` is no batch: `{name}` has shape {tuple(value.shape)}, expected (B, T, *{known[name].shape}). "
+                f"`batch` is no batch: `{name}` has shape {tuple(value.shape)}, expected ({expected}). "
                 "Give each value of a single sequence or episode an axis for the batch: value[None]."
             )
     whole = [tuple(value.shape[:2]) for name, value in tensors.items() if _has_shape_of(value, known.get(name))]
