@@ -51,7 +51,7 @@ __all__ = ["MatplotlibVisualizer", "plot_dataset"]
 # 900 pixels at matplotlib's 100 dots per inch: what a README or a notebook shows without scaling it.
 _WIDTH = 9.0
 # What a row has besides its axes: a title, and where no other follows, the numbers below the axis and its label.
-_TITLE_HEIGHT, _AXIS_HEIGHT, _HEAD_HEIGHT, _LEGEND_HEIGHT, _SLIDER_HEIGHT = 0.27, 0.35, 0.35, 0.15, 0.2
+_AXIS_HEIGHT, _HEAD_HEIGHT, _LEGEND_HEIGHT, _SLIDER_HEIGHT = 0.35, 0.35, 0.15, 0.2
 # Renderers refuse pictures of 65,536 pixels: rows become lower where there are hundreds of them.
 _MAX_HEIGHT = 300.0
 
@@ -110,7 +110,7 @@ class MatplotlibVisualizer:
             for i, panel in enumerate(panels)
         ]
         heights = [_LEGEND_HEIGHT] + [panel.height for panel in panels] + [_SLIDER_HEIGHT] * interactive
-        extra = len(panels) * _TITLE_HEIGHT + sum(has_axis) * _AXIS_HEIGHT
+        extra = sum(panel.margin for panel in panels) + sum(has_axis) * _AXIS_HEIGHT
         figure = _new_figure(min(sum(heights) + extra + _HEAD_HEIGHT, _MAX_HEIGHT), interactive)
         grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
         for i, panel in enumerate(panels):

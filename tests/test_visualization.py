@@ -418,7 +418,7 @@ def many_fields(length: int, num_sequences: int = 2) -> dict[str, Any]:
         "obs": {
             "image": torch.randint(0, 255, (*leading, 12, 16, 3), dtype=torch.uint8),
             "depth": torch.rand(*leading, 1, 12, 16),
-            "points": torch.randn(*leading, 30, 3),
+            "points": torch.randn(*leading, 30, 3) * torch.tensor([1.0, 2.0, 0.5]),
             "state": torch.randn(*leading, 24),
             "of_a_name_so_long": {
                 "that_it_does_not_fit_into": {"a_row_of_the_figure_as_it_stands": torch.zeros(leading)}
@@ -443,7 +443,7 @@ def points_field() -> Fields:
     return Fields(obs={"points": PaddedPointcloud((30, 3))})
 
 
-@pytest.mark.parametrize("length", [1, 2, 40])
+@pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("interactive", [False, True])
 def test_no_label_overlaps_another_with_thirteen_fields(length: int, interactive: bool, live: Any) -> None:
     figure = draw(many_fields(length), points_field(), interactive=interactive)

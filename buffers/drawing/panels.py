@@ -53,10 +53,12 @@ class Panel(ABC):
 
     Attributes:
         height: Of its axes, in inches.
+        margin: What it needs beside them for its title, and for what else stands above or below.
         axes: What it has drawn on.
     """
 
     height: float = 0.9
+    margin: float = 0.27
 
     def __init__(self, track: Track, timeline: Timeline) -> None:
         self.track, self.timeline = track, timeline

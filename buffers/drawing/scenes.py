@@ -35,7 +35,7 @@ MAX_MERGED = 12
 # Of one cloud.
 MAX_POINTS = 4000
 # What the axes have of the figure's width, about, in inches.
-_WIDTH = 7.9
+_WIDTH = 8.3
 # Pixels are square, but for pictures that are that many times as wide as they are high, or the other way round.
 _MAX_RATIO = 5.0
 # Okabe and Ito's reddish purple, for pixels that are NaN or infinite.
@@ -48,6 +48,8 @@ class Filmstrip(Panel):
 
     All frames lie on one pair of axes, which is laid out in a tenth of the time of ten.
     """
+
+    margin = 0.36
 
     def __init__(self, track: Track, timeline: Timeline) -> None:
         super().__init__(track, timeline)
@@ -172,6 +174,8 @@ class Clouds(Panel):
         single: One cloud, for the slider to choose.
     """
 
+    margin = 0.5
+
     def __init__(self, track: Track, timeline: Timeline, merge: bool, single: bool) -> None:
         super().__init__(track, timeline)
         self._merge, self._single = merge, single
@@ -231,8 +235,9 @@ class Clouds(Panel):
         ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]), anchor="W")
         ax.set_box_aspect(tuple(self._reach))
         ax.tick_params(labelsize=TICK_SIZE - 1, pad=-3)
-        for axis, name in zip((ax.xaxis, ax.yaxis, ax.zaxis), "xyz", strict=True):
-            axis.get_major_locator().set_params(nbins=3)
+        for axis, name, reach in zip((ax.xaxis, ax.yaxis, ax.zaxis), "xyz", self._reach, strict=True):
+            # On a short side, three numbers would run into each other.
+            axis.get_major_locator().set_params(nbins=3 if reach > 0.6 * self._reach.max() else 2)
             axis.set_label_text(name, fontsize=TICK_SIZE)
             axis.labelpad = -8
 
