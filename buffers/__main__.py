@@ -1,31 +1,67 @@
-"""`python -m buffers demo`: record, look, draw, train."""
+"""`python -m buffers demo` and `python -m buffers inspect DIRECTORY`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import get_args
 
-import torch
-
-from buffers.dataset import RingBufferDataset
-from buffers.replay_buffer import ReplayBuffer
-
-NUM_ENVS = 8
-_BAR = "{desc} |{bar}| {n:.0f}/{total} s{postfix}"
+from buffers.dataset.opening import Verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status = _demo(options) if options.command == "demo" else _inspect(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`). Python would flush once more at its end, and fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m buffers", description="Experience replay that keeps episodes whole."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    demo_parser = commands.add_parser("demo", help="record CartPole and Pendulum, draw batches, train a predictor")
-    demo_parser.add_argument("--seconds", type=float, default=15.0, help="how long to train (default 15)")
-    demo_parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    demo = commands.add_parser("demo", help="record CartPole and Pendulum, draw batches, train a predictor")
+    demo.add_argument("--seconds", type=float, default=15.0, help="how long to train (default 15)")
+    demo.add_argument("--seed", type=int, default=0)
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what is in a directory of episodes",
+        description="Say what is in a directory of episodes (see IndividualFileDataset). Nothing in it is changed, "
+        "and another process may be writing to it.",
+    )
+    inspect.add_argument("directory", metavar="DIRECTORY")
+    inspect.add_argument(
+        "--episode",
+        type=int,
+        metavar="N",
+        help="say what is in the episode of this id (the first number of its file's name), field by field",
+    )
+    inspect.add_argument(
+        "--output",
+        metavar="FILE",
+        help="draw the episode, or without --episode the dataset, into a .png, .pdf or .svg file elsewhere",
+    )
+    inspect.add_argument(
+        "--verify",
+        choices=get_args(Verify),
+        default="size",
+        help="look at the size of each file (the default), at its header too, or at all of it",
+    )
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from buffers.demo import demo
+
     try:
         demo(options.seconds, options.seed)
     except ImportError as error:
@@ -34,97 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def demo(seconds: float, seed: int) -> None:
-    """Record one environment and eight, print what is stored, and train on what is drawn."""
-    print("A single CartPole, with random actions:\n")
-    print(record_single(seed), "\n")
-    print(f"{NUM_ENVS} Pendulums that are stepped together:\n")
-    buffer = record_vectorized(seed)
-    print(buffer, "\n")
-    batch = buffer.sample()
-    print("A batch:", {name: tuple(value.shape) for name, value in batch.items()}, "\n")
-    first, last = train_predictor(buffer, seconds, seed)
-    print(f"\nLoss: {first:.4f} before, {last:.4f} after (the next observation's squared error, predicted by a GRU).")
+def _inspect(options: argparse.Namespace) -> int:
+    from buffers.inspection import InspectionError, inspect_directory
 
-
-def record_single(seed: int) -> ReplayBuffer:
-    """Random episodes of CartPole."""
-    import gymnasium
-
-    from buffers.wrappers import RecordEpisodes
-
-    buffer = ReplayBuffer(RingBufferDataset(capacity=10_000), batch_size=32, sequence_length=8)
-    env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
-    env.action_space.seed(seed)
-    for episode in range(20):
-        env.reset(seed=seed + episode)
-        done = False
-        while not done:
-            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-            done = terminated or truncated
-    env.close()
-    return buffer
-
-
-def record_vectorized(seed: int) -> ReplayBuffer:
-    """Random episodes of Pendulum."""
-    import gymnasium
-
-    from buffers.wrappers import VectorRecordEpisodes
-
-    buffer = ReplayBuffer(RingBufferDataset(capacity=20_000), batch_size=64, sequence_length=16, seed=seed)
-    envs = VectorRecordEpisodes(gymnasium.make_vec("Pendulum-v1", num_envs=NUM_ENVS), buffer)
-    envs.action_space.seed(seed)
-    envs.reset(seed=seed)
-    for _ in range(1200):
-        envs.step(envs.action_space.sample())
-    envs.close()
-    return buffer
-
-
-class Predictor(torch.nn.Module):
-    """Predicts how an observation will change from the actions and what has been seen."""
-
-    def __init__(self, obs_size: int, action_size: int, hidden_size: int = 64) -> None:
-        super().__init__()
-        self.rnn = torch.nn.GRU(obs_size + action_size, hidden_size, batch_first=True)
-        self.head = torch.nn.Linear(hidden_size, obs_size)
-
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Next observations `(B, T, obs)` from observations and the actions taken on them."""
-        hidden, _ = self.rnn(torch.cat([obs, action], -1))
-        return obs + self.head(hidden)
-
-
-def train_predictor(buffer: ReplayBuffer, seconds: float, seed: int) -> tuple[float, float]:
-    """Train for some time; returns the error on a batch set aside, before and after."""
-    from tqdm import tqdm
-
-    torch.manual_seed(seed)
-    test = buffer.sample()
-    model = Predictor(test["obs"].shape[-1], test["action"].shape[-1])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-
-    def error(batch: dict[str, Any]) -> torch.Tensor:
-        # Rows are aligned on arrival: the action of row t + 1 led from observation t to observation t + 1.
-        return (model(batch["obs"][:, :-1], batch["action"][:, 1:]) - batch["obs"][:, 1:]).square().mean()
-
-    with torch.no_grad():
-        first = error(test).item()
-    with tqdm(total=round(seconds), unit="s", desc="training", bar_format=_BAR) as bar:
-        for num_batches, batch in enumerate(buffer, 1):
-            loss = error(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            elapsed = min(bar.format_dict["elapsed"], seconds)
-            bar.n = elapsed
-            if num_batches % 50 == 0 or elapsed >= seconds:
-                bar.set_postfix_str(f"batches={num_batches} loss={loss.item():.4f}")
-            if elapsed >= seconds:
-                break
-    with torch.no_grad():
-        return first, error(test).item()
+    try:
+        inspect_directory(options.directory, options.episode, options.output, options.verify)
+    except InspectionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def test_all_names_exist_and_are_sorted(name: str) -> None:
         "buffers.Evictor",
         "buffers.FIFOEvictor",
         "buffers.dataset.EpisodeDataset",
+        "buffers.dataset.IndividualFileDataset",
         "buffers.dataset.RingBufferDataset",
         "buffers.dataset.fields.Fields",
         "buffers.dataset.fields.TensorType",
@@ -74,11 +75,15 @@ def test_all_names_exist_and_are_sorted(name: str) -> None:
         "buffers.dataset.fields.Vector",
         "buffers.dataset.fields.ColorImage",
         "buffers.dataset.fields.PaddedPointcloud",
+        "buffers.dataset.individual_file.EpisodeSerializationStrategy",
+        "buffers.dataset.individual_file.NumpyCompressedSerialization",
+        "buffers.dataset.individual_file.TorchSerialization",
         "buffers.dataset.info.EpisodeDatasetInfo",
         "buffers.dataset.verification.VerificationMode",
         "buffers.sampler.UniformSampler",
         "buffers.sampler.UniformEpisodeSampler",
         "buffers.utils.to_torch",
+        "buffers.visualization.MatplotlibVisualizer",
     ],
 )
 def test_import_paths_hold(path: str) -> None:

@@ -1,0 +1,275 @@
+"""Panels of what a step looks like: images as a filmstrip, point clouds in 3-D."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from buffers.dataset.fields import ColorImage
+from buffers.drawing.panels import (
+    COLORS,
+    PADDING,
+    PADDING_STYLE,
+    TEXT_SIZE,
+    TICK_SIZE,
+    Panel,
+    count_odd,
+    mark_ends,
+    set_title,
+)
+from buffers.drawing.tracks import Timeline, Track, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
+
+__all__ = ["Clouds", "Filmstrip"]
+
+Positions = npt.NDArray[np.int64]
+MAX_FRAMES = 10
+MAX_CLOUDS = 4
+MAX_MERGED = 12
+# Of one cloud.
+MAX_POINTS = 4000
+# What the axes have of the figure's width, about, in inches.
+_WIDTH = 8.3
+# Pixels are square, but for pictures that are that many times as wide as they are high, or the other way round.
+_MAX_RATIO = 5.0
+# Okabe and Ito's reddish purple, for pixels that are NaN or infinite.
+_ODD_PIXEL = (0.8, 0.475, 0.655)
+
+
+@final
+class Filmstrip(Panel):
+    """Images in a row, evenly spaced over the real steps; the slider shows those around a step.
+
+    All frames lie on one pair of axes, which is laid out in a tenth of the time of ten.
+    """
+
+    margin = 0.36
+
+    def __init__(self, track: Track, timeline: Timeline) -> None:
+        super().__init__(track, timeline)
+        kind = track.kind
+        assert isinstance(kind, ColorImage)  # It is what chooses this panel.
+        self._channels_first = kind.channels_first
+        self._height, self._width = kind.shape[1:] if kind.channels_first else kind.shape[:2]
+        self._real = np.flatnonzero(timeline.is_real)
+        self._frames = spread(self._real, MAX_FRAMES)
+        self._low, self._high, self._note = _range_of(track, self._real)
+        # Padding shows as one more frame, whatever it holds.
+        self._has_padding = len(self._real) < len(timeline)
+        num_slots = len(self._frames) + self._has_padding
+        self._gap = max(1.0, 0.06 * self._width)
+        self._ratio = float(np.clip(self._height / self._width, 1 / _MAX_RATIO, _MAX_RATIO))
+        self.height = float(np.clip(_WIDTH / num_slots * self._ratio, 0.5, 1.5))
+        self._marks: list[Any] = []
+        self._outline: Any = None
+
+    def draw(self, figure: Figure, cell: SubplotSpec) -> None:
+        """Draw the frames side by side."""
+        ax = figure.add_subplot(cell)
+        self.axes = [ax]
+        ax.spines[:].set_visible(False)
+        ax.set_yticks([])
+        ax.tick_params(length=0, labelsize=TICK_SIZE, pad=2)
+        self._images = [
+            ax.imshow(
+                picture, origin="upper", extent=(self._left(slot), self._left(slot) + self._width, 0, self._height)
+            )
+            for slot, picture in enumerate(self._pictures(self._frames))
+        ]
+        num_slots = len(self._images)
+        if self._has_padding:
+            left = self._left(num_slots)
+            ax.fill_between([left, left + self._width], 0, self._height, label=PADDING, **PADDING_STYLE)
+            num_slots += 1
+        self._annotate(self._frames)
+        # Room at the edges for the lines that mark the ends of an episode.
+        ax.set(xlim=(-self._gap, self._left(num_slots)), ylim=(0, self._height), anchor="NW")
+        ax.set_aspect(self._ratio * self._width / self._height)
+        stretched = "" if np.isclose(self._ratio, self._height / self._width) else "pixels are not square"
+        set_title(ax, self.track.name, self.track.describe(self._note, stretched))
+
+    def show(self, t: int) -> None:
+        """Show the frames around step t, and frame its own."""
+        num = len(self._images)
+        if not num:
+            return
+        at = nearest(self._real, t)
+        first = int(np.clip(at - num // 2, 0, len(self._real) - num))
+        frames = self._real[first : first + num]
+        for image, picture in zip(self._images, self._pictures(frames), strict=True):
+            image.set_data(picture)
+        self._annotate(frames)
+        left, gap = self._left(at - first), self._gap / 2
+        right = left + self._width + gap
+        if self._outline is None:
+            (self._outline,) = self.axes[0].plot([], [], color=COLORS[3], linewidth=2, clip_on=False)
+        height = self._height
+        self._outline.set_data([left - gap, right, right, left - gap, left - gap], [0, 0, height, height, 0])
+
+    def _left(self, slot: int) -> float:
+        return slot * (self._width + self._gap)
+
+    def _annotate(self, frames: Positions) -> None:
+        """The steps below the frames, and the marks beside those at the ends of an episode."""
+        ax, timeline = self.axes[0], self.timeline
+        lefts = np.array([self._left(slot) for slot in range(len(frames))])
+        labels = [str(step) for step in timeline.x[frames]]
+        if self._has_padding:
+            labels.append("padding")
+        ax.set_xticks([self._left(slot) + self._width / 2 for slot in range(len(labels))], labels=labels)
+        for mark in self._marks:
+            mark.remove()
+        begins = lefts[timeline.is_first[frames]] - self._gap / 2
+        ends = lefts[timeline.is_last[frames]] + self._width + self._gap / 2
+        self._marks = mark_ends(ax, begins, ends)
+
+    def _pictures(self, frames: Positions) -> np.ndarray:
+        """The frames `(n, H, W, 3 or 4)`, uint8 or from 0 to 1."""
+        pixels = self.track.rows(frames)
+        if self._channels_first:
+            pixels = np.moveaxis(pixels, 1, -1)
+        if pixels.shape[-1] == 1:
+            pixels = np.repeat(pixels, 3, -1)
+        if pixels.dtype == np.uint8:
+            return pixels
+        pixels = pixels.astype(np.float64)
+        is_odd = ~np.isfinite(pixels).all(-1)
+        pixels[is_odd] = 1.0
+        pixels = ((pixels - self._low) / (self._high - self._low)).clip(0.0, 1.0)
+        pixels[is_odd, :3] = _ODD_PIXEL
+        return pixels
+
+
+def _range_of(track: Track, real: Positions) -> tuple[float, float, str]:
+    """Which values are black and white, and what is to be said of it.
+
+    Those are 0 and 255 for integers that are in this range, 0 and 1 for other numbers that are, else the extremes.
+    """
+    if track.kind.dtype == torch.uint8:
+        return 0.0, 255.0, ""
+    pixels = track.rows(real)
+    finite = pixels[np.isfinite(pixels)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    is_integer = pixels.dtype.kind in "iu"
+    if low >= 0.0 and high <= (255.0 if is_integer else 1.0):
+        return 0.0, 255.0 if is_integer else 1.0, count_odd(pixels)
+    note = f"{low:.3g} is black and {high:.3g} white"
+    return low, high if high > low else low + 1.0, ", ".join(filter(None, (note, count_odd(pixels))))
+
+
+@final
+class Clouds(Panel):
+    """Point clouds in 3-D: at some steps side by side, or those of several steps in one.
+
+    Args:
+        track: Its rows of NaN are no points.
+        timeline: Only real steps are drawn.
+        merge: Several steps in one, coloured by the step.
+        single: One cloud, for the slider to choose.
+    """
+
+    margin = 0.5
+
+    def __init__(self, track: Track, timeline: Timeline, merge: bool, single: bool) -> None:
+        super().__init__(track, timeline)
+        self._merge, self._single = merge, single
+        self.height = 2.6 if merge or single else 1.9
+        self._real = np.flatnonzero(timeline.is_real)
+        self._steps = spread(self._real, MAX_MERGED if merge else 1 if single else MAX_CLOUDS)
+        self._scatters: dict[Any, Any] = {}
+        self._captions: dict[Any, Any] = {}
+        self._is_thinned = False
+        # The feature behind x, y and z, or the height.
+        self._hue = 3 if track.kind.shape[1] > 3 else 2
+
+    def draw(self, figure: Figure, cell: SubplotSpec) -> None:
+        """Draw the clouds side by side, or one."""
+        if not len(self._steps):
+            self.axes = [figure.add_subplot(cell)]
+            self.axes[0].set_axis_off()
+            set_title(self.axes[0], self.track.name, self.track.describe("all rows are padding"))
+            return
+        is_one = self._merge or self._single
+        grid = cell.subgridspec(1, 3 if is_one else MAX_CLOUDS)
+        num = 1 if is_one else len(self._steps)
+        self.axes = [figure.add_subplot(grid[i], projection="3d") for i in range(num)]
+        self._find_limits()
+        for ax, step in zip(self.axes, self._steps, strict=False):
+            self._prepare(ax)
+            self._fill(ax, self._steps if self._merge else np.array([step]))
+        hue = "step" if self._merge else "z" if self._hue == 2 else f"feature {self._hue}"
+        thinned = f"at most {MAX_POINTS:,} points of each shown" if self._is_thinned else ""
+        set_title(self.axes[0], self.track.name, self.track.describe(f"coloured by {hue}", thinned))
+        if self._merge:
+            x = self.timeline.x[self._real]
+            mapped, ticks = self._scatters[self.axes[0]], [x[0], x[-1]]
+            bar = figure.colorbar(mapped, ax=self.axes[0], ticks=ticks, shrink=0.7, pad=0.1, panchor=False)
+            bar.ax.tick_params(labelsize=TICK_SIZE)
+
+    def show(self, t: int) -> None:
+        """Show the cloud of step t; merged, those up to it."""
+        if len(self._real):
+            at = nearest(self._real, t)
+            steps = spread(self._real[: at + 1], MAX_MERGED) if self._merge else self._real[at : at + 1]
+            self._fill(self.axes[0], steps)
+
+    def _find_limits(self) -> None:
+        """The box that holds all clouds that are, or can be, shown."""
+        steps = spread(self._real, 64) if self._single or self._merge else self._steps
+        points = np.concatenate([self._points(step) for step in steps])
+        points = points if len(points) else np.zeros((1, self.track.kind.shape[1]))
+        low, high = points.min(0), points.max(0)
+        self._center, self._reach = (low[:3] + high[:3]) / 2, (high[:3] - low[:3]) / 2
+        # A flat cloud has some depth, too.
+        self._reach = np.maximum(self._reach, 0.05 * self._reach.max() or 1.0)
+        self._hues = float(low[self._hue]), float(high[self._hue])
+
+    def _prepare(self, ax: Any) -> None:
+        low, high = self._center - self._reach, self._center + self._reach
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]), anchor="W")
+        ax.set_box_aspect(tuple(self._reach))
+        ax.tick_params(labelsize=TICK_SIZE - 1, pad=-3)
+        for axis, name, reach in zip((ax.xaxis, ax.yaxis, ax.zaxis), "xyz", self._reach, strict=True):
+            # On a short side, three numbers would run into each other.
+            axis.get_major_locator().set_params(nbins=3 if reach > 0.6 * self._reach.max() else 2)
+            axis.set_label_text(name, fontsize=TICK_SIZE)
+            axis.labelpad = -8
+
+    def _fill(self, ax: Any, steps: Positions) -> None:
+        """Show the clouds of some steps, in place of what was there."""
+        if ax in self._scatters:
+            self._scatters.pop(ax).remove()
+        clouds = [self._points(step) for step in steps]
+        points = np.concatenate(clouds)
+        x = self.timeline.x
+        if self._merge:
+            hue, limits = np.repeat(x[steps], [len(cloud) for cloud in clouds]), (x[self._real[0]], x[self._real[-1]])
+        else:
+            hue, limits = points[:, self._hue], self._hues
+        options: dict[str, Any] = {"cmap": "viridis", "vmin": limits[0], "vmax": limits[1], "depthshade": False}
+        self._scatters[ax] = ax.scatter(*points[:, :3].T, c=hue, s=3, **options)
+        steps_text = f"{x[steps[0]]} to {x[steps[-1]]}" if len(steps) > 1 else str(x[steps[0]])
+        caption = f"step {steps_text}: {len(points):,} points"
+        if ax not in self._captions:
+            self._captions[ax] = ax.text2D(
+                0.5, -0.14, "", transform=ax.transAxes, ha="center", va="top", fontsize=TEXT_SIZE
+            )
+        self._captions[ax].set_text(caption)
+
+    def _points(self, step: int) -> np.ndarray:
+        """The points of a step, float64 `(n, 3 + k)`, some of them if there are very many."""
+        rows = self.track.rows(np.array([step]))[0].astype(np.float64)
+        rows = rows[np.isfinite(rows[:, :3]).all(1)]
+        self._is_thinned |= len(rows) > MAX_POINTS
+        return np.nan_to_num(rows[spread(np.arange(len(rows)), MAX_POINTS)])
+
+
+def nearest(positions: Positions, t: int) -> int:
+    """Which of the ascending positions is nearest to t."""
+    return int(np.abs(positions - t).argmin())

@@ -1,0 +1,235 @@
+"""From a batch to what is drawn: one sequence of it, a track for every field and the timeline that they share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from buffers.dataset.fields import Fields, TensorType
+from buffers.stream import INCLUDABLE
+from buffers.utils import integer, to_torch
+
+__all__ = ["DrawnSequence", "Timeline", "Track", "as_array", "read_sequence", "spread"]
+
+BoolArray = npt.NDArray[np.bool_]
+# What `to_transitions` and `n_step_returns` make of a field has its type.
+_DERIVED_FROM = {"next_obs": "obs", "bootstrap_obs": "obs"}
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The T steps of a sequence.
+
+    Attributes:
+        x: int64 `(T,)`, ascending by 1: where step t stands on the axis.
+        label: What x counts.
+        is_real: bool `(T,)`, False for padding.
+        is_first: bool `(T,)`, True where an episode begins; nowhere if the batch does not say.
+        is_last: bool `(T,)`, the same for its last step.
+    """
+
+    x: npt.NDArray[np.int64]
+    label: str
+    is_real: BoolArray
+    is_first: BoolArray
+    is_last: BoolArray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Track:
+    """One field of a sequence.
+
+    Attributes:
+        name: Its path.
+        kind: Shape and dtype of a step as the batch has them, and what it stands for.
+        values: `(T, *shape)`, the batch's own memory, on any device.
+    """
+
+    name: str
+    kind: TensorType
+    values: torch.Tensor
+
+    def rows(self, positions: npt.NDArray[np.int64] | slice = slice(None)) -> np.ndarray:
+        """A copy of some steps on the CPU, `(n, *shape)`; half precision as float32, complex numbers as their size."""
+        picked = slice(None) if isinstance(positions, slice) else torch.from_numpy(positions).to(self.values.device)
+        return as_array(self.values[picked])
+
+    def describe(self, *notes: str) -> str:
+        """What it is, and what else there is to say, in one line."""
+        kind = "" if type(self.kind) is TensorType else type(self.kind).__name__ + " "
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return ", ".join([f"{kind}{dtype} {self.kind.shape}", *(note for note in notes if note)])
+
+
+@dataclass
+class DrawnSequence:
+    """One sequence of a batch.
+
+    Attributes:
+        tracks: What is drawn, in the order of the batch.
+        timeline: Its steps.
+        facts: What the title says of it.
+    """
+
+    tracks: list[Track]
+    timeline: Timeline
+    facts: list[str] = field(default_factory=list)
+
+
+def read_sequence(batch: Any, batch_index: int, fields: Fields | None) -> DrawnSequence:
+    """Take one sequence out of a batch, which is left as it is.
+
+    Args:
+        batch: `field -> (B, T, *shape)`, nested as the steps are, with or without what `include` adds; tensors or
+            arrays. Values that have no such shape are named in the facts.
+        batch_index: Which one; negative numbers count from the last.
+        fields: Those of the dataset: what is named like them has their types.
+
+    Raises:
+        TypeError: Not a batch.
+        ValueError: `batch_index` is out of range, or sequences have no steps.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"`batch` must be a dict from field to tensor, found {type(batch).__name__}.")
+    known: Mapping[str, TensorType] = {} if fields is None else fields
+    leaves = {name: to_torch(value) for name, value in _walk(batch)}
+    tensors = {name: value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
+    num_sequences, length = _leading_sizes(tensors, known)
+    b = integer("batch_index", batch_index, -num_sequences)
+    if b >= num_sequences:
+        raise ValueError(f"`batch_index`={b} is out of range: the batch has {num_sequences} sequences.")
+    if length == 0:
+        raise ValueError("The batch has sequences of no steps: there is nothing to draw.")
+    b %= num_sequences
+    leading = (num_sequences, length)
+    included = {name: tensors[name] for name in INCLUDABLE if name in tensors and name not in known}
+    timeline = _read_timeline(tensors, included, b, leading)
+    drawn = {
+        name: value for name, value in tensors.items() if name not in included and tuple(value.shape[:2]) == leading
+    }
+    tracks = [Track(name, _kind_of(name, value, known), value[b].detach()) for name, value in drawn.items()]
+    rest = {name: value for name, value in leaves.items() if name not in drawn and name not in included}
+    return DrawnSequence(tracks, timeline, _facts(b, num_sequences, included, timeline, rest))
+
+
+def spread(positions: npt.NDArray[np.int64], num: int) -> npt.NDArray[np.int64]:
+    """At most `num` of the positions, evenly spaced, the first and the last among them."""
+    if len(positions) <= num:
+        return positions
+    return positions[np.linspace(0, len(positions) - 1, num).round().astype(np.int64)]
+
+
+def _walk(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _leading_sizes(tensors: Mapping[str, torch.Tensor], known: Mapping[str, TensorType]) -> tuple[int, int]:
+    """B and T: what most tensors have, those of the dataset's fields before all others."""
+    for name, value in tensors.items():
+        if name in known and value.dim() == len(known[name].shape) + 1:
+            expected = ", ".join(["B", "T", *map(str, known[name].shape)])
+            raise TypeError(
+                f"`batch` is no batch: `{name}` has shape {tuple(value.shape)}, expected ({expected}). "
+                "Give each value of a single sequence or episode an axis for the batch: value[None]."
+            )
+    whole = [tuple(value.shape[:2]) for name, value in tensors.items() if _has_shape_of(value, known.get(name))]
+    shapes = whole or [tuple(value.shape[:2]) for value in tensors.values() if value.dim() >= 2]
+    if not shapes:
+        raise TypeError(
+            f"`batch` is no batch: it has no tensor of shape (B, T, ...). Its keys: {list(tensors)!r:.200}."
+        )
+    num_sequences, length = Counter(shapes).most_common(1)[0][0]
+    return num_sequences, length
+
+
+def _has_shape_of(value: torch.Tensor, kind: TensorType | None) -> bool:
+    return kind is not None and value.dim() >= 2 and tuple(value.shape[2:]) == kind.shape
+
+
+def _kind_of(name: str, value: torch.Tensor, known: Mapping[str, TensorType]) -> TensorType:
+    """What the dataset says a field is, also where a transform changed its dtype or size; else what it looks like."""
+    shape, dtype = tuple(value.shape[2:]), _drawn_dtype(value.dtype)
+    first, _, rest = name.partition("/")
+    stated = known.get(name, known.get("/".join(filter(None, (_DERIVED_FROM.get(first, first), rest)))))
+    if stated is not None:
+        try:
+            return type(stated)(shape, dtype)
+        except (TypeError, ValueError):
+            pass
+    return TensorType.infer(shape, dtype)
+
+
+def _drawn_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 4):
+        return torch.float32
+    return dtype
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A copy on the CPU that numpy can calculate with: half precision as float32, complex numbers as their size."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype.is_complex:
+        tensor = tensor.abs()
+    return np.array(tensor.to(_drawn_dtype(tensor.dtype)).numpy())
+
+
+def _read_timeline(
+    tensors: Mapping[str, torch.Tensor], included: Mapping[str, torch.Tensor], b: int, leading: tuple[int, int]
+) -> Timeline:
+    # `is_first` may be a field as well (a Recorder stores it); a field named `mask` or `step` is the user's own.
+    is_first, is_last = (_flags(tensors.get(name), b, leading) for name in ("is_first", "is_last"))
+    is_real = _flags(included.get("mask"), b, leading)
+    length = leading[1]
+    none = np.zeros(length, np.bool_)
+    is_real = np.ones(length, np.bool_) if is_real is None else is_real
+    x, label = np.arange(length), "step of the sequence"
+    if "step" in included and tuple(included["step"].shape) == leading and is_real.any():
+        # In padding `step` is -1; the axis just goes on there. Where a transform has left steps out, it cannot.
+        shifts = (as_array(included["step"][b]).astype(np.int64) - x)[is_real]
+        if (shifts == shifts[0]).all():
+            x, label = x + shifts[0], "step of the episode"
+    return Timeline(x, label, is_real, *(none if flags is None else flags for flags in (is_first, is_last)))
+
+
+def _flags(value: torch.Tensor | None, b: int, leading: tuple[int, int]) -> BoolArray | None:
+    if value is None or tuple(value.shape) != leading:
+        return None
+    return as_array(value[b]).astype(np.bool_)
+
+
+def _facts(
+    b: int, num_sequences: int, included: Mapping[str, torch.Tensor], timeline: Timeline, rest: Mapping[str, Any]
+) -> list[str]:
+    facts = [f"sequence {b} of {num_sequences}"]
+    if "episode" in included and included["episode"].shape == (num_sequences,):
+        facts.append(f"episode {included['episode'][b]}")
+    real = timeline.x[timeline.is_real]
+    if len(real):
+        facts.append(f"{timeline.label.partition(' ')[0]}s {real[0]} to {real[-1]} {timeline.label.partition(' ')[2]}")
+    if len(real) < len(timeline):
+        facts.append(f"{len(timeline) - len(real)} of {len(timeline)} rows are padding")
+    if "weight" in included and included["weight"].shape == (num_sequences,):
+        facts.append(f"weight {float(included['weight'][b]):.3g}")
+    undrawn = []
+    for name, value in rest.items():
+        if isinstance(value, torch.Tensor) and value.shape == (num_sequences,):
+            facts.append(f"{name} {value[b].item():.4g}")
+        else:
+            undrawn.append(f"{name} {tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}")
+    if undrawn:
+        more = f" and {len(undrawn) - 3} more" if len(undrawn) > 3 else ""
+        facts.append(f"not drawn, as they have no (B, T, ...): {', '.join(undrawn[:3])}{more}")
+    return facts
