@@ -272,6 +272,19 @@ def test_it_counts_all_members_together(members) -> None:
     assert mixture.datasets == tuple(members)
 
 
+def test_it_can_be_drawn(members) -> None:
+    pytest.importorskip("matplotlib")
+    from buffers.visualization import MatplotlibVisualizer
+
+    visualizer = MatplotlibVisualizer(MixtureDataset(members, [1, 1, 1]))
+    assert len(visualizer.plot_dataset().axes[1].lines[0].get_xdata()) == 10
+    batch = visualizer.dataset.get_loader(6, 3, include=("source",)).stream.take()
+    figure = visualizer.visualize(batch, 5)
+    assert any(
+        "member 2 of the mixture" in text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text"))
+    )
+
+
 def to_numpy(tree: Any) -> Any:
     return {k: to_numpy(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.numpy()
 

@@ -269,7 +269,7 @@ class MixtureDataset(EpisodeDataset):
 
 
 class _MixtureIndex(EpisodeIndex):
-    """The episodes of all leaves, counted through in their order; only to be looked at."""
+    """The episodes of all leaves, counted through in their order, which is their id here; only to be looked at."""
 
     def __init__(self, leaves: list[EpisodeDataset]) -> None:
         self._leaves = leaves
@@ -284,6 +284,13 @@ class _MixtureIndex(EpisodeIndex):
     @property
     def lengths(self) -> Int64Array:
         return np.concatenate([leaf.index.lengths for leaf in self._leaves])
+
+    @property
+    def ids(self) -> Int64Array:
+        return np.arange(len(self))
+
+    def position(self, episode_id: int) -> int | None:
+        return episode_id if 0 <= episode_id < len(self) else None
 
 
 def _joined(parts: list[Windows], sources: list[int]) -> Windows:

@@ -216,6 +216,8 @@ def _facts(
     facts = [f"sequence {b} of {num_sequences}"]
     if "episode" in included and included["episode"].shape == (num_sequences,):
         facts.append(f"episode {included['episode'][b]}")
+    if "source" in included and included["source"].shape == (num_sequences,):
+        facts.append(f"member {included['source'][b]} of the mixture")
     real = timeline.x[timeline.is_real]
     if len(real):
         facts.append(f"{timeline.label.partition(' ')[0]}s {real[0]} to {real[-1]} {timeline.label.partition(' ')[2]}")
