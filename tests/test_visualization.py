@@ -412,25 +412,29 @@ def test_a_field_of_no_size_has_a_row_that_says_so(shape: tuple[int, ...]) -> No
     assert names(figure) == ["empty", "x"]
 
 
-def many_fields(length: int, num_sequences: int = 2) -> dict[str, Any]:
-    leading = (num_sequences, length)
+def many_fields(length: int, num_sequences: int = 2, seed: int = 0) -> dict[str, Any]:
+    leading, generator = (num_sequences, length), torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*leading, *shape, generator=generator)
+
     return {
         "obs": {
-            "image": torch.randint(0, 255, (*leading, 12, 16, 3), dtype=torch.uint8),
-            "depth": torch.rand(*leading, 1, 12, 16),
-            "points": torch.randn(*leading, 30, 3) * torch.tensor([1.0, 2.0, 0.5]),
-            "state": torch.randn(*leading, 24),
+            "image": (randn(12, 16, 3) * 50 + 100).clamp(0, 255).byte(),
+            "depth": randn(1, 12, 16).sigmoid(),
+            "points": randn(30, 3) * torch.tensor([1.0, 2.0, 0.5]),
+            "state": randn(24),
             "of_a_name_so_long": {
                 "that_it_does_not_fit_into": {"a_row_of_the_figure_as_it_stands": torch.zeros(leading)}
             },
         },
-        "action": torch.randn(*leading, 4),
+        "action": randn(4),
         "choice": torch.arange(length).expand(leading),
         "large": torch.arange(length).expand(leading) + 10**12,
-        "reward": torch.randn(leading) * 1e-7,
+        "reward": randn() * 1e-7,
         "terminated": torch.zeros(leading, dtype=torch.bool),
-        "contacts": torch.rand(*leading, 4) > 0.5,
-        "matrix": torch.randn(*leading, 4, 6),
+        "contacts": randn(4) > 0,
+        "matrix": randn(4, 6),
         "$odd_{name}$": torch.full(leading, torch.nan),
         "mask": torch.arange(length).expand(leading) < max(1, length - 3),
         "is_first": torch.arange(length).expand(leading) == 0,
