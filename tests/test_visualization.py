@@ -626,12 +626,14 @@ def test_what_has_no_time_is_told_in_the_title() -> None:
         "y": torch.zeros(4, 5, 2),
         "priority": torch.tensor([0.0, 0.25, 0.5, 0.75]),
         "embedding": torch.zeros(4, 128),
+        "$\\frac{$": torch.zeros(4),
         "name": "run 3",
     }
     figure = draw(batch, b=3)
     assert names(figure) == ["x", "y"]
     title = " ".join(figure.get_suptitle().split())
-    assert "priority 0.75" in title and "embedding (4, 128), name str" in title
+    # A name is text, not mathematics.
+    assert "priority 0.75" in title and "$\\frac{$ 0" in title and "embedding (4, 128), name str" in title
 
 
 def test_fields_that_are_named_like_what_include_adds_are_panels() -> None:
