@@ -7,7 +7,6 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,89 +14,31 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from matplotlib.text import Annotation, Text
 
 from buffers import ReplayBuffer
-from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import ColorImage, Fields, PaddedPointcloud, Scalar, TensorType, Vector
-from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.drawing import overview
 from buffers.transforms import to_transitions
 from buffers.visualization import MatplotlibVisualizer, plot_dataset
 from tests import tagged
+from tests.figure_helpers import (
+    axes_of,
+    caption,
+    clouds_of,
+    curves,
+    dataset_of,
+    details,
+    draw,
+    explained,
+    labels,
+    names,
+    rendered,
+    spans,
+    texts_drawn,
+    verticals,
+)
 
 ROOT = Path(__file__).parent.parent
-
-
-def dataset_of(fields: Fields | None = None, *episodes: Mapping[str, Any]) -> RingBufferDataset:
-    dataset = RingBufferDataset(1000, None if fields is None else EpisodeDatasetInfo(fields))
-    for episode in episodes:
-        dataset.add_episode(episode)
-    return dataset
-
-
-def draw(batch: Mapping[str, Any], fields: Fields | None = None, b: int = 0, **options: Any) -> Any:
-    """The figure of a batch, drawn once, so that everything is where it will be."""
-    figure = MatplotlibVisualizer(dataset_of(fields)).visualize(batch, b, **options)
-    rendered(figure)
-    return figure
-
-
-def rendered(figure: Any) -> np.ndarray:
-    """What is seen: `(H, W, 4)`."""
-    canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
-
-
-def axes_of(figure: Any, name: str) -> Any:
-    (ax,) = [ax for ax in figure.axes if ax.get_title(loc="left") == name]
-    return ax
-
-
-def names(figure: Any) -> list[str]:
-    """The names of rows, from the top down."""
-    titled = [ax for ax in figure.axes if ax.get_title(loc="left")]
-    titled.sort(key=lambda ax: -ax.get_position().y0)
-    return [ax.get_title(loc="left") for ax in titled]
-
-
-def details(ax: Any) -> str:
-    (text,) = [text for text in ax.texts if isinstance(text, Annotation)]
-    return text.get_text()
-
-
-def caption(ax: Any) -> str:
-    (text,) = [text for text in ax.texts if not isinstance(text, Annotation)]
-    return text.get_text()
-
-
-def labels(ax: Any) -> list[str]:
-    return [label.get_text() for label in ax.get_xticklabels()]
-
-
-def explained(figure: Any) -> list[str]:
-    """What the legend of the figure explains."""
-    legends = [ax.get_legend() for ax in figure.axes if ax.get_label() == "legend"]
-    return [text.get_text() for legend in legends for text in legend.get_texts()]
-
-
-def spans(ax: Any) -> list[tuple[float, float]]:
-    """Where padding is shaded."""
-    boxes = [patch.get_path().get_extents(patch.get_patch_transform()) for patch in ax.patches]
-    return [(float(box.x0), float(box.x1)) for box in boxes]
-
-
-def verticals(ax: Any, style: str) -> list[float]:
-    """Where solid ("-") or dashed ("--") lines mark the ends of episodes."""
-    found = [line for line in ax.lines if line.get_label().endswith("step of an episode")]
-    return sorted(float(line.get_xdata()[0]) for line in found if line.get_linestyle() == style)
-
-
-def curves(ax: Any) -> list[Any]:
-    return [line for line in ax.lines if len(line.get_xdata()) and line.get_label().isdigit()]
 
 
 # Images.
@@ -412,25 +353,29 @@ def test_a_field_of_no_size_has_a_row_that_says_so(shape: tuple[int, ...]) -> No
     assert names(figure) == ["empty", "x"]
 
 
-def many_fields(length: int, num_sequences: int = 2) -> dict[str, Any]:
-    leading = (num_sequences, length)
+def many_fields(length: int, num_sequences: int = 2, seed: int = 0) -> dict[str, Any]:
+    leading, generator = (num_sequences, length), torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*leading, *shape, generator=generator)
+
     return {
         "obs": {
-            "image": torch.randint(0, 255, (*leading, 12, 16, 3), dtype=torch.uint8),
-            "depth": torch.rand(*leading, 1, 12, 16),
-            "points": torch.randn(*leading, 30, 3) * torch.tensor([1.0, 2.0, 0.5]),
-            "state": torch.randn(*leading, 24),
+            "image": (randn(12, 16, 3) * 50 + 100).clamp(0, 255).byte(),
+            "depth": randn(1, 12, 16).sigmoid(),
+            "points": randn(30, 3) * torch.tensor([1.0, 2.0, 0.5]),
+            "state": randn(24),
             "of_a_name_so_long": {
                 "that_it_does_not_fit_into": {"a_row_of_the_figure_as_it_stands": torch.zeros(leading)}
             },
         },
-        "action": torch.randn(*leading, 4),
+        "action": randn(4),
         "choice": torch.arange(length).expand(leading),
         "large": torch.arange(length).expand(leading) + 10**12,
-        "reward": torch.randn(leading) * 1e-7,
+        "reward": randn() * 1e-7,
         "terminated": torch.zeros(leading, dtype=torch.bool),
-        "contacts": torch.rand(*leading, 4) > 0.5,
-        "matrix": torch.randn(*leading, 4, 6),
+        "contacts": randn(4) > 0,
+        "matrix": randn(4, 6),
         "$odd_{name}$": torch.full(leading, torch.nan),
         "mask": torch.arange(length).expand(leading) < max(1, length - 3),
         "is_first": torch.arange(length).expand(leading) == 0,
@@ -460,23 +405,6 @@ def test_no_label_overlaps_another_with_thirteen_fields(length: int, interactive
             assert not box.padded(-1).overlaps(other_box.padded(-1)), (one, other)
 
 
-def texts_drawn(figure: Any) -> list[Text]:
-    """The texts that are seen: not all that there are, such as those of ticks out of range."""
-    rendered(figure)
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        draw_text = Text.draw
-
-        def note(text: Text, renderer: Any) -> None:
-            if text.get_text() and text.get_visible():
-                found.append(text)
-            draw_text(text, renderer)
-
-        patch.setattr(Text, "draw", note)
-        rendered(figure)
-    return found
-
-
 # Point clouds.
 
 
@@ -496,10 +424,6 @@ def cloud_fields(size: int = 20, features: int = 0) -> Fields:
 def drawn_points(ax: Any) -> np.ndarray:
     (scatter,) = ax.collections
     return np.stack(scatter._offsets3d, -1)
-
-
-def clouds_of(figure: Any) -> list[Any]:
-    return [ax for ax in figure.axes if ax.name == "3d"]
 
 
 def test_point_clouds_are_drawn_in_3d_at_four_steps_without_their_padding() -> None:
@@ -622,12 +546,14 @@ def test_what_has_no_time_is_told_in_the_title() -> None:
         "y": torch.zeros(4, 5, 2),
         "priority": torch.tensor([0.0, 0.25, 0.5, 0.75]),
         "embedding": torch.zeros(4, 128),
+        "$\\frac{$": torch.zeros(4),
         "name": "run 3",
     }
     figure = draw(batch, b=3)
     assert names(figure) == ["x", "y"]
     title = " ".join(figure.get_suptitle().split())
-    assert "priority 0.75" in title and "embedding (4, 128), name str" in title
+    # A name is text, not mathematics.
+    assert "priority 0.75" in title and "$\\frac{$ 0" in title and "embedding (4, 128), name str" in title
 
 
 def test_fields_that_are_named_like_what_include_adds_are_panels() -> None:
@@ -854,96 +780,3 @@ def test_without_matplotlib_the_error_names_the_extra() -> None:
     assert "ImportError: `buffers.visualization` needs matplotlib" in found.stderr
     assert "pip install 'buffers[extras]'" in found.stderr
     assert "in <module>\n    from matplotlib.figure import Figure" in found.stderr
-
-
-# The dataset at a glance.
-
-
-def titles(figure: Any) -> list[str]:
-    return [ax.get_title(loc="left") for ax in figure.axes]
-
-
-def test_a_dataset_is_drawn_with_lengths_returns_fill_and_bytes() -> None:
-    dataset = dataset_of()
-    for i, length in enumerate([5, 9, 2, 7]):
-        dataset.add_episode({"obs": {"x": np.zeros((length, 3), np.float32)}, "reward": np.full(length, float(i))})
-    figure = MatplotlibVisualizer(dataset).plot_dataset()
-    lengths, returns, fill, sizes = figure.axes
-    assert lengths.lines[0].get_ydata().tolist() == [5, 9, 2, 7]
-    assert returns.lines[0].get_ydata().tolist() == [0, 9, 4, 21]
-    assert [patch.get_width() for patch in fill.patches] == [1000, 23]
-    assert fill.get_title(loc="left") == "fill: 23 of 1,000 steps (2%)"
-    assert [patch.get_width() for patch in sizes.patches] == [23 * 12, 23 * 8]
-    assert [label.get_text() for label in sizes.get_yticklabels()] == ["obs/x", "reward"]
-    assert [text.get_text() for text in sizes.texts] == ["276 B", "184 B"]
-    assert figure.get_suptitle() == "RingBufferDataset: 4 episodes, 23 steps"
-
-
-def test_stored_bytes_are_those_of_how_fields_are_kept() -> None:
-    dataset = RingBufferDataset(100, half_precision=True)
-    dataset.add_episode({"x": np.zeros((10, 3), np.float32)})
-    assert plot_dataset(dataset).axes[-1].patches[0].get_width() == 10 * 3 * 2
-
-
-def test_a_line_is_the_mean_of_neighbouring_episodes_where_there_are_many() -> None:
-    dataset = RingBufferDataset(10_000)
-    for i in range(60):
-        dataset.add_episode({"reward": np.full(10 + i, 1.0, np.float32)})
-    lengths, returns, *_ = plot_dataset(dataset).axes
-    for ax in (lengths, returns):
-        points, mean = ax.lines
-        assert len(points.get_xdata()) == 60
-        np.testing.assert_allclose(mean.get_ydata(), mean.get_xdata() + 10)
-        assert "mean of 5 (line)" in ax.get_title(loc="left")
-
-
-def test_only_so_many_episodes_are_read_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = dataset_of()
-    for i in range(30):
-        dataset.add_episode({"reward": np.array([float(i)]), "image": np.zeros((1, 10, 10, 3), np.uint8)})
-    figure = plot_dataset(dataset, max_episodes=4)
-    assert figure.axes[1].lines[0].get_xdata().tolist() == [0, 10, 19, 29]
-    assert figure.axes[1].lines[0].get_ydata().tolist() == [0, 10, 19, 29]
-    assert "(4 of 30 episodes read)" in titles(figure)[1]
-    monkeypatch.setattr(overview, "MAX_BYTES", 308 * 7.5)
-    assert "(7 of 30 episodes read)" in titles(plot_dataset(dataset))[1]
-    monkeypatch.setattr(overview, "MAX_BYTES", 1)
-    assert "(1 of 30 episodes read)" in titles(plot_dataset(dataset))[1]
-
-
-def test_datasets_without_rewards_or_episodes_are_drawn() -> None:
-    empty = plot_dataset(dataset_of())
-    assert titles(empty) == ["steps of each episode: none yet", "fill: 0 of 1,000 steps (0%)"]
-    stated = plot_dataset(dataset_of(Fields(reward=Scalar(), x=Vector(0))))
-    assert titles(stated)[1] == "sum of rewards of each episode: none yet"
-    for figure in (empty, stated, plot_dataset(dataset_of(None, {"reward": np.zeros((3, 2))}))):
-        rendered(figure)
-    assert len(figure.axes) == 3
-
-
-def test_a_reader_of_files_has_no_fill(tmp_path: Path) -> None:
-    with IndividualFileDataset(100, directory=tmp_path) as writer:
-        writer.add_episode({"reward": np.ones(60, np.float32)})
-    reader: EpisodeDataset = IndividualFileDataset(10, directory=tmp_path, mode="r")
-    figure = plot_dataset(reader)
-    assert titles(figure)[2] == "fill: 60 steps, opened read-only"
-    assert [patch.get_width() for patch in figure.axes[2].patches] == [60, 60]
-
-
-def test_episodes_that_are_gone_when_they_are_to_be_read_are_left_out(tmp_path: Path) -> None:
-    with IndividualFileDataset(100, directory=tmp_path) as dataset:
-        for i in range(3):
-            dataset.add_episode({"reward": [float(i)]})
-        (tmp_path / "0000000001-000000000001-1.safetensors").unlink()
-        figure = plot_dataset(dataset)
-    assert figure.axes[1].lines[0].get_ydata().tolist() == [0, 2]
-
-
-def test_labels_of_a_dataset_do_not_overlap() -> None:
-    fields = {f"a_field_with_a_rather_long_name_{i}/that_goes_on": np.zeros((5, i + 1)) for i in range(14)}
-    figure = plot_dataset(dataset_of(None, {**fields, "reward": np.zeros(5)}))
-    rendered(figure)
-    boxes = [text.get_window_extent() for text in texts_drawn(figure)]
-    assert len(boxes) > 40
-    assert all(box.x0 >= 0 and box.x1 <= 900 for box in boxes)
-    assert not any(one.padded(-1).overlaps(two.padded(-1)) for i, one in enumerate(boxes) for two in boxes[i + 1 :])

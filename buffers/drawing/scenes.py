@@ -236,10 +236,12 @@ class Clouds(Panel):
         ax.set_box_aspect(tuple(self._reach))
         ax.tick_params(labelsize=TICK_SIZE - 1, pad=-3)
         for axis, name, reach in zip((ax.xaxis, ax.yaxis, ax.zaxis), "xyz", self._reach, strict=True):
-            # On a short side, three numbers would run into each other.
-            axis.get_major_locator().set_params(nbins=3 if reach > 0.6 * self._reach.max() else 2)
+            # On a short side, more numbers would run into each other.
+            share = reach / self._reach.max()
+            num = 3 if share > 0.6 else 2 if share > 0.4 else 1
+            axis.get_major_locator().set_params(nbins=num, min_n_ticks=1)
             axis.set_label_text(name, fontsize=TICK_SIZE)
-            axis.labelpad = -8
+            axis.labelpad = -5
 
     def _fill(self, ax: Any, steps: Positions) -> None:
         """Show the clouds of some steps, in place of what was there."""
