@@ -24,6 +24,7 @@ CHECKS = {
     "survives_kill": "On disk, survives a kill",
 }
 NOT_CHECKED = "not checked"
+NO_SEQUENCES = "no sequences, single rows"
 
 
 def claims(driver: Driver, results: dict[str, Any]) -> dict[str, Any]:
@@ -37,9 +38,13 @@ def claims(driver: Driver, results: dict[str, Any]) -> dict[str, Any]:
     takers = {**driver.takers("sampling"), **driver.takers("disk")}
     columns = {name: heading for name, (heading, _) in COLUMNS.items() if name in takers}
     rows = _drawn(columns, results) + _growth(columns, results)
+    single = [name for name, cell in rows[0]["cells"].items() if cell == NO_SEQUENCES]
     for check, claim in CHECKS.items():
         cells = {}
         for name in columns:
+            if check == "whole_episodes" and name in single:
+                cells[name] = NO_SEQUENCES
+                continue
             try:
                 cells[name] = takers[name].ask("check", module=COLUMNS[name][1], name=check)["cell"]
             except ContestantError as error:
@@ -68,7 +73,7 @@ def _drawn(columns: dict[str, str], results: dict[str, Any]) -> list[dict[str, A
 
 def _crossing_cell(entry: dict[str, Any]) -> str:
     if not entry["draws_sequences"]:
-        return "no sequences, single rows"
+        return NO_SEQUENCES
     return "no, they do" if entry["share_crossing"] else "yes"
 
 

@@ -80,6 +80,8 @@ def machine() -> str:
 
 def section(results: dict[str, Any], part: str) -> str:
     """The Markdown of a part."""
+    if part == "machine":
+        return machine_section(results)
     if part not in results["parts"]:
         return f"`{part}` was not measured yet."
     entry = results["parts"][part]
@@ -190,12 +192,23 @@ def _left_out(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _provenance(entry: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    lines = f"{entry['when']}; {entry['machine']}; {versions}; {entry['rounds']} rounds"
+    line = f"{entry['when']}, {entry['rounds']} rounds"
     if entry["scale"] > 1:
-        lines += f"; a quick run, with {entry['scale']} times fewer steps stored"
+        line += f"; a quick run, with {entry['scale']} times fewer steps stored"
     missing = "".join(f"; {CONTESTANTS[name].label} left out: {why}" for name, why in entry["missing"].items())
-    return f"<sub>{lines}{missing}.</sub>"
+    return f"<sub>{line}{missing}.</sub>"
+
+
+def machine_section(results: dict[str, Any]) -> str:
+    """On what, and which versions: of all parts, which may come of several runs."""
+    machines, versions = [], {}
+    for entry in results["parts"].values():
+        machines.append(entry["machine"])
+        for name, version in entry["versions"].items():
+            versions.setdefault(name, []).append(version)
+    described = " / ".join(dict.fromkeys(machines))
+    listed = ", ".join(f"{name} {' / '.join(dict.fromkeys(found))}" for name, found in sorted(versions.items()))
+    return f"{described}. {listed}."
 
 
 def _number(value: float) -> str:

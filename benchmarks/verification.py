@@ -62,12 +62,11 @@ def distribution(contestant: Contestant) -> dict[str, Any]:
         # A transition is a sequence of two rows.
         batches.append(np.concatenate([rows["obs"], rows["next_obs"]], axis=1) if "next_obs" in rows else rows["obs"])
     episode, step = tags_of(np.concatenate(batches))
+    things = "transitions" if "next_obs" in rows else "windows"
     lasts = np.asarray(LENGTHS) - 1
     return {
         "draws_sequences": contestant.draws_sequences,
-        "rule": rule_of(
-            episode[:, 0], step[:, 0], episode.shape[1], "transitions" if "next_obs" in rows else "windows"
-        ),
+        "rule": rule_of(episode[:, 0], step[:, 0], episode.shape[1], things),
         "share_crossing": float(is_crossing(episode, step).mean()),
         "last_step": len(np.unique(episode[step == lasts[episode]])) == len(LENGTHS),
     }
@@ -80,13 +79,13 @@ def rule_of(episode: np.ndarray, step: np.ndarray, length: int, things: str = "w
     places = np.arange(max(LENGTHS))
     lengths = np.asarray(LENGTHS)[:, None]
     is_row, is_start = places < lengths, places <= lengths - length
+    start_of_episode = is_start / is_start.sum(1, keepdims=True)
+    row_of_episode = is_row / is_row.sum(1, keepdims=True)
     expected = {
         f"all {things} alike": is_start / is_start.sum(),
-        f"all long enough episodes alike, then their {things}": is_start
-        / is_start.sum(1, keepdims=True)
-        / len(LENGTHS),
+        f"all long enough episodes alike, then their {things}": start_of_episode / len(LENGTHS),
         "all rows alike, whatever follows": is_row / is_row.sum(),
-        "all episodes alike, then their rows": is_row / is_row.sum(1, keepdims=True) / len(LENGTHS),
+        "all episodes alike, then their rows": row_of_episode / len(LENGTHS),
     }
     if length == 1:
         expected = {"all rows alike": expected["all rows alike, whatever follows"]}

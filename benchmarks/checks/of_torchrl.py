@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensordict import TensorDict
 from torch.utils.data import DataLoader, IterableDataset
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer, SliceSampler
+from torchrl.envs import GymWrapper
 
 from benchmarks.checks.common import LENGTH, child_sees_additions, killed_after, same, tagged_env
 from benchmarks.peers.torchrl_buffer import TorchRL
@@ -80,15 +82,26 @@ def same_batches(folder: str) -> str:
 
 
 def final_observation(folder: str) -> str:
-    """A Gymnasium environment in TorchRL's wrapper, which is reset while it is rolled out."""
-    from torchrl.envs import GymWrapper
+    """Two environments in TorchRL's wrapper, under each of Gymnasium's modes that reset by themselves."""
+    found = {mode: _keeps_final_observation(mode) for mode in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)}
+    if len(set(found.values())) == 1:
+        return found[AutoresetMode.SAME_STEP]
+    return f"same step: {found[AutoresetMode.SAME_STEP]}; next step: {found[AutoresetMode.NEXT_STEP]}"
 
-    data = GymWrapper(tagged_env(7)).rollout(60, break_when_any_done=False)
+
+def _keeps_final_observation(mode: AutoresetMode) -> str:
+    envs = SyncVectorEnv([lambda: tagged_env(7), lambda: tagged_env(4)], autoreset_mode=mode)
+    try:
+        data = GymWrapper(envs).rollout(60, break_when_any_done=False)
+    except RuntimeError as error:
+        if "AutoresetMode" not in str(error):
+            raise
+        return "refused"
     buffer = ReplayBuffer(storage=LazyTensorStorage(1_000), batch_size=60)
-    buffer.extend(data)
+    buffer.extend(data.reshape(-1))
     stored = buffer[:]
     lasts = stored["next", "observation"][stored["next", "done"].squeeze(-1)]
-    return "yes" if len(lasts) == 8 and bool((lasts == 7).all()) else "no"
+    return "yes" if len(lasts) > 10 and set(lasts.ravel().tolist()) == {4.0, 7.0} else "no"
 
 
 def whole_episodes(folder: str) -> str:
