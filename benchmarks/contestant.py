@@ -6,9 +6,8 @@ in the form it takes best, made outside of what is timed: arrays, tensors, a Ten
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,9 +54,8 @@ class Contestant(ABC):
     def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
         """A batch as `field -> (B, T, *shape)`."""
 
-    def set_threads(self, number: int) -> None:
-        """How many threads may compute. By default, the process is kept to so many processors."""
-        keep_to_processors(number)
+    def set_threads(self, number: int) -> None:  # noqa: B027
+        """How many threads may compute; nothing to do for what has one, or was started with as many."""
 
     # What follows from them.
 
@@ -126,16 +124,3 @@ class Contestant(ABC):
             return second()
 
         return both
-
-
-def keep_to_processors(number: int) -> None:
-    """Keep every thread of this process to the first `number` processors it had at its start."""
-    for thread in _threads():
-        os.sched_setaffinity(thread, _PROCESSORS[:number])
-
-
-def _threads() -> Iterable[int]:
-    return [int(name) for name in os.listdir("/proc/self/task")]
-
-
-_PROCESSORS = sorted(os.sched_getaffinity(0))

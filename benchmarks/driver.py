@@ -41,20 +41,21 @@ class Contestant:
     Args:
         name: Of `CONTESTANTS`.
         folder: Where it may write files.
+        threads: Of those that must be started with as many.
 
     Raises:
         ContestantError: Its environment is not there, or its library cannot be imported.
     """
 
-    def __init__(self, name: str, folder: str) -> None:
-        self.name, self.spec = name, CONTESTANTS[name]
+    def __init__(self, name: str, folder: str, threads: int) -> None:
+        self.name, self.spec, self.threads = name, CONTESTANTS[name], threads
         python = python_of(self.spec.environment)
         if python is None:
             raise ContestantError(
                 f"its environment is not there: `python -m benchmarks environments {self.spec.environment}`"
             )
         self._process = subprocess.Popen(
-            [str(python), "-m", "benchmarks.serving", name, str(self._own(folder))],
+            [str(python), "-m", "benchmarks.serving", name, str(self._own(folder)), self._processors()],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -67,6 +68,9 @@ class Contestant:
         except ContestantError:
             self.close()
             raise
+
+    def _processors(self) -> str:
+        return str(self.threads if self.spec.threads_at_start else 0)
 
     def _own(self, folder: str) -> Path:
         path = Path(folder) / self.name
@@ -101,9 +105,9 @@ class Contestant:
             raise ContestantError(answer["error"])
         return answer
 
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def serves(self, threads: int) -> bool:
+        """Whether it is there, and can compute with so many threads."""
+        return self._process.poll() is None and (not self.spec.threads_at_start or self.threads == threads)
 
     def close(self) -> None:
         """End the process: it stops when its stdin ends, or is made to."""
@@ -160,17 +164,17 @@ class Driver:
             contestant.close()
         self._running.clear()
 
-    def takers(self, part: str) -> dict[str, Contestant]:
+    def takers(self, part: str, threads: int = 1) -> dict[str, Contestant]:
         """The processes of those who take part; who cannot be started is left out, with a line that says so once."""
         found = {}
         for name in self.names:
             if part not in CONTESTANTS[name].parts or name in self.missing:
                 continue
-            if name in self._running and not self._running[name].is_alive:
+            if name in self._running and not self._running[name].serves(threads):
                 self._running.pop(name).close()
             if name not in self._running:
                 try:
-                    self._running[name] = Contestant(name, self._folder.name)
+                    self._running[name] = Contestant(name, self._folder.name, threads)
                 except ContestantError as error:
                     self.missing[name] = str(error)
                     say(f"{CONTESTANTS[name].label} is left out: {error}")
@@ -182,13 +186,15 @@ class Driver:
     def run(self, part: str) -> list[Row]:
         """Measure all workloads of a part."""
         rows = []
-        for workload in workloads(part, self.scale):
-            for threads in THREADS.get(part, (1,)):
+        every = workloads(part, self.scale)
+        for threads in THREADS.get(part, (1,)):
+            for workload in every:
                 row = self._measured(workload, threads)
                 rows.append(row)
                 medians = {CONTESTANTS[name].label: round(t["median"], 1) for name, t in row.timings.items()}
                 say(f"{part}, {row.label}, {threads} thread(s): {medians}")
-        return rows
+        order = [workload.label for workload in every]
+        return sorted(rows, key=lambda row: (order.index(row.label), row.threads))
 
     def memory(self) -> list[Row]:
         """Bytes in use over payload, once the store is full and a batch was drawn; each in a fresh process."""
@@ -225,7 +231,7 @@ class Driver:
     def _measured(self, workload: Workload, threads: int) -> Row:
         row = Row(workload.label, threads, {}, {}, {})
         ready = []
-        for name, contestant in self.takers(workload.part).items():
+        for name, contestant in self.takers(workload.part, threads).items():
             if self._built(contestant, workload, threads, row) is None:
                 continue
             try:

@@ -1,4 +1,7 @@
-"""A contestant's process: `python -m benchmarks.serving NAME FOLDER`, told what to do by JSON lines on its stdin."""
+"""A contestant's process, told what to do by JSON lines on its stdin: `python -m benchmarks.serving NAME FOLDER CORES`.
+
+CORES is how many processors it may use, 0 for all.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,9 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> None:
-    name, folder = sys.argv[1:]
+    name, folder, num_processors = sys.argv[1:]
+    if int(num_processors):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(num_processors) :])
     # Whatever a library prints goes to stderr: stdout is the line to the driver.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -130,7 +130,7 @@ class FakeContestant:
     """Stands for a process: answers by name, and fails where the answer is an error."""
 
     def __init__(self, name, calls, **answers):
-        self.name, self.spec, self.versions, self.is_alive = name, CONTESTANTS[name], {}, True
+        self.name, self.spec, self.versions, self._is_alive = name, CONTESTANTS[name], {}, True
         self._calls, self._answers = calls, answers
 
     def ask(self, do, **arguments):
@@ -140,12 +140,17 @@ class FakeContestant:
             raise answer
         return answer
 
+    def serves(self, threads):
+        return self._is_alive
+
     def close(self):
-        self.is_alive = False
+        self._is_alive = False
 
 
 def with_fakes(monkeypatch, calls, **by_name):
-    monkeypatch.setattr(driver, "Contestant", lambda name, folder: FakeContestant(name, calls, **by_name.get(name, {})))
+    monkeypatch.setattr(
+        driver, "Contestant", lambda name, folder, threads: FakeContestant(name, calls, **by_name.get(name, {}))
+    )
 
 
 def test_measurements_are_interleaved(tiny, monkeypatch):

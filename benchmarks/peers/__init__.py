@@ -18,6 +18,7 @@ class Spec:
         parts: What it takes part in.
         environment: Of `benchmarks/requirements`; None for the one that the driver runs in.
         options: For the class.
+        threads_at_start: Whether the number of threads is settled as its process starts, by the processors it may use.
     """
 
     label: str
@@ -25,6 +26,7 @@ class Spec:
     parts: tuple[str, ...]
     environment: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    threads_at_start: bool = False
 
 
 _LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training")
@@ -43,7 +45,7 @@ CONTESTANTS = {
     "torchrl_memmap": Spec(
         "TorchRL, memory-mapped", "torchrl_buffer:TorchRL", ("disk",), "torchrl", {"memmap": True, "cached": True}
     ),
-    "flashbax": Spec("flashbax", "flashbax_buffer:Flashbax", _ALL, "flashbax"),
+    "flashbax": Spec("flashbax", "flashbax_buffer:Flashbax", _ALL, "flashbax", threads_at_start=True),
     "cpprb": Spec("cpprb", "cpprb_buffer:Cpprb", _ALL, "cpprb"),
     "sb3": Spec("SB3", "sb3_buffer:SB3", _ALL, "sb3"),
     "npy": Spec(".npy, memory-mapped", "files:NpyFiles", ("disk",)),

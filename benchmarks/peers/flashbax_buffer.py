@@ -1,8 +1,8 @@
 """flashbax on JAX, on the CPU: the trajectory buffer, and for transitions the flat buffer.
 
 All is compiled and warm. A batch stays an array of JAX, and is waited for. Sequences are cut from the stream as it is,
-over the ends of episodes: training on them needs a mask. The threads of XLA cannot be set once it runs, so all of them
-are kept to one processor, or two.
+over the ends of episodes: training on them needs a mask. XLA makes as many threads as there are processors when it
+starts, so its process is started on one, or two.
 """
 
 from __future__ import annotations
