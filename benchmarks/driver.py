@@ -51,9 +51,7 @@ class Contestant:
         self.name, self.spec, self.threads = name, CONTESTANTS[name], threads
         python = python_of(self.spec.environment)
         if python is None:
-            raise ContestantError(
-                f"its environment is not there: `python -m benchmarks environments {self.spec.environment}`"
-            )
+            raise ContestantError("its environment is not there: `python -m benchmarks environments` makes it")
         self._process = subprocess.Popen(
             [str(python), "-m", "benchmarks.serving", name, str(self._own(folder)), self._processors()],
             cwd=ROOT,
@@ -264,7 +262,8 @@ class Driver:
         return measured
 
     def _built(self, contestant: Contestant, workload: Workload, threads: int, row: Row) -> dict[str, Any] | None:
-        needed = workload.store.num_bytes * (not workload.store.on_disk) + _SPARE_BYTES
+        stored = 0 if workload.store.on_disk else workload.store.num_bytes * contestant.spec.copies
+        needed = stored + _SPARE_BYTES
         if needed > memory_available():
             self._leave_out(row, contestant.name, f"{needed >> 20:,} MiB of memory are not free")
             return None

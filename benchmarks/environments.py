@@ -1,4 +1,4 @@
-"""Virtual environments of the peers, one each: `python -m benchmarks environments [name ...]`.
+"""Virtual environments of the peers, one each: `python -m benchmarks environments`.
 
 Each is made from `benchmarks/requirements/<name>.txt` under `benchmarks/.venvs/<name>`. One that cannot be made is
 reported and left out of all measurements.

@@ -82,6 +82,8 @@ def section(results: dict[str, Any], part: str) -> str:
     """The Markdown of a part."""
     if part == "machine":
         return machine_section(results)
+    if part == "short":
+        return short_table(results)
     if part not in results["parts"]:
         return f"`{part}` was not measured yet."
     entry = results["parts"][part]
@@ -103,6 +105,20 @@ def timing_tables(entry: dict[str, Any], part: str) -> str:
     if crossing:
         parts.append(f"Sequences that cross the end of an episode, among those looked at before timing: {crossing}.")
     return "\n\n".join([*parts, *_left_out(rows)])
+
+
+def short_table(results: dict[str, Any]) -> str:
+    """Medians of drawing with one thread, for the project's README."""
+    if "sampling" not in results["parts"]:
+        return "`sampling` was not measured yet."
+    rows = [row for row in results["parts"]["sampling"]["found"] if row["threads"] == 1]
+    names = [name for name in _names(rows) if name != "torchrl"]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        return _number(row["timings"][name]["median"]) if name in row["timings"] else "-"
+
+    header = ["batch", *(CONTESTANTS[name].label for name in names)]
+    return table(header, [[row["label"], *(cell(row, name) for name in names)] for row in rows])
 
 
 def _ratios(rows: list[dict[str, Any]], names: list[str], part: str, limits: tuple[str, ...]) -> str:
@@ -219,12 +235,14 @@ def _short(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio >= 20 else f"{ratio:.1f}" if ratio >= 2 else f"{ratio:.2f}"
 
 
-def paste(readme: Path = HERE / "README.md") -> None:
-    """Put the tables between the markers of a page: `<!-- table: sampling -->` ... `<!-- end -->`."""
-    results, page = load(), readme.read_text()
-    pieces = page.split("<!-- table: ")
-    found = [pieces[0]]
-    for piece in pieces[1:]:
-        part, rest = piece.split(" -->", 1)
-        found.append(f"{part} -->\n\n{section(results, part)}\n\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}")
-    readme.write_text("<!-- table: ".join(found))
+def paste(pages: Iterable[Path] = (HERE / "README.md", HERE.parent / "README.md")) -> None:
+    """Put the tables between the markers of pages: `<!-- table: sampling -->` ... `<!-- end -->`."""
+    results = load()
+    for page in pages:
+        pieces = page.read_text().split("<!-- table: ")
+        found = [pieces[0]]
+        for piece in pieces[1:]:
+            part, rest = piece.split(" -->", 1)
+            after = rest.split("<!-- end -->", 1)[1]
+            found.append(f"{part} -->\n\n{section(results, part)}\n\n<!-- end -->{after}")
+        page.write_text("<!-- table: ".join(found))

@@ -121,7 +121,7 @@ def test_a_contestant_without_its_environment_is_left_out_with_a_line(tiny, monk
     with Driver(["torchrl", "sb3"], rounds=1) as running:
         (row,) = running.run("sampling")
     assert set(running.missing) == {"torchrl", "sb3"} and not row.timings
-    assert "TorchRL is left out: its environment is not there: `python -m benchmarks environments torchrl`" in (
+    assert "TorchRL is left out: its environment is not there: `python -m benchmarks environments`" in (
         capsys.readouterr().err
     )
 
@@ -217,11 +217,11 @@ def test_tables_stand_between_their_markers_and_nothing_else_changes(tmp_path, m
     monkeypatch.setattr(results, "load", lambda: json.loads((tmp_path / "results.json").read_text()))
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- table: sampling -->\nold\n<!-- end -->\nafter\n")
-    results.paste(page)
+    results.paste([page])
     once = page.read_text()
     assert once.startswith("before\n<!-- table: sampling -->") and once.endswith("<!-- end -->\nafter\n")
     assert "old" not in once and "24 (10.0 to 14.0)" in once and "2.0 / 6.0" in once and "7 rounds" in once
-    results.paste(page)
+    results.paste([page])
     assert page.read_text() == once
 
 

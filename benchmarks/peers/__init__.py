@@ -19,6 +19,7 @@ class Spec:
         environment: Of `benchmarks/requirements`; None for the one that the driver runs in.
         options: For the class.
         threads_at_start: Whether the number of threads is settled as its process starts, by the processors it may use.
+        copies: How many times it stores a row, to see beforehand whether memory will do.
     """
 
     label: str
@@ -27,6 +28,7 @@ class Spec:
     environment: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     threads_at_start: bool = False
+    copies: int = 1
 
 
 _LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training")
@@ -47,7 +49,7 @@ CONTESTANTS = {
     ),
     "flashbax": Spec("flashbax", "flashbax_buffer:Flashbax", _ALL, "flashbax", threads_at_start=True),
     "cpprb": Spec("cpprb", "cpprb_buffer:Cpprb", _ALL, "cpprb"),
-    "sb3": Spec("SB3", "sb3_buffer:SB3", _ALL, "sb3"),
+    "sb3": Spec("SB3", "sb3_buffer:SB3", _ALL, "sb3", copies=2),
     "npy": Spec(".npy, memory-mapped", "files:NpyFiles", ("disk",)),
     "npz": Spec("npz by hand", "files:NpzFiles", ("disk",)),
     "npz_workers": Spec("npz by hand, 2 workers", "files:NpzFiles", ("disk",), None, {"num_workers": 2}),
