@@ -24,8 +24,8 @@ _NOTES = {
     "cpprb": ", loose rows",
     "sb3": ", loose rows",
 }
-# Labels keep this ratio of distance on the axis of costs.
-_LEAST_RATIO = 1.36
+# Labels keep this share of the axis of costs between them.
+_LEAST_SHARE = 0.05
 
 
 def draw(results: dict[str, Any], path: Path = PICTURE) -> None:
@@ -45,7 +45,9 @@ def draw(results: dict[str, Any], path: Path = PICTURE) -> None:
         axes.plot(counts, costs, **{"linewidth": 2, "markersize": 6, **style})
         ends[name] = costs[-1]
     most = max(int(row["label"].replace(",", "")) for row in entry["found"])
-    for name, place in _apart(ends).items():
+    axes.set(xscale="log", yscale="log", xlim=(80, most * 1.15))
+    lowest, highest = axes.get_ylim()
+    for name, place in _apart(ends, (highest / lowest) ** _LEAST_SHARE).items():
         axes.text(
             most * 1.25,
             place,
@@ -55,7 +57,6 @@ def draw(results: dict[str, Any], path: Path = PICTURE) -> None:
             va="center",
             fontsize=12,
         )
-    axes.set(xscale="log", yscale="log", xlim=(80, most * 1.15))
     axes.set_xticks([10**power for power in range(2, len(str(most)))])
     axes.minorticks_off()
     axes.set_xlabel("stored episodes (20 steps each)", fontsize=12)
@@ -67,11 +68,11 @@ def draw(results: dict[str, Any], path: Path = PICTURE) -> None:
     figure.savefig(path)
 
 
-def _apart(places: dict[str, float]) -> dict[str, float]:
+def _apart(places: dict[str, float], least_ratio: float) -> dict[str, float]:
     """Where labels stand, so that none covers another: in the order of their lines, pushed up where too close."""
     found: dict[str, float] = {}
     last = 0.0
     for name, place in sorted(places.items(), key=lambda item: item[1]):
-        last = max(place, last * _LEAST_RATIO)
+        last = max(place, last * least_ratio)
         found[name] = last
     return found
