@@ -1,42 +1,95 @@
-"""`python -m benchmarks [part ...]` prints the tables; `--rounds 101` for steadier medians."""
+"""`python -m benchmarks [part ...]` measures, and prints tables. `peers` is everything against everybody, kept.
+
+Without a part, everything is measured with whoever is installed. Progress goes to stderr.
+"""
 
 from __future__ import annotations
 
 import argparse
-import platform
+from collections.abc import Callable
 
-import numpy as np
-import torch
+from benchmarks import environments, results
+from benchmarks.claims import claims
+from benchmarks.driver import Driver, say
+from benchmarks.peers import CONTESTANTS
+from benchmarks.picture import draw
 
-from benchmarks.adding import adding, memory
-from benchmarks.composing import composing
-from benchmarks.disk import disk
-from benchmarks.recording import recording
-from benchmarks.sampling import growth, sampling
-from benchmarks.workers import workers
-
-PARTS = {
-    "sampling": sampling,
-    "growth": growth,
-    "adding": adding,
-    "memory": lambda rounds: memory(),
-    "recording": recording,
-    "disk": disk,
-    "workers": workers,
-    "composing": composing,
-}
+# Against the peers; distribution and claims are facts, not figures.
+AGAINST_PEERS = ("sampling", "transitions", "adding", "growth", "training", "memory", "disk", "distribution", "claims")
+# Ours alone.
+ALONE = ("recording", "workers", "filing", "composing")
+QUICK_SCALE, QUICK_ROUNDS = 10, 5
 
 
 def main() -> None:
+    arguments = _arguments()
+    parts = list(arguments.parts or (*AGAINST_PEERS, *ALONE))
+    if "environments" in parts:
+        environments.make()
+    if "peers" in parts:
+        environments.make()
+        parts[:] = dict.fromkeys([*AGAINST_PEERS, *(part for part in parts if part != "peers")])
+        arguments.save = True
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else 21)
+    _measure([part for part in parts if part in AGAINST_PEERS], arguments, rounds)
+    for part in ALONE:
+        if part in parts:
+            _alone(part)(rounds)
+    if "tables" in parts or arguments.save:
+        results.paste()
+    if "picture" in parts or arguments.save:
+        draw(results.load())
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure; all by default")
-    parser.add_argument("--rounds", type=int, default=31, help="measurements of each contender")
-    arguments = parser.parse_args()
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, {platform.machine()}"
-    )
-    for part in arguments.parts or PARTS:
-        PARTS[part](arguments.rounds)
+    choices = (*AGAINST_PEERS, *ALONE, "peers", "environments", "tables", "picture")
+    parser.add_argument("parts", nargs="*", choices=[[], *choices], help="what to do; measures all by default")
+    names = list(CONTESTANTS)
+    parser.add_argument("--contestants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--rounds", type=int, help="measurements of each contestant; 21, or 5 with --quick")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SCALE} times fewer steps stored, fewer rounds")
+    parser.add_argument("--save", action="store_true", help="keep the results, and make tables and picture of them")
+    return parser.parse_args()
+
+
+def _measure(parts: list[str], arguments: argparse.Namespace, rounds: int) -> None:
+    found = results.load()
+    with Driver(arguments.contestants, rounds, QUICK_SCALE if arguments.quick else 1) as driver:
+        for part in parts:
+            say(f"== {part}")
+            if part == "memory":
+                results.record(found, part, driver.memory(), driver)
+            elif part == "distribution":
+                results.record(found, part, driver.distributions(), driver)
+            elif part == "claims":
+                results.record(found, part, claims(driver, found), driver)
+            else:
+                rows = driver.run(part)
+                results.save_raw(part, rows)
+                results.record(found, part, rows, driver)
+            print(f"\n### {results.TITLES[part]}\n\n{results.section(found, part)}", flush=True)
+            if arguments.save:
+                results.save(found)
+
+
+def _alone(part: str) -> Callable[[int], None]:
+    """The function that measures it; imported here, as it brings more than the driver needs."""
+    if part == "recording":
+        from benchmarks.recording import recording
+
+        return recording
+    if part == "workers":
+        from benchmarks.workers import workers
+
+        return workers
+    if part == "composing":
+        from benchmarks.composing import composing
+
+        return composing
+    from benchmarks.filing import filing
+
+    return filing
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers.ours import info_of
 from benchmarks.timing import print_table
-from benchmarks.workloads import EPISODE_LENGTH, FIELDS, rows
+from benchmarks.workloads import EPISODE_LENGTH, Store, empty_rows
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
-from buffers.dataset.info import EpisodeDatasetInfo
 
 CAPACITIES = {"state": 200_000, "pixels": 20_000}
 SIZES = (("state", 256, 64), ("state", 32, 16), ("pixels", 16, 64), ("pixels", 256, 3))
@@ -43,8 +43,8 @@ def composing(rounds: int) -> None:
     table = []
     for kind, batch_size, length in SIZES:
         with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-            info, capacity = EpisodeDatasetInfo(FIELDS[kind]), CAPACITIES[kind]
-            episode = rows(FIELDS[kind], EPISODE_LENGTH)
+            capacity = CAPACITIES[kind]
+            info, episode = info_of(Store(kind, capacity)), empty_rows(kind, EPISODE_LENGTH)
 
             def files(name: str, capacity: int) -> IndividualFileDataset:
                 path = Path(directory) / name  # noqa: B023

@@ -1,11 +1,10 @@
-"""What recording adds to a step of 256 environments: `python -m benchmarks.recording [--rounds 31]`.
+"""What recording adds to a step of 256 environments: `python -m benchmarks recording`.
 
 The environments do next to nothing, and are timed in turn with and without the wrapper. The goal: under 100 us a step.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
@@ -88,13 +87,3 @@ def recording(rounds: int) -> None:
         ("mode, steps an episode", "bare step", "added by VectorRecordEpisodes"),
         table,
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recording", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=31, help="measurements of each contender")
-    recording(parser.parse_args().rounds)
-
-
-if __name__ == "__main__":
-    main()

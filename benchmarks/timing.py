@@ -1,4 +1,4 @@
-"""Interleaved timing: A B C A B C ..., medians, and ratios within the run."""
+"""Measuring one contestant, and the numbers and tables that come of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# One measurement of a contender is as many calls as fill this time.
+# One measurement of a contestant is as many calls as fill this time.
 SECONDS_PER_MEASUREMENT = 0.005
 
 
@@ -20,34 +20,43 @@ class Timing:
     least: float
     most: float
 
-
-def interleave(contenders: dict[str, Callable[[], object]], rounds: int = 31) -> dict[str, Timing]:
-    """Time all contenders in turn, `rounds` times over, after a warm-up of each."""
-    num_calls = {name: _calls_to_fill(function) for name, function in contenders.items()}
-    measured: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, function in contenders.items():
-            begin = time.perf_counter()
-            for _ in range(num_calls[name]):
-                function()
-            measured[name].append((time.perf_counter() - begin) / num_calls[name] * 1e6)
-    return {name: Timing(float(np.median(times)), min(times), max(times)) for name, times in measured.items()}
+    @classmethod
+    def of(cls, measured: Sequence[float]) -> Timing:
+        return cls(float(np.median(measured)), min(measured), max(measured))
 
 
-def _calls_to_fill(function: Callable[[], object]) -> int:
+def calls_to_fill(function: Callable[[], object], seconds: float = SECONDS_PER_MEASUREMENT) -> int:
+    """How many calls make a measurement; the function is warm afterwards."""
+    begin = time.perf_counter()
     for _ in range(3):
         function()
+        if time.perf_counter() - begin > 1:
+            return 1
     begin, calls = time.perf_counter(), 0
-    while time.perf_counter() - begin < SECONDS_PER_MEASUREMENT:
+    while time.perf_counter() - begin < seconds:
         function()
         calls += 1
     return max(1, calls)
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table, so that it can be pasted into a note."""
+def microseconds(function: Callable[[], object], calls: int) -> float:
+    """The mean of that many calls, after one or two that bring its data back into the caches."""
+    for _ in range(min(2, calls - 1)):
+        function()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begin) / calls * 1e6
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    print("\n".join([f"\n### {title}\n", lines[0], rule, *lines[1:]]), flush=True)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    print(f"\n### {title}\n\n{table(header, rows)}", flush=True)

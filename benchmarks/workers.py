@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers.ours import info_of
 from benchmarks.timing import print_table
-from benchmarks.workloads import EPISODE_LENGTH, PIXELS, fill
+from benchmarks.workloads import Store, blocks
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
-from buffers.dataset.info import EpisodeDatasetInfo
 
 NUM_STEPS = 50_000
 SECONDS_OF_WORK = 0.005
@@ -31,6 +31,12 @@ def busy(batch: Any) -> Any:
     while time.perf_counter() < end:
         pass
     return batch
+
+
+def fill(dataset: EpisodeDataset, store: Store) -> None:
+    for rows in blocks(store):
+        for begin in range(0, len(rows["reward"]), store.episode_length):
+            dataset.add_episode({name: values[begin : begin + store.episode_length] for name, values in rows.items()})
 
 
 def measure(iterators: dict[int, Iterator[Any]], rounds: int, num_batches: int) -> dict[int, float]:
@@ -52,11 +58,11 @@ def workers(rounds: int) -> None:
     torch.set_num_threads(1)
     table = []
     with tempfile.TemporaryDirectory() as directory:
-        info = EpisodeDatasetInfo(PIXELS)
-        files = IndividualFileDataset(NUM_STEPS, info, directory=Path(directory), durability="rename")
-        datasets: dict[str, EpisodeDataset] = {"ring": RingBufferDataset(NUM_STEPS, info), "files": files}
+        store = Store("pixels", NUM_STEPS)
+        files = IndividualFileDataset(NUM_STEPS, info_of(store), directory=Path(directory), durability="rename")
+        datasets: dict[str, EpisodeDataset] = {"ring": RingBufferDataset(NUM_STEPS, info_of(store)), "files": files}
         for name, dataset in datasets.items():
-            fill(dataset, PIXELS, EPISODE_LENGTH)
+            fill(dataset, store)
             for batch_size, length in ((16, 64), (256, 3)):
                 for transform in (None, busy):
                     iterators = {

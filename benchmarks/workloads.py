@@ -1,41 +1,247 @@
-"""The data that everything is measured on: rows of state, and rows of pixels."""
+"""What is measured on: rows that carry (episode, step), and the workloads. numpy alone, as peers have no torch.
+
+Rows are aligned on arrival: an observation with the action that led to it, its reward and its two flags.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from buffers.dataset import EpisodeDataset, RingBufferDataset
-from buffers.dataset.fields import ColorImage, Fields, Scalar, Vector
-from buffers.dataset.info import EpisodeDatasetInfo
-
-_FLAGS = {"terminated": Scalar(dtype=bool), "truncated": Scalar(dtype=bool)}
-STATE = Fields(obs=Vector(24), action=Vector(6), reward=Scalar(), **_FLAGS)
-PIXELS = Fields(obs=ColorImage((64, 64, 3)), action=Vector(6), reward=Scalar(), **_FLAGS)
+_COMMON = {
+    "action": ((6,), "float32"),
+    "reward": ((), "float32"),
+    "terminated": ((), "bool"),
+    "truncated": ((), "bool"),
+}
+#: By kind: `field -> (shape, dtype)`.
+FIELDS: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
+    "state": {"obs": ((24,), "float32"), **_COMMON},
+    "pixels": {"obs": ((64, 64, 3), "uint8"), **_COMMON},
+}
 NUM_STEPS = {"state": 1_000_000, "pixels": 100_000}
-FIELDS = {"state": STATE, "pixels": PIXELS}
 SIZES = [("state", 256, 64), ("state", 32, 16), ("state", 256, 1), ("pixels", 16, 64), ("pixels", 256, 3)]
 EPISODE_LENGTH = 200
 
 
-def rows(fields: Fields, *leading: int) -> dict[str, Any]:
-    """Random rows `(*leading, *shape)`."""
+@dataclass(frozen=True)
+class Store:
+    """What is stored when something is measured.
+
+    Attributes:
+        kind: "state" or "pixels".
+        num_steps: Stored; also the capacity.
+        episode_length: In rows.
+        num_envs: Streams that rows come from.
+        transitions: Whether (obs, action, reward, terminated, truncated, next_obs) is drawn, not sequences of rows.
+        is_filled: Whether it is full before anything is timed.
+        on_disk: Whether episodes live in files.
+    """
+
+    kind: str
+    num_steps: int
+    episode_length: int = EPISODE_LENGTH
+    num_envs: int = 1
+    transitions: bool = False
+    is_filled: bool = True
+    on_disk: bool = False
+
+    @property
+    def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return FIELDS[self.kind]
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload of what is stored, in bytes."""
+        return self.num_steps * sum(row_bytes(shape, dtype) for shape, dtype in self.fields.values())
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed, over a store. What a call does follows from `part`:
+
+    sampling, disk   draw B sequences of T rows
+    transitions      draw B transitions
+    adding           add a row of each environment
+    growth           add an episode, and draw B sequences of T rows
+    training         step 256 environments, add their rows, and draw B sequences of T rows
+    """
+
+    part: str
+    label: str
+    store: Store
+    batch_size: int = 0
+    length: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Workload:
+        return cls(**{**values, "store": Store(**values["store"])})
+
+
+def workloads(part: str, scale: int = 1) -> list[Workload]:
+    """The workloads of a part. With `scale` n, n times fewer steps are stored."""
+    return {
+        "sampling": _sampling,
+        "transitions": _transitions,
+        "disk": _disk,
+        "adding": _adding,
+        "growth": _growth,
+        "training": _training,
+        "memory": _memory,
+    }[part](scale)
+
+
+def _sampling(scale: int) -> list[Workload]:
+    return [
+        Workload("sampling", f"{kind} {batch} x {length}", Store(kind, NUM_STEPS[kind] // scale), batch, length)
+        for kind, batch, length in SIZES
+    ]
+
+
+def _transitions(scale: int) -> list[Workload]:
+    return [
+        Workload("transitions", f"{kind} 256", Store(kind, NUM_STEPS[kind] // scale, transitions=True), 256, 1)
+        for kind in FIELDS
+    ]
+
+
+def _disk(scale: int) -> list[Workload]:
+    store = Store("pixels", 50_000 // scale, on_disk=True)
+    return [
+        Workload("disk", f"pixels {batch} x {length}", store, batch, length) for batch, length in ((16, 64), (256, 3))
+    ]
+
+
+def _adding(scale: int) -> list[Workload]:
+    found = []
+    for kind, num_envs in itertools.product(FIELDS, (1, 16, 256)):
+        # 256 environments of pixels bring 3 MB a step: short episodes, so that the open ones fit beside the rest.
+        episode_length = 50 if (kind, num_envs) == ("pixels", 256) else EPISODE_LENGTH
+        capacity = max(20_000, 2 * episode_length * num_envs)
+        store = Store(kind, capacity, episode_length, num_envs)
+        plural = "" if num_envs == 1 else "s"
+        found.append(Workload("adding", f"{kind}, {num_envs} environment{plural}", store))
+    return found
+
+
+def _growth(scale: int) -> list[Workload]:
+    return [
+        Workload("growth", f"{number:,}", Store("state", number * 20, 20), 256, 8)
+        for number in (100, 1_000, 10_000, 100_000, 1_000_000)
+        if scale == 1 or number <= 100_000
+    ]
+
+
+def _training(scale: int) -> list[Workload]:
+    store = Store("state", NUM_STEPS["state"] // scale, num_envs=256)
+    return [Workload("training", f"state, 256 environments, {b} x {t}", store, b, t) for b, t in ((32, 16), (256, 8))]
+
+
+def _memory(scale: int) -> list[Workload]:
+    return [
+        Workload("memory", f"episodes of {length}", Store("state", NUM_STEPS["state"] // scale, length), 32, 1)
+        for length in (1, 10, 200)
+    ]
+
+
+# Rows.
+
+
+def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def empty_rows(kind: str, *leading: int) -> dict[str, np.ndarray]:
+    """Rows `field -> (*leading, *shape)` of values that do not matter."""
     rng = np.random.default_rng(0)
-    values = {name: rng.integers(0, 255, (*leading, *t.shape)) for name, t in fields.items()}
-    return {name: np.asarray(values[name]).astype(tensor_type.numpy_dtype) for name, tensor_type in fields.items()}
+    rows = {}
+    for name, (shape, dtype) in FIELDS[kind].items():
+        values = np.zeros((*leading, *shape), dtype)
+        if name in ("obs", "action"):
+            # One row of noise, everywhere: quick to make, and no page is all zeros.
+            values[...] = rng.integers(0, 255, shape).astype(dtype)
+        rows[name] = values
+    return rows
 
 
-def filled_ring(kind: str, num_steps: int | None = None, episode_length: int = EPISODE_LENGTH) -> RingBufferDataset:
-    """A full ring of episodes of one length."""
-    fields = FIELDS[kind]
-    ring = RingBufferDataset(num_steps or NUM_STEPS[kind], EpisodeDatasetInfo(fields))
-    fill(ring, fields, episode_length)
-    return ring
+def tag(obs: np.ndarray, episode: Any, step: Any) -> None:
+    """Write (episode, step) into observations `(*leading, *shape)`; `episode` and `step` are `(*leading)`."""
+    if obs.dtype == np.uint8:
+        flat = obs.reshape(*obs.shape[:-3], -1)
+        for begin, value in ((0, episode), (4, step)):
+            value = np.broadcast_to(np.asarray(value, "<u4"), flat.shape[:-1])
+            flat[..., begin : begin + 4] = np.ascontiguousarray(value)[..., None].view(np.uint8)
+        return
+    obs[..., 0], obs[..., 1] = episode, step
 
 
-def fill(dataset: EpisodeDataset, fields: Fields, episode_length: int) -> None:
-    """Add episodes until the dataset is full."""
-    episode = rows(fields, episode_length)
-    for _ in range(dataset.capacity // episode_length):
-        dataset.add_episode(episode)
+def tags_of(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(episode, step), int64 `(*leading)`, of observations `(*leading, *shape)`."""
+    if obs.dtype == np.uint8:
+        flat = obs.reshape(*obs.shape[:-3], -1)
+        words = np.ascontiguousarray(flat[..., :8]).view("<u4").astype(np.int64)
+        return words[..., 0], words[..., 1]
+    return obs[..., 0].astype(np.int64), obs[..., 1].astype(np.int64)
+
+
+def tagged_rows(kind: str, first_episode: int, num_episodes: int, length: int) -> dict[str, np.ndarray]:
+    """The rows of whole episodes, one after the other: `field -> (num_episodes * length, *shape)`."""
+    rows = empty_rows(kind, num_episodes * length)
+    episode = np.repeat(np.arange(first_episode, first_episode + num_episodes), length)
+    step = np.tile(np.arange(length), num_episodes)
+    tag(rows["obs"], episode, step)
+    rows["reward"][:] = step
+    rows["terminated"][:] = step == length - 1
+    return rows
+
+
+def blocks(store: Store) -> Iterator[dict[str, np.ndarray]]:
+    """The rows that fill a store, some whole episodes at a time."""
+    num_episodes = store.num_steps // store.episode_length
+    per_block = max(1, min(num_episodes, (1_000 if store.kind == "pixels" else 100_000) // store.episode_length))
+    for first in range(0, num_episodes, per_block):
+        yield tagged_rows(store.kind, first, min(per_block, num_episodes - first), store.episode_length)
+
+
+def transitions_of(rows: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """From rows of whole episodes, `length - 1` transitions of each, with `next_obs`."""
+    is_last = np.arange(len(rows["reward"])) % length == length - 1
+    is_first = np.arange(len(rows["reward"])) % length == 0
+    found = {name: values[~is_first] for name, values in rows.items() if name != "obs"}
+    return {"obs": rows["obs"][~is_last], **found, "next_obs": rows["obs"][~is_first]}
+
+
+class TaggedEnvs:
+    """N environments of which a step costs next to nothing: it writes the tags and the flags.
+
+    `rows` are the arrays of the current step, the same ones all the time; `was_done` says whose row is its episode's
+    first; `previous_obs` is what the step before had. Episodes end at different times.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.length, n = store.episode_length, store.num_envs
+        self.rows = empty_rows(store.kind, n)
+        self.age, self.episode = np.arange(n) * self.length // n, np.arange(n)
+        self.was_done = np.zeros(n, np.bool_)
+        self.previous_obs = self.rows["obs"].copy()
+        self._write()
+
+    def step(self) -> None:
+        """On to the next step of each, which is the next episode's first where one has ended."""
+        self.previous_obs[...] = self.rows["obs"]
+        np.copyto(self.was_done, self.rows["terminated"])
+        self.age += 1
+        self.age[self.was_done] = 0
+        self.episode[self.was_done] += len(self.episode)
+        self._write()
+
+    def _write(self) -> None:
+        tag(self.rows["obs"], self.episode, self.age)
+        np.equal(self.age, self.length - 1, out=self.rows["terminated"])

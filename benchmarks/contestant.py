@@ -1,0 +1,126 @@
+"""The contract of a contestant: a few primitives, of which every workload is made.
+
+A contestant lives in a process of its own (`serving.py`), where its library is installed. What it is given is ready
+in the form it takes best, made outside of what is timed: arrays, tensors, a TensorDict.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workloads import Store, TaggedEnvs, Workload, blocks, tagged_rows
+
+Rows = dict[str, np.ndarray]
+
+
+class Contestant(ABC):
+    """A way to store rows and to draw from them.
+
+    Attributes:
+        draws_sequences: False where B x T loose rows are drawn instead of B sequences.
+        prefetched: Batches that workers may have made ahead.
+        folder: Where files may be written.
+    """
+
+    draws_sequences = True
+    prefetched = 0
+    folder = "."
+
+    def __init__(self) -> None:
+        self.store: Store | None = None
+        self._envs: TaggedEnvs | None = None
+
+    @abstractmethod
+    def make(self, store: Store) -> None:
+        """An empty store; the one before is given up."""
+
+    @abstractmethod
+    def episode_adder(self, rows: Rows, length: int) -> Callable[[], Any]:
+        """A function that adds these rows, whole episodes of `length` one after the other."""
+
+    @abstractmethod
+    def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+        """A function that draws a batch."""
+
+    def step_adder(self, envs: TaggedEnvs) -> Callable[[], Any]:
+        """A function that adds `envs.rows`, a row of each environment."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
+        """A batch as `field -> (B, T, *shape)`."""
+
+    def set_threads(self, number: int) -> None:  # noqa: B027
+        """How many threads may compute; nothing to do for what has one, or was started with as many."""
+
+    # What follows from them.
+
+    def add_rows(self, rows: Rows, length: int) -> None:
+        self.episode_adder(rows, length)()
+
+    def fill(self, store: Store) -> None:
+        """Make the store, and fill it if it shall be."""
+        self.store = None
+        self.make(store)
+        # They go on in what is timed, so that no episode is left without an end.
+        self.store, self._envs = store, TaggedEnvs(store)
+        if store.is_filled:
+            self.fill_rows(store)
+
+    def fill_rows(self, store: Store) -> None:
+        """Add rows until the store is full."""
+        if store.num_envs == 1:
+            for rows in blocks(store):
+                self.add_rows(rows, store.episode_length)
+            return
+        envs = self._envs
+        assert envs is not None
+        add = self.step_adder(envs)
+        for _ in range(store.num_steps // store.num_envs):
+            add()
+            envs.step()
+
+    def function(self, workload: Workload) -> Callable[[], Any]:
+        """What is timed."""
+        store = workload.store
+        if workload.part == "adding":
+            assert self._envs is not None
+            return self._adding(self._envs, store)
+        draw = self.drawer(workload.batch_size, workload.length)
+        if workload.part == "growth":
+            return self._then(self.episode_adder(self.one_episode(store), store.episode_length), draw)
+        if workload.part == "training":
+            assert self._envs is not None
+            return self._then(self._then(self.step_adder(self._envs), self._envs.step), draw)
+        return draw
+
+    def one_episode(self, store: Store) -> Rows:
+        return tagged_rows(store.kind, store.num_steps // store.episode_length, 1, store.episode_length)
+
+    def _adding(self, envs: TaggedEnvs, store: Store) -> Callable[[], Any]:
+        """Rows that never change but for the flags, so that next to nothing but adding is timed."""
+        add = self.step_adder(envs)
+        n, length = store.num_envs, store.episode_length
+        ends = [(np.arange(n) * length // n + step) % length == 0 for step in range(length)]
+        clock, terminated, was_done = 0, envs.rows["terminated"], envs.was_done
+
+        def add_next() -> None:
+            nonlocal clock
+            was_done[:] = terminated
+            terminated[:] = ends[clock]
+            clock = (clock + 1) % length
+            add()
+
+        return add_next
+
+    @staticmethod
+    def _then(first: Callable[[], Any], second: Callable[[], Any]) -> Callable[[], Any]:
+        def both() -> Any:
+            first()
+            return second()
+
+        return both

@@ -1,0 +1,75 @@
+"""Virtual environments of the peers, one each: `python -m benchmarks environments`.
+
+Each is made from `benchmarks/requirements/<name>.txt` under `benchmarks/.venvs/<name>`. One that cannot be made is
+reported and left out of all measurements.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REQUIREMENTS = HERE / "requirements"
+FOLDER = HERE / ".venvs"
+NAMES = tuple(sorted(path.stem for path in REQUIREMENTS.glob("*.txt")))
+# Written last: a folder without it is of an installation that was broken off.
+_MARK = "complete"
+
+
+def python_of(environment: str | None) -> Path | None:
+    """The interpreter of an environment; this one's for None; None where the environment is not there."""
+    if environment is None:
+        return Path(sys.executable)
+    folder = FOLDER / environment
+    return folder / "bin" / "python" if (folder / _MARK).exists() else None
+
+
+def make(names: tuple[str, ...] = NAMES) -> dict[str, str]:
+    """Make those that are not there, and those whose requirements have changed.
+
+    Returns:
+        By name, what is wrong with those that could not be made.
+    """
+    failed = {}
+    for name in names:
+        requirements = (REQUIREMENTS / f"{name}.txt").read_text()
+        mark = FOLDER / name / _MARK
+        if mark.exists() and mark.read_text() == requirements:
+            print(f"{name}: is there")
+            continue
+        print(f"{name}: installing", flush=True)
+        try:
+            _install(name, requirements)
+        except subprocess.CalledProcessError as error:
+            failed[name] = str(error.stderr or error).strip().splitlines()[-1]
+            print(f"{name}: left out, as it cannot be installed: {failed[name]}", flush=True)
+        else:
+            mark.write_text(requirements)
+    return failed
+
+
+def _install(name: str, requirements: str) -> None:
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    _run(sys.executable, "-m", "venv", str(folder))
+    pip = (
+        str(folder / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "-c",
+        str(HERE.parent / "constraints.txt"),
+    )
+    # torch alone and first: what comes after must do with this one, and cannot bring another.
+    torch = [line for line in requirements.splitlines() if line.startswith("torch==")]
+    if torch:
+        _run(*pip, *torch)
+    _run(*pip, "-r", str(REQUIREMENTS / f"{name}.txt"))
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,0 +1,88 @@
+"""Ours: a `ReplayBuffer` over a ring, and over files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contestant import Contestant, Rows
+from benchmarks.workloads import Store, TaggedEnvs
+from buffers import ReplayBuffer
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
+from buffers.dataset.fields import Fields, TensorType
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.transforms import to_transitions
+
+
+def info_of(store: Store) -> EpisodeDatasetInfo:
+    return EpisodeDatasetInfo(
+        Fields(**{name: TensorType(shape, getattr(torch, dtype)) for name, (shape, dtype) in store.fields.items()})
+    )
+
+
+class _Ours(Contestant):
+    dataset: EpisodeDataset
+
+    def __init__(self, tensors: bool = False) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def episode_adder(self, rows: Rows, length: int) -> Callable[[], Any]:
+        dataset = self.dataset
+        episodes = [
+            {name: values[begin : begin + length] for name, values in rows.items()}
+            for begin in range(0, len(rows["reward"]), length)
+        ]
+
+        def add() -> None:
+            for episode in episodes:
+                dataset.add_episode(episode)
+
+        return add
+
+    def step_adder(self, envs: TaggedEnvs) -> Callable[[], Any]:
+        num_envs = len(envs.was_done)
+        buffer = ReplayBuffer(self.dataset, 32, 1, num_envs=num_envs)
+        rows: dict[str, Any] = envs.rows
+        done: Any = envs.was_done
+        if num_envs == 1:
+            # A single environment: rows without an axis for it, and `done` with its last row.
+            rows, ended = {name: values.reshape(values.shape[1:]) for name, values in rows.items()}, rows["terminated"]
+            return lambda: buffer.add_step(rows, bool(ended[0]))
+        if self._tensors:
+            rows, done = {name: torch.from_numpy(values) for name, values in rows.items()}, torch.from_numpy(done)
+        return lambda: buffer.add_step(rows, done)
+
+    def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+        if self._is_of_transitions:
+            return ReplayBuffer(self.dataset, batch_size, 2, transform=to_transitions, seed=0).sample
+        return ReplayBuffer(self.dataset, batch_size, length, seed=0).sample
+
+    def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
+        return {name: values.numpy() for name, values in batch.items()}
+
+    def set_threads(self, number: int) -> None:
+        torch.set_num_threads(number)
+
+
+class Ring(_Ours):
+    """In memory."""
+
+    def make(self, store: Store) -> None:
+        self.dataset = None  # type: ignore[assignment]  # Its memory is given back before the next takes some.
+        self.dataset = RingBufferDataset(store.num_steps, info_of(store))
+        self._is_of_transitions = store.transitions
+
+
+class Files(_Ours):
+    """On disk, one file an episode."""
+
+    def make(self, store: Store) -> None:
+        directory = Path(self.folder) / "ours"
+        shutil.rmtree(directory, ignore_errors=True)
+        self.dataset = IndividualFileDataset(store.num_steps, info_of(store), directory=directory, durability="rename")
+        self._is_of_transitions = store.transitions

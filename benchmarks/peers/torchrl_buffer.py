@@ -1,0 +1,92 @@
+"""TorchRL: `ReplayBuffer` with a `SliceSampler`.
+
+What it is given is a TensorDict already, and of a batch, a flat one of B * T rows, nothing is asked: it is not even
+given its two axes. Its marks of slices (`truncated`, `is_init`) are off, which is quicker. Episodes end where
+`terminated` is set. Rows of several environments go into a storage of two dimensions, along the second.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchrl
+from tensordict import TensorDict
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    RandomSampler,
+    ReplayBuffer,
+    SliceSampler,
+)
+
+from benchmarks.contestant import Contestant, Rows
+from benchmarks.workloads import Store, TaggedEnvs, transitions_of
+
+assert torchrl
+
+
+class TorchRL(Contestant):
+    """A storage in memory, or memory-mapped."""
+
+    def __init__(self, cached: bool = False, memmap: bool = False) -> None:
+        super().__init__()
+        self._cached, self._memmap = cached, memmap
+        self._buffer: Any = None
+
+    def make(self, store: Store) -> None:
+        self._buffer = None
+        ndim = 1 if store.num_envs == 1 else 2
+        if self._memmap:
+            directory = Path(self.folder) / "torchrl"
+            shutil.rmtree(directory, ignore_errors=True)
+            storage: Any = LazyMemmapStorage(store.num_steps, scratch_dir=directory, ndim=ndim)
+        else:
+            storage = LazyTensorStorage(store.num_steps, ndim=ndim)
+        self._made = store
+        self._buffer = ReplayBuffer(storage=storage, dim_extend=ndim - 1)
+
+    def episode_adder(self, rows: Rows, length: int) -> Callable[[], Any]:
+        data = _as_tensordict(transitions_of(rows, length) if self._made.transitions else rows)
+        buffer = self._buffer
+        return lambda: buffer.extend(data)
+
+    def step_adder(self, envs: TaggedEnvs) -> Callable[[], Any]:
+        data, buffer = _as_tensordict(envs.rows), self._buffer
+        if len(envs.was_done) == 1:
+            row = data[0]
+            return lambda: buffer.add(row)
+        column = data.unsqueeze(1)
+        return lambda: buffer.extend(column)
+
+    def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+        buffer = self._buffer
+        buffer.set_sampler(RandomSampler() if self._made.transitions else self._slices(batch_size))
+        num_rows = batch_size * length
+        return lambda: buffer.sample(num_rows)
+
+    def _slices(self, num_slices: int) -> SliceSampler:
+        return SliceSampler(
+            num_slices=num_slices,
+            end_key="terminated",
+            cache_values=self._cached,
+            truncated_key=None,
+            init_key=None,
+        )
+
+    def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
+        rows = {name: batch[name] for name in (*self._made.fields, *(["next_obs"] if self._made.transitions else []))}
+        shapes = {**self._made.fields, "next_obs": self._made.fields["obs"]}
+        return {n: values.reshape(batch_size, length, *shapes[n][0]).numpy() for n, values in rows.items()}
+
+    def set_threads(self, number: int) -> None:
+        torch.set_num_threads(number)
+
+
+def _as_tensordict(rows: Rows) -> TensorDict:
+    """Over the same memory, so that rows that change in place are added as they are then."""
+    tensors = {name: torch.from_numpy(values) for name, values in rows.items()}
+    return TensorDict(tensors, batch_size=[len(rows["reward"])])

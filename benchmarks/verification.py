@@ -1,0 +1,103 @@
+"""What a contestant really draws, told from the tags: whether sequences cross episodes, and from which distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contestant import Contestant
+from benchmarks.workloads import Store, Workload, tagged_rows, tags_of
+
+_NUM_SEQUENCES = 2_000
+_NUM_DRAWN = 40_000
+# Episodes of unlike length, each several times over, so that what happens at the ends of the storage counts for little.
+LENGTHS = (3, 5, 12, 30) * 8
+LENGTH = 3
+# The mean of squared deviations over their expectation is 1 for the right distribution, and grows with those drawn.
+_IS_ALIKE = 1.5
+
+
+def check_sequences(contestant: Contestant, workload: Workload) -> dict[str, Any]:
+    """How many of the sequences drawn are not consecutive rows of one episode.
+
+    Returns:
+        `num_sequences` looked at, 0 where a contestant draws no sequences, and `num_crossing` among them.
+    """
+    if not workload.batch_size or not (contestant.draws_sequences or workload.store.transitions):
+        return {"num_sequences": 0, "num_crossing": 0}
+    draw = contestant.drawer(workload.batch_size, workload.length)
+    num_sequences = num_crossing = 0
+    for _ in range(max(1, min(20, _NUM_SEQUENCES // workload.batch_size))):
+        rows = contestant.arrays(draw(), workload.batch_size, workload.length)
+        obs = rows["obs"]
+        if workload.store.transitions:
+            obs = np.concatenate([obs, rows["next_obs"]], axis=1)
+        num_crossing += int(is_crossing(*tags_of(obs)).sum())
+        num_sequences += len(obs)
+    return {"num_sequences": num_sequences, "num_crossing": num_crossing}
+
+
+def is_crossing(episode: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Which of the sequences with these tags `(B, T)` are not consecutive rows of one episode; bool `(B,)`."""
+    return (np.diff(episode) != 0).any(1) | (np.diff(step) != 1).any(1)
+
+
+def distribution(contestant: Contestant) -> dict[str, Any]:
+    """Draw sequences of 3 from episodes of 3 to 30 rows, and say which rule explains where they start.
+
+    Returns:
+        `draws_sequences`, `rule`, `share_crossing`, and `last_step`: whether the last row of every episode was drawn.
+    """
+    contestant.fill(Store("state", sum(LENGTHS), is_filled=False))
+    for episode, length in enumerate(LENGTHS):
+        contestant.add_rows(tagged_rows("state", episode, 1, length), length)
+    contestant.store = None
+    num_windows = 100 * (LENGTH if contestant.draws_sequences else 1)
+    length = LENGTH if contestant.draws_sequences else 1
+    draw = contestant.drawer(100, length)
+    batches = []
+    for _ in range(_NUM_DRAWN // num_windows):
+        rows = contestant.arrays(draw(), 100, length)
+        # A transition is a sequence of two rows.
+        batches.append(np.concatenate([rows["obs"], rows["next_obs"]], axis=1) if "next_obs" in rows else rows["obs"])
+    episode, step = tags_of(np.concatenate(batches))
+    things = "transitions" if "next_obs" in rows else "windows"
+    lasts = np.asarray(LENGTHS) - 1
+    return {
+        "draws_sequences": contestant.draws_sequences,
+        "rule": rule_of(episode[:, 0], step[:, 0], episode.shape[1], things),
+        "share_crossing": float(is_crossing(episode, step).mean()),
+        "last_step": len(np.unique(episode[step == lasts[episode]])) == len(LENGTHS),
+    }
+
+
+def rule_of(episode: np.ndarray, step: np.ndarray, length: int, things: str = "windows") -> str:
+    """The name of the rule that explains the starts `(episode, step)` of sequences of `length` best, if one does."""
+    counts = np.zeros((len(LENGTHS), max(LENGTHS)))
+    np.add.at(counts, (episode, step), 1)
+    places = np.arange(max(LENGTHS))
+    lengths = np.asarray(LENGTHS)[:, None]
+    is_row, is_start = places < lengths, places <= lengths - length
+    start_of_episode = is_start / is_start.sum(1, keepdims=True)
+    row_of_episode = is_row / is_row.sum(1, keepdims=True)
+    expected = {
+        f"all {things} alike": is_start / is_start.sum(),
+        f"all long enough episodes alike, then their {things}": start_of_episode / len(LENGTHS),
+        "all rows alike, whatever follows": is_row / is_row.sum(),
+        "all episodes alike, then their rows": row_of_episode / len(LENGTHS),
+    }
+    if length == 1:
+        expected = {"all rows alike": expected["all rows alike, whatever follows"]}
+    found = {name: _deviation(counts, share) for name, share in expected.items()}
+    best = min(found, key=lambda name: found[name])
+    return best if found[best] < _IS_ALIKE else "none of the usual ones"
+
+
+def _deviation(counts: np.ndarray, share: np.ndarray) -> float:
+    """Chi squared over its degrees of freedom; infinite where something was drawn that cannot be."""
+    possible = share > 0
+    if counts[~possible].any():
+        return float("inf")
+    mean = share[possible] * counts.sum()
+    return float(((counts[possible] - mean) ** 2 / mean).sum() / (possible.sum() - 1))

@@ -1,0 +1,273 @@
+"""The benchmarks' own logic: what the driver makes of contestants, and what verification says. No peer is needed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import driver, results
+from benchmarks.claims import COLUMNS, NO_SEQUENCES, NOT_CHECKED, claims
+from benchmarks.driver import ContestantError, Driver, Row
+from benchmarks.environments import NAMES
+from benchmarks.peers import CONTESTANTS
+from benchmarks.picture import _apart
+from benchmarks.timing import Timing, calls_to_fill, microseconds
+from benchmarks.verification import LENGTHS, is_crossing, rule_of
+from benchmarks.workloads import FIELDS, Store, TaggedEnvs, Workload, blocks, tags_of, transitions_of, workloads
+
+TINY = Workload("sampling", "tiny", Store("state", 400, 20), 8, 5)
+
+
+def starts(share: np.ndarray, num: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """(episode, step) drawn with these shares `(episodes, steps)`."""
+    flat = np.random.default_rng(0).choice(share.size, num, p=(share / share.sum()).ravel())
+    return np.unravel_index(flat, share.shape)  # type: ignore[return-value]
+
+
+def is_start(length: int) -> np.ndarray:
+    return (np.arange(max(LENGTHS)) <= np.asarray(LENGTHS)[:, None] - length).astype(float)
+
+
+# Data.
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_rows_carry_episode_and_step(kind):
+    store = Store(kind, 2_400, 12)
+    episode, step = (
+        np.concatenate(values) for values in zip(*(tags_of(rows["obs"]) for rows in blocks(store)), strict=True)
+    )
+    assert episode.tolist() == np.repeat(np.arange(200), 12).tolist()
+    assert step.tolist() == np.tile(np.arange(12), 200).tolist()
+
+
+def test_transitions_stay_within_episodes():
+    rows = transitions_of(next(blocks(Store("state", 60, 6))), 6)
+    (episode, step), (next_episode, next_step) = tags_of(rows["obs"]), tags_of(rows["next_obs"])
+    assert len(episode) == 50
+    assert (episode == next_episode).all() and (step + 1 == next_step).all()
+    assert (rows["terminated"] == (next_step == 5)).all()
+
+
+def test_environments_end_episodes_one_row_after_the_other():
+    envs = TaggedEnvs(Store("state", 100, 5, num_envs=3))
+    seen: list[list[tuple[int, int, bool, bool]]] = [[], [], []]
+    for _ in range(23):
+        episode, step = tags_of(envs.rows["obs"])
+        for i in range(3):
+            seen[i].append((episode[i], step[i], bool(envs.rows["terminated"][i]), bool(envs.was_done[i])))
+        envs.step()
+    for rows in seen:
+        for before, now in itertools.pairwise(rows):
+            assert now[3] == before[2] == (before[1] == 4)
+            assert now[:2] == ((before[0] + 3, 0) if before[2] else (before[0], before[1] + 1))
+
+
+def test_a_workload_crosses_the_pipe_as_it_is():
+    parts = ("sampling", "transitions", "disk", "adding", "growth", "training", "memory")
+    everything = [workload for part in parts for workload in workloads(part)]
+    assert [Workload.from_json(json.loads(json.dumps(w.to_json()))) for w in everything] == everything
+
+
+# Verification.
+
+
+def test_a_sequence_over_the_end_of_an_episode_is_crossing():
+    episode = np.array([[1, 1, 1], [1, 1, 2], [1, 1, 1], [1, 1, 1]])
+    step = np.array([[3, 4, 5], [3, 4, 0], [3, 5, 6], [3, 3, 4]])
+    assert is_crossing(episode, step).tolist() == [False, True, True, True]
+
+
+def test_the_rule_that_was_drawn_by_is_named():
+    windows = is_start(3)
+    episodes = windows / windows.sum(1, keepdims=True)
+    rows = is_start(1)
+    assert rule_of(*starts(windows), 3) == "all windows alike"
+    assert rule_of(*starts(episodes), 3) == "all long enough episodes alike, then their windows"
+    assert rule_of(*starts(rows), 3) == "all rows alike, whatever follows"
+    assert rule_of(*starts(rows), 1) == "all rows alike"
+
+
+def test_last_windows_that_are_never_drawn_are_no_usual_rule():
+    assert rule_of(*starts(is_start(4)), 3) == "none of the usual ones"
+
+
+# The driver.
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(driver, "workloads", lambda part, scale: [TINY])
+    monkeypatch.setattr(driver, "THREADS", {})
+
+
+def test_contestants_in_processes_of_their_own_are_verified_and_timed(tiny):
+    with Driver(["copy", "gather", "ours"], rounds=3) as running:
+        (row,) = running.run("sampling")
+        distribution = running.distributions()["ours"]
+        assert running.versions["buffers"]
+    assert list(row.timings) == ["copy", "gather", "ours"] and not row.left_out
+    assert all(len(measured) == 3 for measured in row.measured.values())
+    assert all(0 < t["least"] <= t["median"] <= t["most"] for t in row.timings.values())
+    assert row.crossing == {"copy": "", "gather": "", "ours": "0 of 160"}
+    assert distribution["rule"] == "all windows alike" and distribution["last_step"]
+
+
+def test_a_contestant_without_its_environment_is_left_out_with_a_line(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(driver, "python_of", lambda environment: None)
+    with Driver(["torchrl", "sb3"], rounds=1) as running:
+        (row,) = running.run("sampling")
+    assert set(running.missing) == {"torchrl", "sb3"} and not row.timings
+    assert "TorchRL is left out: its environment is not there: `python -m benchmarks environments`" in (
+        capsys.readouterr().err
+    )
+
+
+class FakeContestant:
+    """Stands for a process: answers by name, and fails where the answer is an error."""
+
+    def __init__(self, name, calls, **answers):
+        self.name, self.spec, self.versions, self._is_alive = name, CONTESTANTS[name], {}, True
+        self._calls, self._answers = calls, answers
+
+    def ask(self, do, **arguments):
+        self._calls.append((self.name, do))
+        answer = self._answers.get(do, {"num_sequences": 10, "num_crossing": 0, "microseconds": 5.0})
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def serves(self, threads):
+        return self._is_alive
+
+    def close(self):
+        self._is_alive = False
+
+
+def with_fakes(monkeypatch, calls, **by_name):
+    monkeypatch.setattr(
+        driver, "Contestant", lambda name, folder, threads: FakeContestant(name, calls, **by_name.get(name, {}))
+    )
+
+
+def test_measurements_are_interleaved(tiny, monkeypatch):
+    calls: list[tuple[str, str]] = []
+    with_fakes(monkeypatch, calls)
+    with Driver(["gather", "ours", "cpprb"], rounds=3) as running:
+        running.run("sampling")
+    measured = [name for name, do in calls if do == "measure"]
+    assert measured == ["gather", "ours", "cpprb"] * 3
+
+
+def test_who_fails_is_left_out_and_the_others_go_on(tiny, monkeypatch):
+    with_fakes(
+        monkeypatch,
+        [],
+        torchrl={"build": ContestantError("it took more than 120 s")},
+        cpprb={"measure": ContestantError("its process has ended")},
+    )
+    with Driver(["ours", "torchrl", "cpprb"], rounds=2) as running:
+        (row,) = running.run("sampling")
+    assert row.left_out == {"torchrl": "it took more than 120 s", "cpprb": "its process has ended"}
+    assert list(row.timings) == ["ours"]
+
+
+def test_a_slow_contestant_is_measured_until_its_time_is_up(tiny, monkeypatch):
+    with_fakes(monkeypatch, [])
+    with Driver(["ours"], rounds=50, seconds_to_measure=1e-9) as running:
+        (row,) = running.run("sampling")
+    assert len(row.measured["ours"]) == 1
+
+
+def test_ours_crossing_an_episode_stops_the_run(tiny, monkeypatch):
+    crossing = {"verify": {"num_sequences": 10, "num_crossing": 1}}
+    with_fakes(monkeypatch, [], ours=crossing, flashbax=crossing)
+    with Driver(["flashbax"], rounds=1) as running:
+        assert running.run("sampling")[0].crossing == {"flashbax": "1 of 10"}
+    with Driver(["ours"], rounds=1) as running, pytest.raises(AssertionError, match="cross episodes"):
+        running.run("sampling")
+
+
+def test_a_store_that_does_not_fit_is_left_out(tiny, monkeypatch):
+    with_fakes(monkeypatch, [])
+    monkeypatch.setattr(driver, "memory_available", lambda: 1 << 20)
+    with Driver(["ours"], rounds=1) as running:
+        (row,) = running.run("sampling")
+    assert "of memory are not free" in row.left_out["ours"]
+
+
+def test_every_contestant_has_its_environment_pinned():
+    assert {spec.environment for spec in CONTESTANTS.values()} - {None} == set(NAMES)
+
+
+# What is made of it.
+
+
+def test_tables_stand_between_their_markers_and_nothing_else_changes(tmp_path, monkeypatch):
+    timing = {"median": 12.0, "least": 10.0, "most": 14.0}
+    copy = {"median": 4.0, "least": 4.0, "most": 4.0}
+    row = Row("state 1 x 1", 1, {"copy": copy, "gather": timing, "ours": {**timing, "median": 24.0}}, {}, {})
+    found: dict = {"parts": {}}
+    with Driver([], rounds=7) as running:
+        results.record(found, "sampling", [row], running)
+    results.save(found, tmp_path / "results.json")
+    monkeypatch.setattr(results, "load", lambda: json.loads((tmp_path / "results.json").read_text()))
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- table: sampling -->\nold\n<!-- end -->\nafter\n")
+    results.paste([page])
+    once = page.read_text()
+    assert once.startswith("before\n<!-- table: sampling -->") and once.endswith("<!-- end -->\nafter\n")
+    assert "old" not in once and "24 (10.0 to 14.0)" in once and "2.0 / 6.0" in once and "7 rounds" in once
+    results.paste([page])
+    assert page.read_text() == once
+
+
+def test_labels_of_the_picture_keep_apart():
+    places = _apart({"a": 100.0, "b": 99.0, "c": 101.0, "d": 5_000.0}, least_ratio=1.3)
+    heights = sorted(places.values())
+    assert all(upper / lower > 1.29 for lower, upper in itertools.pairwise(heights))
+    assert places["d"] == 5_000.0 and places["b"] < places["a"] < places["c"]
+
+
+def test_claims_come_from_checks_and_measurements(monkeypatch):
+    with_fakes(
+        monkeypatch,
+        [],
+        ours={"check": {"cell": "yes"}},
+        cpprb={"check": ContestantError("no such thing")},
+    )
+    drawn = {"rule": "all windows alike", "share_crossing": 0.0, "last_step": True}
+    found = {
+        "parts": {
+            "distribution": {
+                "found": {"ours": {**drawn, "draws_sequences": True}, "cpprb": {**drawn, "draws_sequences": False}}
+            },
+            "growth": {
+                "found": [
+                    {"label": label, "timings": {"ours": {"median": median}}}
+                    for label, median in (("100", 10.0), ("1,000", 25.0))
+                ]
+            },
+        }
+    }
+    with Driver(list(COLUMNS)[:1] + ["cpprb"], rounds=1) as running:
+        rows = {row["claim"]: row["cells"] for row in claims(running, found)["rows"]}
+    assert rows["Sequences never cross the end of an episode"] == {"ours": "yes", "cpprb": NO_SEQUENCES}
+    assert rows["On disk, survives a kill"] == {"ours": "yes", "cpprb": NOT_CHECKED}
+    growth = rows["Cost as episodes are stored, one added before each batch"]
+    assert growth == {"ours": "2.5 times, 10 to 25 us, 100 to 1,000 episodes", "cpprb": NOT_CHECKED}
+
+
+def test_a_timing_is_the_median_between_its_extremes():
+    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0)
+
+
+def test_a_measurement_makes_as_many_calls_as_were_settled():
+    calls = []
+    assert calls_to_fill(lambda: calls.append(1), seconds=0.001) >= 1
+    calls.clear()
+    assert microseconds(lambda: calls.append(1), 10) > 0
+    assert len(calls) == 12
