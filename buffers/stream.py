@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from buffers.ahead import Ahead, SeveralBatches
 from buffers.dataset.fields import Fields
 from buffers.dataset.index import Windows
 from buffers.lifetime import end_with
 from buffers.sampler.base import Sampler
-from buffers.sampler.checking import is_ours
 from buffers.sampler.uniform import UniformSampler
 from buffers.transport import Slots
 from buffers.utils import integer
@@ -32,7 +32,6 @@ __all__ = ["BatchRandom", "SequenceStream"]
 INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight", "source")
 # Single sequences are drawn and read so many at a time.
 _SEQUENCES_PER_READ = 32
-_NUM_AHEAD = 8
 _NONE = np.empty(0, np.int64)
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
 
@@ -103,10 +102,10 @@ class SequenceStream(IterableDataset):
         self.trainer, self.num_slots = os.getpid(), 0
         self._number = 0
         self._slots: Slots | None = None
-        # Windows that were drawn ahead, by batch, and what of; `_stride` is from a worker's batch to its next.
-        self._draws_ahead, self._stride = is_ours(self.sampler), 1
-        self._ahead: dict[int, Windows] = {}
-        self._ahead_of: Any = None
+        # For the sampler that asks for integers once; a mixture draws its shares, too. The stride is from a worker's
+        # batch to its next.
+        may_draw_ahead = type(self.sampler) is UniformSampler and self.sequence_length and not dataset.has_members
+        self._ahead, self._stride = Ahead() if may_draw_ahead else None, 1
         # What was drawn last in this process: looking for the newest step in it can wait until someone asks.
         self._last: Windows | None = None
 
@@ -208,34 +207,25 @@ class SequenceStream(IterableDataset):
         dataset = self.dataset
         with dataset._lock:
             dataset._refresh()
-            windows = self._draw(n, attempt, again) if attempt else self._drawn_ahead(n)
-            if self._slots is not None or self.chunk_size < len(windows):
+            reads_chunks = self._slots is not None or self.chunk_size < self.num_windows
+            out = None
+            if attempt or self._ahead is None:
+                windows = self.draw((n,), attempt, again)
+            else:
+                windows, out = self._ahead.get(self, n, self._stride, not reads_chunks)
+            if out is not None:
+                return windows, out, _NONE
+            if reads_chunks:
                 return windows, *self._read_chunks(windows, again is None)
             out, was_read = dataset._read_new(windows)
             return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
 
-    def _draw(self, n: int, attempt: int = 0, again: Windows | None = None) -> Windows:
-        num_windows = self.num_windows if again is None else len(again)
-        rng = self.random.generator(n, attempt)
+    def draw(self, numbers: Sequence[int], attempt: int = 0, again: Windows | None = None) -> Windows:
+        """The windows of batches, one behind the other; of one, as drawn at a certain attempt."""
+        num_windows = (self.num_windows if again is None else len(again)) * len(numbers)
+        one = len(numbers) == 1
+        rng = self.random.generator(numbers[0], attempt) if one else SeveralBatches(self.random, numbers)
         return self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
-
-    def _drawn_ahead(self, n: int) -> Windows:
-        """The windows of batch n. While nothing changes, those of the next batches are drawn with them.
-
-        Between two batches, caches have forgotten what a draw needs: several at once take a third of the time each.
-        """
-        key = (self.random, self.dataset.version)
-        if key != self._ahead_of or not self._draws_ahead:
-            self._ahead_of, self._ahead = key, {}
-            return self._draw(n)
-        windows = self._ahead.pop(n, None)
-        if windows is None:
-            numbers = range(n, n + _NUM_AHEAD * self._stride, self._stride)
-            self._ahead = {number: self._draw(number) for number in numbers}
-            for drawn in self._ahead.values():
-                self.dataset._prepare(drawn)
-            windows = self._ahead.pop(n)
-        return windows
 
     def _read_chunks(self, windows: Windows, is_whole_batch: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]:
         """The data of windows, in a worker's slot, or brought by several reads."""

@@ -74,6 +74,7 @@ class Windows:
             self.episode_length[selection],
             None if self.weight is None else self.weight[selection],
             None if self.source is None else self.source[selection],
+            None if self.places is None else self.places[selection],
         )
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:

@@ -8,12 +8,7 @@ from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.sampler.base import Sampler
 from buffers.sampler.uniform import UniformEpisodeSampler, UniformSampler
 
-__all__ = ["checked_draw", "is_ours"]
-
-
-def is_ours(sampler: Sampler) -> bool:
-    """Whether the sampler is known to draw what it is asked for, and the same from the same index."""
-    return type(sampler) in (UniformSampler, UniformEpisodeSampler)
+__all__ = ["checked_draw"]
 
 
 def checked_draw(
@@ -21,7 +16,7 @@ def checked_draw(
 ) -> Windows:
     """`sampler.draw`, refused by a ValueError where it is not what was asked for."""
     windows = sampler.draw(index, num_windows, length, rng)
-    if is_ours(sampler):
+    if type(sampler) in (UniformSampler, UniformEpisodeSampler):
         return windows
     name = type(sampler).__name__
     if not isinstance(windows, Windows) or len(windows) != num_windows:
