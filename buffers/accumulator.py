@@ -169,7 +169,7 @@ class Accumulator:
         # Else there is room behind every episode, and a row that nobody brought does no harm there.
         for (items, item), array in zip(self._items, rows, strict=True):
             if items is not None:
-                items[places] = np.ascontiguousarray(array).reshape(-1).view(item)
+                items[places] = np.frombuffer(np.ascontiguousarray(array), item)
 
     def _close_with_new_rows(self, is_complete: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Hand over episodes with the row just written; return which environments' rows are still open."""
