@@ -23,12 +23,9 @@ def code_cells(path: Path) -> list:
 
 def texts(cells: list) -> str:
     """All text in the outputs, pictures aside."""
-    return "\n".join(
-        output.get("text", "")
-        + "".join(str(text) for kind, text in output.get("data", {}).items() if "image" not in kind)
-        for cell in cells
-        for output in cell.outputs
-    )
+    outputs = [output for cell in cells for output in cell.outputs]
+    data = [text for output in outputs for kind, text in output.get("data", {}).items() if "image" not in kind]
+    return "\n".join([output.get("text", "") for output in outputs] + [str(text) for text in data])
 
 
 def test_the_notebooks_are_there() -> None:
