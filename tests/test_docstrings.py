@@ -35,8 +35,6 @@ def test_examples_give_what_they_say(
     [
         "buffers.recorder.Recorder",
         "buffers.replay_buffer.ReplayBuffer",
-        "buffers.dataset.episode_dataset.EpisodeDataset.get_loader",
-        "buffers.dataset.episode_dataset.EpisodeDataset.sequences",
         "buffers.dataset.fields.Fields",
         "buffers.dataset.individual_file.IndividualFileDataset",
         "buffers.dataset.info.EpisodeDatasetInfo",
