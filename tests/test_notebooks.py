@@ -29,7 +29,8 @@ def texts(cells: list) -> str:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert {path.stem for path in NOTEBOOKS} >= {"quickstart", "multiprocess_data_loading", "recurrent_agent"}
+    expected = {"composing_datasets", "multiprocess_data_loading", "quickstart", "recurrent_agent"}
+    assert {path.stem for path in NOTEBOOKS} == expected
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
