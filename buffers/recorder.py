@@ -48,9 +48,14 @@ _RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", "
 class Recorder:
     """Records the calls of an environment, or of N environments that step together, as whole episodes.
 
-        recorder = Recorder(buffer, num_envs=8, autoreset_mode="next_step")
-        recorder.reset(obs)
-        recorder.step(action, next_obs, reward, terminated, truncated, infos=infos)
+        >>> from buffers.dataset import RingBufferDataset
+        >>> buffer = ReplayBuffer(RingBufferDataset(capacity=1_000), batch_size=32)
+        >>> recorder = Recorder(buffer, num_envs=None, autoreset_mode="disabled")
+        >>> recorder.reset(obs=0.0)
+        >>> recorder.step(action=1, obs=0.1, reward=0.5, terminated=False, truncated=False)
+        >>> recorder.step(action=0, obs=0.2, reward=0.7, terminated=True, truncated=False)
+        >>> buffer.dataset.get_episode(0)["action"]
+        tensor([0, 1, 0])
 
     The rows have the fields `obs`, `action`, `reward`, `terminated`, `truncated`, `is_first`, and those of `extras`,
     aligned on arrival: the row of an observation holds the action that led to it. In first rows all but `obs` and

@@ -23,9 +23,14 @@ __all__ = ["ReplayBuffer"]
 class ReplayBuffer:
     """Splits streams of steps into episodes, hands them to a dataset, and draws batches from it.
 
-        buffer = ReplayBuffer(RingBufferDataset(capacity=100_000), batch_size=32, sequence_length=16)
-        buffer.add_step({"obs": obs, "action": action, "reward": reward}, done)
-        batch = buffer.sample()      # {"obs": (32, 16, ...), ...}
+        >>> from buffers.dataset import RingBufferDataset
+        >>> buffer = ReplayBuffer(RingBufferDataset(capacity=100_000), batch_size=32, sequence_length=16, num_envs=1)
+        >>> for step in range(100):
+        ...     buffer.add_step({"obs": np.zeros(4), "reward": 0.5}, done=step % 50 == 49)
+        >>> buffer.num_episodes
+        2
+        >>> {name: tuple(value.shape) for name, value in buffer.sample().items()}
+        {'obs': (32, 16, 4), 'reward': (32, 16)}
 
     Args:
         dataset: Where episodes live.

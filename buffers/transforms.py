@@ -24,6 +24,12 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     With `sequence_length=2`, every transition that is stored is drawn once, uniformly. The results are views of the
     batch: `obs` and `next_obs` share their memory.
 
+        >>> rows = {"obs": torch.tensor([0.0, 0.1, 0.2]), "action": torch.tensor([0, 1, 0])}
+        >>> rows |= {"reward": torch.tensor([0.0, 0.5, 0.7]), "terminated": torch.tensor([False, False, True])}
+        >>> transitions = to_transitions(rows | {"truncated": torch.zeros(3, dtype=torch.bool)})
+        >>> transitions["obs"], transitions["action"], transitions["next_obs"]
+        (tensor([0.0000, 0.1000]), tensor([1, 0]), tensor([0.1000, 0.2000]))
+
     Args:
         batch: As recorded, `field -> (B, T + 1, *shape)`, or `(T + 1, *shape)` for a single sequence, T at least 1.
 
@@ -63,6 +69,12 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
 
         n = 3, T = 5       t     0 1 2 3 4
                            m     3 3 3 2 1            never over an end: with one at t = 2    3 2 1 2 1
+
+        >>> no, reward = torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 5)
+        >>> batch = {"reward": reward, "terminated": no, "truncated": no, "next_obs": torch.arange(1, 6)[None]}
+        >>> found = n_step_returns(batch, n=3, gamma=1.0)
+        >>> found["return"], found["bootstrap_obs"]
+        (tensor([[3., 3., 3., 2., 1.]]), tensor([[3, 4, 5, 5, 5]]))
 
     For always n rewards, draw `sequence_length=n + 1` and use t = 0 alone: then no return starts at the last n - 1
     transitions of an episode.

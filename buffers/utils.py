@@ -72,6 +72,9 @@ def to_torch(value: Any, device: torch.device | str | None = None) -> Any:
     dtypes are kept; Python floats become float32, ints int64, bools bool. Arrays share their memory with
     the tensor where torch allows it, so copy the result if the array is used again.
 
+        >>> to_torch({"obs": np.zeros(2, np.float32), "reward": 0.5, "name": "left"})
+        {'obs': tensor([0., 0.]), 'reward': tensor(0.5000), 'name': 'left'}
+
     Args:
         value: Anything. Lists, tuples (named ones too) and dicts are rebuilt with converted members.
         device: Where the tensors shall live; None leaves them where they are.

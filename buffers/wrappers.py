@@ -31,7 +31,14 @@ _UNRECORDED = ("step_async", "step_wait", "reset_async", "reset_wait")
 class RecordEpisodes(gymnasium.Wrapper):
     """Records a single environment, which is stepped as always.
 
-        env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
+        >>> from buffers.dataset import RingBufferDataset
+        >>> buffer = ReplayBuffer(RingBufferDataset(capacity=1_000), batch_size=32)
+        >>> env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
+        >>> obs, info = env.reset(seed=0)
+        >>> while not env.step(0)[2]:  # Until it terminates.
+        ...     pass
+        >>> buffer.dataset.episode_lengths  # Eleven transitions are twelve rows.
+        [12]
 
     The fields are those of `Recorder`. Observations and actions have the dtypes of their spaces (where what is
     delivered is of that kind), rewards are float32. An `Autoreset` wrapper may lie below or above.
@@ -63,7 +70,14 @@ class RecordEpisodes(gymnasium.Wrapper):
 class VectorRecordEpisodes(VectorWrapper):
     """Records environments that step together, which are stepped as always.
 
-        envs = VectorRecordEpisodes(gymnasium.make_vec("CartPole-v1", num_envs=8), buffer)
+        >>> from buffers.dataset import RingBufferDataset
+        >>> buffer = ReplayBuffer(RingBufferDataset(capacity=1_000), batch_size=32)
+        >>> envs = VectorRecordEpisodes(gymnasium.make_vec("CartPole-v1", num_envs=8), buffer)
+        >>> obs, infos = envs.reset(seed=0)
+        >>> for _ in range(15):
+        ...     _ = envs.step(np.zeros(8, int))
+        >>> buffer.num_episodes
+        8
 
     The fields are those of `Recorder`. Observations are stored as they are delivered, actions have the dtype of their
     space (where what is given is of that kind), rewards are float32. Whatever else the environments have can be

@@ -1,7 +1,8 @@
-"""The code in README and docs runs as printed, and the README's two commands are those that CI runs."""
+"""The code in README and docs runs as printed, the site builds, and the README's two commands are those of CI."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # ```python is run; ```python no-run names a library that is not at hand, and is only parsed.
 BLOCK = re.compile(r"^```python( no-run)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [
@@ -33,6 +34,55 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_storage_that_is_shown_is_the_one_that_is_tested() -> None:
+    shown = [code.values[0] for code in BLOCKS if code.id == "extending.md-0"]
+    assert shown == [(ROOT / "tests" / "list_dataset.py").read_text()]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    # What ought to be code must not have become a quotation, by an indentation that got lost.
+    for page in sorted((tmp_path / "api").glob("*.html")):
+        assert "<blockquote>" not in page.read_text(), page.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "buffers",
+        "buffers.dataset",
+        "buffers.dataset.fields",
+        "buffers.dataset.individual_file",
+        "buffers.dataset.info",
+        "buffers.dataset.verification",
+        "buffers.evictor",
+        "buffers.loader",
+        "buffers.sampler",
+        "buffers.transforms",
+        "buffers.utils",
+        "buffers.wrappers",
+    ],
+)
+def test_everything_public_is_in_the_reference(name: str) -> None:
+    module = importlib.import_module(name)
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    entries = {imported(entry) for entry in re.findall(r"^::: (\S+)", pages, re.MULTILINE)}
+    if module not in entries:
+        exported = {getattr(module, item) for item in module.__all__ if item != "__version__"}
+        assert exported <= entries, f"{name}: {[item.__name__ for item in exported - entries]}"
+
+
+def imported(path: str) -> object:
+    """The module, class or function that has this path."""
+    try:
+        return importlib.import_module(path)
+    except ImportError:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
 
 
 def test_the_readme_has_the_two_commands_of_ci() -> None:

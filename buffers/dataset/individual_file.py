@@ -50,8 +50,11 @@ _CLOCK_GRAIN_NS = 2 * 10**9
 class IndividualFileDataset(EpisodeDataset):
     """Episodes on disk, one file each, in a directory that is its own index.
 
-        with IndividualFileDataset(capacity=10_000_000, directory="episodes") as dataset:
-            dataset.add_episode(episode)        # it is on the disk when this returns
+        >>> with IndividualFileDataset(capacity=10_000_000, directory="episodes") as dataset:
+        ...     dataset.add_episode({"obs": np.zeros((20, 4))})  # It is on the disk when this returns.
+        0
+        >>> IndividualFileDataset(capacity=10_000_000, directory="episodes", mode="r").episode_lengths
+        [20]
 
     Opening a directory finds the episodes in it and goes on. A process that is killed loses nothing that
     `add_episode` has returned for, nor does a machine that loses power, with `durability="fsync"`. Files that are no

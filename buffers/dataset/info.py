@@ -14,6 +14,12 @@ __all__ = ["EpisodeDatasetInfo"]
 class EpisodeDatasetInfo:
     """What is known of a dataset's episodes.
 
+        >>> from buffers.dataset import RingBufferDataset
+        >>> from buffers.dataset.fields import Scalar, Vector
+        >>> info = EpisodeDatasetInfo(Fields(obs=Vector(4), reward=Scalar()), VerificationMode.ALL_CHECKS)
+        >>> RingBufferDataset(capacity=1_000, info=info).fields
+        Fields(obs: float32 (4,), reward: float32 ())
+
     Attributes:
         fields: With it, storage is laid out at construction and every episode must match; without it, the
             first episode decides.

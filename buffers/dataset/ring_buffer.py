@@ -33,6 +33,12 @@ class RingBufferDataset(EpisodeDataset):
         slot      0  1  2  3  4  5  6  7          capacity 8, episodes of 3, 4 and 3 rows: the first had
         step id   8  9  2  3  4  5  6  7          to leave, and the third wraps, in slots 7, 0 and 1
 
+        >>> dataset = RingBufferDataset(capacity=8)
+        >>> for length in (3, 4, 3):
+        ...     episode_id = dataset.add_episode({"obs": np.zeros(length)})
+        >>> dataset.episode_lengths
+        [4, 3]
+
     Args:
         capacity: In steps. Memory is reserved when the fields are known, and used as it is written.
         info: What is known beforehand; with its `fields`, memory is reserved now.

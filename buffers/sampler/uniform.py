@@ -11,7 +11,16 @@ __all__ = ["UniformEpisodeSampler", "UniformSampler"]
 
 
 class UniformSampler(Sampler):
-    """Every window is equally likely: long episodes are drawn in proportion to their windows."""
+    """Every window is equally likely.
+
+    Long episodes are drawn in proportion to their windows:
+
+        >>> index = EpisodeIndex()
+        >>> episode_ids = index.append(5), index.append(14)  # 3 and 12 windows of 3 rows.
+        >>> windows = UniformSampler().draw(index, 100_000, 3, np.random.default_rng(0))
+        >>> (np.bincount(windows.episode) / 100_000).round(2)
+        array([0.2, 0.8])
+    """
 
     def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """Draw windows uniformly over all valid starts, with replacement.
@@ -49,7 +58,16 @@ class UniformSampler(Sampler):
 
 
 class UniformEpisodeSampler(Sampler):
-    """Every episode that is long enough is equally likely, then every window in it."""
+    """Every episode that is long enough is equally likely, then every window in it.
+
+    How long an episode is does not change its share:
+
+        >>> index = EpisodeIndex()
+        >>> episode_ids = index.append(5), index.append(14)
+        >>> windows = UniformEpisodeSampler().draw(index, 100_000, 3, np.random.default_rng(0))
+        >>> (np.bincount(windows.episode) / 100_000).round(2)
+        array([0.5, 0.5])
+    """
 
     def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """Draw episodes uniformly over those of at least T rows, then a start uniformly within each.
