@@ -64,6 +64,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         "buffers.sampler",
         "buffers.transforms",
         "buffers.utils",
+        "buffers.visualization",
         "buffers.wrappers",
     ],
 )

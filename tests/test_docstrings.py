@@ -35,9 +35,12 @@ def test_examples_give_what_they_say(
     [
         "buffers.recorder.Recorder",
         "buffers.replay_buffer.ReplayBuffer",
+        "buffers.dataset.episode_source.EpisodeSource.get_loader",
+        "buffers.dataset.episode_source.EpisodeSource.sequences",
         "buffers.dataset.fields.Fields",
         "buffers.dataset.individual_file.IndividualFileDataset",
         "buffers.dataset.info.EpisodeDatasetInfo",
+        "buffers.dataset.mixture.MixtureDataset",
         "buffers.dataset.ring_buffer.RingBufferDataset",
         "buffers.sampler.uniform.UniformEpisodeSampler",
         "buffers.sampler.uniform.UniformSampler",

@@ -176,6 +176,13 @@ class EpisodeSource(IterableDataset, ABC):
     ) -> SequenceLoader:
         """A `DataLoader` of batches without end: `field -> (batch_size, sequence_length, *shape)`.
 
+            >>> from buffers.dataset import RingBufferDataset
+            >>> dataset = RingBufferDataset(capacity=1_000)
+            >>> episode_id = dataset.add_episode({"obs": np.zeros((50, 4)), "reward": np.zeros(50)})
+            >>> batch = next(iter(dataset.get_loader(batch_size=8, sequence_length=10, include=("step",))))
+            >>> {name: tuple(value.shape) for name, value in batch.items()}
+            {'obs': (8, 10, 4), 'reward': (8, 10), 'step': (8, 10)}
+
         Args:
             batch_size: B, sequences a batch.
             sequence_length: T, steps of each; None for whole episodes, padded with zeros to the longest of the
@@ -202,7 +209,12 @@ class EpisodeSource(IterableDataset, ABC):
     def sequences(self, sequence_length: int = 1, **options: Any) -> SequenceStream:
         """An `IterableDataset` of single sequences `field -> (T, *shape)`, for a `DataLoader` of one's own.
 
-            DataLoader(dataset.sequences(16), batch_size=32, num_workers=2)
+            >>> from torch.utils.data import DataLoader
+            >>> from buffers.dataset import RingBufferDataset
+            >>> dataset = RingBufferDataset(capacity=1_000)
+            >>> episode_id = dataset.add_episode({"obs": np.zeros((50, 4))})
+            >>> next(iter(DataLoader(dataset.sequences(16), batch_size=32)))["obs"].shape
+            torch.Size([32, 16, 4])
 
         Args:
             sequence_length: T, in steps.

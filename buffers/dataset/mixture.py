@@ -34,8 +34,13 @@ __all__ = ["MixtureDataset"]
 class MixtureDataset(EpisodeDataset):
     """Several datasets, of which every batch takes exact shares.
 
-        mixture = MixtureDataset([offline, online], weights=[0.5, 0.5])
-        loader = mixture.get_loader(64, 16)      # 32 sequences of each, those of `offline` first
+        >>> from buffers.dataset import RingBufferDataset
+        >>> members = RingBufferDataset(capacity=1_000), RingBufferDataset(capacity=1_000)
+        >>> for number, member in enumerate(members):
+        ...     episode_id = member.add_episode({"number": np.full(50, number)})
+        >>> mixture = MixtureDataset(members, weights=[0.25, 0.75])
+        >>> next(iter(mixture.get_loader(batch_size=64, sequence_length=16)))["number"][:, 0].bincount()
+        tensor([16, 48])
 
     Where a share is not whole, it is rounded up or down at random so that it is right on average, and the sum is the
     batch size. Within a member, the loader's sampler draws as it does from that member alone. Episodes are added to the
