@@ -154,7 +154,7 @@ def _find_damaged(
     """All that the dataset has left out, and why: what sizes give away, and of the rest what `verify` has found."""
     strategy, fields = dataset._strategy, dataset.fields
     damaged = inspect(directory, listing, strategy, fields, None, "size").damaged
-    known = {name for name, _ in damaged} | set(dataset._names.values())
+    known = {name for name, _ in damaged} | dataset._names.all()
     others = [i for i, text in enumerate(listing.texts) if text not in known]
     if others:
         rest = Listing([listing.texts[i] for i in others])

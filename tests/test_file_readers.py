@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from buffers.dataset import IndividualFileDataset
+from buffers import Evictor
+from buffers.dataset import EpisodeDataset, IndividualFileDataset
 from buffers.dataset.directory import EpisodeDirectory
 from buffers.sampler import Sampler
 from tests import tagged
@@ -59,7 +63,7 @@ def test_a_reader_looks_at_a_directory_that_does_not_change_no_more(tmp_path, mo
     os.utime(tmp_path, ns=(10**18, 10**18))
     reader = IndividualFileDataset(9, directory=tmp_path, mode="r")
     reader.refresh()
-    reader._next_scan = 0.0
+    reader._watch._next_look = 0.0
     monkeypatch.setattr(EpisodeDirectory, "list", None)
     numbers_drawn(reader)
     os.utime(tmp_path, ns=(10**18 + 1, 10**18 + 1))
@@ -148,7 +152,7 @@ def test_a_reader_whose_files_are_unlinked_draws_from_the_others(tmp_path) -> No
     dataset = IndividualFileDataset(100, directory=tmp_path, durability="rename")
     add(dataset, [5] * 10)
     reader = IndividualFileDataset(100, directory=tmp_path, mode="r")
-    reader._next_scan = float("inf")  # It does not look by itself.
+    reader._watch._next_look = float("inf")  # It does not look by itself.
     for name in files(tmp_path)[:9]:
         os.unlink(tmp_path / name)
     for each in (dataset, reader):
@@ -196,3 +200,103 @@ def test_max_sampling_attempts_bounds_the_draws(tmp_path) -> None:
     with pytest.raises(RuntimeError, match=r"4 of 4 windows were gone before they could be read, 7 times over"):
         dataset.get_loader(4, 2, sampler=sampler).stream.take()
     assert sampler.num_draws in (7, 8)
+
+
+# Workers of a writer's process: by the log, exact.
+
+
+class AnyEvictor(Evictor):
+    """Any episode."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+
+    def evict(self, dataset: EpisodeDataset) -> int:
+        return int(self._rng.integers(dataset.num_episodes))
+
+
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 1), ("fork", 2), ("spawn", 2), ("forkserver", 1)])
+def test_workers_know_of_what_comes_and_goes_as_soon_as_what_was_prefetched_is_used_up(
+    tmp_path, method, num_workers
+) -> None:
+    dataset = IndividualFileDataset(20_000, directory=tmp_path, durability="rename")
+    add(dataset, [2] * 3000)  # So many that looking at the directory would take its time.
+    loader = dataset.get_loader(
+        16, 2, include=("episode",), num_workers=num_workers, multiprocessing_context=method, persistent_workers=True
+    )
+    batches, ahead = iter(loader), 2 * num_workers + 1
+    next(batches)
+    for n in range(3):
+        number = 3000 + n
+        add(dataset, [9], number)
+        for _ in range(dataset.num_episodes - 1):
+            dataset.evict_episode(0)
+        drawn = [next(batches) for _ in range(ahead + 3)][ahead:]
+        assert all((batch["episode"] == number).all() for batch in drawn), "they know, and nothing else"
+        rejected = loader.stream.num_rejected
+        [next(batches) for _ in range(5)]
+        assert loader.stream.num_rejected == rejected, "nobody draws what has gone"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_follow_an_evictor_of_any_kind(tmp_path, method) -> None:
+    dataset = IndividualFileDataset(60, evictor=AnyEvictor(), directory=tmp_path, durability="rename")
+    add(dataset, [4] * 15)
+    loader = dataset.get_loader(8, 3, include=("episode",), num_workers=2, multiprocessing_context=method)
+    history = [set(dataset.index.ids.tolist())]
+    for number, batch in zip(range(15, 300), loader, strict=False):
+        assert [n for _, n, _, _ in tagged.origins(batch)] == batch["episode"].tolist()
+        assert set(batch["episode"].tolist()) <= set().union(*history[-6:]), "what lived while it was prefetched"
+        add(dataset, [int(4 + number % 3)], number)
+        history.append(set(dataset.index.ids.tolist()))
+
+
+def test_a_reader_whose_writer_is_killed_or_closes_goes_on_with_the_directory(tmp_path) -> None:
+    for how in ("close", "kill"):
+        path = tmp_path / how
+        mine, theirs = multiprocessing.get_context("fork").Pipe()
+        writer = multiprocessing.get_context("fork").Process(target=write_until_told, args=(path, theirs, how))
+        writer.start()
+        reader = pickle.loads(mine.recv())
+        assert numbers(reader) == [(0, 4), (1, 4)]
+        if how == "kill":
+            assert writer.pid is not None
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.join(30)
+        else:
+            mine.send("close")
+            mine.recv()
+        assert numbers_drawn(reader) == {0, 1}
+        with IndividualFileDataset(100, directory=path, durability="rename") as other:
+            other.evict_episode(0)
+            add(other, [5], 2)
+            reader.refresh()
+            assert [number for number, _ in numbers(reader)] == [1, 2]
+        if how == "close":
+            mine.send("end")
+        writer.join(30)
+
+
+def write_until_told(path, connection, how) -> None:
+    dataset = IndividualFileDataset(100, directory=path, durability="rename")
+    add(dataset, [4, 4])
+    connection.send(pickle.dumps(dataset))
+    if how == "close":
+        connection.recv()
+        dataset.close()
+        connection.send("closed")
+    connection.recv()
+
+
+def test_a_damaged_episode_that_a_worker_meets_stays_away_from_it_only(tmp_path) -> None:
+    dataset = IndividualFileDataset(100, directory=tmp_path, durability="rename")
+    add(dataset, [4] * 6)
+    (damaged, *_) = files(tmp_path)
+    os.truncate(tmp_path / damaged, 10)
+    drawn = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The worker says so, too.
+        for number, batch in zip(range(6, 30), dataset.get_loader(8, 3, num_workers=1, seed=0), strict=False):
+            drawn |= {n for _, n, _, _ in tagged.origins(batch)}
+            add(dataset, [4], number)
+    assert 0 not in drawn and drawn >= {1, 2, 3, 4, 5}

@@ -17,7 +17,6 @@ import torch
 
 from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import ColorImage, Fields, Scalar
-from buffers.dataset.index import EpisodeIndex
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.shared import EpisodeLog, SharedArrays
 from tests import reading, tagged
@@ -80,23 +79,18 @@ def tail_after_write(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_second_look(patch: pytest.MonkeyPatch) -> None:
-    read = RingBufferDataset._read
-
-    def trusting(self: RingBufferDataset, windows: Any, out: Any) -> None:
-        read(self, windows, out)
-
-    patch.setattr(RingBufferDataset, "_read", trusting)
+    patch.setattr(RingBufferDataset, "_which_are_whole", lambda self, windows: None)
 
 
 def head_before_write(patch: pytest.MonkeyPatch) -> None:
-    write, publish = RingBufferDataset._write, EpisodeLog.publish
+    write, add = RingBufferDataset._write, EpisodeLog.add
 
     def early(self: RingBufferDataset, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         assert self._log is not None
-        publish(self._log, episode_id, start, len(episode["x"]), len(self.index))
+        add(self._log, start, len(episode["x"]), episode_id, self.index)
         write(self, episode, start, episode_id)
 
-    patch.setattr(EpisodeLog, "publish", lambda *arguments, **more: None)
+    patch.setattr(EpisodeLog, "add", lambda *arguments: None)
     patch.setattr(RingBufferDataset, "_write", early)
 
 
@@ -214,37 +208,6 @@ def test_arrays_of_all_layouts_are_seen_by_both_sides() -> None:
     own = copy.deepcopy(other)
     shared["a"][...] = 4
     assert (own["a"] == 3).all() and own["d"][-1] == 7
-
-
-# The log, step by step.
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_follower_of_the_log_has_the_index_of_the_writer(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    capacity = 3000
-    memory = SharedArrays(EpisodeLog.layout(capacity))
-    log, index = EpisodeLog(memory), EpisodeIndex()
-    for length in rng.integers(1, 5, 10).tolist():
-        index.append(length)
-    log.begin(index)
-    followers = [(EpisodeLog(memory), EpisodeIndex(), every) for every in (1, 7, 400)]
-    for n in range(3000):
-        length = int(rng.integers(1, 4 if n < 1500 else 400))
-        while index.num_steps + length > capacity:
-            log.retire(int(index.starts[0] + index.lengths[0]))
-            index.remove(0)
-        log.publish(index.next_id, index.next_start, length, len(index))
-        index.append(length)
-        for follower, mirror, every in followers:
-            if n % every == 0:
-                follower.follow(mirror)
-                assert (
-                    mirror._table[mirror._first : mirror._last].tolist()
-                    == index._table[index._first : index._last].tolist()
-                )
-                assert mirror.num_steps == index.num_steps
-    assert len(index) < 1 << 11 <= int(log._counters[16])
 
 
 def test_a_copy_of_a_ring_has_readers_of_its_own() -> None:

@@ -122,6 +122,11 @@ class EpisodeIndex:
         """int64 `(E,)`, ascending episode ids. A view: valid until the index changes."""
         return self._table[self._first : self._last, _ID]
 
+    @property
+    def rows(self) -> Int64Array:
+        """int64 `(E, 3)`, start, length and id of each. A view: valid until the index changes."""
+        return self._table[self._first : self._last]
+
     def episode(self, position: int) -> tuple[int, int, int]:
         """Start, length and id of the episode at a position."""
         start, length, episode_id = self._table[self._first + position].tolist()
@@ -155,11 +160,16 @@ class EpisodeIndex:
     def insert(self, rows: Int64Array) -> None:
         """`extend`, also by episodes older than some that live; those cost O(all that live)."""
         if len(self) and len(rows) and rows[0, _ID] < self.ids[-1]:
-            rows = np.concatenate([self._table[self._first : self._last], rows])
+            rows = np.concatenate([self.rows, rows])
             rows = rows[rows[:, _ID].argsort()]
-            self._first = self._last = self.num_steps = 0
-            self._cumulations.clear()
+            self.clear()
         self.extend(rows)
+
+    def clear(self) -> None:
+        """Forget all episodes."""
+        self.version += 1
+        self._first = self._last = self.num_steps = 0
+        self._cumulations.clear()
 
     def retire(self, tail: int) -> None:
         """Forget the oldest episodes, those that start before step id `tail`."""
@@ -182,6 +192,25 @@ class EpisodeIndex:
         for cumulation in self._cumulations.values():
             cumulation.truncate(row)
 
+    def discard(self, ids: Int64Array) -> None:
+        """Forget those of the episodes `ids` that live; a few of the oldest are O(1), any others O(all that live)."""
+        positions = self.ids.searchsorted(ids)
+        lives = positions < len(self)
+        lives[lives] = self.ids[positions[lives]] == ids[lives]
+        positions = np.unique(positions[lives])
+        self.version += 1
+        self.num_steps -= int(self.lengths[positions].sum())
+        num_oldest = int((positions == np.arange(len(positions))).sum())
+        self._first += num_oldest
+        positions = positions[num_oldest:] - num_oldest
+        if len(positions):
+            row = self._first + int(positions[0])
+            kept = np.delete(self._table[row : self._last], positions - positions[0], axis=0)
+            self._table[row : row + len(kept)] = kept
+            self._last = row + len(kept)
+            for cumulation in self._cumulations.values():
+                cumulation.truncate(row)
+
     def count_windows(self, length: int) -> Cumulation:
         """The windows of T = `length` of each episode, cumulated: what `Cumulation.locate` leads to."""
         return self._cumulated("windows", length)
@@ -198,7 +227,7 @@ class EpisodeIndex:
     def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
         """The windows of `length` that begin `step` rows into the episodes at `position`."""
         # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
-        rows = self._table[self._first : self._last].take(position, axis=0)
+        rows = self.rows.take(position, axis=0)
         return Windows(length, rows[:, _START] + step, step, rows[:, _ID], rows[:, _LENGTH])
 
     def no_window_message(self, length: int | None) -> str:
@@ -233,7 +262,7 @@ class EpisodeIndex:
         """Move the live rows to the front of a table that has room for new ones, and for a quarter more."""
         live = len(self)
         table = np.empty((live + max(live // 4, _INITIAL_SIZE, num_new), 3), np.int64)
-        table[:live] = self._table[self._first : self._last]
+        table[:live] = self.rows
         for cumulation in self._cumulations.values():
             cumulation.relocate(len(table), self._first)
         self._table, self._first, self._last = table, 0, live

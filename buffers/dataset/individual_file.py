@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
-import time
 import warnings
 from typing import Any, Literal, final, get_args
 
@@ -17,11 +15,26 @@ from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerializ
 from buffers.dataset.directory import DAMAGED, EpisodeDirectory, FileName, Listing, explained
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.fields import Fields, as_tensor
+from buffers.dataset.following import DirectoryWatch, EpisodeNames, handed_on, new_log, opened_log
 from buffers.dataset.index import Windows
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.opening import Inspection, Verify, damage_message, inspect, set_aside
+from buffers.dataset.opening import (
+    Inspection,
+    Verify,
+    check_format,
+    damage_message,
+    inspect,
+    list_episodes,
+    set_aside,
+)
 from buffers.dataset.safetensors_format import SafetensorsSerialization
-from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
+from buffers.dataset.serialization import (
+    DamagedEpisodeError,
+    EpisodeSerializationStrategy,
+    UnknownVersionError,
+    check_suffix,
+)
+from buffers.dataset.shared import EpisodeLog
 from buffers.dataset.window_reader import WindowReader
 from buffers.evictor.base import Evictor
 from buffers.utils import format_bytes, integer, one_of
@@ -38,12 +51,6 @@ __all__ = [
 
 Durability = Literal["fsync", "rename"]
 Mode = Literal["a", "r"]
-
-_FORMATS = (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)
-# A reader looks for new episodes for at most a twentieth of its time.
-_SCAN_REST = 20.0
-# Two changes of a directory within the clock's grain (2 s on some file systems) look like one.
-_CLOCK_GRAIN_NS = 2 * 10**9
 
 
 @final
@@ -62,7 +69,7 @@ class IndividualFileDataset(EpisodeDataset):
     layout.
 
     One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come. A dataset that
-    was sent to another process, or forked, is a reader there.
+    was sent to another process, or forked, is a reader there; a writer's knows at once what comes and goes.
 
     Args:
         capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees all there is.
@@ -83,10 +90,14 @@ class IndividualFileDataset(EpisodeDataset):
         ValueError: An argument out of its range, or a directory of other fields, or another format or version.
         RuntimeError: Another writer has the directory.
         OSError: The directory cannot be made, read, or written to.
+        MemoryError: There is no shared memory for what workers are told.
     """
 
     # Of a copy in a worker, the trainer's has told already what there is to tell.
     _warns = True
+    # What a writer tells its workers, here and there; None in any other reader. With it comes what they are to bind.
+    _log: EpisodeLog | None = None
+    _told_fields: Fields | None = None
 
     def __init__(
         self,
@@ -108,7 +119,7 @@ class IndividualFileDataset(EpisodeDataset):
                 f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
             )
         if strategy is not None:
-            _check_suffix(strategy.suffix)
+            check_suffix(strategy.suffix)
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -118,13 +129,13 @@ class IndividualFileDataset(EpisodeDataset):
         # The fields as the files have them: they may be named by other types than in `info`.
         self._stored_fields: Fields | None = None
         self._reader: WindowReader | None = None
-        self._names: dict[int, str] = {}
-        self._seen: set[str] = set()
-        self._scanned_change, self._next_scan = -1, 0.0
         self._is_closed = False
         self._writer = os.getpid() if mode == "a" else None
         self._directory = EpisodeDirectory(os.fspath(directory), self._strategy.suffix, mode == "a")
+        self._names, self._watch = EpisodeNames(self.index, self._directory), DirectoryWatch(self._directory)
         try:
+            if self._writer is not None:
+                self._log = new_log(capacity)
             self._load(verify)
         except BaseException:
             self.close()
@@ -136,6 +147,17 @@ class IndividualFileDataset(EpisodeDataset):
     # Opening.
 
     def _load(self, verify: Verify) -> None:
+        if self._told_fields is not None:
+            self._bind(self._told_fields)
+            self._refresh()
+        else:
+            self._look_first(verify)
+        if len(self.index):
+            # Who could not take another of its episodes has been full: there is no other trace of it.
+            has_lost = self.index.next_start > self.num_timesteps
+            self._has_evicted |= has_lost and self.num_timesteps + int(self.index.lengths.max()) > self.capacity
+
+    def _look_first(self, verify: Verify) -> None:
         listing, inspection = self._scan(verify)
         if self._writer is None:
             self._warn_of(inspection.damaged, "left out")
@@ -148,39 +170,23 @@ class IndividualFileDataset(EpisodeDataset):
             damaged = set_aside(self._directory, listing, inspection.damaged)
             self._warn_of(damaged, f"moved into the folder `{DAMAGED}`")
             self._make_room(0)
-        if len(self.index):
-            # Who could not take another of its episodes has been full: there is no other trace of it.
-            has_lost = self.index.next_start > self.num_timesteps
-            self._has_evicted |= has_lost and self.num_timesteps + int(self.index.lengths.max()) > self.capacity
+            assert self._log is not None  # A writer has one.
+            self._log.restate(self.index)
 
     def _scan(self, verify: Verify = "size") -> tuple[Listing, Inspection]:
         """Look for what is new, and add what is good of it to the index."""
-        listing = self._directory.list(self._seen)
-        if self._is_format_open and not listing.texts:
-            for kind in _FORMATS:
-                if kind.suffix in listing.other_suffixes:
-                    self._strategy = kind()
-                    self._directory.suffix = kind.suffix
-                    listing = self._directory.list(self._seen)
-                    break
+        listing, kind = list_episodes(self._directory, self._watch.seen, self._is_format_open)
+        if kind is not None:
+            self._strategy = kind()
         if self._stored_fields is None:
-            self._check_format(listing)
+            check_format(self._directory, listing)
         inspection = inspect(self._directory, listing, self._strategy, self._stored_fields, self._fields, verify)
         if inspection.fields is not None:
             self._bind(inspection.fields)
         self._insert(inspection.texts, inspection.numbers)
-        self._seen = listing.names
+        if not self._is_writer():
+            self._watch.seen = listing.names
         return listing, inspection
-
-    def _check_format(self, listing: Listing) -> None:
-        """Refuse a directory of another format; single files that merely look like it (a backup) are no matter."""
-        others = listing.other_suffixes
-        if others and (not listing.texts or any(kind.suffix in others for kind in _FORMATS)):
-            raise ValueError(
-                f"{self._directory.path} holds episodes in the format {sorted(others)}, not only in "
-                f"`{self._strategy.suffix}`. Give the `serialization_strategy` they were written with, or choose "
-                "another `directory`."
-            )
 
     def _bind(self, fields: Fields) -> None:
         if self._stored_fields is not None:
@@ -198,7 +204,6 @@ class IndividualFileDataset(EpisodeDataset):
     def _insert(self, texts: list[str], numbers: np.ndarray) -> None:
         if texts:
             self._is_format_open = False
-            self._names.update(zip(numbers[0].tolist(), texts, strict=True))
             self.index.insert(numbers[[1, 2, 0]].T)
 
     def _warn_of(self, damaged: list[tuple[str, str]], what_happened: str) -> None:
@@ -225,9 +230,7 @@ class IndividualFileDataset(EpisodeDataset):
             if rows.shape != (length, *tensor_type.shape):
                 raise ValueError(f"Field `{name}` has shape {rows.shape}, expected {(length, *tensor_type.shape)}.")
             tensors[name] = as_tensor(rows, tensor_type)
-        text = FileName(episode_id, start, length).text(self._strategy.suffix)
-        self._names[episode_id] = text
-        self._seen.add(text)  # A forked child shall not find it anew.
+        text = self._names.note(episode_id, start, length)
 
         def write(file: io.BufferedWriter) -> None:
             self._strategy.save(tensors, fields, file)
@@ -261,13 +264,15 @@ class IndividualFileDataset(EpisodeDataset):
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self._check_writable()
-        if episode_id == next(reversed(self._names)):
+        if episode_id == self.index.ids[-1] and self._names.get(self.index.next_id) is None:
             self._directory.keep_numbers(self.index.next_id, self.index.next_start, self.durability == "fsync")
         try:
-            self._directory.remove(self._names[episode_id])
+            self._directory.remove(FileName(episode_id, start, length).text(self._directory.suffix))
         except OSError as error:
             raise explained(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
         self._forget_file(episode_id)
+        if self._log is not None:
+            self._log.remove(episode_id, self.index)
 
     def _refresh(self) -> None:
         self._check_open()
@@ -285,12 +290,15 @@ class IndividualFileDataset(EpisodeDataset):
         fields_before, stored_before = self._fields, self._stored_fields
         index, episode_id, start = self.index, self.index.next_id, self.index.next_start
         try:
-            return super()._add(fields, arrays)
+            super()._add(fields, arrays)
         except BaseException:
             if index.next_id == episode_id:
                 self._take_back(episode_id, start)
                 self._fields, self._stored_fields = fields_before, stored_before
             raise
+        assert self._log is not None  # A writer has one.
+        self._log.add(start, index.next_start - start, episode_id, index)
+        return episode_id
 
     def _take_back(self, episode_id: int, start: int) -> None:
         """Remove the file of an episode that is not counted: its evictor has failed, say."""
@@ -325,19 +333,23 @@ class IndividualFileDataset(EpisodeDataset):
             self._follow(is_urgent=True)
 
     def _follow(self, is_urgent: bool) -> None:
-        begin = time.monotonic()
-        if begin < self._next_scan and not is_urgent:
-            return
-        changed_at, now = self._directory.modified_at(), time.time_ns()
-        if changed_at == self._scanned_change and not is_urgent:
-            return
+        # Without fields, there is nothing to tell of, or the first episode has just come, and its file has them.
+        if self._log is not None and self._stored_fields is not None:
+            for episode_id in self._log.follow(self.index):
+                self._forget_file(episode_id)
+            if not self._log.has_ended:
+                return
+            # Others may write from now on.
+            self._log = None
+            self._watch.seen |= self._names.all()
+        self._watch.look(self._look_again, is_urgent)
+
+    def _look_again(self) -> None:
+        seen = self._watch.seen
         listing, inspection = self._scan()
-        for episode_id in [number for number, text in self._names.items() if text not in listing.names]:
+        for episode_id in self._names.live_among(seen - listing.names):
             self._forget(episode_id)
         self._warn_of(inspection.damaged, "left out")
-        self._scanned_change = changed_at if now - changed_at > _CLOCK_GRAIN_NS else -1
-        end = time.monotonic()
-        self._next_scan = end + _SCAN_REST * (end - begin)
 
     def _lose(self, episode_id: int, error: FileNotFoundError | DamagedEpisodeError) -> None:
         """An episode's file is gone, or damaged: it does not live any more."""
@@ -349,7 +361,7 @@ class IndividualFileDataset(EpisodeDataset):
             with contextlib.suppress(OSError):
                 self._keep_numbers()
         if isinstance(error, DamagedEpisodeError):
-            self._seen.add(text)
+            self._watch.seen.add(text)
             is_moved = self._is_writer() and self._directory.set_aside(text)
             self._warn_of([(text, f"it {error}")], f"moved into the folder `{DAMAGED}`" if is_moved else "left out")
 
@@ -358,9 +370,12 @@ class IndividualFileDataset(EpisodeDataset):
         position = self.index.position(episode_id)
         if position is not None:
             self.index.remove(position)
+            if self._log is not None and self._is_writer():
+                self._log.remove(episode_id, self.index)
 
     def _forget_file(self, episode_id: int) -> None:
-        self._seen.discard(self._names.pop(episode_id, ""))
+        self._watch.seen.discard(self._names.get(episode_id) or "")
+        self._names.forget(episode_id)
         if self._reader is not None:
             self._reader.forget(episode_id)
 
@@ -369,6 +384,9 @@ class IndividualFileDataset(EpisodeDataset):
     def close(self) -> None:
         """Give up the lock and close all files. Nothing is lost if this is never called."""
         self._is_closed = True
+        if self._log is not None and self._is_writer():
+            self._log.end()
+        self._log = None
         if self._reader is not None:
             self._reader.close()
         self._directory.close()
@@ -380,8 +398,9 @@ class IndividualFileDataset(EpisodeDataset):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is sent to another process: it finds the episodes by itself.
-        return _follower, (self.capacity, self.info, self._directory.path, self._strategy, self.max_sampling_attempts)
+        # What is sent to another process: it finds the episodes by itself, by the log if this is their writer.
+        arguments = self.capacity, self.info, self._directory.path, self._strategy, self.max_sampling_attempts
+        return _follower, (*arguments, self._stored_fields, handed_on(self._log) if self._is_writer() else None)
 
     def _is_writer(self) -> bool:
         # A forked child has all that its parent had, but for the lock.
@@ -400,17 +419,18 @@ class IndividualFileDataset(EpisodeDataset):
 
 
 def _follower(
-    capacity: int, info: EpisodeDatasetInfo, path: str, strategy: EpisodeSerializationStrategy, attempts: int
+    capacity: int,
+    info: EpisodeDatasetInfo,
+    path: str,
+    strategy: EpisodeSerializationStrategy,
+    attempts: int,
+    stored_fields: Fields | None,
+    memory: dict[str, Any] | None,
 ) -> IndividualFileDataset:
     """A reader of a directory, as it arrives in another process."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
-    dataset._warns = False
+    dataset._warns, dataset._log = False, opened_log(memory)
+    if dataset._log is not None:
+        dataset._told_fields = stored_fields
     dataset.__init__(capacity, info, None, path, strategy, attempts, mode="r")
     return dataset
-
-
-def _check_suffix(suffix: object) -> None:
-    if not isinstance(suffix, str) or not re.fullmatch(r"\.[A-Za-z0-9_.-]*[A-Za-z0-9_-]", suffix):
-        raise ValueError(f"The `suffix` of a format must be like `.name`, found {suffix!r}.")
-    if suffix in (".lock", ".next"):
-        raise ValueError(f"The `suffix` {suffix!r} is kept for the directory's own files.")

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.directory import EpisodeDirectory, Listing
 from buffers.dataset.fields import Fields
+from buffers.dataset.safetensors_format import SafetensorsSerialization
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.window_reader import as_damage
 
-__all__ = ["Inspection", "Verify", "damage_message", "inspect", "set_aside"]
+__all__ = ["Inspection", "Verify", "check_format", "damage_message", "inspect", "list_episodes", "set_aside"]
 
 Verify = Literal["size", "header", "full"]
 
+_FORMATS = (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -38,6 +42,29 @@ class Inspection:
     texts: list[str]
     numbers: Int64Array
     damaged: list[tuple[str, str]]
+
+
+def list_episodes(
+    directory: EpisodeDirectory, seen: Collection[str], is_format_open: bool
+) -> tuple[Listing, type[EpisodeSerializationStrategy] | None]:
+    """What a directory holds besides what has been seen; if the format is open, in the one that is found, if any is."""
+    listing = directory.list(seen)
+    if is_format_open and not listing.texts:
+        for kind in _FORMATS:
+            if kind.suffix in listing.other_suffixes:
+                directory.suffix = kind.suffix
+                return directory.list(seen), kind
+    return listing, None
+
+
+def check_format(directory: EpisodeDirectory, listing: Listing) -> None:
+    """Refuse a directory of another format; single files that merely look like it (a backup) are no matter."""
+    others = listing.other_suffixes
+    if others and (not listing.texts or any(kind.suffix in others for kind in _FORMATS)):
+        raise ValueError(
+            f"{directory.path} holds episodes in the format {sorted(others)}, not only in `{directory.suffix}`. Give "
+            "the `serialization_strategy` they were written with, or choose another `directory`."
+        )
 
 
 def inspect(

@@ -69,7 +69,7 @@ class RingBufferDataset(EpisodeDataset):
         self._memory: SharedArrays | None = None
         self._log: EpisodeLog | None = None
         # The process that adds. In every other, this dataset reads what that one publishes.
-        self._writer = self._index_owner = os.getpid()
+        self._writer = os.getpid()
         super().__init__(capacity, info, evictor)
 
     def _allocate(self, fields: Fields) -> None:
@@ -78,8 +78,6 @@ class RingBufferDataset(EpisodeDataset):
             if self.device.type == "cpu":
                 self._memory = SharedArrays(self._layout(stored))
             self._set_columns(fields, stored)
-            if self._log is not None:
-                self._log.begin(self.index)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             size = format_bytes(sum(tensor_type.nbytes for tensor_type in stored.values()) * self.capacity)
             raise MemoryError(
@@ -129,7 +127,7 @@ class RingBufferDataset(EpisodeDataset):
             self._columns[name].write(slot, rows)
         if self._log is not None:
             length = len(next(iter(episode.values())))
-            self._log.publish(episode_id, start, length, num_live=len(self.index))
+            self._log.add(start, length, episode_id, self.index)
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self._check_writable()
@@ -194,12 +192,8 @@ class RingBufferDataset(EpisodeDataset):
             raise ValueError(f"A ring on {self.device} makes its batches there: workers cannot. Use `num_workers`=0.")
 
     def _refresh(self) -> None:
-        if os.getpid() == self._writer or self._log is None:
-            return
-        if self._index_owner != os.getpid():
-            # A fork may have caught the writer in the middle of a change: what it left in this copy is not used.
-            self.index, self._index_owner = EpisodeIndex(), os.getpid()
-        self._log.follow(self.index)
+        if os.getpid() != self._writer and self._log is not None:
+            self._log.follow(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
         """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
@@ -212,12 +206,12 @@ class RingBufferDataset(EpisodeDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._memory is None:
-            self._writer = self._index_owner = os.getpid()
+            self._writer = os.getpid()
         else:
             assert self._fields is not None  # There is memory for them.
             self._set_columns(self._fields, {name: self._stored_type(t) for name, t in self._fields.items()})
             # Not the writer, even if it is the same process: one that is unpickled reads along.
-            self.index, self._writer, self._index_owner = EpisodeIndex(), -1, os.getpid()
+            self.index, self._writer = EpisodeIndex(), -1
             self._refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
@@ -231,7 +225,7 @@ class RingBufferDataset(EpisodeDataset):
             for name, column in self._columns.items():
                 other._columns[name].rows[slots] = column.rows[slots]
         if other._log is not None:
-            other._log.begin(other.index)
+            other._log.restate(other.index)
         return other
 
 

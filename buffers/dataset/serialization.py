@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from buffers.dataset import fields as field_types
 from buffers.dataset.fields import Fields, TensorType
 
-__all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError"]
+__all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError", "check_suffix"]
 
 FORMAT_VERSION = 1
 # Where each format keeps the text of `schema_text`.
@@ -184,3 +185,11 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def check_suffix(suffix: object) -> None:
+    """Refuse, by a ValueError, what cannot be the suffix of a format."""
+    if not isinstance(suffix, str) or not re.fullmatch(r"\.[A-Za-z0-9_.-]*[A-Za-z0-9_-]", suffix):
+        raise ValueError(f"The `suffix` of a format must be like `.name`, found {suffix!r}.")
+    if suffix in (".lock", ".next"):
+        raise ValueError(f"The `suffix` {suffix!r} is kept for the directory's own files.")

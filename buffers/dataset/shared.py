@@ -2,13 +2,14 @@
 
     the writer (the trainer)                             a reader (a worker)
 
-    1. tail = start of the oldest episode that stays     1. copy the log up to head, draw
-    2. write rows, then the log entry                    2. copy rows
-    3. head = number of episodes published               3. look at tail: keep what starts at or behind it
+    1. tail = start of the oldest episode that stays     1. read the log on, draw
+    2. write rows                                        2. copy rows
+    3. say in the log that an episode has come           3. look at tail: keep what starts at or behind it
 
 Retire before writing: rows are written over only after `tail` has passed their episode, so a reader that copied such
 rows sees the new tail when it looks again, and draws others. A writer that is killed in the middle leaves rows that
-are retired and not published, which nobody reads. The writer never waits for a reader.
+are retired and not published, which nobody reads. The writer never waits for a reader. Where nothing is written over
+(episodes in files), there is no tail, and the log alone says what has gone.
 """
 
 from __future__ import annotations
@@ -24,16 +25,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from buffers.dataset.cumulation import Int64Array
 from buffers.dataset.index import EpisodeIndex
 from buffers.utils import format_bytes
 
 __all__ = ["EpisodeLog", "SharedArrays"]
 
 _PAGE = 4096
-_HEAD, _TAIL, _ROOM = 0, 8, 16  # Words, each counter on a cache line of its own.
-_START, _LENGTH, _ID = range(3)
-_INITIAL_ROOM = 256
-_NUM_COUNTERS = 24
+_TOKEN_BYTES = 16
+_LENGTH, _ID = 1, 2
+# Each a cache line of 8 words; _HALVES and the line after it are those of half 0, the next two those of half 1.
+_VERSION, _TAIL, _HALVES = 0, 1, 2
+_NUM_LINES, _WORDS = 6, 8
+_HAS_ENDED = 1  # A word of the line of _VERSION.
+_OWNER, _ROOM, _NUM_LIVE, _NEXT_START, _NEXT_ID = range(5)
+_MIN_ROOM = 256
+# The most that a half may hold, 6.4 GB if it ever did.
+_MAX_ROOM = 2**28
+_NOTHING_READ = -2
 
 
 def fence() -> None:
@@ -64,24 +73,33 @@ class SharedArrays(Mapping[str, np.ndarray]):
         self._layout = dict(layout)
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values()]
         self.num_bytes = sum(-(-size // _PAGE) * _PAGE for size in sizes) + _PAGE
-        self._owner, self._descriptor = os.getpid(), -1
+        self._descriptor, self._handle = -1, None
+        self._token = os.urandom(_TOKEN_BYTES)
         try:
             if sys.platform == "linux":
                 self._descriptor = os.memfd_create("buffers", os.MFD_CLOEXEC)
                 os.ftruncate(self._descriptor, self.num_bytes)
-                self._map()
+                self._handle = self._handle_here()
+                memory = self._map()
             else:
                 self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8).share_memory_()
-                self._lay_out(self._tensor.numpy())
+                memory = self._tensor.numpy()
         except (OSError, ValueError, OverflowError, RuntimeError) as error:
             raise MemoryError(f"{format_bytes(self.num_bytes)} of shared memory cannot be had: {error}") from None
+        memory[-_TOKEN_BYTES:] = np.frombuffer(self._token, np.uint8)
+        self._lay_out(memory)
 
-    def _map(self) -> None:
+    def _map(self) -> np.ndarray:
         memory = mmap.mmap(self._descriptor, self.num_bytes)
         # Worth asking: kernels that allow it for shared memory then use huge pages, as they do for private memory.
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self._lay_out(np.frombuffer(memory, np.uint8))
+        return np.frombuffer(memory, np.uint8)
+
+    def _handle_here(self) -> tuple[int, int, int, int]:
+        """Where the memory is found, (process, descriptor), and what it is (device, inode)."""
+        status = os.fstat(self._descriptor)
+        return os.getpid(), self._descriptor, status.st_dev, status.st_ino
 
     def _lay_out(self, memory: np.ndarray) -> None:
         self._arrays, offset = {}, 0
@@ -93,31 +111,46 @@ class SharedArrays(Mapping[str, np.ndarray]):
             offset += -(-size // _PAGE) * _PAGE
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes}
+        state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes, "token": self._token}
         if sys.platform != "linux":
             return {**state, "tensor": self._tensor}
         if self._descriptor < 0:
             raise RuntimeError("Shared memory can only be handed on by the process that made it.")
-        status = os.fstat(self._descriptor)
-        return {**state, "handle": (os.getpid(), self._descriptor, status.st_dev, status.st_ino)}
+        return {**state, "handle": self._handle_here()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._layout, self.num_bytes, self._descriptor = state["layout"], state["num_bytes"], -1
-        if "tensor" in state:
+        self._layout, self.num_bytes, self._token = state["layout"], state["num_bytes"], state["token"]
+        self._descriptor, self._handle = -1, state.get("handle")
+        if self._handle is None:
             self._tensor = state["tensor"]
             self._lay_out(self._tensor.numpy())
             return
-        owner, descriptor, *identity = state["handle"]
-        path = f"/proc/{owner}/fd/{descriptor}"
         try:
-            status = os.stat(path)
-            if [status.st_dev, status.st_ino] != identity:
-                raise FileNotFoundError(path)
+            if self.is_orphaned:
+                raise FileNotFoundError(_path(self._handle))
             # Unlike Python's mmap, this keeps no descriptor.
-            memory = torch.from_file(path, shared=True, size=self.num_bytes, dtype=torch.uint8)
+            memory = torch.from_file(_path(self._handle), shared=True, size=self.num_bytes, dtype=torch.uint8).numpy()
+            # On another machine, the same numbers may mean something else.
+            if memory[-_TOKEN_BYTES:].tobytes() != self._token:
+                raise FileNotFoundError(_path(self._handle))
         except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"The process {owner} does not have the memory that it shared: {error}.") from None
-        self._lay_out(memory.numpy())
+            raise RuntimeError(
+                f"The process {self._handle[0]} does not have the memory that it shared: {error}."
+            ) from None
+        self._lay_out(memory)
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the process that made it has ended or given it up. What it holds stays. Known on Linux only."""
+        if self._handle is None:
+            return False
+        try:
+            status = os.stat(_path(self._handle))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # It must not be looked at, so something is there.
+        return (status.st_dev, status.st_ino) != self._handle[2:]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedArrays:
         """Memory of its own with the same content."""
@@ -140,65 +173,103 @@ class SharedArrays(Mapping[str, np.ndarray]):
         return len(self._arrays)
 
 
-class EpisodeLog:
-    """What the writer tells readers: which episodes are published, and which are retired.
+def _path(handle: tuple[int, int, int, int]) -> str:
+    return f"/proc/{handle[0]}/fd/{handle[1]}"
 
-    The entry of episode e is row `e % room` of the log: (start, length, id). Live episodes always fit, as the room
-    doubles when they would not. A row says whose it is, so that a reader which comes too late, or with an old room,
-    finds another id there.
+
+class EpisodeLog:
+    """What the writer tells readers: which episodes have come, and which have gone.
+
+    A log of rows (start, length, id), each an episode that has come or, with length 0, one that has gone. There are
+    two halves of it. When one is full, the writer states the episodes that live at the front of the other, and goes on
+    there; one store, of the version, makes it the one that counts, so there is a whole log at any moment, should the
+    writer be killed:
+
+        half 1   owner 7   stated: 3 8 9 12 | came and went since: 13 14 -8 ... -15
+        half 0   owner 8   stated: 9 12 14 | came and went since: 16 -9           <- version 8
+
+    A reader that knows half 1 to its end goes on behind what is stated in half 0, which it knows. Before a half is
+    written over it gets its new owner: a reader that has copied rows looks at the owner again, and if it is another,
+    or the reader is two versions behind, it takes all that is stated. A half has room for as many rows again as are
+    stated, so both sides do O(1) a row.
 
     Args:
-        memory: Holds `counters` and `entries`, laid out by `EpisodeLog.layout`, zeros at first.
+        memory: Laid out by `EpisodeLog.layout`, zeros at first, which are a log without episodes.
     """
 
     def __init__(self, memory: SharedArrays) -> None:
-        self._counters, self._entries = memory["log/counters"], memory["log/entries"]
+        self.memory = memory
+        lines, halves = memory["log/lines"], memory["log/rows"]
+        self._version, self._tail = lines[_VERSION], lines[_TAIL]
+        # Of each half: its rows, how many there are, and what the writer says of it.
+        self._halves = [(halves[h], lines[_HALVES + 2 * h], lines[_HALVES + 2 * h + 1]) for h in (0, 1)]
+        self._reader, self._version_read, self._num_read = os.getpid(), _NOTHING_READ, 0
 
     @staticmethod
     def layout(capacity: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """What the log of a dataset of `capacity` steps takes. Entries that are never used take no memory."""
-        max_room = max(_INITIAL_ROOM, 1 << capacity.bit_length())
+        """What the log of a dataset of `capacity` steps takes. Rows that are never used take no memory."""
+        room = max(_MIN_ROOM, min(2 * capacity, _MAX_ROOM))
         int64 = np.dtype(np.int64)
-        return {"log/counters": ((_NUM_COUNTERS,), int64), "log/entries": ((max_room, 3), int64)}
+        return {"log/lines": ((_NUM_LINES, _WORDS), int64), "log/rows": ((2, room, 3), int64)}
 
     # The writer's side.
 
-    def begin(self, index: EpisodeIndex) -> None:
-        """Publish all episodes of an index, before anyone reads."""
-        room = max(_INITIAL_ROOM, 1 << len(index).bit_length())
-        self._entries[:room, _ID] = -1
-        self._entries[index.ids & (room - 1)] = np.stack([index.starts, index.lengths, index.ids], 1)
-        self._counters[[_ROOM, _TAIL, _HEAD]] = room, index.next_start - index.num_steps, index.next_id
-
     def retire(self, tail: int) -> None:
-        """Rows before step id `tail` are about to be written over."""
-        self._counters[_TAIL] = tail
+        """Rows before step id `tail` are about to be written over; their episodes are gone."""
+        self._tail[0] = tail
         # A reader that copied an overwritten row must see the new tail when it looks again.
         fence()
 
-    def publish(self, episode_id: int, start: int, length: int, num_live: int) -> None:
-        """The rows of an episode are written; `num_live` others are live."""
-        room = int(self._counters[_ROOM])
-        if num_live >= room:
-            self._double_room(room, episode_id)
-            room *= 2
-        entry = self._entries[episode_id & (room - 1)]
-        # A reader takes the id before and after the rest, and believes what lies between two that agree.
-        entry[_ID] = -1
-        fence()
-        entry[_START], entry[_LENGTH] = start, length
-        fence()
-        entry[_ID] = episode_id
-        fence()
-        self._counters[_HEAD] = episode_id + 1
+    def add(self, start: int, length: int, episode_id: int, index: EpisodeIndex) -> None:
+        """An episode can be read; it may be in the index already, where all others that live are."""
+        self._append(start, length, episode_id, index)
 
-    def _double_room(self, room: int, next_id: int) -> None:
-        ids = np.arange(next_id - room, next_id)
-        entries = self._entries[ids & (room - 1)]
-        self._entries[room : 2 * room, _ID] = -1
-        self._entries[ids & (2 * room - 1)] = entries
+    def remove(self, episode_id: int, index: EpisodeIndex) -> None:
+        """An episode is gone, or about to go; it may still be in the index."""
+        self._append(0, 0, episode_id, index)
+
+    def _append(self, start: int, length: int, episode_id: int, index: EpisodeIndex) -> None:
+        rows, last, header = self._halves[int(self._version[0]) & 1]
+        num = int(last[0])
+        if num == header[_ROOM]:
+            # Only what readers of this half have been told.
+            self._restate(index, int(index.ids.searchsorted(episode_id)) if length else len(index))
+            rows, last, header = self._halves[int(self._version[0]) & 1]
+            num = int(last[0])
+        row = rows[num]
+        row[0], row[1], row[2] = start, length, episode_id
         fence()
-        self._counters[_ROOM] = 2 * room
+        last[0] = num + 1
+
+    def restate(self, index: EpisodeIndex) -> None:
+        """Begin with the episodes of an index, before anyone reads.
+
+        Raises:
+            RuntimeError: There are too many of them.
+        """
+        self._restate(index, len(index))
+
+    def _restate(self, index: EpisodeIndex, num_live: int) -> None:
+        """Go on in the other half, behind the oldest `num_live` episodes of the index."""
+        version = int(self._version[0]) + 1
+        rows, last, header = self._halves[version & 1]
+        room = min(max(_MIN_ROOM, 2 * num_live), len(rows))
+        if num_live >= room:
+            raise RuntimeError(
+                f"Workers can be shown {room - 1:,} live episodes, and there are more. Lower the `capacity`."
+            )
+        # A reader that copied a row that is written over must see the new owner when it looks again.
+        header[_OWNER] = version
+        fence()
+        rows[:num_live] = index.rows[:num_live]
+        header[_ROOM : _NEXT_ID + 1] = room, num_live, index.next_start, index.next_id
+        last[0] = num_live
+        fence()
+        self._version[0] = version
+
+    def end(self) -> None:
+        """The writer gives up: what it has said holds no longer than until others have changed it."""
+        self._version[_HAS_ENDED] = 1
 
     # A reader's side.
 
@@ -206,32 +277,91 @@ class EpisodeLog:
     def tail(self) -> int:
         """The least step id that is not retired, as of now and after everything loaded before."""
         fence()
-        return int(self._counters[_TAIL])
+        return int(self._tail[0])
 
-    def follow(self, index: EpisodeIndex) -> None:
-        """Bring a reader's own index up to date."""
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will come any more: the writer has said so, or is no more."""
+        return bool(self._version[_HAS_ENDED]) or self.memory.is_orphaned
+
+    def follow(self, index: EpisodeIndex) -> list[int]:
+        """Bring a reader's own index up to date; the ids of those episodes that the log says have gone.
+
+        Begun again only if a writer fills a whole half while a reader copies one, which is much faster.
+        """
+        if self._reader != os.getpid():
+            # A fork may have caught the writer in the middle of a change: what it left in this index is not used.
+            self._reader, self._version_read = os.getpid(), _NOTHING_READ
+        gone: list[int] = []
         while True:
-            head = int(self._counters[_HEAD])
-            self._catch_up(index, head)
+            if not self._is_all_read():
+                gone += self._read(index)
             index.retire(self.tail)
             # A reader that was held up may find that all it has just learned of is retired; there is more by now.
-            if len(index) or int(self._counters[_HEAD]) == head:
-                return
+            if len(index) or self._is_all_read():
+                return gone
 
-    def _catch_up(self, index: EpisodeIndex, head: int) -> None:
-        """Learn of the episodes before `head`."""
-        while index.next_id < head:
+    def _is_all_read(self) -> bool:
+        _, last, _ = self._halves[self._version_read & 1]
+        return int(last[0]) == self._num_read and int(self._version[0]) == self._version_read
+
+    def _read(self, index: EpisodeIndex) -> list[int]:
+        gone: list[int] = []
+        while True:
+            version = int(self._version[0])
             fence()
-            room = int(self._counters[_ROOM])
-            ids = np.arange(max(index.next_id, head - room), head)
-            places = ids & (room - 1)
-            ids_before = self._entries[places, _ID]
-            fence()
-            entries = self._entries[places]
-            fence()
-            is_whole = (ids_before == ids) & (self._entries[places, _ID] == ids)
-            fence()
-            if int(self._counters[_ROOM]) == room:
-                # What is not whole has been written over, so its episode is retired.
-                index.extend(entries[is_whole])
-                index.next_id = head
+            if version == self._version_read + 1:
+                # The rest of the half that is known; what the other one states is known then.
+                gone += self._read_on(index)
+                if version == self._version_read + 1:
+                    _, _, header = self._halves[version & 1]
+                    self._version_read, self._num_read = version, int(header[_NUM_LIVE])
+            gone += self._read_on(index) if version == self._version_read else self._read_all(version, index)
+            if version == self._version_read:
+                return gone
+
+    def _read_on(self, index: EpisodeIndex) -> list[int]:
+        """Read what has come in the half that is known; if it is not there any more, nothing is known."""
+        news = self._rows(self._version_read, self._num_read)
+        if news is None:
+            self._version_read = _NOTHING_READ
+            return []
+        self._num_read += len(news)
+        return _apply(news, index)
+
+    def _read_all(self, version: int, index: EpisodeIndex) -> list[int]:
+        """Read the half of a version from its front on; if it is not there any more, nothing is known."""
+        _, _, header = self._halves[version & 1]
+        next_start, next_id = int(header[_NEXT_START]), int(header[_NEXT_ID])
+        news = self._rows(version, 0)
+        if news is None:
+            self._version_read = _NOTHING_READ
+            return []
+        known = index.ids.copy()
+        index.clear()
+        _apply(news, index)
+        # The newest of all may have gone before the rest was stated.
+        index.next_start, index.next_id = max(index.next_start, next_start), max(index.next_id, next_id)
+        self._version_read, self._num_read = version, len(news)
+        return np.setdiff1d(known, index.ids).tolist()
+
+    def _rows(self, version: int, begin: int) -> Int64Array | None:
+        """The rows of a version from a number on; None if they have been written over meanwhile."""
+        rows, last, header = self._halves[version & 1]
+        num = int(last[0])
+        fence()
+        news = rows[begin:num].copy()
+        fence()
+        return news if int(header[_OWNER]) == version else None
+
+
+def _apply(news: Int64Array, index: EpisodeIndex) -> list[int]:
+    """Let episodes come and go; the ids of those that have gone."""
+    has_come = news[:, _LENGTH] > 0
+    if has_come.all():
+        index.extend(news)
+        return []
+    index.extend(news[has_come])
+    gone = news[~has_come, _ID]
+    index.discard(gone)
+    return gone.tolist()

@@ -14,6 +14,7 @@ import torch
 
 from buffers.dataset.directory import EpisodeDirectory
 from buffers.dataset.fields import Fields
+from buffers.dataset.following import EpisodeNames
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of
 
 __all__ = ["WindowReader"]
@@ -71,7 +72,7 @@ class WindowReader:
         strategy: The format.
         fields: What the files hold.
         directory: Where they are.
-        names: `episode id -> file name` of those that live; changed by the owner.
+        names: Of files; changed by the owner.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class WindowReader:
         strategy: EpisodeSerializationStrategy,
         fields: Fields,
         directory: EpisodeDirectory,
-        names: Mapping[int, str],
+        names: EpisodeNames,
     ) -> None:
         self._strategy, self._fields, self._directory, self._names = strategy, fields, directory, names
         self._max_open_files = _max_open_files()
