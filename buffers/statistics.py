@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import as_array, as_tensor
+from buffers.dataset.fields import Scalar, as_array, as_tensor
 from buffers.stream import SequenceStream
 
 __all__ = ["Statistics"]
 
 _NUM_RETURNS = 100
+_BFLOAT16 = Scalar(dtype=torch.bfloat16)
 
 
 class Statistics:
@@ -30,14 +31,15 @@ class Statistics:
 
     def note_return(self, reward: Any) -> None:
         """Remember the sum of an episode's rewards; None and what is no real scalar field are passed over."""
-        fields = self._dataset.fields
-        if reward is None or fields is None or fields["reward"].shape != ():
+        if reward is None:
             return
         rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
+        if rewards.ndim != 1:
+            return
         if rewards.dtype.kind in "fiub":
             self._returns.append(float(np.add.reduce(rewards)))
-        elif fields["reward"].dtype == torch.bfloat16:
-            self._returns.append(float(as_tensor(rewards.copy(), fields["reward"]).float().sum()))
+        elif rewards.dtype == _BFLOAT16.numpy_dtype:
+            self._returns.append(float(as_tensor(rewards.copy(), _BFLOAT16).float().sum()))
 
     def numbers(self, stream: SequenceStream) -> dict[str, float]:
         """What `ReplayBuffer.stats` gives."""

@@ -44,13 +44,16 @@ class Column:
         self.rows = self._in_words(self.tensor)
         self.windows: dict[int, torch.Tensor] = {}
 
-    def write(self, slot: int, rows: np.ndarray) -> None:
-        """Copy rows to the slots from `slot` on, around the end if need be."""
-        before_end = min(len(rows), self.capacity - slot)
-        if self.array is not None:
-            self.array[slot : slot + before_end] = rows[:before_end]
-            if before_end < len(rows):
-                self.array[: len(rows) - before_end] = rows[before_end:]
+    def write(self, slot: int, length: int, rows: np.ndarray) -> None:
+        """Copy rows, as many as `length`, to the slots from `slot` on, around the end if need be."""
+        array, end = self.array, slot + length
+        if array is not None and end <= self.capacity:
+            array[slot:end] = rows
+            return
+        before_end = min(length, self.capacity - slot)
+        if array is not None:
+            array[slot : slot + before_end] = rows[:before_end]
+            array[: length - before_end] = rows[before_end:]
             return
         source = torch.tensor(rows) if self.tensor.dtype != torch.bfloat16 else as_tensor(rows.copy(), self.tensor_type)
         self.tensor[slot : slot + before_end].copy_(source[:before_end])

@@ -122,11 +122,10 @@ class RingBufferDataset(EpisodeDataset):
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        slot = start % self.capacity
+        slot, length = start % self.capacity, len(next(iter(episode.values())))
         for name, rows in episode.items():
-            self._columns[name].write(slot, rows)
+            self._columns[name].write(slot, length, rows)
         if self._log is not None:
-            length = len(next(iter(episode.values())))
             self._log.add(start, length, episode_id, self.index)
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
