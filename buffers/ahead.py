@@ -72,7 +72,7 @@ class Ahead:
             step: From it to the next that will be asked for.
             reads: Whether batches may be read ahead, too.
         """
-        key = (stream.random, stream.dataset.version)
+        key = (stream.random, stream.dataset.version, stream.sampler, stream.sequence_length, stream.num_windows, step)
         if key != self._key:
             self._key, self._numbers, self._num_next = key, range(0), 1
             return stream.draw((n,)), None
@@ -90,8 +90,9 @@ class Ahead:
             return self._windows[part], None
         fields = stream.dataset.fields
         assert fields is not None  # There is data of them.
-        # Each tensor has a storage of its own size, as if it had been read alone.
-        return self._windows[part], {name: as_tensor(array[part], fields[name]) for name, array in self._arrays.items()}
+        # Copies, or a batch that the user keeps would keep all that were read with it.
+        data = {name: as_tensor(array[part].copy(), fields[name]) for name, array in self._arrays.items()}
+        return self._windows[part], data
 
     def _make(self, stream: SequenceStream, numbers: range, reads: bool) -> None:
         self._windows, self._arrays, self._numbers = stream.draw(numbers), None, numbers

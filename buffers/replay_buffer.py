@@ -178,7 +178,9 @@ class ReplayBuffer:
         """
         self._check_open()
         episode_id = self.dataset.add_episode(episode)
-        self._statistics.note_return(episode.get("reward"))
+        fields = self.dataset.fields
+        if fields is not None and "reward" in fields:
+            self._statistics.note_return(episode["reward"])
         return episode_id
 
     def flush(self) -> None:
@@ -244,14 +246,8 @@ class ReplayBuffer:
             num_envs=leading[0] if leading else 1,
             max_rows=self.dataset.largest_capacity,
             cut_after=self.max_episode_length,
-            emit=self._emit,
+            emit=_HandOver(self.dataset, fields, self._statistics),
         )
-
-    def _emit(self, episode: dict[str, np.ndarray]) -> None:
-        assert self._accumulator is not None  # It is what calls.
-        with self.dataset._lock:
-            self.dataset._take(self._accumulator.fields, episode)
-        self._statistics.note_return(episode.get("reward"))
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: list[Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
@@ -416,6 +412,18 @@ class ReplayBuffer:
             f"ReplayBuffer: batches of {stream.batch_size} x {stream.sequence_length or 'whole episodes'}, "
             f"{num_open:,} steps in open episodes\n{self.dataset!r}"
         )
+
+
+class _HandOver:
+    """Takes complete episodes to the dataset. It holds no buffer, so that one that is dropped is gone at once."""
+
+    def __init__(self, dataset: EpisodeDataset, fields: Fields, statistics: Statistics) -> None:
+        self._dataset, self._fields, self._statistics = dataset, fields, statistics
+
+    def __call__(self, episode: dict[str, np.ndarray]) -> None:
+        with self._dataset._lock:
+            self._dataset._take(self._fields, episode)
+        self._statistics.note_return(episode.get("reward"))
 
 
 def _as_flags(name: str, value: Any) -> bool | np.ndarray:

@@ -93,7 +93,7 @@ class SequenceStream(IterableDataset):
         #: The number n of the next batch.
         self.position = 0
         # first: the position at which an iteration by workers began; persistent ones see it change. The position would
-        # not do, as it goes on while slow workers are still starting. newest: by batch, the newest step id in it.
+        # not do, as it goes on while slow workers are still starting. newest: by batch, its newest step id, and one.
         # rejected: by worker, windows that were gone before they could be read.
         self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
         #: Makes a batch of windows and their rows, before `transform`.
@@ -102,10 +102,8 @@ class SequenceStream(IterableDataset):
         self.trainer, self.num_slots = os.getpid(), 0
         self._number = 0
         self._slots: Slots | None = None
-        # For the sampler that asks for integers once; a mixture draws its shares, too. The stride is from a worker's
-        # batch to its next.
-        may_draw_ahead = type(self.sampler) is UniformSampler and self.sequence_length and not dataset.has_members
-        self._ahead, self._stride = Ahead() if may_draw_ahead else None, 1
+        # The stride is from a worker's batch to its next.
+        self._ahead, self._stride = Ahead(), 1
         # What was drawn last in this process: looking for the newest step in it can wait until someone asks.
         self._last: Windows | None = None
 
@@ -128,7 +126,7 @@ class SequenceStream(IterableDataset):
         if self._slots is None:
             self._last = windows
         else:
-            self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max()
+            self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max() + 1
         return self.assemble(self, windows, out)
 
     def check_include(self, fields: Fields) -> None:
@@ -150,7 +148,8 @@ class SequenceStream(IterableDataset):
         """The newest step id in the last batch that was taken; None before the first."""
         if self._last is not None:
             return int(self._last.last_steps.max())
-        return int(self.counters["newest"][(self.position - 1) % COUNTERS["newest"]]) if self.position else None
+        newest = int(self.counters["newest"][(self.position - 1) % COUNTERS["newest"]]) if self.position else 0
+        return newest - 1 if newest else None
 
     def take(self) -> Any:
         """The next batch. One that fails has its number, too: with workers, the next one is under way by then."""
@@ -209,7 +208,7 @@ class SequenceStream(IterableDataset):
             dataset._refresh()
             reads_chunks = self._slots is not None or self.chunk_size < self.num_windows
             out = None
-            if attempt or self._ahead is None:
+            if attempt or not self._makes_ahead():
                 windows = self.draw((n,), attempt, again)
             else:
                 windows, out = self._ahead.get(self, n, self._stride, not reads_chunks)
@@ -219,6 +218,12 @@ class SequenceStream(IterableDataset):
                 return windows, *self._read_chunks(windows, again is None)
             out, was_read = dataset._read_new(windows)
             return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
+
+    def _makes_ahead(self) -> bool:
+        """Whether batches may be made ahead: by the sampler that asks for integers once, where there are no shares."""
+        return (
+            type(self.sampler) is UniformSampler and self.sequence_length is not None and not self.dataset.has_members
+        )
 
     def draw(self, numbers: Sequence[int], attempt: int = 0, again: Windows | None = None) -> Windows:
         """The windows of batches, one behind the other; of one, as drawn at a certain attempt."""

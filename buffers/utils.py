@@ -55,8 +55,15 @@ class ThreadLocks:
         self.parts: tuple[ThreadLock, ...] = tuple(parts[number] for number in sorted(parts))
 
     def __enter__(self) -> None:
-        for lock in self.parts:
-            lock.__enter__()
+        taken: list[ThreadLock] = []
+        try:
+            for lock in self.parts:
+                lock.__enter__()
+                taken.append(lock)
+        except BaseException:  # Ctrl-C while it waited for another thread.
+            for lock in reversed(taken):
+                lock.__exit__()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         for lock in reversed(self.parts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import pickle
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffers import ReplayBuffer
-from buffers.ahead import SeveralBatches
+from buffers.ahead import Ahead, SeveralBatches
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
+from buffers.dataset.index import EpisodeIndex, Windows
+from buffers.sampler import Sampler, UniformEpisodeSampler, UniformSampler
 from buffers.stream import BatchRandom, SequenceStream
 from tests import tagged
 from tests.list_dataset import ListDataset
@@ -37,7 +40,7 @@ def alone(stream: SequenceStream) -> SequenceStream:
     """The same stream, which makes each batch when it is asked for."""
     other = SequenceStream(stream.dataset, stream.batch_size, stream.sequence_length, include=stream.include)
     other.random = BatchRandom(stream.random.seed)
-    other._ahead = None
+    other._makes_ahead = lambda: False  # type: ignore[method-assign]
     return other
 
 
@@ -136,6 +139,50 @@ def test_workers_make_the_same_ahead_of_their_own_batches(num_workers) -> None:
     reference = alone(loader.stream)
     for batch in itertools.islice(loader, 80):
         assert_same(batch, reference.take())
+
+
+class OnlyStarts(Sampler):
+    """The first window of each episode, drawn in ways that a uniform sampler does not use."""
+
+    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        position = rng.integers(0, len(index), size=num_windows, dtype=np.int64)
+        rng.random(3)
+        return index.windows(position, np.zeros(num_windows, np.int64), length or 1)
+
+
+def test_what_a_stream_is_told_later_holds_from_the_next_batch_on() -> None:
+    ring = RingBufferDataset(1000)
+    for number in range(5):
+        ring.add_episode(tagged.episode(20, number))
+    stream = ring.get_loader(4, 8, include=("step",), seed=0).stream
+    for _ in range(13):
+        stream.take()
+    stream.sampler = OnlyStarts()
+    for _ in range(40):
+        assert (stream.take()["step"][:, 0] == 0).all()
+    stream.sampler = UniformEpisodeSampler()
+    for _ in range(40):
+        tagged.origins(stream.take())
+    stream.sampler = UniformSampler()
+    for length in (8, 16, 3, 3):
+        stream.sequence_length = length
+        for _ in range(10):
+            assert stream.take()["reward"].shape == (4, length)
+
+
+def test_a_batch_that_is_kept_keeps_no_others() -> None:
+    ring = RingBufferDataset(1000)
+    ring.add_episode({"x": np.zeros((100, 64), np.float32)})
+    stream = ring.get_loader(32, 4, seed=0).stream
+    for _ in range(70):
+        stream.take()
+    tracemalloc.start()
+    try:
+        kept = [[stream.take() for _ in range(32)][-1] for _ in range(20)]
+        stream._ahead = Ahead()
+        assert tracemalloc.get_traced_memory()[0] < 1.2 * sum(batch["x"].nbytes for batch in kept)
+    finally:
+        tracemalloc.stop()
 
 
 def test_several_batches_draw_what_each_would() -> None:

@@ -183,6 +183,126 @@ def test_an_episode_that_one_of_the_two_cannot_take_is_in_neither(fails) -> None
     assert 20 in numbers(fast) and numbers(large) == list(range(21))
 
 
+class FailingEvictor(Evictor):
+    """The oldest leaves, but for the calls that fail."""
+
+    def __init__(self) -> None:
+        self.num_until_failure = 10**9
+
+    def evict(self, dataset: EpisodeDataset) -> int:
+        self.num_until_failure -= 1
+        if self.num_until_failure < 0:
+            raise RuntimeError("evictor failed")
+        return 0
+
+
+@pytest.mark.parametrize("behind", ["ring", "list", "chain"])
+def test_an_evictor_that_fails_leaves_all_as_it_was_also_where_only_the_oldest_can_go(tmp_path, behind) -> None:
+    evictor = FailingEvictor()
+    fast = IndividualFileDataset(20, directory=tmp_path, evictor=evictor, durability="rename")
+    large: EpisodeDataset = ListDataset(100) if behind == "list" else RingBufferDataset(30)
+    sets = [fast, large]
+    if behind == "chain":
+        sets.append(RingBufferDataset(1000))
+        large.extend(sets[2])
+    fast.extend(large, other_batch_size=1, fetch_from_other_every=1000, seed=0)
+    for number in range(8):
+        fast.add_episode(tagged.episode(5, number))
+    evictor.num_until_failure = 0
+    before = [numbers(dataset) for dataset in sets]
+    for _ in range(6):
+        with pytest.raises(RuntimeError, match="evictor failed"):
+            fast.add_episode(tagged.episode(5, 100))
+        assert [numbers(dataset) for dataset in sets] == before
+    evictor.num_until_failure = 10**9
+    fast.add_episode(tagged.episode(5, 8))
+    assert all(8 in numbers(dataset) for dataset in sets)
+
+
+def test_what_cannot_be_brought_back_is_no_error_of_the_addition_which_is_done(tmp_path) -> None:
+    evictor = FailingEvictor()
+    fast, large = IndividualFileDataset(20, directory=tmp_path, evictor=evictor, durability="rename"), ListDataset(1000)
+    fast.extend(large, other_batch_size=8, seed=0)
+    buffer = ReplayBuffer(fast, 2, num_envs=1)
+    for number in range(6):
+        buffer.add_episode(tagged.episode(5, number))
+    evictor.num_until_failure = 1
+    with pytest.warns(UserWarning, match="cannot be brought back: RuntimeError"):
+        for step in range(5):
+            buffer.add_step(tagged.rows(0, 6, step), step == 4)
+    assert numbers(large) == list(range(7)) and numbers(fast)[-1] == 6
+    evictor.num_until_failure = 10**9
+    for number in range(7, 30):
+        buffer.add_episode(tagged.episode(5, number))
+        check_after_addition(fast, large, number)
+
+
+def test_in_a_chain_what_the_first_cannot_take_leaves_the_last_too() -> None:
+    small, middle, large = FullDisk(20), ListDataset(7), ListDataset(1000)
+    middle.extend(large, other_batch_size=1, fetch_from_other_every=1000)
+    small.extend(middle, other_batch_size=1, fetch_from_other_every=1000)
+    small._evicts_before_writing = middle._evicts_before_writing = False
+    small.add_episode(tagged.episode(5, 0))
+    small.is_full_now = True
+    for length in (5, 9):  # The second is too long for the middle one.
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(OSError, match="no space"),
+        ):
+            warnings.simplefilter("ignore")
+            small.add_episode(tagged.episode(length, 1))
+        assert numbers(small) == [0] and numbers(large) == [0]
+    small.is_full_now = False
+    small.add_episode(tagged.episode(5, 1))
+    assert numbers(small) == numbers(large) == [0, 1]
+
+
+def test_an_extension_that_cannot_copy_what_is_here_leaves_both_as_they_were() -> None:
+    ring = RingBufferDataset(20)
+    for number, length in enumerate((3, 10)):
+        ring.add_episode(tagged.episode(length, number))
+    with pytest.raises(ValueError, match="10 steps is here, which does not fit the `capacity` of 5 steps of `other`"):
+        ring.extend(RingBufferDataset(5))
+    large = FullDisk(100)
+    large.is_full_now = True
+    with pytest.raises(OSError, match="no space"):
+        ring.extend(large)
+    large.is_full_now = False
+    assert large.is_empty and numbers(ring) == [0, 1]
+    ring.extend(large)
+    assert numbers(large) == [0, 1]
+
+
+def test_a_warning_that_is_an_error_adds_nothing() -> None:
+    ring, large = RingBufferDataset(5), ListDataset(100)
+    ring.extend(large)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="10 steps is longer"):
+        warnings.simplefilter("error")
+        ring.add_episode(tagged.episode(10, 0))
+    assert large.is_empty
+    ring.add_episode(tagged.episode(10, 0))
+    assert numbers(large) == [0]
+
+
+def test_ctrl_c_while_waiting_for_the_second_lock_gives_up_the_first() -> None:
+    import threading
+
+    from buffers.utils import ThreadLock, ThreadLocks
+
+    class Interrupted(ThreadLock):
+        def __enter__(self) -> None:
+            raise KeyboardInterrupt
+
+    first = ThreadLock()
+    with pytest.raises(KeyboardInterrupt), ThreadLocks(first, Interrupted()):
+        pass
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(first._lock.acquire(timeout=5)))
+    thread.start()
+    thread.join()
+    assert taken == [True]
+
+
 def test_a_bad_episode_is_refused_by_both() -> None:
     ring, large = RingBufferDataset(20), ListDataset(100)
     ring.extend(large)

@@ -467,6 +467,11 @@ def test_bad_weights_are_refused_and_change_nothing(members, weights, error, mes
     assert mixture.weights.tolist() == [0.25, 0.75]
 
 
+def test_weights_of_any_size_are_divided_by_their_sum(members) -> None:
+    assert MixtureDataset(members[:2], [1e308, 1e308]).weights.tolist() == [0.5, 0.5]
+    assert MixtureDataset(members[:2], [3e-320, 1e-320]).weights.tolist() == pytest.approx([0.75, 0.25], abs=1e-3)
+
+
 def test_bad_members_and_includes_are_refused(members) -> None:
     with pytest.raises(ValueError, match="at least one member"):
         MixtureDataset([], [])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import random
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -541,3 +543,30 @@ def test_a_reward_of_any_dtype_completes_an_episode_and_has_a_return_if_it_is_re
         buffer.add_step({"reward": reward}, step % 3 == 2)
     assert buffer.dataset.episode_lengths == [3, 3]
     assert buffer.stats().get("mean_episode_return") == expected
+
+
+def test_a_reward_of_several_parts_is_stored_and_has_no_return() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100), 2, num_envs=1)
+    buffer.add_episode({"obs": np.zeros(5), "reward": {"inner": np.zeros(5), "outer": np.zeros(5)}})
+    assert buffer.num_episodes == 1 and "mean_episode_return" not in buffer.stats()
+
+
+def test_there_is_no_age_before_a_batch() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100), 2, num_envs=1)
+    buffer.add_episode({"x": np.zeros(50)})
+    buffer.dataloader.load_state_dict({"seed": 0, "position": 50})
+    assert "newest_age" not in buffer.stats()
+    buffer.sample()
+    assert 0 <= buffer.stats()["newest_age"] < 50
+
+
+def test_a_buffer_that_is_dropped_is_gone_at_once() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100), 2, num_envs=1)
+    buffer.add_step({"x": 1.0}, True)
+    is_alive = weakref.ref(buffer)
+    gc.disable()
+    try:
+        del buffer
+        assert is_alive() is None
+    finally:
+        gc.enable()

@@ -209,6 +209,8 @@ class EpisodeDataset(EpisodeSource):
         An episode that is longer than the capacity here is kept by `other` only, with one warning; `add_episode` then
         returns -1. Episodes that come back have new ids and step ids here.
 
+        Extend before a buffer takes its first step, and, for three levels, the largest first.
+
         Args:
             other: Must not be a mixture, nor have an `other` of its own that leads back here.
             other_batch_size: Episodes that one addition draws from `other`.

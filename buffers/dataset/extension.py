@@ -5,11 +5,14 @@ An addition, in the order in which things happen, so that an error leaves both a
     1. draw     whole episodes that the loader of `other` has read beforehand       may fail: nothing has changed
     2. other    store the new episode there                                         may fail: nothing has changed
     3. here     store it here, evicting the oldest                                  if it fails, it leaves `other` too
-    4. bring    store here what was drawn, evicting the oldest, never the newest
+    4. bring    store here what was drawn, evicting the oldest, never the newest    what fails here has just not come
+
+A ring gives back only its oldest episode. So where `other` cannot fail and this one can, 3 comes before 2.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import deque
@@ -21,6 +24,7 @@ import torch
 
 from buffers.dataset.fields import Fields, as_array
 from buffers.dataset.index import Windows
+from buffers.evictor.fifo import FIFOEvictor
 from buffers.utils import integer
 
 if TYPE_CHECKING:
@@ -74,6 +78,8 @@ class Extension:
         #: Episode ids in `other` of episodes here -> their ids here. Some have left: `_is_here` looks.
         self._ids_here: dict[int, int] = {}
         self._num_additions = 0
+        #: What was added last, by its ids in `other` and here.
+        self._newest = -1, -1
         self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
@@ -83,12 +89,23 @@ class Extension:
     def begin(self, dataset: EpisodeDataset) -> None:
         """Agree on the fields; copy what is here to an empty `other`."""
         self.agree(dataset)
-        if not self.other.is_empty:
+        if not self.other.is_empty or dataset.is_empty:
             return
-        for position, episode_id in enumerate(dataset.index.ids.tolist()):
-            episode = dataset._whole(position)
-            if episode is not None:
-                self._note(dataset, self.other.add_episode(episode), episode_id)
+        longest = int(dataset.index.lengths.max())
+        if longest > self.other.largest_capacity:
+            raise ValueError(
+                f"An episode of {longest} steps is here, which does not fit the `capacity` of {self.other.capacity} "
+                "steps of `other`. Raise that."
+            )
+        try:
+            for position, episode_id in enumerate(dataset.index.ids.tolist()):
+                episode = dataset._whole(position)
+                if episode is not None:
+                    self._note(dataset, self.other.add_episode(episode), episode_id)
+        except BaseException:
+            while not self.other.is_empty:
+                self.other._evict(0)
+            raise
 
     def agree(self, dataset: EpisodeDataset) -> None:
         """Give the fields of one to the other; those of both, where there are some, must be the same."""
@@ -106,7 +123,6 @@ class Extension:
         """Store an episode in both; its id here, -1 if it is too long to be here."""
         length = len(arrays[fields.names[0]])
         if length > dataset.capacity:
-            self.other._take(fields, arrays)
             if dataset.fields is None:
                 dataset._set_fields(fields)
             self._warn(
@@ -114,6 +130,7 @@ class Extension:
                 f"An episode of {length} steps is longer than the `capacity` of {dataset.capacity} steps: it, and "
                 f"others like it, are kept by the {type(self.other).__name__} only.",
             )
+            self._newest = self.other._take(fields, arrays), -1
             return -1
         dataset._check(arrays)
         evicts = dataset._has_evicted or dataset.num_timesteps + length > dataset.capacity
@@ -125,21 +142,33 @@ class Extension:
             self._waiting.extendleft(reversed(drawn))
             raise
         self._num_additions += evicts
-        for episode in drawn:
-            self._bring(dataset, fields, episode, newest)
+        self._bring_all(dataset, fields, drawn, newest)
         return newest
 
     def _add_to_both(self, dataset: EpisodeDataset, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
-        other_id = self.other._take(fields, arrays)
-        try:
+        other = self.other
+        if _may_fail(dataset) and not _may_fail(other):
+            other._check_everywhere(arrays)
             episode_id = dataset._add(fields, arrays)
-        except BaseException:
-            position = self.other.index.position(other_id)
-            if position is not None:
-                self.other._evict(position)
-            raise
+            try:
+                other_id = other._take(fields, arrays)
+            except BaseException:
+                _take_back(dataset, episode_id)
+                raise
+        else:
+            other_id = other._take(fields, arrays)
+            try:
+                episode_id = dataset._add(fields, arrays)
+            except BaseException:
+                take_back_newest(other, other_id)
+                raise
         self._note(dataset, other_id, episode_id)
+        self._newest = other_id, episode_id
         return episode_id
+
+    def take_back_newest(self) -> None:
+        """Remove from `other`, and from what is behind it, what was added last: the one in front could not take it."""
+        take_back_newest(self.other, self._newest[0])
 
     # What comes back.
 
@@ -181,6 +210,16 @@ class Extension:
             self._warn("refused", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {error}")
             return False
         return True
+
+    def _bring_all(self, dataset: EpisodeDataset, fields: Fields, drawn: list[_Episode], newest: int) -> None:
+        """Store what was drawn. The addition is done, so what cannot be stored is no error of it."""
+        for number, episode in enumerate(drawn):
+            try:
+                self._bring(dataset, fields, episode, newest)
+            except Exception as error:
+                self._waiting.extendleft(reversed(drawn[number:]))
+                self._warn("failed", f"Episodes of the {type(self.other).__name__} cannot be brought back: {error!r}")
+                return
 
     def _bring(self, dataset: EpisodeDataset, fields: Fields, episode: _Episode, newest: int) -> None:
         """Store an episode that was drawn, evicting others than the newest."""
@@ -224,6 +263,8 @@ class Extension:
         return episode_id is not None and dataset.index.position(episode_id) is not None
 
     def _note(self, dataset: EpisodeDataset, other_id: int, episode_id: int) -> None:
+        if other_id < 0:  # Too long for `other`, which has handed it on.
+            return
         self._ids_here[other_id] = episode_id
         if len(self._ids_here) > 2 * dataset.num_episodes + _SPARE_IDS:
             self._ids_here = {key: value for key, value in self._ids_here.items() if self._is_here(dataset, key)}
@@ -248,6 +289,27 @@ class _Episode(NamedTuple):
     @property
     def length(self) -> int:
         return len(next(iter(self.arrays.values())))
+
+
+def _may_fail(dataset: EpisodeDataset) -> bool:
+    """Whether an episode that fits may be refused all the same: by a full disk, or an evictor of the user's own."""
+    behind = dataset._extension is not None and _may_fail(dataset._extension.other)
+    return behind or not dataset._evicts_before_writing or type(dataset.evictor) is not FIFOEvictor
+
+
+def take_back_newest(dataset: EpisodeDataset, episode_id: int) -> None:
+    """Remove an episode that was just added to a dataset, and to what is behind it."""
+    _take_back(dataset, episode_id)
+    if dataset._extension is not None:
+        dataset._extension.take_back_newest()
+
+
+def _take_back(dataset: EpisodeDataset, episode_id: int) -> None:
+    position = dataset.index.position(episode_id)
+    # Whatever comes of it, the error that made it necessary is the one to be seen.
+    with contextlib.suppress(Exception):
+        if position is not None:
+            dataset._evict(position)
 
 
 def _check_pair(dataset: EpisodeDataset, other: EpisodeDataset) -> None:

@@ -68,8 +68,9 @@ def _checked(weights: Any, num: int) -> Float64Array:
         raise TypeError(f"`weights` must be numbers, found {weights!r:.80}.") from None
     if found.shape != (num,):
         raise ValueError(f"`weights` must be {num} numbers, one a member, found shape {found.shape}.")
-    if not (np.isfinite(found) & (found >= 0)).all() or found.sum() == 0:
+    if not (np.isfinite(found) & (found >= 0)).all() or not found.any():
         raise ValueError(f"`weights` must be finite, at least 0, and not all 0, found {found.tolist()}.")
+    found /= found.max()  # Their sum might be beyond the largest number.
     return found / found.sum()
 
 
