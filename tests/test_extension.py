@@ -156,6 +156,7 @@ def test_steps_of_a_buffer_may_form_an_episode_that_only_the_large_set_takes() -
 
 
 class FullDisk(ListDataset):
+    _evicts_before_writing = False
     is_full_now = False
 
     def _write(self, episode, start, episode_id) -> None:
@@ -167,7 +168,6 @@ class FullDisk(ListDataset):
 @pytest.mark.parametrize("fails", ["other", "here"])
 def test_an_episode_that_one_of_the_two_cannot_take_is_in_neither(fails) -> None:
     fast, large = FullDisk(30), FullDisk(10_000)
-    fast._evicts_before_writing = False
     fast.extend(large, other_batch_size=2, seed=0)
     for number in range(20):
         fast.add_episode(tagged.episode(5, number))
@@ -241,7 +241,7 @@ def test_in_a_chain_what_the_first_cannot_take_leaves_the_last_too() -> None:
     small, middle, large = FullDisk(20), ListDataset(7), ListDataset(1000)
     middle.extend(large, other_batch_size=1, fetch_from_other_every=1000)
     small.extend(middle, other_batch_size=1, fetch_from_other_every=1000)
-    small._evicts_before_writing = middle._evicts_before_writing = False
+    middle._evicts_before_writing = False
     small.add_episode(tagged.episode(5, 0))
     small.is_full_now = True
     for length in (5, 9):  # The second is too long for the middle one.
