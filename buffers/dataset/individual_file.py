@@ -11,29 +11,17 @@ from typing import Any, Literal, final, get_args
 import numpy as np
 import torch
 
+from buffers.dataset import opening, serialization
 from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.directory import DAMAGED, EpisodeDirectory, FileName, Listing, explained
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields, as_tensor
+from buffers.dataset.fields import Fields
 from buffers.dataset.following import DirectoryWatch, EpisodeNames, handed_on, new_log, opened_log
 from buffers.dataset.index import Windows
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.opening import (
-    Inspection,
-    Verify,
-    check_format,
-    damage_message,
-    inspect,
-    list_episodes,
-    set_aside,
-)
+from buffers.dataset.opening import Inspection, Verify
 from buffers.dataset.safetensors_format import SafetensorsSerialization
-from buffers.dataset.serialization import (
-    DamagedEpisodeError,
-    EpisodeSerializationStrategy,
-    UnknownVersionError,
-    check_suffix,
-)
+from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.shared import EpisodeLog
 from buffers.dataset.window_reader import WindowReader
 from buffers.evictor.base import Evictor
@@ -113,19 +101,14 @@ class IndividualFileDataset(EpisodeDataset):
         verify: Verify = "size",
     ) -> None:
         super().__init__(capacity, info, evictor)
-        strategy = serialization_strategy
-        if strategy is not None and not isinstance(strategy, EpisodeSerializationStrategy):
-            raise TypeError(
-                f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
-            )
-        if strategy is not None:
-            check_suffix(strategy.suffix)
+        strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
+        serialization.check_strategy(strategy)
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
         one_of("verify", verify, get_args(Verify))
-        self._is_format_open = strategy is None
-        self._strategy = SafetensorsSerialization() if strategy is None else strategy
+        self._is_format_open = serialization_strategy is None
+        self._strategy = strategy
         # The fields as the files have them: they may be named by other types than in `info`.
         self._stored_fields: Fields | None = None
         self._reader: WindowReader | None = None
@@ -167,7 +150,7 @@ class IndividualFileDataset(EpisodeDataset):
             self.index.next_id, self.index.next_start = listing.next_numbers
             # Before files go that say which numbers have been given.
             self._keep_numbers()
-            damaged = set_aside(self._directory, listing, inspection.damaged)
+            damaged = opening.set_aside(self._directory, listing, inspection.damaged)
             self._warn_of(damaged, f"moved into the folder `{DAMAGED}`")
             self._make_room(0)
             assert self._log is not None  # A writer has one.
@@ -175,15 +158,19 @@ class IndividualFileDataset(EpisodeDataset):
 
     def _scan(self, verify: Verify = "size") -> tuple[Listing, Inspection]:
         """Look for what is new, and add what is good of it to the index."""
-        listing, kind = list_episodes(self._directory, self._watch.seen, self._is_format_open)
+        listing, kind = opening.list_episodes(self._directory, self._watch.seen, self._is_format_open)
         if kind is not None:
             self._strategy = kind()
         if self._stored_fields is None:
-            check_format(self._directory, listing)
-        inspection = inspect(self._directory, listing, self._strategy, self._stored_fields, self._fields, verify)
+            opening.check_format(self._directory, listing)
+        inspection = opening.inspect(
+            self._directory, listing, self._strategy, self._stored_fields, self._fields, verify
+        )
         if inspection.fields is not None:
             self._bind(inspection.fields)
-        self._insert(inspection.texts, inspection.numbers)
+        if inspection.texts:
+            self._is_format_open = False
+            self.index.insert(inspection.numbers[[1, 2, 0]].T)
         if not self._is_writer():
             self._watch.seen = listing.names
         return listing, inspection
@@ -191,24 +178,14 @@ class IndividualFileDataset(EpisodeDataset):
     def _bind(self, fields: Fields) -> None:
         if self._stored_fields is not None:
             return
-        conflict = None if self._fields is None else fields.conflict_with(self._fields)
-        if conflict is not None:
-            raise ValueError(
-                f"The fields of {self._directory.path} differ from those of `info`: {conflict}. The directory has "
-                f"{fields}, `info` has {self._fields}. Choose another `directory`, or leave them out of `info`."
-            )
+        opening.check_stated_fields(self._directory, fields, self._fields)
         if self._fields is None:
             self._set_fields(fields)
         self._allocate(fields)
 
-    def _insert(self, texts: list[str], numbers: np.ndarray) -> None:
-        if texts:
-            self._is_format_open = False
-            self.index.insert(numbers[[1, 2, 0]].T)
-
     def _warn_of(self, damaged: list[tuple[str, str]], what_happened: str) -> None:
         if damaged and self._warns:
-            warnings.warn(damage_message(self._directory.path, damaged, what_happened), stacklevel=4)
+            warnings.warn(opening.damage_message(self._directory.path, damaged, what_happened), stacklevel=4)
 
     # What a store implements.
 
@@ -223,13 +200,8 @@ class IndividualFileDataset(EpisodeDataset):
             self._allocate(self._fields)
         fields = self._stored_fields
         assert fields is not None  # They were set just now, if not before.
+        tensors = serialization.tensors_to_store(episode, fields)
         length = len(next(iter(episode.values())))
-        tensors = {}
-        for name, tensor_type in fields.items():
-            rows = np.array(episode[name], tensor_type.numpy_dtype, order="C")
-            if rows.shape != (length, *tensor_type.shape):
-                raise ValueError(f"Field `{name}` has shape {rows.shape}, expected {(length, *tensor_type.shape)}.")
-            tensors[name] = as_tensor(rows, tensor_type)
         text = self._names.note(episode_id, start, length)
 
         def write(file: io.BufferedWriter) -> None:
@@ -273,11 +245,6 @@ class IndividualFileDataset(EpisodeDataset):
         self._forget_file(episode_id)
         if self._log is not None:
             self._log.remove(episode_id, self.index)
-
-    def _refresh(self) -> None:
-        self._check_open()
-        if not self._is_writer():
-            self._follow(is_urgent=False)
 
     # Episodes in.
 
@@ -323,16 +290,17 @@ class IndividualFileDataset(EpisodeDataset):
     # Files that come and go.
 
     def refresh(self) -> None:
-        """Look for episodes that a writer has added or evicted since; drawing does so by itself, now and then.
+        """Look for episodes that a writer has added or evicted since; drawing does so by itself.
 
         Raises:
             RuntimeError: The dataset is closed.
         """
-        self._check_open()
-        if not self._is_writer():
-            self._follow(is_urgent=True)
+        self._refresh(is_urgent=True)
 
-    def _follow(self, is_urgent: bool) -> None:
+    def _refresh(self, is_urgent: bool = False) -> None:
+        self._check_open()
+        if self._is_writer():
+            return
         # Without fields, there is nothing to tell of, or the first episode has just come, and its file has them.
         if self._log is not None and self._stored_fields is not None:
             for episode_id in self._log.follow(self.index):
@@ -400,8 +368,9 @@ class IndividualFileDataset(EpisodeDataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is sent to another process: it finds the episodes by itself, by the log if this is their writer.
-        arguments = self.capacity, self.info, self._directory.path, self._strategy, self.max_sampling_attempts
-        return _follower, (*arguments, self._stored_fields, handed_on(self._log) if self._is_writer() else None)
+        memory = handed_on(self._log) if self._is_writer() else None
+        arguments = self.capacity, self.info, None, self._directory.path, self._strategy, self.max_sampling_attempts
+        return _follower, (self._stored_fields, memory, *arguments)
 
     def _is_writer(self) -> bool:
         # A forked child has all that its parent had, but for the lock.
@@ -419,19 +388,11 @@ class IndividualFileDataset(EpisodeDataset):
             raise RuntimeError(f"Process {self._writer} writes to {self._directory.path}; this one can only read.")
 
 
-def _follower(
-    capacity: int,
-    info: EpisodeDatasetInfo,
-    path: str,
-    strategy: EpisodeSerializationStrategy,
-    attempts: int,
-    stored_fields: Fields | None,
-    memory: dict[str, Any] | None,
-) -> IndividualFileDataset:
+def _follower(stored_fields: Fields | None, memory: dict[str, Any] | None, *arguments: Any) -> IndividualFileDataset:
     """A reader of a directory, as it arrives in another process."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     dataset._warns, dataset._log = False, opened_log(memory)
     if dataset._log is not None:
         dataset._told_fields = stored_fields
-    dataset.__init__(capacity, info, None, path, strategy, attempts, mode="r")
+    dataset.__init__(*arguments, mode="r")
     return dataset

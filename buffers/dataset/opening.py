@@ -18,7 +18,16 @@ from buffers.dataset.safetensors_format import SafetensorsSerialization
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.window_reader import as_damage
 
-__all__ = ["Inspection", "Verify", "check_format", "damage_message", "inspect", "list_episodes", "set_aside"]
+__all__ = [
+    "Inspection",
+    "Verify",
+    "check_format",
+    "check_stated_fields",
+    "damage_message",
+    "inspect",
+    "list_episodes",
+    "set_aside",
+]
 
 Verify = Literal["size", "header", "full"]
 
@@ -64,6 +73,16 @@ def check_format(directory: EpisodeDirectory, listing: Listing) -> None:
         raise ValueError(
             f"{directory.path} holds episodes in the format {sorted(others)}, not only in `{directory.suffix}`. Give "
             "the `serialization_strategy` they were written with, or choose another `directory`."
+        )
+
+
+def check_stated_fields(directory: EpisodeDirectory, fields: Fields, stated_fields: Fields | None) -> None:
+    """Refuse a directory of other fields than those that the user has stated."""
+    conflict = None if stated_fields is None else fields.conflict_with(stated_fields)
+    if conflict is not None:
+        raise ValueError(
+            f"The fields of {directory.path} differ from those of `info`: {conflict}. The directory has {fields}, "
+            f"`info` has {stated_fields}. Choose another `directory`, or leave them out of `info`."
         )
 
 

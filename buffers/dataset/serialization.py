@@ -18,9 +18,15 @@ import numpy.typing as npt
 import torch
 
 from buffers.dataset import fields as field_types
-from buffers.dataset.fields import Fields, TensorType
+from buffers.dataset.fields import Fields, TensorType, as_tensor
 
-__all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError", "check_suffix"]
+__all__ = [
+    "DamagedEpisodeError",
+    "EpisodeSerializationStrategy",
+    "UnknownVersionError",
+    "check_strategy",
+    "tensors_to_store",
+]
 
 FORMAT_VERSION = 1
 # Where each format keeps the text of `schema_text`.
@@ -187,9 +193,30 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def check_suffix(suffix: object) -> None:
-    """Refuse, by a ValueError, what cannot be the suffix of a format."""
+def check_strategy(strategy: object) -> None:
+    """Refuse, by a TypeError or a ValueError, what is no format, or has a suffix that none can have."""
+    if not isinstance(strategy, EpisodeSerializationStrategy):
+        raise TypeError(
+            f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
+        )
+    suffix: object = strategy.suffix
     if not isinstance(suffix, str) or not re.fullmatch(r"\.[A-Za-z0-9_.-]*[A-Za-z0-9_-]", suffix):
         raise ValueError(f"The `suffix` of a format must be like `.name`, found {suffix!r}.")
     if suffix in (".lock", ".next"):
         raise ValueError(f"The `suffix` {suffix!r} is kept for the directory's own files.")
+
+
+def tensors_to_store(episode: Mapping[str, np.ndarray], fields: Fields) -> dict[str, torch.Tensor]:
+    """Copies of an episode's rows, in the order and of the types of the fields.
+
+    Raises:
+        ValueError: Rows of another shape than their field has.
+    """
+    length = len(next(iter(episode.values())))
+    tensors = {}
+    for name, tensor_type in fields.items():
+        rows = np.array(episode[name], tensor_type.numpy_dtype, order="C")
+        if rows.shape != (length, *tensor_type.shape):
+            raise ValueError(f"Field `{name}` has shape {rows.shape}, expected {(length, *tensor_type.shape)}.")
+        tensors[name] = as_tensor(rows, tensor_type)
+    return tensors
