@@ -40,6 +40,9 @@ class SequenceLoader(DataLoader):
         **loader_options: Any,
     ) -> None:
         num_workers = 0 if num_workers is None else integer("num_workers", num_workers, 0)
+        for name in ("shuffle", "drop_last"):
+            if loader_options.pop(name, None):
+                raise ValueError(f"Windows are drawn at random, and every batch is full: leave out `{name}`.")
         collate_fn = loader_options.pop("collate_fn", None)
         if num_workers:
             stream.dataset.check_workers()
@@ -94,6 +97,8 @@ class SequenceLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another loader stood; takes effect with the next iteration."""
+        if not state.keys() >= {"seed", "position"}:
+            raise ValueError(f"A state has 'seed' and 'position', as `state_dict()` gives them, found {sorted(state)}.")
         self.stream.random = BatchRandom(integer("seed", state["seed"], 0))
         self.end_workers()
         self.stream.position = integer("position", state["position"], 0)

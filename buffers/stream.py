@@ -80,7 +80,9 @@ class SequenceStream(IterableDataset):
         if self.num_windows % self.chunk_size:
             raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
         if sampler is not None and not isinstance(sampler, Sampler):
-            raise TypeError(f"`sampler` must be a Sampler, found {type(sampler).__name__}.")
+            name = type(sampler).__name__
+            found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if isinstance(sampler, type) else name
+            raise TypeError(f"`sampler` must be a Sampler, found {found}.")
         self.sampler = UniformSampler() if sampler is None else sampler
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")

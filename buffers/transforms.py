@@ -21,7 +21,7 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
                         -    a0 r1 d1   a1 r2 d2
         transitions     o0 a0 r1 d1 o1     o1 a1 r2 d2 o2
 
-    With `sequence_length=2`, every transition that is stored is drawn once, uniformly. The results are views of the
+    With `sequence_length=2`, every stored transition is one window, and all are equally likely. The results are views of the
     batch: `obs` and `next_obs` share their memory.
 
         >>> rows = {"obs": torch.tensor([0.0, 0.1, 0.2]), "action": torch.tensor([0, 1, 0])}

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from buffers.dataset import EpisodeDataset, RingBufferDataset
 from buffers.dataset.index import Windows
+from buffers.sampler import UniformEpisodeSampler
 from buffers.stream import BatchRandom, SequenceStream
 from tests import tagged
 from tests.contract import assert_same_batch
@@ -178,3 +179,15 @@ def test_a_stream_of_a_changed_position_draws_from_there() -> None:
     stream.position = 41
     assert_same_batch(expected, stream.take())
     assert stream.position == 42
+
+
+def test_options_that_a_random_endless_loader_has_no_use_for_say_so() -> None:
+    ring = RingBufferDataset(10)
+    for name in ("shuffle", "drop_last"):
+        with pytest.raises(ValueError, match=f"drawn at random, and every batch is full: leave out `{name}`"):
+            ring.get_loader(4, 2, **{name: True})
+        ring.get_loader(4, 2, **{name: False})
+    with pytest.raises(TypeError, match=r"found the class UniformEpisodeSampler: pass UniformEpisodeSampler\(\)"):
+        ring.get_loader(4, 2, sampler=UniformEpisodeSampler)
+    with pytest.raises(ValueError, match=r"A state has 'seed' and 'position', .* found \['seed'\]"):
+        ring.get_loader(4, 2).load_state_dict({"seed": 3})
