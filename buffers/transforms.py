@@ -21,8 +21,8 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
                         -    a0 r1 d1   a1 r2 d2
         transitions     o0 a0 r1 d1 o1     o1 a1 r2 d2 o2
 
-    With `sequence_length=2`, every stored transition is one window, and all are equally likely. The results are views of the
-    batch: `obs` and `next_obs` share their memory.
+    With `sequence_length=2`, every stored transition is one window, and all are equally likely. The results are views
+    of the batch: `obs` and `next_obs` share their memory.
 
         >>> rows = {"obs": torch.tensor([0.0, 0.1, 0.2]), "action": torch.tensor([0, 1, 0])}
         >>> rows |= {"reward": torch.tensor([0.0, 0.5, 0.7]), "terminated": torch.tensor([False, False, True])}
