@@ -72,7 +72,8 @@ class Ahead:
             step: From it to the next that will be asked for.
             reads: Whether batches may be read ahead, too.
         """
-        key = (stream.random, stream.dataset.version, stream.sampler, stream.sequence_length, stream.num_windows, step)
+        version = stream.dataset.index.version
+        key = (stream.random, version, stream.sampler, stream.sequence_length, stream.num_windows, step)
         if key != self._key:
             self._key, self._numbers, self._num_next = key, range(0), 1
             return stream.draw((n,)), None
@@ -117,4 +118,5 @@ def _how_many(stream: SequenceStream, reads: bool) -> tuple[bool, int]:
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    # `fields.as_array` would do; of tensors that were just read, nothing has to be looked at.
     return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -89,7 +89,7 @@ class SequenceStream(IterableDataset):
         self.transform = transform
         self.include = _checked_include(include, whole_episodes=self.sequence_length is None)
         if "source" in self.include and not dataset.has_members:
-            dataset.sources_of(Windows(0, _NONE, _NONE, _NONE, _NONE))
+            raise ValueError(f"'source' of `include` is the member of a mixture: a {type(dataset).__name__} has none.")
         self.is_seeded = seed is not None
         self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.

@@ -72,16 +72,17 @@ class Column:
 
     def new_windows(self, slots: torch.Tensor, length: int) -> torch.Tensor:
         """`read_windows` into new memory: `(len(slots), length, *shape)`."""
-        num_bytes = len(slots) * length * self.tensor_type.nbytes
-        if self.array is not None and num_bytes >= _HUGE:
+        num = slots.numel()
+        shape = (num, length, *self.tensor_type.shape)
+        is_huge = num * length * self.tensor_type.nbytes >= _HUGE
+        if is_huge and self.array is not None and not self.needs_cast:
             # numpy asks for huge pages from this size on; torch does not, and takes 1.2 times as long.
-            shape = (len(slots), length, *self.tensor_type.shape)
             out = as_tensor(np.empty(shape, self.tensor_type.numpy_dtype), self.tensor_type)
-            torch.index_select(self._windows(length), 0, slots, out=self._in_words(out))
-        else:
-            out = torch.index_select(self._windows(length), 0, slots)
-            if self.word is not None:
-                out = out.view(self.tensor_type.dtype).view(len(slots), length, *self.tensor_type.shape)
+            self.read_windows(slots, length, out)
+            return out
+        out = torch.index_select(self._windows(length), 0, slots)
+        if self.word is not None:
+            out = out.view(self.tensor_type.dtype).view(shape)
         return out.to(self.batch_dtype) if self.needs_cast else out
 
     def read_rows(self, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:

@@ -82,7 +82,7 @@ class EpisodeSource(IterableDataset, ABC):
 
     def sources_of(self, windows: Windows) -> np.ndarray:
         """Of a mixture, the member of each window, int64 `(B,)`."""
-        raise ValueError(f"'source' of `include` is the member of a mixture: a {type(self).__name__} has none.")
+        raise NotImplementedError(f"A {type(self).__name__} has no members.")
 
     def _draw(
         self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
@@ -134,11 +134,6 @@ class EpisodeSource(IterableDataset, ABC):
         if position >= self.num_episodes:
             raise ValueError(f"`episode_index`={episode_index} is out of range: {self.num_episodes} episodes live.")
         return position % self.num_episodes
-
-    @property
-    def version(self) -> Any:
-        """Something that changes whenever what is drawn from does."""
-        return self.index.version
 
     def _prepare(self, windows: Windows) -> None:
         """Find out `places` of windows that will be read later, if that can be. It is not by default."""

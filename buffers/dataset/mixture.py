@@ -140,12 +140,6 @@ class MixtureDataset(EpisodeDataset):
 
     # What is drawn.
 
-    @property
-    def version(self) -> Any:
-        """Something that changes whenever what is drawn from does."""
-        inner = [member.version for member in self._members]
-        return (self._weights.version, *inner)
-
     def _refresh(self) -> None:
         for leaf in self._leaves:
             leaf._refresh()

@@ -32,11 +32,6 @@ class SharedWeights:
         int64, float64 = np.dtype(np.int64), np.dtype(np.float64)
         self._memory = SharedArrays({"version": ((1,), int64), "weights": ((2, num), float64)})
 
-    @property
-    def version(self) -> int:
-        """Counts changes."""
-        return int(self._memory["version"][0])
-
     def get(self) -> Float64Array:
         """The weights, `(num,)`."""
         version, weights = self._memory["version"], self._memory["weights"]
