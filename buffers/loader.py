@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from buffers.dataset.shared import SharedArrays
-from buffers.stream import COUNTERS, BatchRandom, SequenceStream
+from buffers.randomness import BatchRandom
+from buffers.stream import COUNTERS, SequenceStream
 from buffers.transport import forget
 from buffers.utils import integer
 

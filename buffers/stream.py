@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from buffers.ahead import Ahead, SeveralBatches
+from buffers.ahead import Ahead
 from buffers.dataset.fields import Fields
 from buffers.dataset.index import Windows
 from buffers.lifetime import end_with
+from buffers.randomness import BatchRandom
 from buffers.sampler.base import Sampler
 from buffers.sampler.uniform import UniformSampler
 from buffers.transport import Slots
@@ -27,7 +28,7 @@ from buffers.utils import integer
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
 
-__all__ = ["BatchRandom", "SequenceStream"]
+__all__ = ["SequenceStream"]
 
 INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight", "source")
 # Single sequences are drawn and read so many at a time.
@@ -209,29 +210,30 @@ class SequenceStream(IterableDataset):
         with dataset._lock:
             dataset._refresh()
             reads_chunks = self._slots is not None or self.chunk_size < self.num_windows
-            out = None
-            if attempt or not self._makes_ahead():
-                windows = self.draw((n,), attempt, again)
+            if attempt or not self._asks_for_integers():
+                windows = self.draw(range(n, n + 1), attempt, again)
             else:
                 windows, out = self._ahead.get(self, n, self._stride, not reads_chunks)
-            if out is not None:
-                return windows, out, _NONE
+                if out is not None:
+                    return windows, out, _NONE
             if reads_chunks:
                 return windows, *self._read_chunks(windows, again is None)
             out, was_read = dataset._read_new(windows)
             return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
 
-    def _makes_ahead(self) -> bool:
-        """Whether batches may be made ahead: by the sampler that asks for integers once, where there are no shares."""
+    def _asks_for_integers(self) -> bool:
+        """Whether a draw takes nothing but integers, once: then the batches are made ahead."""
         return (
             type(self.sampler) is UniformSampler and self.sequence_length is not None and not self.dataset.has_members
         )
 
-    def draw(self, numbers: Sequence[int], attempt: int = 0, again: Windows | None = None) -> Windows:
+    def draw(self, numbers: range, attempt: int = 0, again: Windows | None = None) -> Windows:
         """The windows of batches, one behind the other; of one, as drawn at a certain attempt."""
         num_windows = (self.num_windows if again is None else len(again)) * len(numbers)
-        one = len(numbers) == 1
-        rng = self.random.generator(numbers[0], attempt) if one else SeveralBatches(self.random, numbers)
+        if attempt or not self._asks_for_integers():
+            rng = self.random.generator(numbers[0], attempt)
+        else:
+            rng = self.random.integers(numbers)
         return self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
 
     def _read_chunks(self, windows: Windows, is_whole_batch: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]:
@@ -248,31 +250,6 @@ class SequenceStream(IterableDataset):
             if was_read is not None:
                 missed.append(begin + np.flatnonzero(~was_read))
         return out, np.concatenate(missed)
-
-
-class BatchRandom:
-    """Randomness of batch n: a function of (seed, n), by a counter-based generator.
-
-    Args:
-        seed: At least 0.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._bits = np.random.Philox(key=np.random.SeedSequence(seed).generate_state(2, np.uint64))
-        self._generator = np.random.Generator(self._bits)
-        self._state: Any = self._bits.state
-
-    def __reduce__(self) -> tuple[type[BatchRandom], tuple[int]]:
-        return BatchRandom, (self.seed,)
-
-    def generator(self, n: int, attempt: int = 0) -> np.random.Generator:
-        """The generator of an attempt at batch n; the one of another is not to be used any more."""
-        # Setting the counter takes 1.4 us, a new generator 8 us. The upper half of the 256 bits is the batch's number
-        # and the attempt, the lower half counts what is drawn for it.
-        self._state["state"]["counter"][:] = (0, 0, n, attempt)
-        self._bits.state = self._state
-        return self._generator
 
 
 def _checked_include(include: Iterable[str], whole_episodes: bool) -> tuple[str, ...]:
@@ -297,8 +274,10 @@ def _batch_of(stream: SequenceStream, windows: Windows, out: dict[str, torch.Ten
         _zero_padding(windows, out)
     fields = stream.dataset.fields
     assert fields is not None  # Windows are drawn from episodes, so there are fields.
-    stream.check_include(fields)
     batch = fields.unflatten(out)
+    if not stream.include:
+        return batch
+    stream.check_include(fields)
     for name in stream.include:
         is_source = name == "source"
         value = torch.from_numpy(stream.dataset.sources_of(windows)) if is_source else _included(name, windows)

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffers import ReplayBuffer
-from buffers.ahead import Ahead, SeveralBatches
+from buffers.ahead import Ahead
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
 from buffers.dataset.index import EpisodeIndex, Windows
+from buffers.randomness import BatchRandom
 from buffers.sampler import Sampler, UniformEpisodeSampler, UniformSampler
-from buffers.stream import BatchRandom, SequenceStream
+from buffers.stream import SequenceStream
 from tests import tagged
 from tests.list_dataset import ListDataset
 
@@ -40,8 +41,15 @@ def alone(stream: SequenceStream) -> SequenceStream:
     """The same stream, which makes each batch when it is asked for."""
     other = SequenceStream(stream.dataset, stream.batch_size, stream.sequence_length, include=stream.include)
     other.random = BatchRandom(stream.random.seed)
-    other._makes_ahead = lambda: False  # type: ignore[method-assign]
+    other._ahead = NothingAhead()
     return other
+
+
+class NothingAhead(Ahead):
+    """Makes each batch when it is asked for."""
+
+    def get(self, stream, n, step, reads):
+        return stream.draw(range(n, n + 1)), None
 
 
 def assert_same(one: Any, two: Any) -> None:
@@ -183,12 +191,6 @@ def test_a_batch_that_is_kept_keeps_no_others() -> None:
         assert tracemalloc.get_traced_memory()[0] < 1.2 * sum(batch["x"].nbytes for batch in kept)
     finally:
         tracemalloc.stop()
-
-
-def test_several_batches_draw_what_each_would() -> None:
-    random = BatchRandom(4)
-    expected = np.concatenate([random.generator(n).integers(100, size=7) for n in (3, 5, 9)])
-    np.testing.assert_array_equal(SeveralBatches(random, (3, 5, 9)).integers(100, size=21), expected)
 
 
 def test_nothing_made_ahead_keeps_a_dataset_in_memory_or_travels() -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from buffers.dataset import EpisodeDataset, RingBufferDataset
 from buffers.dataset.index import Windows
 from buffers.sampler import UniformEpisodeSampler
-from buffers.stream import BatchRandom, SequenceStream
+from buffers.stream import SequenceStream
 from tests import tagged
 from tests.contract import assert_same_batch
 from tests.list_dataset import ListDataset
@@ -27,27 +27,6 @@ def filled(dataset: EpisodeDataset | None = None) -> EpisodeDataset:
 
 def take(loader: Any, num: int) -> list[Any]:
     return list(itertools.islice(loader, num))
-
-
-# Randomness.
-
-
-def test_batch_n_is_a_function_of_the_seed_and_n() -> None:
-    one, two = BatchRandom(3), BatchRandom(3)
-    drawn = {n: one.generator(n).integers(2**62, size=5).tolist() for n in range(20)}
-    for n in (7, 0, 19, 7):
-        assert two.generator(n).integers(2**62, size=5).tolist() == drawn[n]
-    assert len({tuple(values) for values in drawn.values()}) == 20
-    assert BatchRandom(4).generator(0).integers(2**62, size=5).tolist() != drawn[0]
-    copy = pickle.loads(pickle.dumps(one))
-    assert copy.generator(7).integers(2**62, size=5).tolist() == drawn[7]
-
-
-def test_the_generator_of_a_batch_does_not_depend_on_what_the_last_one_left() -> None:
-    random = BatchRandom(0)
-    expected = random.generator(1).integers(100, size=3, dtype=np.int32).tolist()
-    random.generator(0).integers(100, size=1, dtype=np.int32)  # Half of a 64-bit word stays behind.
-    assert random.generator(1).integers(100, size=3, dtype=np.int32).tolist() == expected
 
 
 # One endless sequence, whoever makes its batches.

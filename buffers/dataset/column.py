@@ -72,18 +72,26 @@ class Column:
 
     def new_windows(self, slots: torch.Tensor, length: int) -> torch.Tensor:
         """`read_windows` into new memory: `(len(slots), length, *shape)`."""
-        num = slots.numel()
-        shape = (num, length, *self.tensor_type.shape)
-        is_huge = num * length * self.tensor_type.nbytes >= _HUGE
-        if is_huge and self.array is not None and not self.needs_cast:
+        if self._fills_huge_pages(len(slots), length):
             # numpy asks for huge pages from this size on; torch does not, and takes 1.2 times as long.
+            shape = (len(slots), length, *self.tensor_type.shape)
             out = as_tensor(np.empty(shape, self.tensor_type.numpy_dtype), self.tensor_type)
             self.read_windows(slots, length, out)
             return out
         out = torch.index_select(self._windows(length), 0, slots)
         if self.word is not None:
-            out = out.view(self.tensor_type.dtype).view(shape)
+            out = out.view(self.tensor_type.dtype).view(len(slots), length, *self.tensor_type.shape)
         return out.to(self.batch_dtype) if self.needs_cast else out
+
+    def plain_windows(self, num: int, length: int) -> torch.Tensor | None:
+        """What `index_select` turns into `new_windows` by itself; None where there is more to be done."""
+        if self.word is not None or self.needs_cast or self._fills_huge_pages(num, length):
+            return None
+        return self._windows(length)
+
+    def _fills_huge_pages(self, num: int, length: int) -> bool:
+        is_huge = num * length * self.tensor_type.nbytes >= _HUGE
+        return is_huge and self.array is not None and not self.needs_cast
 
     def read_rows(self, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
         """Gather `out[positions[i]] = rows[slots[i]]` for slots `(num, T)`."""

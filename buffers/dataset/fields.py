@@ -341,7 +341,7 @@ class Fields(Mapping[str, TensorType]):
     def unflatten(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The nested dict for `name -> leaf`; the inverse of `flatten`."""
         if self._is_flat:
-            return {name: leaves[name] for name in self.names}
+            return dict(leaves)
         return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
 
     def select(self, names: Collection[str]) -> Fields:

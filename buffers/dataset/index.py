@@ -14,6 +14,7 @@ leave, as a rule, so they stay valid: nothing is ever recounted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Windows:
         episode_length: int64 `(B,)`, rows of the episodes.
         weight: float32 `(B,)`, importance weights; None stands for ones.
         source: int64 `(B,)`, which of several stores each window is in; None where there is one.
-        places: Where the store will read them, if it has found out already; its own affair.
+        places: A tensor `(B,)` of where the store will read them, if it has found out already; its own affair.
     """
 
     length: int
@@ -76,6 +77,13 @@ class Windows:
             None if self.source is None else self.source[selection],
             None if self.places is None else self.places[selection],
         )
+
+    def split(self, num: int) -> list[Windows]:
+        """`num` parts of equal size, one behind the other: many at once take less time than slices."""
+        columns = (self.start, self.step, self.episode, self.episode_length, self.weight, self.source)
+        in_parts = (repeat(None, num) if column is None else column.reshape(num, -1) for column in columns)
+        places = repeat(None, num) if self.places is None else self.places.view(num, -1).unbind()
+        return [Windows(self.length, *part) for part in zip(*in_parts, places, strict=True)]
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others of the same length."""

@@ -21,6 +21,7 @@ from buffers.utils import format_bytes
 
 __all__ = ["RingBufferDataset"]
 
+_MAX_VIEWS = 8
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -91,6 +92,8 @@ class RingBufferDataset(EpisodeDataset):
     def _set_columns(self, fields: Fields, stored: dict[str, TensorType]) -> None:
         if self._memory is not None:
             self._log = EpisodeLog(self._memory)
+        # By number of windows and length.
+        self._views: dict[tuple[int, int], list[tuple[str, torch.Tensor | None, Column]]] = {}
         self._columns = {
             name: Column(
                 self.capacity,
@@ -158,8 +161,19 @@ class RingBufferDataset(EpisodeDataset):
         places, length = windows.places, windows.length
         if places is None:
             return super()._read_new(windows)
-        out = {name: column.new_windows(places, length) for name, column in self._columns.items()}
+        # Nothing is called here that need not be: between two gathers, the caches have lost all of it.
+        out = {
+            name: column.new_windows(places, length) if view is None else torch.index_select(view, 0, places)
+            for name, view, column in self._views.get((len(places), length)) or self._find_views(len(places), length)
+        }
         return out, self._which_are_whole(windows)
+
+    def _find_views(self, num: int, length: int) -> list[tuple[str, torch.Tensor | None, Column]]:
+        if len(self._views) == _MAX_VIEWS:
+            self._views.clear()
+        found = [(name, column.plain_windows(num, length), column) for name, column in self._columns.items()]
+        self._views[num, length] = found
+        return found
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """To be asked after reading: None if all are, else bool `(B,)`, False where it has been written over."""
@@ -198,7 +212,7 @@ class RingBufferDataset(EpisodeDataset):
         """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
         state = self.__dict__.copy()
         if self._memory is not None:
-            for name in ("index", "_columns", "_log"):
+            for name in ("index", "_columns", "_views", "_log"):
                 state.pop(name)
         return state
 
