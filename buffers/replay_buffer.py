@@ -332,7 +332,7 @@ class ReplayBuffer:
             RuntimeError: No complete episode is long enough.
         """
         self._check_open()
-        if self.is_empty and self._accumulator is not None and self._accumulator.num_open_rows:
+        if not len(self.dataset.index) and self._accumulator is not None and self._accumulator.num_open_rows:
             raise RuntimeError(
                 f"No episode is complete yet: {self._accumulator.num_open_rows} steps are in open episodes. They can "
                 "be drawn when these end; `flush()` hands them over as they stand."

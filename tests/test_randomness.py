@@ -36,7 +36,9 @@ def test_the_generator_of_a_batch_does_not_depend_on_what_the_last_one_left() ->
     assert random.generator(1).integers(100, size=3, dtype=np.int32).tolist() == expected
 
 
-@given(st.lists(st.tuples(NUMBERS, st.integers(1, 9)), min_size=1, max_size=6), st.sampled_from([1, 10, 2**40, 3 << 61]))
+@given(
+    st.lists(st.tuples(NUMBERS, st.integers(1, 9)), min_size=1, max_size=6), st.sampled_from([1, 10, 2**40, 3 << 61])
+)
 @settings(max_examples=200)
 def test_integers_of_batches_are_the_same_alone_and_together_and_in_any_order(asked, high) -> None:
     random = BatchRandom(5)
@@ -59,10 +61,10 @@ def test_integers_of_batches_differ_between_batches_seeds_and_from_those_of_gene
 
 
 def test_integers_are_uniform_where_a_remainder_alone_would_not_be() -> None:
-    # Of words below 2**64 = 2 2/3 * high, those of the last 2/3 are a quarter, and would fall into the lower two thirds.
+    # A quarter of all words, those of the last 2/3 * high below 2**64, would fall into the lower two thirds.
     high, num = 3 << 61, 64 * 3000
     integers = BatchRandom(0).integers(range(64)).integers(high, size=num)
-    assert 0 <= integers.min() and integers.max() < high
+    assert integers.min() >= 0 and integers.max() < high
     counts = np.bincount(integers // (1 << 61), minlength=3)
     assert (np.abs(counts - num / 3) < 5 * np.sqrt(num * 2 / 9)).all()
 
