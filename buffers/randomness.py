@@ -84,7 +84,7 @@ class IntegersOfBatches(np.random.Generator):
         divisor = np.uint64(high)
         # From the last multiple of `high` on, words would favour small integers. Hardly ever is there one.
         end = 2**64 - 2**64 % high
-        integers: Int64Array = (words - words // divisor * divisor).view(np.int64)
+        integers: Int64Array = (words % divisor).view(np.int64)
         if self._greatest >= end:
             self._replace(integers, words >= np.uint64(end), high)
         return integers
