@@ -59,7 +59,7 @@ class Ahead:
             self._key, self._numbers, self._num_next = key, range(0), 1
             return stream.draw(range(n, n + 1)), None
         if n not in self._numbers:
-            reads, most = _how_many(stream, reads)
+            reads, most = _how_many(stream, step, reads)
             num = min(self._num_next, most)
             self._make(stream, range(n, n + num * step, step), reads)
             self._num_next = 2 * num
@@ -87,9 +87,10 @@ class Ahead:
         self._windows = windows.split(len(numbers))
 
 
-def _how_many(stream: SequenceStream, reads: bool) -> tuple[bool, int]:
+def _how_many(stream: SequenceStream, step: int, reads: bool) -> tuple[bool, int]:
     """Whether batches are read ahead, and how many at a time at the most."""
-    most_drawn = max(1, min(_MAX_BATCHES, _MAX_WINDOWS // stream.num_windows))
+    # Of the batches of other workers, which lie between, the randomness is made, too.
+    most_drawn = max(1, min(_MAX_BATCHES, _MAX_WINDOWS // (stream.num_windows * step)))
     fields = stream.dataset.fields
     if not reads or fields is None or stream.dataset.device.type != "cpu":
         return False, most_drawn
@@ -102,4 +103,4 @@ def _by_batch(name: str, tensor: torch.Tensor, num: int) -> tuple[str, np.ndarra
     """An array of the batches of a field, and the dtype that they have where numpy knows none like it."""
     dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else None
     array = (tensor if dtype is None else tensor.view(torch.int16)).numpy()
-    return name, array.reshape(num, -1, *array.shape[1:]), dtype
+    return name, array.reshape(num, len(array) // num, *array.shape[1:]), dtype

@@ -163,12 +163,13 @@ class SequenceStream(IterableDataset):
         worker = get_worker_info()
         if worker is not None:
             end_with(self.trainer)
+            self._stride = worker.num_workers
         if self.batch_size is None:
             return _single_sequences(self, worker)
         if worker is None:
             return _Batches(self.take)
         self._slots = self._slots or Slots(self.num_slots)
-        self._number, self._stride = worker.id % COUNTERS["rejected"], worker.num_workers
+        self._number = worker.id % COUNTERS["rejected"]
         first = int(self.counters["first"][0])
         numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
         return _Batches(lambda: self.batch(next(numbers)))

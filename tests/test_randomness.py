@@ -54,10 +54,15 @@ def test_integers_of_batches_differ_between_batches_seeds_and_from_those_of_gene
     drawn = BatchRandom(1).integers(range(300)).integers(2**62, size=300 * 7).tolist()
     drawn += BatchRandom(2).integers(range(300)).integers(2**62, size=300 * 7).tolist()
     random = BatchRandom(1)
-    drawn += [value for n in range(300) for value in random.generator(n).integers(2**62, size=7).tolist()]
+    for n in range(300):
+        drawn += (random.generator(n).bit_generator.random_raw(2000 if n == 0 else 7) % 2**62).tolist()
     assert len(set(drawn)) == len(drawn)
-    # Batches so far apart that the lowest word of the counter has overflowed.
-    assert BatchRandom(1).integers(range(2**62, 2**62 + 1)).integers(2**62, size=16).tolist() != drawn[:16]
+
+
+def test_batches_differ_even_where_the_lowest_word_of_the_counter_has_overflowed() -> None:
+    # 16 words are 4 counts, so batch 2**62 begins at 2**64.
+    first, far = (BatchRandom(1).integers(range(n, n + 1)).integers(2**62, size=16) for n in (0, 2**62))
+    assert not set(first.tolist()) & set(far.tolist())
 
 
 def test_integers_are_uniform_where_a_remainder_alone_would_not_be() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from buffers.dataset import EpisodeDataset, RingBufferDataset
-from buffers.dataset.fields import Fields, Scalar, Vector
+from buffers.dataset.fields import Fields, Scalar, TensorType, Vector
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import FIFOEvictor
@@ -41,6 +41,13 @@ class TestRingBufferDatasetOnTheGPU:
         found = dataset.get_episode(0)
         assert found["x"].dtype == torch.float32 and found["y"].dtype == torch.bfloat16
         assert found["x"].tolist() == found["y"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+KINDS = [
+    TensorType(shape, dtype)
+    for dtype in (torch.bool, torch.uint8, torch.uint16, torch.int64, torch.bfloat16, torch.float32, torch.complex64)
+    for shape in ((), (3,), (8,), (0,), (2, 2), (300,))
+]
 
 
 def all_windows(lengths: list[int], capacity: int, length: int) -> set[tuple[int, int]]:
@@ -168,11 +175,31 @@ def test_half_precision_stores_half_and_gives_float32_back() -> None:
     found = dataset.get_episode(0)
     assert [found[name].dtype for name in "xyz"] == [torch.float32, torch.float64, torch.int64]
     np.testing.assert_array_equal(found["x"].numpy(), episode["x"].astype(np.float16).astype(np.float32))
-    batch = next(iter(dataset.get_loader(32, 2, seed=0)))
-    np.testing.assert_array_equal(batch["x"].numpy(), found["x"].numpy()[batch["z"].numpy()])
+    for length in (1, 2):
+        batch = next(iter(dataset.get_loader(32, length, seed=0)))
+        assert batch["x"].dtype == torch.float32
+        np.testing.assert_array_equal(batch["x"].numpy(), found["x"].numpy()[batch["z"].numpy()])
     with pytest.raises(ValueError, match="`x` holds numbers beyond 65504"):
         dataset.add_episode({**episode, "x": np.full((5, 2), 1e5, np.float32)})
     dataset.add_episode({**episode, "x": np.full((5, 2), np.inf, np.float32)})
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_rows_of_every_kind_are_drawn_as_they_were_added(length) -> None:
+    kinds = {f"{t.dtype} {t.shape}": t for t in KINDS}
+    rows = torch.arange(40)
+    episode = {
+        name: (rows.view(-1, *[1] * len(t.shape)).expand(40, *t.shape) % 2).to(t.dtype).contiguous()
+        for name, t in kinds.items()
+    }
+    dataset = RingBufferDataset(100)
+    dataset.add_episode({**episode, "row": rows})
+    stream = dataset.get_loader(8, length, seed=0).stream
+    for _ in range(40):  # Some made alone, others together.
+        batch = stream.take()
+        for name, kind in kinds.items():
+            assert batch[name].is_contiguous() and batch[name].shape == (8, length, *kind.shape)
+            assert torch.equal(batch[name], episode[name][batch["row"]])
 
 
 def test_writes_reuse_the_memory_of_the_ring() -> None:

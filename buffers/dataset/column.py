@@ -49,10 +49,7 @@ class Column:
 
     def write(self, slot: int, length: int, rows: np.ndarray) -> None:
         """Copy rows, as many as `length`, to the slots from `slot` on, around the end if need be."""
-        array, end = self.array, slot + length
-        if array is not None and end <= self.capacity:
-            array[slot:end] = rows
-            return
+        array = self.array
         before_end = min(length, self.capacity - slot)
         if array is not None:
             array[slot : slot + before_end] = rows[:before_end]

@@ -140,12 +140,13 @@ class EpisodeDataset(EpisodeSource):
     def _checked(self, fields: Fields, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The episode as flat arrays, known to fit the fields."""
         arrays = fields.arrays(episode)
-        if arrays[0].ndim == 0 or len(arrays[0]) == 0:
+        num_rows = len(arrays[0]) if arrays[0].ndim else 0
+        if not num_rows:
             raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")
         for name, array in zip(fields.names, arrays, strict=True):
-            if array.ndim and len(array) != len(arrays[0]):
-                raise ValueError(f"Field `{name}` has {len(array)} rows, `{fields.names[0]}` has {len(arrays[0])}.")
-        check_rows(fields, arrays, (len(arrays[0]),), self.verification_mode)
+            if array.ndim and len(array) != num_rows:
+                raise ValueError(f"Field `{name}` has {len(array)} rows, `{fields.names[0]}` has {num_rows}.")
+        check_rows(fields, arrays, (num_rows,), self.verification_mode)
         return dict(zip(fields.names, arrays, strict=True))
 
     def _check_everywhere(self, rows: dict[str, np.ndarray]) -> None:

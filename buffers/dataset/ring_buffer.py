@@ -104,6 +104,7 @@ class RingBufferDataset(EpisodeDataset):
             )
             for name, tensor_type in fields.items()
         }
+        self._arrays = {name: self._memory[f"rows/{name}"] for name in fields} if self._memory is not None else {}
 
     def _stored_type(self, field: TensorType) -> TensorType:
         if self.half_precision and field.dtype == torch.float32:
@@ -126,13 +127,17 @@ class RingBufferDataset(EpisodeDataset):
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         slot, length = start % self.capacity, len(next(iter(episode.values())))
-        for name, rows in episode.items():
-            self._columns[name].write(slot, length, rows)
+        end = slot + length
+        if self._log is not None and end <= self.capacity:
+            for name, rows in episode.items():
+                self._arrays[name][slot:end] = rows
+        else:
+            for name, rows in episode.items():
+                self._columns[name].write(slot, length, rows)
         if self._log is not None:
             self._log.add(start, length, episode_id, self.index)
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        self._check_writable()
         if start != self.index.starts[0]:
             raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
         if self._log is not None:
@@ -212,7 +217,7 @@ class RingBufferDataset(EpisodeDataset):
         """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
         state = self.__dict__.copy()
         if self._memory is not None:
-            for name in ("index", "_columns", "_views", "_log"):
+            for name in ("index", "_columns", "_arrays", "_views", "_log"):
                 state.pop(name)
         return state
 
