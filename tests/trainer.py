@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -14,6 +15,8 @@ from tests import tagged
 
 def main() -> None:
     method, activity = sys.argv[1:]
+    # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     dataset = RingBufferDataset(1000)
     dataset.add_episode(tagged.episode(500, 0))
