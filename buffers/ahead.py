@@ -74,17 +74,18 @@ class Ahead:
         return self._windows[i], data
 
     def _make(self, stream: SequenceStream, numbers: range, reads: bool) -> None:
-        windows, self._data, self._numbers = stream.draw(numbers), None, numbers
-        if len(numbers) == 1:
-            self._windows = [windows]
-            return
-        if reads:
-            out, was_read = stream.dataset._read_new(windows)
-            if was_read is None:
-                self._data = [_by_batch(name, tensor, len(numbers)) for name, tensor in out.items()]
-        else:
-            stream.dataset._prepare(windows)
-        self._windows = windows.split(len(numbers))
+        # A read may fail, or Ctrl-C end it: until all is made, there is nothing.
+        self._numbers = range(0)
+        windows, data = stream.draw(numbers), None
+        if len(numbers) > 1:
+            if reads:
+                out, was_read = stream.dataset._read_new(windows)
+                if was_read is None:
+                    data = [_by_batch(name, tensor, len(numbers)) for name, tensor in out.items()]
+            else:
+                stream.dataset._prepare(windows)
+        self._windows, self._data = windows.split(len(numbers)), data
+        self._numbers = numbers
 
 
 def _how_many(stream: SequenceStream, step: int, reads: bool) -> tuple[bool, int]:

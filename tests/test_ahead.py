@@ -148,6 +148,31 @@ def test_workers_make_the_same_ahead_of_their_own_batches(num_workers) -> None:
         assert_same(batch, reference.take())
 
 
+@pytest.mark.parametrize("batch_size", [4, 3000])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("taken", range(1, 9))
+def test_after_a_read_that_failed_batches_are_right(batch_size, error, taken, monkeypatch) -> None:
+    ring = RingBufferDataset(1000)
+    ring.add_episode(tagged.episode(900, 0))
+    stream = ring.get_loader(batch_size, 8, seed=0).stream
+    reference = alone(stream)
+    expected = [reference.take() for _ in range(taken + 40)]
+    for n in range(taken):
+        assert_same(stream.take(), expected[n])
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RingBufferDataset, "_which_are_whole", fail)
+        patched.setattr(RingBufferDataset, "_prepare", fail)
+        with pytest.raises(error):
+            for n in range(taken, len(expected)):  # Some may have been made before.
+                assert_same(stream.batch(n), expected[n])
+    for m in range(n, len(expected)):
+        assert_same(stream.batch(m), expected[m])
+
+
 class OnlyStarts(Sampler):
     """The first window of each episode, drawn in ways that a uniform sampler does not use."""
 

@@ -11,7 +11,7 @@ from buffers.dataset.fields import Fields, Scalar, TensorType, Vector
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import FIFOEvictor
-from buffers.sampler import UniformEpisodeSampler, UniformSampler
+from buffers.sampler import Sampler, UniformEpisodeSampler, UniformSampler
 from tests import tagged
 from tests.contract import DatasetContract, fifo_model
 
@@ -200,6 +200,28 @@ def test_rows_of_every_kind_are_drawn_as_they_were_added(length) -> None:
         for name, kind in kinds.items():
             assert batch[name].is_contiguous() and batch[name].shape == (8, length, *kind.shape)
             assert torch.equal(batch[name], episode[name][batch["row"]])
+
+
+class Kept(Sampler):
+    """The same windows always, in one object."""
+
+    def __init__(self) -> None:
+        self.windows: Windows | None = None
+
+    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        if self.windows is None:
+            self.windows = index.windows(np.arange(num_windows) + len(index) - num_windows, np.zeros(2, np.int64), 2)
+        return self.windows
+
+
+def test_windows_that_a_sampler_keeps_are_read_from_the_ring_that_is_asked() -> None:
+    sampler = Kept()
+    for capacity in (64, 100, 64):
+        dataset = RingBufferDataset(capacity)
+        for number in range(10):
+            dataset.add_episode({"x": np.full(10, number)})
+        batch = next(iter(dataset.get_loader(2, 2, sampler=sampler, include=("episode",), seed=0)))
+        assert batch["x"][:, 0].tolist() == batch["episode"].tolist() == [8, 9]
 
 
 def test_writes_reuse_the_memory_of_the_ring() -> None:

@@ -156,14 +156,18 @@ class RingBufferDataset(EpisodeDataset):
         return self._which_are_whole(windows)
 
     def _prepare(self, windows: Windows) -> None:
+        windows.places = self._places(windows)
+
+    def _places(self, windows: Windows) -> torch.Tensor | None:
+        """Where windows lie, `(B,)`; None if some wrap."""
         slots = windows.start % self.capacity
-        if slots.max() <= self.capacity - windows.length:  # Else some wrap.
-            windows.places = self._on_device(slots)
+        return self._on_device(slots) if slots.max() <= self.capacity - windows.length else None
 
     def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
-        if windows.places is None:
-            self._prepare(windows)
+        # They are not kept: the windows may be a sampler's own, who draws them from another ring next.
         places, length = windows.places, windows.length
+        if places is None:
+            places = self._places(windows)
         if places is None:
             return super()._read_new(windows)
         # Nothing is called here that need not be: between two gathers, the caches have lost all of it.
