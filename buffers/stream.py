@@ -212,7 +212,9 @@ class SequenceStream(IterableDataset):
             dataset._refresh()
             reads_chunks = self._slots is not None or self.chunk_size < self.num_windows
             if attempt or not self._asks_for_integers():
-                windows = self.draw(range(n, n + 1), attempt, again)
+                num_windows = self.num_windows if again is None else len(again)
+                rng = self.random.generator(n, attempt)
+                windows = dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
             else:
                 windows, out = self._ahead.get(self, n, self._stride, not reads_chunks)
                 if out is not None:
@@ -228,14 +230,10 @@ class SequenceStream(IterableDataset):
             type(self.sampler) is UniformSampler and self.sequence_length is not None and not self.dataset.has_members
         )
 
-    def draw(self, numbers: range, attempt: int = 0, again: Windows | None = None) -> Windows:
-        """The windows of batches, one behind the other; of one, as drawn at a certain attempt."""
-        num_windows = (self.num_windows if again is None else len(again)) * len(numbers)
-        if attempt or not self._asks_for_integers():
-            rng = self.random.generator(numbers[0], attempt)
-        else:
-            rng = self.random.integers(numbers)
-        return self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
+    def draw(self, numbers: range) -> Windows:
+        """The windows of batches, one behind the other, by a sampler that asks for integers."""
+        num_windows, rng = self.num_windows * len(numbers), self.random.integers(numbers)
+        return self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, None)
 
     def _read_chunks(self, windows: Windows, is_whole_batch: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]:
         """The data of windows, in a worker's slot, or brought by several reads."""

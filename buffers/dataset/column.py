@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -10,7 +13,9 @@ from buffers.dataset.fields import TensorType, as_tensor
 __all__ = ["Column"]
 
 _MAX_VIEWS = 8
+# In bytes. numpy asks for huge pages from this size on; torch does not, and takes 1.2 times as long.
 _HUGE = 1 << 22
+# A row that is no longer is taken by numpy in two thirds of torch's time, which goes to each slice.
 _SMALL = 512
 
 
@@ -43,13 +48,14 @@ class Column:
         # 256 x 3 pixels, as torch decides by the number of elements whether to split the work.
         self.word = _word(tensor_type)
         self.rows = self._in_words(self.tensor)
-        # Rows that are no windows: numpy takes small ones in two thirds of torch's time, which goes to each slice.
-        self.takes_rows = array is not None and not self.needs_cast and tensor_type.nbytes <= _SMALL
         self.windows: dict[int, torch.Tensor] = {}
 
     def write(self, slot: int, length: int, rows: np.ndarray) -> None:
         """Copy rows, as many as `length`, to the slots from `slot` on, around the end if need be."""
-        array = self.array
+        array, end = self.array, slot + length
+        if array is not None and end <= self.capacity:
+            array[slot:end] = rows
+            return
         before_end = min(length, self.capacity - slot)
         if array is not None:
             array[slot : slot + before_end] = rows[:before_end]
@@ -70,37 +76,34 @@ class Column:
         else:
             torch.index_select(windows, 0, slots, out=self._in_words(out))
 
-    def new_windows(self, slots: torch.Tensor, length: int) -> torch.Tensor:
-        """`read_windows` into new memory: `(len(slots), length, *shape)`."""
-        if length == 1 and self.takes_rows:
-            assert self.array is not None  # Or it would not take rows.
-            rows = self.array.take(slots.numpy(), axis=0)
-            return as_tensor(rows.reshape(len(slots), 1, *self.tensor_type.shape), self.tensor_type)
-        if self._fills_huge_pages(len(slots), length):
-            # numpy asks for huge pages from this size on; torch does not, and takes 1.2 times as long.
-            shape = (len(slots), length, *self.tensor_type.shape)
-            out = as_tensor(np.empty(shape, self.tensor_type.numpy_dtype), self.tensor_type)
-            self.read_windows(slots, length, out)
-            return out
-        out = torch.index_select(self._windows(length), 0, slots)
+    def reader(self, num: int, length: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The quickest way to `num` windows in new memory: from slots `(num,)` to a tensor `(num, length, *shape)`."""
+        if self.array is not None and not self.needs_cast:
+            num_bytes = self.tensor_type.nbytes
+            if length == 1 and num_bytes <= _SMALL:
+                return self._take_rows
+            if num * length * num_bytes >= _HUGE:
+                return partial(self._fill_huge_pages, length)
+        windows = self._windows(length)
+        is_plain = self.word is None and not self.needs_cast
+        return partial(torch.index_select, windows, 0) if is_plain else partial(self._convert, windows)
+
+    def _take_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        assert self.array is not None  # As `reader` has found.
+        rows = self.array.take(slots.numpy(), axis=0)
+        return as_tensor(rows.reshape(len(slots), 1, *self.tensor_type.shape), self.tensor_type)
+
+    def _fill_huge_pages(self, length: int, slots: torch.Tensor) -> torch.Tensor:
+        shape = (len(slots), length, *self.tensor_type.shape)
+        out = as_tensor(np.empty(shape, self.tensor_type.numpy_dtype), self.tensor_type)
+        self.read_windows(slots, length, out)
+        return out
+
+    def _convert(self, windows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        out = torch.index_select(windows, 0, slots)
         if self.word is not None:
-            out = out.view(self.tensor_type.dtype).view(len(slots), length, *self.tensor_type.shape)
-        return out.to(self.batch_dtype) if self.needs_cast else out
-
-    def plain_windows(self, num: int, length: int) -> torch.Tensor | None:
-        """What `index_select` turns into `new_windows` by itself; None where there is more to be done."""
-        if (
-            self.word is not None
-            or self.needs_cast
-            or (length == 1 and self.takes_rows)
-            or self._fills_huge_pages(num, length)
-        ):
-            return None
-        return self._windows(length)
-
-    def _fills_huge_pages(self, num: int, length: int) -> bool:
-        is_huge = num * length * self.tensor_type.nbytes >= _HUGE
-        return is_huge and self.array is not None and not self.needs_cast
+            out = out.view(self.tensor_type.dtype).view(*out.shape[:2], *self.tensor_type.shape)
+        return out.to(self.batch_dtype)
 
     def read_rows(self, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
         """Gather `out[positions[i]] = rows[slots[i]]` for slots `(num, T)`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
@@ -21,7 +22,7 @@ from buffers.utils import format_bytes
 
 __all__ = ["RingBufferDataset"]
 
-_MAX_VIEWS = 8
+_MAX_READERS = 8
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -93,7 +94,7 @@ class RingBufferDataset(EpisodeDataset):
         if self._memory is not None:
             self._log = EpisodeLog(self._memory)
         # By number of windows and length.
-        self._views: dict[tuple[int, int], list[tuple[str, torch.Tensor | None, Column]]] = {}
+        self._readers: dict[tuple[int, int], dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._columns = {
             name: Column(
                 self.capacity,
@@ -104,7 +105,6 @@ class RingBufferDataset(EpisodeDataset):
             )
             for name, tensor_type in fields.items()
         }
-        self._arrays = {name: self._memory[f"rows/{name}"] for name in fields} if self._memory is not None else {}
 
     def _stored_type(self, field: TensorType) -> TensorType:
         if self.half_precision and field.dtype == torch.float32:
@@ -127,13 +127,8 @@ class RingBufferDataset(EpisodeDataset):
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         slot, length = start % self.capacity, len(next(iter(episode.values())))
-        end = slot + length
-        if self._log is not None and end <= self.capacity:
-            for name, rows in episode.items():
-                self._arrays[name][slot:end] = rows
-        else:
-            for name, rows in episode.items():
-                self._columns[name].write(slot, length, rows)
+        for name, rows in episode.items():
+            self._columns[name].write(slot, length, rows)
         if self._log is not None:
             self._log.add(start, length, episode_id, self.index)
 
@@ -170,18 +165,15 @@ class RingBufferDataset(EpisodeDataset):
             places = self._places(windows)
         if places is None:
             return super()._read_new(windows)
-        # Nothing is called here that need not be: between two gathers, the caches have lost all of it.
-        out = {
-            name: column.new_windows(places, length) if view is None else torch.index_select(view, 0, places)
-            for name, view, column in self._views.get((len(places), length)) or self._find_views(len(places), length)
-        }
-        return out, self._which_are_whole(windows)
+        readers = self._readers.get((len(places), length)) or self._find_readers(len(places), length)
+        return {name: read(places) for name, read in readers.items()}, self._which_are_whole(windows)
 
-    def _find_views(self, num: int, length: int) -> list[tuple[str, torch.Tensor | None, Column]]:
-        if len(self._views) == _MAX_VIEWS:
-            self._views.clear()
-        found = [(name, column.plain_windows(num, length), column) for name, column in self._columns.items()]
-        self._views[num, length] = found
+    def _find_readers(self, num: int, length: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """What reads each field: found once, as between two gathers the caches have lost whatever there is to ask."""
+        if len(self._readers) == _MAX_READERS:
+            self._readers.clear()
+        found = {name: column.reader(num, length) for name, column in self._columns.items()}
+        self._readers[num, length] = found
         return found
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
@@ -221,7 +213,7 @@ class RingBufferDataset(EpisodeDataset):
         """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
         state = self.__dict__.copy()
         if self._memory is not None:
-            for name in ("index", "_columns", "_arrays", "_views", "_log"):
+            for name in ("index", "_columns", "_readers", "_log"):
                 state.pop(name)
         return state
 
