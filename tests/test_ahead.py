@@ -6,6 +6,7 @@ import gc
 import itertools
 import pickle
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,32 @@ def test_workers_make_the_same_ahead_of_their_own_batches(num_workers) -> None:
     reference = alone(loader.stream)
     for batch in itertools.islice(loader, 80):
         assert_same(batch, reference.take())
+
+
+def test_a_worker_makes_ahead_those_of_its_own_single_sequences(monkeypatch) -> None:
+    ring = RingBufferDataset(1000)
+    ring.add_episode(tagged.episode(100, 0))
+    worker = SimpleNamespace(id=1, num_workers=3)
+    monkeypatch.setattr("buffers.stream.get_worker_info", lambda: worker)
+    monkeypatch.setattr("buffers.stream.end_with", lambda trainer: None)
+    stream, drawn = ring.sequences(2, seed=0), []
+    draw = stream.draw
+    stream.draw = lambda numbers: (drawn.extend(numbers), draw(numbers))[1]
+    for _ in itertools.islice(stream, 32 * 63):  # 1, 1, 2, 4, ... blocks of 32 sequences at a time.
+        pass
+    assert drawn == [1 + 3 * k for k in range(len(drawn))]
+
+
+@pytest.mark.parametrize("num_workers", [1, 16, 64])
+@pytest.mark.parametrize("batch_size", [1, 256, 3000])
+def test_what_is_made_ahead_is_bounded_however_many_workers_there_are(batch_size, num_workers) -> None:
+    ring = RingBufferDataset(1000)
+    ring.add_episode(tagged.episode(100, 0))
+    stream = ring.get_loader(batch_size, 2, seed=0).stream
+    for n in range(0, 70 * num_workers, num_workers):
+        stream._ahead.get(stream, n, num_workers, reads=False)
+        assert stream.random._integers._words.nbytes <= 1 << 20
+        assert batch_size == 3000 or len(stream._ahead._numbers) * batch_size <= 1 << 14
 
 
 @pytest.mark.parametrize("batch_size", [4, 3000])

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
 from buffers.dataset import EpisodeDataset, RingBufferDataset
+from buffers.dataset.column import Column
 from buffers.dataset.fields import Fields, Scalar, TensorType, Vector
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
@@ -41,6 +43,31 @@ class TestRingBufferDatasetOnTheGPU:
         found = dataset.get_episode(0)
         assert found["x"].dtype == torch.float32 and found["y"].dtype == torch.bfloat16
         assert found["x"].tolist() == found["y"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+    def test_a_pickled_ring_draws_what_is_added_to_it_later(self) -> None:
+        dataset = RingBufferDataset(10, device="cuda")
+        dataset.add_episode({"x": torch.zeros(10), "y": torch.zeros(10, 8, dtype=torch.uint8)})
+        next(iter(dataset.get_loader(4, 3)))
+        clone = pickle.loads(pickle.dumps(dataset))
+        clone.add_episode({"x": torch.ones(10), "y": torch.ones(10, 8, dtype=torch.uint8)})
+        batch, before = next(iter(clone.get_loader(4, 3))), next(iter(dataset.get_loader(4, 3)))
+        assert batch["x"].eq(1).all() and batch["y"].eq(1).all()
+        assert before["x"].eq(0).all() and before["y"].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", [Vector((3,), torch.float32), Vector((8,), torch.uint8), Scalar((), torch.uint16)])
+def test_a_pickled_column_reads_what_is_written_to_it_later(kind) -> None:
+    # As on a GPU, where a column has its own memory.
+    column = Column(10, kind, torch.device("cpu"), None, kind.dtype)
+    rows = np.ones((5, *kind.shape), kind.numpy_dtype)
+    column.write(0, 5, rows)
+    slots = torch.tensor([0, 2])
+    assert column.reader(2, 3)(slots).eq(1).all()
+    clone = pickle.loads(pickle.dumps(column))
+    assert clone.reader(2, 3)(slots).eq(1).all()
+    clone.write(0, 5, 7 * rows)
+    assert clone.reader(2, 3)(slots).eq(7).all() and clone.tensor[:5].eq(7).all()
+    assert column.reader(2, 3)(slots).eq(1).all()
 
 
 KINDS = [
@@ -200,6 +227,20 @@ def test_rows_of_every_kind_are_drawn_as_they_were_added(length) -> None:
         for name, kind in kinds.items():
             assert batch[name].is_contiguous() and batch[name].shape == (8, length, *kind.shape)
             assert torch.equal(batch[name], episode[name][batch["row"]])
+
+
+def test_loaders_of_many_sizes_take_turns_over_one_ring() -> None:
+    dataset = RingBufferDataset(200)
+    dataset.add_episode({"row": np.arange(200), "image": np.arange(200, dtype=np.uint8)[:, None].repeat(4096, 1)})
+    # The last makes 4 MB of images.
+    sizes = [*itertools.product((1, 2, 3), (1, 2, 3, 4)), (600, 2)]
+    loaders = [(size, iter(dataset.get_loader(*size))) for size in sizes]
+    for _ in range(4):
+        for (batch_size, length), batches in loaders:
+            batch = next(batches)
+            assert batch["row"].shape == (batch_size, length) and batch["image"].shape == (batch_size, length, 4096)
+            assert batch["row"].diff().eq(1).all()
+            assert batch["image"].eq(batch["row"][..., None]).all()
 
 
 class Kept(Sampler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,16 @@ class Column:
         self.word = _word(tensor_type)
         self.rows = self._in_words(self.tensor)
         self.windows: dict[int, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views would be copied one by one, and show nothing of what is written later. Words can all be pickled.
+        return {name: value for name, value in self.__dict__.items() if name not in ("tensor", "windows")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.windows, self.tensor = {}, self.rows
+        if self.word is not None:
+            self.tensor = self.rows.view(self.tensor_type.dtype).view(self.capacity, *self.tensor_type.shape)
 
     def write(self, slot: int, length: int, rows: np.ndarray) -> None:
         """Copy rows, as many as `length`, to the slots from `slot` on, around the end if need be."""

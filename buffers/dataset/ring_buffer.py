@@ -212,15 +212,16 @@ class RingBufferDataset(EpisodeDataset):
     def __getstate__(self) -> dict[str, Any]:
         """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
         state = self.__dict__.copy()
+        state.pop("_readers", None)
         if self._memory is not None:
-            for name in ("index", "_columns", "_readers", "_log"):
+            for name in ("index", "_columns", "_log"):
                 state.pop(name)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._memory is None:
-            self._writer = os.getpid()
+            self._writer, self._readers = os.getpid(), {}
         else:
             assert self._fields is not None  # There is memory for them.
             self._set_columns(self._fields, {name: self._stored_type(t) for name, t in self._fields.items()})
