@@ -74,29 +74,29 @@ class IntegersOfBatches(np.random.Generator):
         self._counter = _Counter(seed)
         super().__init__(self._counter.bits)
         self.numbers = range(0)
-        # Words of batches from `_first` on, a row each, and the greatest of them.
+        # Words of batches from `_first` on, a row of `_size` each, and the greatest of them.
         self._words = np.empty((0, 0), np.uint64)
-        self._first = self._greatest = 0
+        self._first = self._size = self._greatest = 0
 
     def integers(self, high: int, *, size: int) -> Int64Array:  # type: ignore[override]
         """Integers, each of [0, high) equally likely: as many of each batch, `size` together."""
         words = self._words_of(self.numbers, size // len(self.numbers))
         divisor = np.uint64(high)
-        # From the last multiple of `high` on, words would favour small integers. Hardly ever is there one.
-        end = 2**64 - 2**64 % high
         integers: Int64Array = (words % divisor).view(np.int64)
-        if self._greatest >= end:
-            self._replace(integers, words >= np.uint64(end), high)
+        # From the last multiple of `high` on, words would favour small integers. Hardly ever is there one.
+        if self._greatest >= 2**64 - high:
+            self._replace(integers, words > np.uint64(2**64 - 1 - 2**64 % high), high)
         return integers
 
     def _words_of(self, numbers: range, size: int) -> np.ndarray:
         """The words of batches, `size` of each."""
         begin, span = numbers.start - self._first, numbers[-1] - numbers.start + 1
-        num, width = self._words.shape
-        if not (0 <= begin <= num - span and 0 <= width - size < _WORDS_PER_COUNT):
+        if size != self._size or not 0 <= begin <= len(self._words) - span:
             self._make_words(numbers.start, span, size)
             begin = 0
-        return self._words[begin : begin + span : numbers.step, :size].reshape(-1)
+        if span == 1:
+            return self._words[begin]
+        return self._words[begin : begin + span : numbers.step].reshape(-1)
 
     def _make_words(self, first: int, num: int, size: int) -> None:
         counts = -(-size // _WORDS_PER_COUNT)
@@ -104,8 +104,8 @@ class IntegersOfBatches(np.random.Generator):
         num = max(num, min(_MAX_BATCHES, _MAX_WORDS // width))
         count = first * counts
         self._counter.start(count % 2**64, count >> 64, 0, _OF_ALL)
-        self._words = self._counter.bits.random_raw(num * width).reshape(num, width)
-        self._first, self._greatest = first, int(self._words.max())
+        self._words = self._counter.bits.random_raw(num * width).reshape(num, width)[:, :size]
+        self._first, self._size, self._greatest = first, size, int(self._words.max())
 
     def _replace(self, integers: Int64Array, is_unfair: np.ndarray, high: int) -> None:
         """Draw some of them anew."""

@@ -331,12 +331,8 @@ class ReplayBuffer:
         Raises:
             RuntimeError: No complete episode is long enough.
         """
-        self._check_open()
-        if not len(self.dataset.index) and self._accumulator is not None and self._accumulator.num_open_rows:
-            raise RuntimeError(
-                f"No episode is complete yet: {self._accumulator.num_open_rows} steps are in open episodes. They can "
-                "be drawn when these end; `flush()` hands them over as they stand."
-            )
+        if self._is_closed or not len(self.dataset.index):
+            self._check_drawable()
         if self._direct:
             return self.dataloader.stream.take()
         if self._batches is None or self._generation != self.dataloader.generation:
@@ -347,6 +343,15 @@ class ReplayBuffer:
             # The workers may be gone: the next call starts over, where this one stood.
             self._batches = None
             raise
+
+    def _check_drawable(self) -> None:
+        self._check_open()
+        num_open_rows = 0 if self._accumulator is None else self._accumulator.num_open_rows
+        if num_open_rows:
+            raise RuntimeError(
+                f"No episode is complete yet: {num_open_rows} steps are in open episodes. They can be drawn when these "
+                "end; `flush()` hands them over as they stand."
+            )
 
     def __iter__(self) -> Iterator[Any]:
         while True:

@@ -33,7 +33,6 @@ __all__ = ["SequenceStream"]
 INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight", "source")
 # Single sequences are drawn and read so many at a time.
 _SEQUENCES_PER_READ = 32
-_NONE = np.empty(0, np.int64)
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
 
 
@@ -125,7 +124,9 @@ class SequenceStream(IterableDataset):
 
     def untransformed_batch(self, n: int) -> Any:
         """Batch n before `transform`."""
-        windows, out = self._drawn(n)
+        windows, out, missed = self._attempt(n, 0)
+        if missed is not None:
+            windows, out = self._drawn_again(n, windows, out, missed)
         if self._slots is None:
             self._last = windows
         else:
@@ -178,26 +179,28 @@ class SequenceStream(IterableDataset):
         """What a worker sends instead of a batch."""
         return batch if self._slots is None else self._slots.pack(batch)
 
-    def _drawn(self, n: int) -> tuple[Windows, dict[str, torch.Tensor]]:
-        """The windows of batch n and their data; those that were gone before they were read are drawn again."""
-        windows, out, missed = self._attempt(n, 0)
+    def _drawn_again(
+        self, n: int, windows: Windows, out: dict[str, torch.Tensor], missed: np.ndarray
+    ) -> tuple[Windows, dict[str, torch.Tensor]]:
+        """Batch n with others in place of those windows, `missed`, that were gone before they could be read."""
         for attempt in range(1, self.dataset.max_sampling_attempts + 1):
-            if len(missed) == 0:
-                break
             if self.sequence_length is None:
                 # Another episode may be longer than all of these, which changes the padding: begin anew.
-                windows, out, missed = self._attempt(n, attempt)
+                windows, out, still_missed = self._attempt(n, attempt)
+                if still_missed is None:
+                    return windows, out
+                missed = still_missed
                 continue
             self.counters["rejected"][self._number] += len(missed)
             others, rows, still_missed = self._attempt(n, attempt, again=windows[missed])
-            read = np.setdiff1d(np.arange(len(missed)), still_missed)
+            read = np.setdiff1d(np.arange(len(missed)), () if still_missed is None else still_missed)
             windows = windows.replaced(missed[read], others[read])
             for name, tensor in out.items():
                 if tensor.numel():
                     as_bytes(tensor)[missed[read]] = as_bytes(rows[name])[read]
+            if still_missed is None:
+                return windows, out
             missed = missed[still_missed]
-        if len(missed) == 0:
-            return windows, out
         raise RuntimeError(
             f"{len(missed)} of {len(windows)} windows were gone before they could be read, "
             f"{self.dataset.max_sampling_attempts} times over. Evict less often or raise the `capacity`."
@@ -205,50 +208,51 @@ class SequenceStream(IterableDataset):
 
     def _attempt(
         self, n: int, attempt: int, again: Windows | None = None
-    ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray]:
-        """Windows, their data, and the positions of those that were gone; `again`: those that were, before."""
+    ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray | None]:
+        """Windows, their data, and the positions of those that were gone, if any; `again`: those that were, before."""
         dataset = self.dataset
         with dataset._lock:
             dataset._refresh()
-            reads_chunks = self._slots is not None or self.chunk_size < self.num_windows
-            if attempt or not self._asks_for_integers():
+            if (
+                attempt == 0
+                and type(self.sampler) is UniformSampler
+                and self.sequence_length is not None
+                and not dataset.has_members
+            ):
+                # This draw takes nothing but integers, once.
+                windows = self._ahead.get(self, n, self._stride)
+            else:
                 num_windows = self.num_windows if again is None else len(again)
                 rng = self.random.generator(n, attempt)
                 windows = dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
+            was_read: np.ndarray | None
+            if self._slots is not None or self.chunk_size < self.num_windows:
+                out, was_read = self._read_chunks(windows, again is None)
             else:
-                windows, out = self._ahead.get(self, n, self._stride, not reads_chunks)
-                if out is not None:
-                    return windows, out, _NONE
-            if reads_chunks:
-                return windows, *self._read_chunks(windows, again is None)
-            out, was_read = dataset._read_new(windows)
-            return windows, out, _NONE if was_read is None else np.flatnonzero(~was_read)
-
-    def _asks_for_integers(self) -> bool:
-        """Whether a draw takes nothing but integers, once: then the batches are made ahead."""
-        return (
-            type(self.sampler) is UniformSampler and self.sequence_length is not None and not self.dataset.has_members
-        )
+                out, was_read = dataset._read_new(windows)
+            if was_read is None or was_read.all():
+                return windows, out, None
+            return windows, out, (~was_read).nonzero()[0]
 
     def draw(self, numbers: range) -> Windows:
         """The windows of batches, one behind the other, by a sampler that asks for integers."""
         num_windows, rng = self.num_windows * len(numbers), self.random.integers(numbers)
-        return self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, None)
+        return self.sampler.draw(self.dataset.index, num_windows, self.sequence_length, rng)
 
     def _read_chunks(self, windows: Windows, is_whole_batch: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-        """The data of windows, in a worker's slot, or brought by several reads."""
+        """The data of windows, in a worker's slot, or brought by several reads, and which of them were read."""
         num_windows = len(windows)
         if is_whole_batch and self._slots is not None and self.dataset.fields is not None:
             out = self._slots.empty_batch(self.dataset.fields, (num_windows, windows.length))
         else:
             out = self.dataset._empty_batch(windows)
-        missed = [_NONE]
+        was_read = np.ones(num_windows, np.bool_)
         for begin in range(0, num_windows, self.chunk_size):
             chunk = slice(begin, begin + self.chunk_size)
-            was_read = self.dataset._read(windows[chunk], {name: tensor[chunk] for name, tensor in out.items()})
-            if was_read is not None:
-                missed.append(begin + np.flatnonzero(~was_read))
-        return out, np.concatenate(missed)
+            found = self.dataset._read(windows[chunk], {name: tensor[chunk] for name, tensor in out.items()})
+            if found is not None:
+                was_read[chunk] = found
+        return out, was_read
 
 
 def _checked_include(include: Iterable[str], whole_episodes: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What is made ahead is what would have been made then, and nobody can tell but by the time."""
+"""What is drawn ahead is what would have been drawn then, and nobody can tell but by the time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OPERATIONS = st.lists(
 
 
 def alone(stream: SequenceStream) -> SequenceStream:
-    """The same stream, which makes each batch when it is asked for."""
+    """The same stream, which draws each batch when it is asked for."""
     other = SequenceStream(stream.dataset, stream.batch_size, stream.sequence_length, include=stream.include)
     other.random = BatchRandom(stream.random.seed)
     other._ahead = NothingAhead()
@@ -46,10 +46,10 @@ def alone(stream: SequenceStream) -> SequenceStream:
 
 
 class NothingAhead(Ahead):
-    """Makes each batch when it is asked for."""
+    """Draws each batch when it is asked for."""
 
-    def get(self, stream, n, step, reads):
-        return stream.draw(range(n, n + 1)), None
+    def get(self, stream, n, step):
+        return stream.draw(range(n, n + 1))
 
 
 def assert_same(one: Any, two: Any) -> None:
@@ -60,7 +60,7 @@ def assert_same(one: Any, two: Any) -> None:
 
 @given(OPERATIONS, st.integers(1, 9), st.integers(1, 3), st.sampled_from([RingBufferDataset, ListDataset]))
 @settings(max_examples=60)
-def test_batches_are_those_that_would_have_been_made_alone(operations, batch_size, length, kind) -> None:
+def test_batches_are_those_that_would_have_been_drawn_alone(operations, batch_size, length, kind) -> None:
     dataset = kind(40)
     dataset.add_episode(tagged.episode(9, 0))
     stream = dataset.get_loader(batch_size, length, include=("index", "step"), seed=3).stream
@@ -170,7 +170,7 @@ def test_what_is_made_ahead_is_bounded_however_many_workers_there_are(batch_size
     ring.add_episode(tagged.episode(100, 0))
     stream = ring.get_loader(batch_size, 2, seed=0).stream
     for n in range(0, 70 * num_workers, num_workers):
-        stream._ahead.get(stream, n, num_workers, reads=False)
+        stream._ahead.get(stream, n, num_workers)
         assert stream.random._integers._words.nbytes <= 1 << 20
         assert batch_size == 3000 or len(stream._ahead._numbers) * batch_size <= 1 << 14
 
@@ -227,17 +227,6 @@ def test_what_a_stream_is_told_later_holds_from_the_next_batch_on() -> None:
         stream.sequence_length = length
         for _ in range(10):
             assert stream.take()["reward"].shape == (4, length)
-
-
-def test_a_batch_that_is_kept_keeps_no_others() -> None:
-    ring = RingBufferDataset(1000)
-    ring.add_episode({"x": np.zeros((100, 64), np.float32), "y": np.zeros(100, np.bool_)})
-    stream = ring.get_loader(32, 4, seed=0).stream
-    for _ in range(70):
-        batch = stream.take()
-        made = stream._ahead._data or []
-        assert not any(np.shares_memory(batch[name].numpy(), batches) for name, batches, _ in made)
-    assert len(made) == 2
 
 
 def test_nothing_made_ahead_keeps_a_dataset_in_memory_or_travels() -> None:

@@ -265,9 +265,17 @@ def test_a_timing_is_the_median_between_its_extremes():
     assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0)
 
 
-def test_a_measurement_makes_as_many_calls_as_were_settled():
-    calls = []
-    assert calls_to_fill(lambda: calls.append(1), seconds=0.001) >= 1
-    calls.clear()
-    assert microseconds(lambda: calls.append(1), 10) > 0
-    assert len(calls) == 12
+def test_a_measurement_warms_the_process_and_is_of_as_many_calls_as_were_settled(monkeypatch):
+    clock, called_at = [0.0], []
+
+    def work() -> None:
+        called_at.append(clock[0])
+        clock[0] += 0.001
+
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
+    assert calls_to_fill(work, seconds=0.0035) == 4
+    called_at.clear()
+    assert microseconds(work, 4) == pytest.approx(1000)
+    assert len(called_at) == 10 + 4, "ten milliseconds of them to warm up"
+    assert microseconds(work, 1) == pytest.approx(1000)
+    assert len(called_at) == 10 + 4 + 1, "none where one call takes longer than that"

@@ -165,7 +165,7 @@ def test_windows_are_found_in_a_bounded_number_of_steps_whatever_the_lengths() -
         if number % 100 == 0:
             windows = index.count_windows(2)
             r = rng.integers(windows.num, size=500)
-            drawn = index.windows(*windows.locate(r), 2)
+            drawn = index.windows_of(windows, r, 2)
             expected = window_list(live, 2)
             assert [expected[i][:3] for i in r] == list(
                 zip(drawn.start.tolist(), drawn.step.tolist(), drawn.episode.tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,8 +17,10 @@ __all__ = ["Column"]
 _MAX_VIEWS = 8
 # In bytes. numpy asks for huge pages from this size on; torch does not, and takes 1.2 times as long.
 _HUGE = 1 << 22
-# A row that is no longer is taken by numpy in two thirds of torch's time, which goes to each slice.
-_SMALL = 512
+# Elements from which on torch shares the work among its threads.
+_GRAIN = 1 << 15
+# In bytes, of numpy.
+_LARGEST_ITEM = 2**31 - 1
 
 
 class Column:
@@ -87,22 +90,43 @@ class Column:
         else:
             torch.index_select(windows, 0, slots, out=self._in_words(out))
 
+    def shares_work(self, num: int, length: int) -> bool:
+        """Whether torch's threads, where there are several, would share the work of reading `num` windows."""
+        return num * length * math.prod(self.rows.shape[1:]) > _GRAIN
+
+    def item_reader(self, num: int, length: int) -> Callable[[np.ndarray], torch.Tensor]:
+        """The quickest way to `num` windows in new memory, on a CPU and for one thread.
+
+        To numpy, windows are opaque items here, each copied by one `memcpy`; torch goes through them by its own loops.
+
+        Returns:
+            A function from slots `(num,)` to a tensor `(num, length, *shape)`.
+        """
+        assert self.array is not None  # It is on a CPU.
+        row_bytes = self.tensor_type.nbytes
+        if self.needs_cast or not 0 < length * row_bytes <= _LARGEST_ITEM:
+            read = self.reader(num, length)
+            return lambda slots: read(torch.from_numpy(slots))
+        item = np.dtype((np.void, length * row_bytes))
+        items = np.ndarray((self.capacity - length + 1,), item, self.array, 0, (row_bytes,))
+        # Items that do not overlap can be taken, which is quicker still.
+        pick = items.take if length == 1 else items.__getitem__
+        shape, dtype = (num, length, *self.tensor_type.shape), self.tensor_type.numpy_dtype
+        if self.tensor_type.dtype == torch.bfloat16:
+            return lambda slots: torch.from_numpy(np.ndarray(shape, np.int16, pick(slots))).view(torch.bfloat16)
+        return lambda slots: torch.from_numpy(np.ndarray(shape, dtype, pick(slots)))
+
     def reader(self, num: int, length: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The quickest way to `num` windows in new memory: from slots `(num,)` to a tensor `(num, length, *shape)`."""
-        if self.array is not None and not self.needs_cast:
-            num_bytes = self.tensor_type.nbytes
-            if length == 1 and num_bytes <= _SMALL:
-                return self._take_rows
-            if num * length * num_bytes >= _HUGE:
-                return partial(self._fill_huge_pages, length)
+        """The quickest way to `num` windows in new memory, on a GPU or for several threads.
+
+        Returns:
+            A function from slots `(num,)` to a tensor `(num, length, *shape)`.
+        """
+        if self.array is not None and not self.needs_cast and num * length * self.tensor_type.nbytes >= _HUGE:
+            return partial(self._fill_huge_pages, length)
         windows = self._windows(length)
         is_plain = self.word is None and not self.needs_cast
         return partial(torch.index_select, windows, 0) if is_plain else partial(self._convert, windows)
-
-    def _take_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        assert self.array is not None  # As `reader` has found.
-        rows = self.array.take(slots.numpy(), axis=0)
-        return as_tensor(rows.reshape(len(slots), 1, *self.tensor_type.shape), self.tensor_type)
 
     def _fill_huge_pages(self, length: int, slots: torch.Tensor) -> torch.Tensor:
         shape = (len(slots), length, *self.tensor_type.shape)

@@ -78,7 +78,7 @@ class Cumulation:
         return int(self.values[self.counted] - self.values[self.first])
 
     def locate(self, r: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """For integers in [0, num): the positions of their rows, from `first` on, and what remains of them there."""
+        """For integers in [0, num): the rows of the table that they lie in, and what remains of them there."""
         self._extend_guide()
         totals = r + self.values[self.first]
         rows = self._guide.take(totals >> self._shift)
@@ -92,7 +92,7 @@ class Cumulation:
                 late = (self._ends.take(rows) <= totals).nonzero()[0]
                 live = self.values[self.first : self.counted + 1]
                 rows[late] = live.searchsorted(totals[late], "right") - 1 + self.first
-        return rows - self.first, totals - self.values.take(rows)
+        return rows, totals - self.values.take(rows)
 
     # The guide: bucket b holds the row that the window with running total b << shift lies in.
 

@@ -11,7 +11,7 @@ import numpy as np
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.fields import Fields
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.verification import VerificationMode, check_rows
+from buffers.dataset.verification import VerificationMode, check_episode
 from buffers.evictor.base import Evictor
 from buffers.evictor.fifo import FIFOEvictor
 from buffers.utils import ThreadLocks
@@ -106,7 +106,9 @@ class EpisodeDataset(EpisodeSource):
         """
         with self._lock:
             self._check_writable()
-            fields = self.fields or Fields.from_episode(episode)
+            fields = self.fields
+            if fields is None:
+                fields = Fields.from_episode(episode)
             return self._take(fields, self._checked(fields, episode))
 
     def _take(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
@@ -140,13 +142,7 @@ class EpisodeDataset(EpisodeSource):
     def _checked(self, fields: Fields, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The episode as flat arrays, known to fit the fields."""
         arrays = fields.arrays(episode)
-        num_rows = len(arrays[0]) if arrays[0].ndim else 0
-        if not num_rows:
-            raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")
-        for name, array in zip(fields.names, arrays, strict=True):
-            if array.ndim and len(array) != num_rows:
-                raise ValueError(f"Field `{name}` has {len(array)} rows, `{fields.names[0]}` has {num_rows}.")
-        check_rows(fields, arrays, (num_rows,), self.verification_mode)
+        check_episode(fields, arrays, self.verification_mode)
         return dict(zip(fields.names, arrays, strict=True))
 
     def _check_everywhere(self, rows: dict[str, np.ndarray]) -> None:

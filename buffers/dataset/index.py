@@ -41,7 +41,7 @@ class Windows:
         episode_length: int64 `(B,)`, rows of the episodes.
         weight: float32 `(B,)`, importance weights; None stands for ones.
         source: int64 `(B,)`, which of several stores each window is in; None where there is one.
-        places: A tensor `(B,)` of where the store will read them, if it has found out already; its own affair.
+        places: `(B,)`, where the store will read them, if it has found out already; its own affair.
     """
 
     length: int
@@ -82,7 +82,7 @@ class Windows:
         """`num` parts of equal size, one behind the other: many at once take less time than slices."""
         columns = (self.start, self.step, self.episode, self.episode_length, self.weight, self.source)
         in_parts = (repeat(None, num) if column is None else column.reshape(num, -1) for column in columns)
-        places = repeat(None, num) if self.places is None else self.places.view(num, -1).unbind()
+        places = repeat(None, num) if self.places is None else self.places.reshape(num, -1)
         return [Windows(self.length, *part) for part in zip(*in_parts, places, strict=True)]
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
@@ -189,12 +189,12 @@ class EpisodeIndex:
 
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, a shift of the younger ones for any other."""
-        self.num_steps -= int(self.lengths[position])
+        row = self._first + position
+        self.num_steps -= int(self._table[row, _LENGTH])
         self.version += 1
         if position == 0:
             self._first += 1
             return
-        row = self._first + position
         self._table[row : self._last - 1] = self._table[row + 1 : self._last]
         self._last -= 1
         for cumulation in self._cumulations.values():
@@ -234,9 +234,12 @@ class EpisodeIndex:
 
     def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
         """The windows of `length` that begin `step` rows into the episodes at `position`."""
-        # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
-        rows = self.rows.take(position, axis=0)
-        return Windows(length, rows[:, _START] + step, step, rows[:, _ID], rows[:, _LENGTH])
+        return _windows(self.rows, position, step, length)
+
+    def windows_of(self, windows: Cumulation, r: Int64Array, length: int) -> Windows:
+        """The windows that integers stand for, each in [0, num) of `count_windows(length)`."""
+        rows, step = windows.locate(r)
+        return _windows(self._table, rows, step, length)
 
     def no_window_message(self, length: int | None) -> str:
         """Why no window of `length` can be drawn, for an error."""
@@ -274,3 +277,9 @@ class EpisodeIndex:
         for cumulation in self._cumulations.values():
             cumulation.relocate(len(table), self._first)
         self._table, self._first, self._last = table, 0, live
+
+
+def _windows(table: Int64Array, rows: Int64Array, step: Int64Array, length: int) -> Windows:
+    # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
+    found = table.take(rows, axis=0)
+    return Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])

@@ -25,6 +25,9 @@ __all__ = ["RingBufferDataset"]
 _MAX_READERS = 8
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
+# Whether they take places as arrays, not as tensors, and what reads each field from there.
+Readers = tuple[bool, dict[str, Callable[[Any], torch.Tensor]]]
+
 
 @final
 class RingBufferDataset(EpisodeDataset):
@@ -93,8 +96,7 @@ class RingBufferDataset(EpisodeDataset):
     def _set_columns(self, fields: Fields, stored: dict[str, TensorType]) -> None:
         if self._memory is not None:
             self._log = EpisodeLog(self._memory)
-        # By number of windows and length.
-        self._readers: dict[tuple[int, int], dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {}
+        self._readers: dict[tuple[int, int, int], Readers] = {}
         self._columns = {
             name: Column(
                 self.capacity,
@@ -133,7 +135,7 @@ class RingBufferDataset(EpisodeDataset):
             self._log.add(start, length, episode_id, self.index)
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        if start != self.index.starts[0]:
+        if start != self.index.next_start - self.index.num_steps:
             raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
         if self._log is not None:
             self._log.retire(start + length)
@@ -153,27 +155,42 @@ class RingBufferDataset(EpisodeDataset):
     def _prepare(self, windows: Windows) -> None:
         windows.places = self._places(windows)
 
-    def _places(self, windows: Windows) -> torch.Tensor | None:
-        """Where windows lie, `(B,)`; None if some wrap."""
+    def _places(self, windows: Windows) -> np.ndarray | torch.Tensor | None:
+        """Where windows lie, `(B,)`, a tensor for a GPU; None if some wrap."""
         slots = windows.start % self.capacity
-        return self._on_device(slots) if slots.max() <= self.capacity - windows.length else None
+        if np.maximum.reduce(slots) > self.capacity - windows.length:
+            return None
+        return slots if self._log is not None else self._on_device(slots)
 
     def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
         # They are not kept: the windows may be a sampler's own, who draws them from another ring next.
-        places, length = windows.places, windows.length
+        places, size = windows.places, (len(windows.start), windows.length, torch.get_num_threads())
         if places is None:
             places = self._places(windows)
         if places is None:
             return super()._read_new(windows)
-        readers = self._readers.get((len(places), length)) or self._find_readers(len(places), length)
+        takes_arrays, readers = self._readers.get(size) or self._find_readers(size)
+        if not takes_arrays and self._log is not None:
+            places = torch.from_numpy(places)
         return {name: read(places) for name, read in readers.items()}, self._which_are_whole(windows)
 
-    def _find_readers(self, num: int, length: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-        """What reads each field: found once, as between two gathers the caches have lost whatever there is to ask."""
+    def _find_readers(self, size: tuple[int, int, int]) -> Readers:
+        """What reads each field: found once, as between two gathers the caches have lost whatever there is to ask.
+
+        Args:
+            size: Number of windows, their length, and torch's threads.
+        """
+        num, length, num_threads = size
+        columns = self._columns
+        # To change between numpy and torch within a batch takes longer than either alone.
+        shares_work = num_threads > 1 and any(column.shares_work(num, length) for column in columns.values())
+        if self._log is None or shares_work:
+            found: Readers = False, {name: column.reader(num, length) for name, column in columns.items()}
+        else:
+            found = True, {name: column.item_reader(num, length) for name, column in columns.items()}
         if len(self._readers) == _MAX_READERS:
             self._readers.clear()
-        found = {name: column.reader(num, length) for name, column in self._columns.items()}
-        self._readers[num, length] = found
+        self._readers[size] = found
         return found
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:

@@ -36,14 +36,40 @@ def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int,
     """
     if mode is VerificationMode.NO_CHECKS:
         return
+    reads_values = mode is VerificationMode.ALL_CHECKS
     for (name, dtype, shape), array in zip(fields.layout, arrays, strict=True):
         if array.dtype != dtype or array.shape != leading + shape:
             raise ValueError(
                 f"Field `{name}` has dtype {array.dtype} and shape {array.shape}, "
                 f"expected {dtype} and {leading + shape}."
             )
-        if mode is VerificationMode.ALL_CHECKS and not _is_finite(array, fields[name]):
+        if reads_values and not _is_finite(array, fields[name]):
             raise ValueError(f"Field `{name}` holds NaN or infinite numbers, which ALL_CHECKS refuses.")
+
+
+def check_episode(fields: Fields, arrays: Sequence[np.ndarray], mode: VerificationMode) -> None:
+    """`check_rows` for the arrays of an episode, `(L, *shape)`, with L at least 1.
+
+    Raises:
+        ValueError: No rows, rows of unequal number, or as for `check_rows`.
+    """
+    num_rows = len(arrays[0]) if arrays[0].ndim else 0
+    if not num_rows:
+        raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")
+    try:
+        check_rows(fields, arrays, (num_rows,), mode)
+    except ValueError:
+        _check_lengths(fields, arrays, num_rows)  # If that is it, it can be said in fewer words.
+        raise
+    if mode is VerificationMode.NO_CHECKS:
+        _check_lengths(fields, arrays, num_rows)
+
+
+def _check_lengths(fields: Fields, arrays: Sequence[np.ndarray], num_rows: int) -> None:
+    for name, array in zip(fields.names, arrays, strict=True):
+        if array.shape[:1] != (num_rows,):
+            found = len(array) if array.ndim else "no"
+            raise ValueError(f"Field `{name}` has {found} rows, `{fields.names[0]}` has {num_rows}.") from None
 
 
 def _is_finite(array: np.ndarray, field: TensorType) -> bool:

@@ -53,8 +53,7 @@ class UniformSampler(Sampler):
         num = windows.num
         if num == 0:
             raise RuntimeError(index.no_window_message(length))
-        position, step = windows.locate(rng.integers(num, size=num_windows))
-        return index.windows(position, step, length)
+        return index.windows_of(windows, rng.integers(num, size=num_windows), length)
 
 
 class UniformEpisodeSampler(Sampler):
@@ -89,6 +88,7 @@ class UniformEpisodeSampler(Sampler):
         episodes = index.count_episodes(length)
         if episodes.num == 0:
             raise RuntimeError(index.no_window_message(length))
-        position, _ = episodes.locate(rng.integers(episodes.num, size=num_windows))
+        rows, _ = episodes.locate(rng.integers(episodes.num, size=num_windows))
+        position = rows - episodes.first
         step = rng.integers(index.lengths[position] - (length - 1))
         return index.windows(position, step, length)
