@@ -154,8 +154,8 @@ def test_small_batches_are_drawn_together_while_nothing_changes(num_episodes, th
     assert found.operators == NUM_CALLS * NUM_FIELDS, "an array of each field as a tensor"
     assert found.tensor_bytes == 0, "each row is copied once, by numpy"
     assert found.calls <= 39.8 * NUM_CALLS
-    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2100), "and what tensors are"
-    assert found.spare_bytes <= 80_500, "the words and the windows of 32 batches"
+    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2300), "and what tensors are"
+    assert found.spare_bytes <= 83_000, "the words and the windows of 32 batches"
 
 
 @pytest.mark.parametrize("num_episodes", [10, 2000])
@@ -168,7 +168,7 @@ def test_a_large_batch_is_one_gather_a_field_into_memory_of_its_size(num_episode
     # Places as a tensor, and a gather; or an array as a tensor.
     assert found.operators == NUM_CALLS * (NUM_FIELDS if threads == 1 else NUM_FIELDS + 1)
     assert found.tensor_bytes == by_torch
-    assert found.kept_bytes <= by_numpy + NUM_CALLS * 2100
+    assert found.kept_bytes <= by_numpy + NUM_CALLS * 2300
     assert found.calls <= 44.2 * NUM_CALLS
 
 
@@ -179,8 +179,8 @@ def test_an_episode_added_before_each_batch_adds_what_adding_takes_and_a_draw(nu
     assert found.operators == NUM_CALLS * NUM_FIELDS
     assert found.tensor_bytes == 0
     assert found.calls <= 120.5 * NUM_CALLS
-    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2100)
-    assert found.spare_bytes <= 17_100, "a draw, and the words of 32"
+    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2300)
+    assert found.spare_bytes <= 18_000, "a draw, and the words of 32"
 
 
 def test_transitions_and_included_columns_cost_a_few_operators_more() -> None:
@@ -207,7 +207,7 @@ def test_adding_an_episode_costs_the_same_whatever_is_stored(num_episodes) -> No
     found = costs(lambda: ring.add_episode(episode))
     assert found.operators == 0
     assert found.calls <= 54.5 * NUM_CALLS
-    assert found.spare_bytes <= 2600
+    assert found.spare_bytes <= 3000
 
 
 @pytest.mark.parametrize("num_episodes", [10, 1000])
