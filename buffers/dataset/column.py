@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from buffers.dataset.fields import TensorType, as_tensor
+from buffers.dataset.huge_pages import HugePages
 
 __all__ = ["Column"]
 
@@ -32,6 +33,7 @@ class Column:
         device: Where.
         array: The memory, if it is not on a GPU: `(capacity, *shape)`.
         batch_dtype: dtype of what is read.
+        pages: What the memory lies in, if they shall be huge.
     """
 
     def __init__(
@@ -41,9 +43,12 @@ class Column:
         device: torch.device,
         array: np.ndarray | None,
         batch_dtype: torch.dtype,
+        pages: HugePages | None = None,
     ) -> None:
         self.capacity, self.tensor_type, self.array = capacity, tensor_type, array
         self.batch_dtype, self.needs_cast = batch_dtype, batch_dtype != tensor_type.dtype
+        # Rows from `_paged` on lie in pages that are still to be made.
+        self._pages, self._paged = pages, capacity if pages is None else 0
         if array is not None:
             self.tensor = as_tensor(array, tensor_type)
         else:
@@ -68,6 +73,8 @@ class Column:
         """Copy rows, as many as `length`, to the slots from `slot` on, around the end if need be."""
         array, end = self.array, slot + length
         if array is not None and end <= self.capacity:
+            if end > self._paged and self._pages is not None:
+                self._paged = self._pages.reach(end)
             array[slot:end] = rows
             return
         before_end = min(length, self.capacity - slot)

@@ -15,7 +15,6 @@ are retired and not published, which nobody reads. The writer never waits for a 
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import sys
 import threading
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from buffers.dataset.cumulation import Int64Array
+from buffers.dataset.huge_pages import HugePages, map_file
 from buffers.dataset.index import EpisodeIndex
 from buffers.utils import format_bytes
 
@@ -73,14 +73,14 @@ class SharedArrays(Mapping[str, np.ndarray]):
         self._layout = dict(layout)
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values()]
         self.num_bytes = sum(-(-size // _PAGE) * _PAGE for size in sizes) + _PAGE
-        self._descriptor, self._handle = -1, None
+        self._descriptor, self._handle, self._mapping, self._offset = -1, None, None, 0
         self._token = os.urandom(_TOKEN_BYTES)
         try:
             if sys.platform == "linux":
                 self._descriptor = os.memfd_create("buffers", os.MFD_CLOEXEC)
-                os.ftruncate(self._descriptor, self.num_bytes)
+                self._mapping, self._offset = map_file(self._descriptor, self.num_bytes)
                 self._handle = self._handle_here()
-                memory = self._map()
+                memory = np.frombuffer(self._mapping, np.uint8)
             else:
                 self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8).share_memory_()
                 memory = self._tensor.numpy()
@@ -88,13 +88,6 @@ class SharedArrays(Mapping[str, np.ndarray]):
             raise MemoryError(f"{format_bytes(self.num_bytes)} of shared memory cannot be had: {error}") from None
         memory[-_TOKEN_BYTES:] = np.frombuffer(self._token, np.uint8)
         self._lay_out(memory)
-
-    def _map(self) -> np.ndarray:
-        memory = mmap.mmap(self._descriptor, self.num_bytes)
-        # Worth asking: kernels that allow it for shared memory then use huge pages, as they do for private memory.
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, np.uint8)
 
     def _handle_here(self) -> tuple[int, int, int, int]:
         """Where the memory is found, (process, descriptor), and what it is (device, inode)."""
@@ -116,11 +109,11 @@ class SharedArrays(Mapping[str, np.ndarray]):
             return {**state, "tensor": self._tensor}
         if self._descriptor < 0:
             raise RuntimeError("Shared memory can only be handed on by the process that made it.")
-        return {**state, "handle": self._handle_here()}
+        return {**state, "handle": self._handle_here(), "offset": self._offset}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layout, self.num_bytes, self._token = state["layout"], state["num_bytes"], state["token"]
-        self._descriptor, self._handle = -1, state.get("handle")
+        self._descriptor, self._handle, self._mapping = -1, state.get("handle"), None
         if self._handle is None:
             self._tensor = state["tensor"]
             self._lay_out(self._tensor.numpy())
@@ -129,7 +122,9 @@ class SharedArrays(Mapping[str, np.ndarray]):
             if self.is_orphaned:
                 raise FileNotFoundError(_path(self._handle))
             # Unlike Python's mmap, this keeps no descriptor.
-            memory = torch.from_file(_path(self._handle), shared=True, size=self.num_bytes, dtype=torch.uint8).numpy()
+            size = state["offset"] + self.num_bytes
+            memory = torch.from_file(_path(self._handle), shared=True, size=size, dtype=torch.uint8).numpy()
+            memory = memory[state["offset"] :]
             # On another machine, the same numbers may mean something else.
             if memory[-_TOKEN_BYTES:].tobytes() != self._token:
                 raise FileNotFoundError(_path(self._handle))
@@ -138,6 +133,12 @@ class SharedArrays(Mapping[str, np.ndarray]):
                 f"The process {self._handle[0]} does not have the memory that it shared: {error}."
             ) from None
         self._lay_out(memory)
+
+    def huge_pages(self, name: str) -> HugePages | None:
+        """The pages of an array, to be made by who made the memory; None for others, or where there are none."""
+        if self._mapping is None or not self[name].size:
+            return None
+        return HugePages(self._mapping, self._offset, self[name])
 
     @property
     def is_orphaned(self) -> bool:
