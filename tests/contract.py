@@ -413,6 +413,12 @@ class DatasetContract:
         dataset.add_episode({"x": np.zeros((3, 2), np.float32)})
         dataset.add_episode({"x": np.ones((3, 2), np.float64)})  # The caller vouches; it is cast.
         assert dataset.get_episode(1)["x"].dtype == torch.float32
+        dataset = self.make(10, info=EpisodeDatasetInfo(verification_mode=VerificationMode.NO_CHECKS))
+        dataset.add_episode({"x": np.zeros(3), "y": np.zeros(3)})
+        for y, found in ((np.zeros(4), "4"), (np.zeros(()), "no")):
+            with pytest.raises(ValueError, match=f"`y` has {found} rows, `x` has 3"):
+                dataset.add_episode({"x": np.zeros(3), "y": y})
+        assert dataset.episode_lengths == [3]
 
     # Handing it around.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,6 +64,25 @@ def test_batches_differ_even_where_the_lowest_word_of_the_counter_has_overflowed
     # 16 words are 4 counts, so batch 2**62 begins at 2**64.
     first, far = (BatchRandom(1).integers(range(n, n + 1)).integers(2**62, size=16) for n in (0, 2**62))
     assert not set(first.tolist()) & set(far.tolist())
+
+
+@pytest.mark.parametrize("high", [1, 2, 2**63])
+def test_where_words_divide_evenly_the_greatest_is_as_good_as_any(high) -> None:
+    generator = BatchRandom(0).integers(range(1))
+    generator.integers(high, size=4)
+    generator._words[:], generator._greatest = 2**64 - 1, 2**64 - 1
+    assert generator.integers(high, size=4).tolist() == [high - 1] * 4
+
+
+def test_the_first_word_that_would_not_be_fair_is_replaced_and_the_last_that_is_stays() -> None:
+    high = 3 << 61  # 2**64 is twice that, and 2**62 words more.
+    generator = BatchRandom(0).integers(range(1))
+    generator.integers(high, size=4)
+    end = 2**64 - 2**64 % high
+    generator._words[0], generator._greatest = [end - 1, end, 5, 2**64 - 1], 2**64 - 1
+    drawn = generator.integers(high, size=4)
+    assert drawn[0] == high - 1 and drawn[2] == 5
+    assert drawn[1] != 0 and drawn[3] != (2**64 - 1) % high
 
 
 def test_integers_are_uniform_where_a_remainder_alone_would_not_be() -> None:

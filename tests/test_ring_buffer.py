@@ -229,6 +229,49 @@ def test_rows_of_every_kind_are_drawn_as_they_were_added(length) -> None:
             assert torch.equal(batch[name], episode[name][batch["row"]])
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_both_ways_to_windows_give_copies_of_the_same(kind, length) -> None:
+    array = np.random.default_rng(0).integers(0, 2, (50, *kind.shape)).astype(np.uint8).astype(kind.numpy_dtype)
+    if kind.dtype == torch.bfloat16:
+        array = torch.randn(50, *kind.shape).to(torch.bfloat16).view(torch.int16).numpy().view(kind.numpy_dtype)
+    column, slots = Column(50, kind, torch.device("cpu"), array, kind.dtype), np.array([0, 50 - length, 7, 7])
+    expected = torch.stack([column.tensor[slot : slot + length] for slot in slots])
+    for windows in (column.item_reader(4, length)(slots), column.reader(4, length)(torch.from_numpy(slots))):
+        assert windows.dtype == kind.dtype and windows.shape == (4, length, *kind.shape) and windows.is_contiguous()
+        assert torch.equal(windows, expected)
+        windows.zero_()
+        assert torch.equal(column.tensor[7 : 7 + length], expected[2])
+
+
+def test_a_window_outside_of_the_ring_is_an_error_both_ways() -> None:
+    column = Column(50, Vector(3), torch.device("cpu"), np.zeros((50, 3), np.float32), torch.float32)
+    for length in (1, 2):
+        slots = np.array([0, 51 - length])
+        with pytest.raises(IndexError):
+            column.item_reader(2, length)(slots)
+        with pytest.raises(IndexError):
+            column.reader(2, length)(torch.from_numpy(slots))
+
+
+def test_the_way_to_read_follows_the_number_of_threads() -> None:
+    dataset = RingBufferDataset(1000)
+    dataset.add_episode({"x": np.arange(1000 * 20.0).reshape(1000, 20), "y": np.arange(1000)})
+    large, small = (dataset.get_loader(*size, seed=0).stream for size in ((256, 8), (4, 8)))
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 1):
+            torch.set_num_threads(num_threads)
+            found.append((large.batch(0), small.batch(0)))
+    finally:
+        torch.set_num_threads(before)
+    takes_arrays = {size: way[0] for size, way in dataset._readers.items()}
+    assert takes_arrays == {(256, 8, 1): True, (4, 8, 1): True, (256, 8, 2): False, (4, 8, 2): True}
+    for batches in found[1:]:
+        for one, two in zip(batches, found[0], strict=True):
+            assert torch.equal(one["x"], two["x"]) and torch.equal(one["y"], two["y"])
+
+
 def test_loaders_of_many_sizes_take_turns_over_one_ring() -> None:
     dataset = RingBufferDataset(200)
     dataset.add_episode({"row": np.arange(200), "image": np.arange(200, dtype=np.uint8)[:, None].repeat(4096, 1)})

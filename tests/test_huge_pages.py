@@ -1,0 +1,126 @@
+"""Rows are what was written, whatever pages they lie in, and pages are made where there are rows and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from buffers.dataset import RingBufferDataset
+from buffers.dataset.huge_pages import HUGE_PAGE, HugePages
+from buffers.dataset.shared import SharedArrays
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is torch's own here")
+
+CAPACITY, ROW_BYTES = 50_000, 150  # 3.6 huge pages.
+
+
+def episode(number: int, length: int) -> dict[str, np.ndarray]:
+    """Rows without a zero in them, which differ from those of other episodes."""
+    rows = np.arange(length * ROW_BYTES) % 97 + number % 100 + 1
+    return {"x": rows.astype(np.uint8).reshape(length, ROW_BYTES)}
+
+
+class Kernel:
+    """Notes what is asked, and refuses it from some time on."""
+
+    def __init__(self, memory: Any, num_granted: int) -> None:
+        self._memory, self._num_granted = memory, num_granted
+        self.asked: list[tuple[int, int]] = []
+
+    def madvise(self, option: int, begin: int, length: int) -> None:
+        self.asked.append((begin, length))
+        if len(self.asked) > self._num_granted:
+            raise OSError(22, "Invalid argument")
+
+
+@pytest.mark.parametrize("num_granted", [None, 0, 1])
+@pytest.mark.parametrize("copy_after", [None, 3, 12])
+def test_rows_are_as_they_were_added_whatever_the_kernel_does(num_granted, copy_after) -> None:
+    ring, lengths = RingBufferDataset(CAPACITY), [7_001, 30_000, 1, 12_345, 50_000, 3]
+    for number in range(20):
+        ring.add_episode(episode(number, lengths[number % len(lengths)]))
+        pages = ring._columns["x"]._pages
+        if number == 0 and num_granted is not None:
+            assert pages is not None
+            pages._memory = Kernel(pages._memory, num_granted)  # type: ignore[assignment]
+        for position in range(ring.num_episodes):
+            live = int(ring.index.ids[position])
+            expected = episode(live, lengths[live % len(lengths)])["x"]
+            np.testing.assert_array_equal(ring.get_episode(position)["x"].numpy(), expected)
+        if number == copy_after:
+            # Its rows were not written in order, so pages are made where there are some already.
+            ring = copy.deepcopy(ring)
+
+
+def test_pages_are_made_just_ahead_of_rows_and_of_the_array_alone() -> None:
+    before, after = ((3_000_001,), np.dtype(np.uint8)), ((5_000_000,), np.dtype(np.uint8))
+    shared = SharedArrays({"before": before, "rows": ((CAPACITY, ROW_BYTES), np.dtype(np.uint8)), "after": after})
+    pages, rows = shared.huge_pages("rows"), shared["rows"]
+    assert pages is not None
+    kernel = pages._memory = Kernel(pages._memory, 100)  # type: ignore[assignment]
+    memory = np.frombuffer(shared._mapping, np.uint8)  # type: ignore[arg-type]
+    begin = rows.ctypes.data - memory.ctypes.data
+    row, num_asked = 0, []
+    for end in (1, 10_000, 10_001, 25_000, 40_000, CAPACITY):
+        if end > row:
+            row = pages.reach(end)
+            assert end <= row <= CAPACITY
+        num_asked.append(len(kernel.asked))
+        ends = [start + length for start, length in kernel.asked]
+        # Beyond what was written, there is less than a page, unless it lies in one with others.
+        assert all(stop < begin + end * ROW_BYTES + HUGE_PAGE for stop in ends)
+    assert num_asked == sorted(num_asked) and num_asked[-1] in (2, 3) and row == CAPACITY
+    for (start, length), number in zip(kernel.asked, range(len(kernel.asked)), strict=True):
+        assert length == HUGE_PAGE and (start + shared._offset) % HUGE_PAGE == 0
+        assert begin <= start and start + length <= begin + rows.nbytes
+        assert start == kernel.asked[0][0] + number * HUGE_PAGE
+
+
+def test_who_refuses_is_not_asked_again() -> None:
+    shared = SharedArrays({"rows": ((CAPACITY, ROW_BYTES), np.dtype(np.uint8))})
+    pages = shared.huge_pages("rows")
+    assert pages is not None
+    kernel = pages._memory = Kernel(pages._memory, 0)  # type: ignore[assignment]
+    assert pages.reach(20_000) == pages.reach(30_000) == CAPACITY and len(kernel.asked) == 1
+
+
+def test_arrays_of_nothing_and_those_of_others_have_none() -> None:
+    shared = SharedArrays({"nothing": ((5, 0), np.dtype(np.uint8)), "small": ((5, 2), np.dtype(np.uint8))})
+    assert shared.huge_pages("nothing") is None
+    small = shared.huge_pages("small")
+    assert small is not None and small.reach(1) == 5
+    reader = SharedArrays.__new__(SharedArrays)
+    reader.__setstate__(shared.__getstate__())
+    assert reader.huge_pages("small") is None
+
+
+def bytes_of(ring: RingBufferDataset, name: str) -> int:
+    """What the kernel says of the memory of a ring, in bytes: "Rss", "ShmemPmdMapped", ..."""
+    address = int(ring._columns["x"].array.ctypes.data)  # type: ignore[union-attr]
+    for text in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        begin, end = (int(part, 16) for part in text.split(" ")[0].split("-"))
+        if begin <= address < end:
+            return int(re.search(rf"^{name}: +(\d+) kB", text, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+    raise AssertionError("The memory is not mapped.")
+
+
+def test_a_kernel_that_has_them_gives_huge_pages_to_rows_and_to_what_is_written_only() -> None:
+    ring = RingBufferDataset(400_000)
+    ring.add_episode(episode(0, 10_000))
+    pages = ring._columns["x"]._pages
+    assert isinstance(pages, HugePages)
+    if pages._end == 0:
+        pytest.skip("this kernel has none for shared memory")
+    assert bytes_of(ring, "Rss") <= 10_000 * ROW_BYTES + 2 * HUGE_PAGE
+    for number in range(1, 40):
+        ring.add_episode(episode(number, 10_000))
+    assert bytes_of(ring, "ShmemPmdMapped") >= 400_000 * ROW_BYTES - 3 * HUGE_PAGE
+    images = RingBufferDataset(1000)
+    images.add_episode({"x": np.zeros((1000, 64, 64), np.uint8)})
+    assert images._columns["x"]._pages is None, "a row has pages for itself"
