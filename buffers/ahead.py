@@ -48,7 +48,7 @@ class Ahead:
         """
         version = stream.dataset.index.version
         if version != self._version:
-            self._version, self._key, self._numbers, self._num_next = version, None, _NO_BATCHES, 1
+            self._version, self._key = version, None
             return stream.draw(range(n, n + 1))
         key = (stream.random, stream.sampler, stream.sequence_length, stream.num_windows, step)
         if key != self._key:
