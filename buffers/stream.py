@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ __all__ = ["SequenceStream"]
 INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight", "source")
 # Single sequences are drawn and read so many at a time.
 _SEQUENCES_PER_READ = 32
+# For an episode that another process has announced; it writes some gigabytes a second.
+_SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
 
 
@@ -210,21 +213,16 @@ class SequenceStream(IterableDataset):
         self, n: int, attempt: int, again: Windows | None = None
     ) -> tuple[Windows, dict[str, torch.Tensor], np.ndarray | None]:
         """Windows, their data, and the positions of those that were gone, if any; `again`: those that were, before."""
-        dataset = self.dataset
+        dataset, windows = self.dataset, None
         with dataset._lock:
             dataset._refresh()
-            if (
-                attempt == 0
-                and type(self.sampler) is UniformSampler
-                and self.sequence_length is not None
-                and not dataset.has_members
-            ):
-                # This draw takes nothing but integers, once.
-                windows = self._ahead.get(self, n, self._stride)
-            else:
-                num_windows = self.num_windows if again is None else len(again)
-                rng = self.random.generator(n, attempt)
-                windows = dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
+            try:
+                windows = self._draw_windows(n, attempt, again)
+            except RuntimeError:
+                if dataset._num_changes() == 0:
+                    raise
+            if windows is None:
+                windows = self._wait_for_windows(n, attempt, again)
             was_read: np.ndarray | None
             if self._slots is not None or self.chunk_size < self.num_windows:
                 out, was_read = self._read_chunks(windows, again is None)
@@ -233,6 +231,33 @@ class SequenceStream(IterableDataset):
             if was_read is None or was_read.all():
                 return windows, out, None
             return windows, out, (~was_read).nonzero()[0]
+
+    def _draw_windows(self, n: int, attempt: int, again: Windows | None) -> Windows:
+        dataset = self.dataset
+        if (
+            attempt == 0
+            and type(self.sampler) is UniformSampler
+            and self.sequence_length is not None
+            and not dataset.has_members
+        ):
+            # This draw takes nothing but integers, once.
+            return self._ahead.get(self, n, self._stride)
+        num_windows, rng = self.num_windows if again is None else len(again), self.random.generator(n, attempt)
+        return dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
+
+    def _wait_for_windows(self, n: int, attempt: int, again: Windows | None) -> Windows:
+        """Draw where there was nothing to draw: all may have left for an episode that is about to come."""
+        dataset, deadline = self.dataset, time.monotonic() + _SECONDS_TO_WAIT
+        while True:
+            num_changes = dataset._num_changes()
+            dataset._refresh()
+            try:
+                return self._draw_windows(n, attempt, again)
+            except RuntimeError:
+                nothing_comes = num_changes % 2 == 0 and dataset._num_changes() == num_changes
+                if nothing_comes or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE)
 
     def draw(self, numbers: range) -> Windows:
         """The windows of batches, one behind the other, by a sampler that asks for integers."""

@@ -6,13 +6,16 @@ import contextlib
 import gc
 import itertools
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ import pytest
 import torch
 
 from buffers import ReplayBuffer
-from buffers.dataset import RingBufferDataset
+from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.transport import Slots, _opened, _unpack
 from tests import reading, tagged
 
@@ -429,3 +432,70 @@ def test_memory_stays_flat_while_episodes_come_and_go(num_episodes: int) -> None
     # The first half warms up: allocators, prefetched batches. A row of the index that stayed for each episode would be
     # 12 MB over half a million.
     assert max(measured[5:]) - measured[5] < 3e6, measured
+
+
+# Between two episodes.
+
+
+@pytest.mark.parametrize("kind", ["ring", "mixture"])
+@pytest.mark.parametrize("lengths", [[8], [12, 2]])
+def test_a_reader_waits_for_an_episode_that_those_it_could_draw_have_left_for(kind, lengths, monkeypatch) -> None:
+    ring = RingBufferDataset(sum(lengths) + 1)
+    for number, length in enumerate(lengths):
+        ring.add_episode(tagged.episode(length, number))
+    dataset = ring if kind == "ring" else MixtureDataset([ring], [1.0])
+    stream = pickle.loads(pickle.dumps(dataset)).get_loader(4, 5, seed=0).stream
+    stream.take()
+    has_left, may_come, write = threading.Event(), threading.Event(), ring._write
+
+    def write_later(*arguments: Any) -> None:
+        has_left.set()
+        assert may_come.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(ring, "_write", write_later)
+    # It comes once the reader has begun to wait.
+    monkeypatch.setattr("buffers.stream.time.sleep", lambda seconds: may_come.set())
+    writer = threading.Thread(target=ring.add_episode, args=(tagged.episode(lengths[0], 7),))
+    writer.start()
+    assert has_left.wait(30)
+    origins = tagged.origins(stream.take())
+    writer.join()
+    assert {number for _, number, _, _ in origins} == {7} and may_come.is_set()
+
+
+def test_a_reader_does_not_wait_where_nothing_is_to_come(monkeypatch) -> None:
+    def never(seconds: float) -> None:
+        raise AssertionError("It waits for nothing.")
+
+    monkeypatch.setattr("buffers.stream.time.sleep", never)
+    ring = RingBufferDataset(10)
+    for number in range(4):  # Each leaves for the next.
+        ring.add_episode(tagged.episode(8, number))
+    stream = pickle.loads(pickle.dumps(ring)).get_loader(4, 5, seed=0).stream
+    stream.take()
+    ring.evict_episode(0)
+    for own in (ring.get_loader(4, 5).stream, stream):
+        with pytest.raises(RuntimeError, match="The dataset is empty"):
+            own.take()
+    ring.add_episode(tagged.episode(4, 5))
+    with pytest.raises(RuntimeError, match="longer than every stored episode"):
+        stream.take()
+
+
+def test_a_reader_waits_no_longer_than_writing_takes(monkeypatch) -> None:
+    ring = RingBufferDataset(10)
+    ring.add_episode(tagged.episode(8, 0))
+    stream = pickle.loads(pickle.dumps(ring)).get_loader(4, 5, seed=0).stream
+    monkeypatch.setattr(ring, "_write", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ring.add_episode(tagged.episode(8, 1))
+    clock = itertools.count()
+    monkeypatch.setattr(
+        "buffers.stream.time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
+    )
+    with pytest.raises(RuntimeError, match="The dataset is empty"):
+        stream.take()
+    monkeypatch.undo()
+    ring.add_episode(tagged.episode(8, 2))
+    assert {number for _, number, _, _ in tagged.origins(stream.take())} == {2}

@@ -131,9 +131,15 @@ class EpisodeDataset(EpisodeSource):
         return self.index.append(length)
 
     def _make_room(self, length: int) -> None:
+        if self.index.num_steps + length <= self.capacity:
+            return
+        self._announce()
         while self.index.num_steps + length > self.capacity:
             self._evict(self._choose_who_leaves())
-            self._has_evicted = True
+        self._has_evicted = True
+
+    def _announce(self) -> None:
+        """Called before episodes leave for one that is about to come: readers elsewhere may find nothing meanwhile."""
 
     def _choose_who_leaves(self) -> int:
         """The position of the episode that the evictor lets go."""

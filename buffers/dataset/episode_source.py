@@ -72,6 +72,13 @@ class EpisodeSource(IterableDataset, ABC):
     def _refresh(self) -> None:
         """Called before windows are drawn: a store that another process writes to looks for what is new."""
 
+    def _num_changes(self) -> int:
+        """Of a store that another process writes to: odd while it has let episodes go for one that has not come yet.
+
+        While it is even and stays the same, what is not there will not come by waiting.
+        """
+        return 0
+
     def check_workers(self) -> None:
         """Refuse, by a ValueError, worker processes where they could not read. Refuses none by default."""
 

@@ -223,6 +223,7 @@ class Extension:
 
     def _bring(self, dataset: EpisodeDataset, fields: Fields, episode: _Episode, newest: int) -> None:
         """Store an episode that was drawn, evicting others than the newest."""
+        dataset._announce()
         while dataset.num_timesteps + episode.length > dataset.capacity:
             position = dataset._choose_who_leaves()
             if int(dataset.index.ids[position]) == newest:  # Never the choice of a first-in-first-out evictor.

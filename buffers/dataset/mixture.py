@@ -146,6 +146,10 @@ class MixtureDataset(EpisodeDataset):
         if self._fields is None:
             self._find_fields()
 
+    def _num_changes(self) -> int:
+        numbers = [leaf._num_changes() for leaf in self._leaves]
+        return 2 * sum(numbers) + any(number % 2 for number in numbers)
+
     def _draw(
         self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
     ) -> Windows:

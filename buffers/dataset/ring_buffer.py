@@ -130,6 +130,10 @@ class RingBufferDataset(EpisodeDataset):
         if self._log is not None:
             self._log.add(start, length, episode_id, self.index)
 
+    def _announce(self) -> None:
+        if self._log is not None:
+            self._log.announce()
+
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         if start != self.index.next_start - self.index.num_steps:
             raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
@@ -160,7 +164,7 @@ class RingBufferDataset(EpisodeDataset):
 
     def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
         # They are not kept: the windows may be a sampler's own, who draws them from another ring next.
-        places, size = windows.places, (len(windows.start), windows.length, torch.get_num_threads())
+        places, size = windows.places, (windows.start.size, windows.length, torch.get_num_threads())
         if places is None:
             places = self._places(windows)
         if places is None:
@@ -221,6 +225,9 @@ class RingBufferDataset(EpisodeDataset):
     def _refresh(self) -> None:
         if os.getpid() != self._writer and self._log is not None:
             self._log.follow(self.index)
+
+    def _num_changes(self) -> int:
+        return 0 if self._log is None or os.getpid() == self._writer else self._log.num_changes
 
     def __getstate__(self) -> dict[str, Any]:
         """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""

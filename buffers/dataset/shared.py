@@ -2,14 +2,16 @@
 
     the writer (the trainer)                             a reader (a worker)
 
-    1. tail = start of the oldest episode that stays     1. read the log on, draw
-    2. write rows                                        2. copy rows
-    3. say in the log that an episode has come           3. look at tail: keep what starts at or behind it
+    1. say that an episode is about to come              1. read the log on, draw
+    2. tail = start of the oldest episode that stays     2. copy rows
+    3. write rows                                        3. look at tail: keep what starts at or behind it
+    4. say in the log that it has come
 
 Retire before writing: rows are written over only after `tail` has passed their episode, so a reader that copied such
 rows sees the new tail when it looks again, and draws others. A writer that is killed in the middle leaves rows that
-are retired and not published, which nobody reads. The writer never waits for a reader. Where nothing is written over
-(episodes in files), there is no tail, and the log alone says what has gone.
+are retired and not published, which nobody reads. The writer never waits for a reader; a reader waits where nothing is
+left to draw but an episode is about to come. Where nothing is written over (episodes in files), there is no tail, and
+the log alone says what has gone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _LENGTH, _ID = 1, 2
 # Each a cache line of 8 words; _HALVES and the line after it are those of half 0, the next two those of half 1.
 _VERSION, _TAIL, _HALVES = 0, 1, 2
 _NUM_LINES, _WORDS = 6, 8
-_HAS_ENDED = 1  # A word of the line of _VERSION.
+_HAS_ENDED, _NUM_CHANGES = 1, 2  # Words of the line of _VERSION.
 _OWNER, _ROOM, _NUM_LIVE, _NEXT_START, _NEXT_ID = range(5)
 _MIN_ROOM = 256
 # The most that a half may hold, 6.4 GB if it ever did.
@@ -215,6 +217,12 @@ class EpisodeLog:
 
     # The writer's side.
 
+    def announce(self) -> None:
+        """Episodes may leave now for one that is about to come."""
+        self._version[_NUM_CHANGES] |= 1
+        # A reader that finds them gone must see it.
+        fence()
+
     def retire(self, tail: int) -> None:
         """Rows before step id `tail` are about to be written over; their episodes are gone."""
         self._tail[0] = tail
@@ -241,6 +249,9 @@ class EpisodeLog:
         row[0], row[1], row[2] = start, length, episode_id
         fence()
         last[0] = num + 1
+        if length and self._version[_NUM_CHANGES] & 1:
+            fence()
+            self._version[_NUM_CHANGES] += 1
 
     def restate(self, index: EpisodeIndex) -> None:
         """Begin with the episodes of an index, before anyone reads.
@@ -279,6 +290,12 @@ class EpisodeLog:
         """The least step id that is not retired, as of now and after everything loaded before."""
         fence()
         return int(self._tail[0])
+
+    @property
+    def num_changes(self) -> int:
+        """Changes from one episode to another: odd while some have left, or may have, and the new one has not come."""
+        fence()
+        return int(self._version[_NUM_CHANGES])
 
     @property
     def has_ended(self) -> bool:
