@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers.dataset import EpisodeDataset, IndividualFileDataset
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset
 from buffers.dataset.fields import Fields, Scalar
 from buffers.dataset.individual_file import (
     EpisodeSerializationStrategy,
@@ -143,6 +143,28 @@ def test_ids_and_step_ids_go_on_after_opening_again_even_if_the_newest_are_gone(
                 dataset.evict_episode(-1)
             assert dataset.num_episodes == 0
     assert files(tmp_path) == ["0000000006-000000000024.next"]
+
+
+def test_a_capacity_that_would_delete_all_is_refused_and_deletes_nothing(tmp_path) -> None:
+    with IndividualFileDataset(30, directory=tmp_path) as dataset:
+        for number, length in enumerate((3, 9, 10)):
+            dataset.add_episode(tagged.episode(length, number))
+    with pytest.raises(ValueError, match=r"newest episode in .* has 10 steps, and `capacity`=9: all .* be deleted"):
+        IndividualFileDataset(9, directory=tmp_path)
+    with IndividualFileDataset(10, directory=tmp_path, mode="r") as reader:
+        assert reader.episode_lengths == [3, 9, 10]
+    with IndividualFileDataset(10, directory=tmp_path) as dataset:
+        assert dataset.episode_lengths == [10]
+
+
+def test_a_reader_draws_sequences_longer_than_its_capacity(tmp_path) -> None:
+    with IndividualFileDataset(30, directory=tmp_path) as dataset:
+        dataset.add_episode(tagged.episode(20, 0))
+    reader = IndividualFileDataset(1, directory=tmp_path, mode="r")
+    for source in (reader, MixtureDataset([reader], [1.0])):
+        assert next(iter(source.get_loader(4, 15)))["reward"].shape == (4, 15)
+        with pytest.raises(RuntimeError, match="longer than every stored episode"):
+            source.get_loader(4, 21).stream.take()
 
 
 def test_a_smaller_capacity_is_enforced_on_opening_by_the_evictor(tmp_path) -> None:

@@ -244,6 +244,11 @@ class EpisodeSource(IterableDataset, ABC):
         """Settle the fields, if they can be known without an episode. They cannot by default."""
 
     @property
+    def longest_possible(self) -> int:
+        """Steps that an episode can have here at the most."""
+        return self.capacity
+
+    @property
     def num_episodes(self) -> int:
         """Live episodes."""
         return len(self.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import warnings
 from typing import Any, Literal, final, get_args
 
@@ -145,6 +146,7 @@ class IndividualFileDataset(EpisodeDataset):
         if self._writer is None:
             self._warn_of(inspection.damaged, "left out")
         else:
+            opening.check_capacity(self._directory, self.index, self.capacity)
             for name in listing.temporaries:
                 self._directory.remove(name)
             self.index.next_id, self.index.next_start = listing.next_numbers
@@ -371,6 +373,11 @@ class IndividualFileDataset(EpisodeDataset):
         memory = handed_on(self._log) if self._is_writer() else None
         arguments = self.capacity, self.info, None, self._directory.path, self._strategy, self.max_sampling_attempts
         return _follower, (self._stored_fields, memory, *arguments)
+
+    @property
+    def longest_possible(self) -> int:
+        """As of any dataset; who only reads does not know."""
+        return sys.maxsize if self._writer is None else self.capacity
 
     def _is_writer(self) -> bool:
         # A forked child has all that its parent had, but for the lock.

@@ -146,6 +146,11 @@ class MixtureDataset(EpisodeDataset):
         if self._fields is None:
             self._find_fields()
 
+    @property
+    def longest_possible(self) -> int:
+        """Steps that an episode of a member can have at the most."""
+        return max(leaf.longest_possible for leaf in self._leaves)
+
     def _num_changes(self) -> int:
         numbers = [leaf._num_changes() for leaf in self._leaves]
         return 2 * sum(numbers) + any(number % 2 for number in numbers)

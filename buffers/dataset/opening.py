@@ -14,6 +14,7 @@ import numpy.typing as npt
 from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.directory import EpisodeDirectory, Listing
 from buffers.dataset.fields import Fields
+from buffers.dataset.index import EpisodeIndex
 from buffers.dataset.safetensors_format import SafetensorsSerialization
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.window_reader import as_damage
@@ -21,6 +22,7 @@ from buffers.dataset.window_reader import as_damage
 __all__ = [
     "Inspection",
     "Verify",
+    "check_capacity",
     "check_format",
     "check_stated_fields",
     "damage_message",
@@ -83,6 +85,16 @@ def check_stated_fields(directory: EpisodeDirectory, fields: Fields, stated_fiel
         raise ValueError(
             f"The fields of {directory.path} differ from those of `info`: {conflict}. The directory has {fields}, "
             f"`info` has {stated_fields}. Choose another `directory`, or leave them out of `info`."
+        )
+
+
+def check_capacity(directory: EpisodeDirectory, index: EpisodeIndex, capacity: int) -> None:
+    """Refuse, by a ValueError, a capacity for which all that is stored would have to be deleted."""
+    length = int(index.lengths[-1]) if len(index) else 0
+    if length > capacity:
+        raise ValueError(
+            f"The newest episode in {directory.path} has {length} steps, and `capacity`={capacity}: all episodes would "
+            "be deleted. Raise it, or open with mode='r' to read."
         )
 
 
