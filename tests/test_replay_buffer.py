@@ -570,3 +570,12 @@ def test_a_buffer_that_is_dropped_is_gone_at_once() -> None:
         assert is_alive() is None
     finally:
         gc.enable()
+
+
+def test_a_reward_that_was_an_integer_first_says_what_can_be_done() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100), 4, num_envs=1)
+    buffer.add_step({"reward": 0}, False)
+    with pytest.raises(ValueError, match=r"expected int64 and \(\)\. Cast it, or let what comes first have float32\."):
+        buffer.add_step({"reward": 1.0}, False)
+    with pytest.raises(ValueError, match=r"shape \(2,\), expected int64 and \(\)\.$"):
+        buffer.add_step({"reward": np.array([1, 2])}, False)

@@ -39,9 +39,10 @@ def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int,
     reads_values = mode is VerificationMode.ALL_CHECKS
     for (name, dtype, shape), array in zip(fields.layout, arrays, strict=True):
         if array.dtype != dtype or array.shape != leading + shape:
+            hint = "" if array.dtype == dtype else f" Cast it, or let what comes first have {array.dtype}."
             raise ValueError(
                 f"Field `{name}` has dtype {array.dtype} and shape {array.shape}, "
-                f"expected {dtype} and {leading + shape}."
+                f"expected {dtype} and {leading + shape}.{hint}"
             )
         if reads_values and not _is_finite(array, fields[name]):
             raise ValueError(f"Field `{name}` holds NaN or infinite numbers, which ALL_CHECKS refuses.")
