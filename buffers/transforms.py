@@ -10,10 +10,8 @@ import torch
 __all__ = ["n_step_returns", "to_transitions"]
 
 _ROW_FIELDS = ("obs", "action", "reward", "terminated", "truncated")
-# Those that are taken from the row that a transition starts at.
-_BEFORE = ("obs", "is_first")
 # One value a sequence, not one a row.
-_PER_SEQUENCE = ("episode", "weight")
+_PER_SEQUENCE = ("episode", "weight", "source")
 
 
 def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,15 +49,13 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     length = batch["terminated"].shape[axis]
     if length < 2:
         raise ValueError("A transition needs two rows, found sequences of 1. Draw with `sequence_length=2` or more.")
-    leading = (slice(None),) * axis
-    before, after = (*leading, slice(0, length - 1)), (*leading, slice(1, length))
     transitions = {}
     for name, value in batch.items():
+        start = 0 if name in ("obs", "is_first") else 1
         # An extra field of rows may have such a name, too, but it has the axis of time.
         is_per_sequence = name in _PER_SEQUENCE and isinstance(value, torch.Tensor) and value.dim() <= axis
-        rows = before if name in _BEFORE else after
-        transitions[name] = value if is_per_sequence else _at(value, rows)
-    transitions["next_obs"] = _at(batch["obs"], after)
+        transitions[name] = value if is_per_sequence else _narrow(value, axis, start, length - 1)
+    transitions["next_obs"] = _narrow(batch["obs"], axis, 1, length - 1)
     return transitions
 
 
@@ -130,11 +126,11 @@ def _check_free(batch: Mapping[str, Any], names: tuple[str, ...]) -> None:
         raise ValueError(f"The batch already has {taken}, which this would overwrite. Rename the field.")
 
 
-def _at(value: Any, rows: tuple[slice, ...]) -> Any:
+def _narrow(value: Any, axis: int, start: int, length: int) -> Any:
     # Whether it is a mapping takes longer to ask.
     if type(value) is not torch.Tensor and isinstance(value, Mapping):
-        return {key: _at(item, rows) for key, item in value.items()}
-    return value[rows]
+        return {key: _narrow(item, axis, start, length) for key, item in value.items()}
+    return value.narrow(axis, start, length)
 
 
 def _shifted(values: torch.Tensor, k: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import itertools
 import operator
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,24 +16,19 @@ import torch
 __all__ = ["to_torch"]
 
 
-class ThreadLock:
-    """A lock between the threads of one process; a forked child and a copy begin with one of their own."""
+class ThreadLock(type(threading.RLock())):  # type: ignore[misc]
+    """A lock between the threads of one process; a forked child and a copy begin with one of their own.
+
+    It is taken and given back by C: Ctrl-C between the two lines of a method would leave it taken for ever.
+    """
 
     _numbers = itertools.count()
+    _all: weakref.WeakSet[ThreadLock] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
         #: Who needs several takes them in the order of their numbers, so that no two threads wait for each other.
         self.number = next(ThreadLock._numbers)
-
-    def __enter__(self) -> None:
-        if self._process != os.getpid():
-            # The fork may have left it taken, by a thread that is not here.
-            self._lock, self._process = threading.RLock(), os.getpid()
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+        ThreadLock._all.add(self)
 
     def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
         return ThreadLock, ()
@@ -41,6 +37,16 @@ class ThreadLock:
     def parts(self) -> tuple[ThreadLock, ...]:
         """The locks that are taken."""
         return (self,)
+
+    @staticmethod
+    def renew_all() -> None:
+        """In a forked child: a thread that is not here may have held them."""
+        for lock in ThreadLock._all:
+            lock._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=ThreadLock.renew_all)
 
 
 class ThreadLocks:

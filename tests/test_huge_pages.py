@@ -66,7 +66,9 @@ def test_pages_are_made_just_ahead_of_rows_and_of_the_array_alone() -> None:
     kernel = pages._memory = Kernel(pages._memory, 100)  # type: ignore[assignment]
     memory = np.frombuffer(shared._mapping, np.uint8)  # type: ignore[arg-type]
     begin = rows.ctypes.data - memory.ctypes.data
+    assert (memory.ctypes.data - shared._offset) % HUGE_PAGE == 0
     row, num_asked = 0, []
+    rows[...] = 7
     for end in (1, 10_000, 10_001, 25_000, 40_000, CAPACITY):
         if end > row:
             row = pages.reach(end)
@@ -80,6 +82,7 @@ def test_pages_are_made_just_ahead_of_rows_and_of_the_array_alone() -> None:
         assert length == HUGE_PAGE and (start + shared._offset) % HUGE_PAGE == 0
         assert begin <= start and start + length <= begin + rows.nbytes
         assert start == kernel.asked[0][0] + number * HUGE_PAGE
+    assert (rows == 7).all(), "what is there stays"
 
 
 def test_who_refuses_is_not_asked_again() -> None:
@@ -113,11 +116,11 @@ def bytes_of(ring: RingBufferDataset, name: str) -> int:
 def test_a_kernel_that_has_them_gives_huge_pages_to_rows_and_to_what_is_written_only() -> None:
     ring = RingBufferDataset(400_000)
     ring.add_episode(episode(0, 10_000))
+    assert bytes_of(ring, "Rss") <= 10_000 * ROW_BYTES + 2 * HUGE_PAGE
+    for number in range(1, 40):
+        ring.add_episode(episode(number, 10_000))
     pages = ring._columns["x"]._pages
     assert isinstance(pages, HugePages)
     if pages._end == 0:
         pytest.skip("this kernel has none for shared memory")
-    assert bytes_of(ring, "Rss") <= 10_000 * ROW_BYTES + 2 * HUGE_PAGE
-    for number in range(1, 40):
-        ring.add_episode(episode(number, 10_000))
     assert bytes_of(ring, "ShmemPmdMapped") >= 400_000 * ROW_BYTES - 3 * HUGE_PAGE

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from buffers.dataset.column import Column
 from buffers.dataset.fields import Fields, Scalar, TensorType, Vector
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.shared import SharedArrays
 from buffers.evictor import FIFOEvictor
 from buffers.sampler import Sampler, UniformEpisodeSampler, UniformSampler
 from tests import tagged
@@ -256,13 +254,15 @@ def test_a_window_outside_of_the_ring_is_an_error_both_ways() -> None:
             column.reader(2, length)(torch.from_numpy(slots))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory that is not used must cost nothing")
-def test_windows_beyond_what_numpy_takes_for_an_item_are_read_all_the_same() -> None:
-    kind = Vector(1 << 30, torch.uint8)
-    array = SharedArrays({"x": ((3, 1 << 30), np.dtype(np.uint8))})["x"]
-    column = Column(3, kind, torch.device("cpu"), array, torch.uint8)
-    with pytest.raises(IndexError):
-        column.item_reader(1, 2)(np.array([2]))
+def test_a_large_batch_is_read_by_torch_which_lets_other_threads_go_on(monkeypatch) -> None:
+    column = Column(
+        100, Vector(1 << 16, torch.uint8), torch.device("cpu"), np.ones((100, 1 << 16), np.uint8), torch.uint8
+    )
+    used = []
+    monkeypatch.setattr(column, "read_windows", lambda slots, length, out: used.append(len(slots)))
+    for num in (31, 32):
+        column.item_reader(num, 2)(np.zeros(num, np.int64))
+    assert used == [32], "from 4 MB on"
 
 
 def test_the_way_to_read_follows_the_number_of_threads() -> None:

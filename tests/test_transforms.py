@@ -225,3 +225,11 @@ def test_names_that_are_taken_are_refused_and_extras_with_included_names_are_row
         to_transitions({**batch, "next_obs": row})
     with pytest.raises(ValueError, match=r"already has \['discount'\]"):
         n_step_returns({**found, "discount": row}, 2, 0.9)
+
+
+def test_a_field_of_another_number_of_rows_is_refused_and_the_source_of_a_mixture_is_left_alone() -> None:
+    rows = {name: torch.zeros(4, 2) for name in ("obs", "action", "reward")}
+    rows |= {"terminated": torch.zeros(4, 2, dtype=torch.bool), "truncated": torch.zeros(4, 2, dtype=torch.bool)}
+    assert to_transitions(rows | {"source": torch.arange(4)})["source"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        to_transitions(rows | {"extra": torch.zeros(4, 1)})

@@ -20,8 +20,6 @@ _MAX_VIEWS = 8
 _HUGE = 1 << 22
 # Elements from which on torch shares the work among its threads.
 _GRAIN = 1 << 15
-# In bytes, of numpy.
-_LARGEST_ITEM = 2**31 - 1
 
 
 class Column:
@@ -87,6 +85,12 @@ class Column:
         if before_end < len(rows):
             self.tensor[: len(rows) - before_end].copy_(source[before_end:])
 
+    def take(self, other: Column, slots: torch.Tensor) -> None:
+        """Copy the rows in some slots of another column of the same kind."""
+        self.rows[slots] = other.rows[slots]
+        # There are pages for them now, if small ones.
+        self._paged = other._paged
+
     def read_windows(self, slots: torch.Tensor, length: int, out: torch.Tensor) -> None:
         """Gather `out[b] = rows[slots[b] : slots[b] + length]`, none of which wraps."""
         windows = self._windows(length)
@@ -105,13 +109,14 @@ class Column:
         """The quickest way to `num` windows in new memory, on a CPU and for one thread.
 
         To numpy, windows are opaque items here, each copied by one `memcpy`; torch goes through them by its own loops.
+        For large batches there is no difference but that torch lets Python's other threads go on meanwhile.
 
         Returns:
             A function from slots `(num,)` to a tensor `(num, length, *shape)`.
         """
         assert self.array is not None  # It is on a CPU.
         row_bytes = self.tensor_type.nbytes
-        if self.needs_cast or not 0 < length * row_bytes <= _LARGEST_ITEM:
+        if self.needs_cast or row_bytes == 0 or num * length * row_bytes >= _HUGE:
             read = self.reader(num, length)
             return lambda slots: read(torch.from_numpy(slots))
         item = np.dtype((np.void, length * row_bytes))

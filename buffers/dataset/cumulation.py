@@ -12,6 +12,8 @@ When the oldest episode leaves, nothing changes but where the live ones begin.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,6 +38,14 @@ class Cumulation:
 
     def _set_values(self, values: Int64Array) -> None:
         self.values, self._ends = values, values[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view would be copied as an array of its own, which what is counted later does not reach.
+        return {name: value for name, value in self.__dict__.items() if name != "_ends"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ends = self.values[1:]
 
     def restart(self, row: int) -> None:
         """Begin to count at a row."""
@@ -105,6 +115,13 @@ class Cumulation:
     def _extend_guide(self) -> None:
         if self._num_guided == self.counted and self._guided_first == self.first and self._num_buckets:
             return
+        try:
+            self._bring_guide_up()
+        except BaseException:  # Ctrl-C: half a guide leads astray.
+            self._forget_guide()
+            raise
+
+    def _bring_guide_up(self) -> None:
         end = (int(self.values[self.counted]) - 1 >> self._shift) + 1
         if end > len(self._guide):
             self._begin_guide()

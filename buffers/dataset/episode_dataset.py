@@ -125,10 +125,16 @@ class EpisodeDataset(EpisodeSource):
             self._set_fields(fields)
         if self._evicts_before_writing:
             self._make_room(length)
-        self._write(arrays, self.index.next_start, self.index.next_id)
+        start = self.index.next_start
+        self._write(arrays, start, self.index.next_id)
         if not self._evicts_before_writing:
             self._make_room(length)
-        return self.index.append(length)
+        episode_id = self.index.append(length)
+        self._publish(start, length, episode_id)
+        return episode_id
+
+    def _publish(self, start: int, length: int, episode_id: int) -> None:
+        """Called when an episode is stored, with its step id, rows and id."""
 
     def _make_room(self, length: int) -> None:
         if self.index.num_steps + length <= self.capacity:

@@ -1,7 +1,7 @@
 """Huge pages for rows in shared memory, made just before the rows are written.
 
 Rows at random places lie in a page each, and where pages have 4 KB the processor looks up an address for each. Private
-memory gets pages of 2 MB by itself; for shared memory, most kernels give them only to who asks, piece by piece:
+memory of numpy has pages of 2 MB; for shared memory, most kernels give them only to who asks, piece by piece:
 
     pages of 2 MB    |####|####|####|    |    |        rows are about to be written beyond the third
     rows             |##########-----         |

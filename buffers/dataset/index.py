@@ -274,9 +274,12 @@ class EpisodeIndex:
         live = len(self)
         table = np.empty((live + max(live // 4, _INITIAL_SIZE, num_new), 3), np.int64)
         table[:live] = self.rows
-        for cumulation in self._cumulations.values():
+        # Should this be cut off by Ctrl-C, they are counted anew.
+        cumulations, self._cumulations = self._cumulations, {}
+        for cumulation in cumulations.values():
             cumulation.relocate(len(table), self._first)
         self._table, self._first, self._last = table, 0, live
+        self._cumulations = cumulations
 
 
 def _windows(table: Int64Array, rows: Int64Array, step: Int64Array, length: int) -> Windows:

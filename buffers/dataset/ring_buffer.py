@@ -127,8 +127,16 @@ class RingBufferDataset(EpisodeDataset):
         slot, length = start % self.capacity, len(next(iter(episode.values())))
         for name, rows in episode.items():
             self._columns[name].write(slot, length, rows)
-        if self._log is not None:
-            self._log.add(start, length, episode_id, self.index)
+
+    def _publish(self, start: int, length: int, episode_id: int) -> None:
+        if self._log is None:
+            return
+        for untold in range(self._log.newest_id + 1, episode_id):
+            # Ctrl-C came between an addition and this.
+            position = self.index.position(untold)
+            if position is not None:
+                self._log.add(*self.index.episode(position), self.index)
+        self._log.add(start, length, episode_id, self.index)
 
     def _announce(self) -> None:
         if self._log is not None:
@@ -258,7 +266,7 @@ class RingBufferDataset(EpisodeDataset):
         if self._fields is not None:
             slots = torch.arange(head - rows, head, device=self.device) % self.capacity
             for name, column in self._columns.items():
-                other._columns[name].rows[slots] = column.rows[slots]
+                other._columns[name].take(column, slots)
         if other._log is not None:
             other._log.restate(other.index)
         return other

@@ -217,6 +217,13 @@ class EpisodeLog:
 
     # The writer's side.
 
+    @property
+    def newest_id(self) -> int:
+        """The newest episode that readers have been told of; -1 before the first."""
+        rows, last, header = self._halves[int(self._version[0]) & 1]
+        num = int(last[0])
+        return int(rows[num - 1, _ID]) if num else int(header[_NEXT_ID]) - 1
+
     def announce(self) -> None:
         """Episodes may leave now for one that is about to come."""
         self._version[_NUM_CHANGES] |= 1
