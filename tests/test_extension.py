@@ -297,7 +297,7 @@ def test_ctrl_c_while_waiting_for_the_second_lock_gives_up_the_first() -> None:
     with pytest.raises(KeyboardInterrupt), ThreadLocks(first, Interrupted()):
         pass
     taken = []
-    thread = threading.Thread(target=lambda: taken.append(first._lock.acquire(timeout=5)))
+    thread = threading.Thread(target=lambda: taken.append(first.acquire(timeout=5)))
     thread.start()
     thread.join()
     assert taken == [True]
