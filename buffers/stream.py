@@ -76,9 +76,9 @@ class SequenceStream(IterableDataset):
         self.dataset = dataset
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         self.sequence_length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
-        if self.sequence_length is not None and self.sequence_length > dataset.longest_possible:
+        if self.sequence_length is not None and self.sequence_length > dataset._longest_drawable:
             raise ValueError(
-                f"`sequence_length`={sequence_length} exceeds the `capacity` of {dataset.longest_possible} steps."
+                f"`sequence_length`={sequence_length} exceeds the `capacity` of {dataset._longest_drawable} steps."
             )
         self.num_windows = _SEQUENCES_PER_READ if self.batch_size is None else self.batch_size
         self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)

@@ -36,7 +36,7 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `obs`, `action`, `reward`, `terminated`, `truncated`, `next_obs` `(B, T, *shape)`; all other fields of rows
         (extra ones, and `mask`, `index`, ... of `include`) as they are in the row on arrival, but `is_first`, which
-        says whether `obs` is the first of an episode. `episode` and `weight` `(B,)` are left as they are.
+        says whether `obs` is the first of an episode. `episode`, `weight` and `source` `(B,)` are left as they are.
 
     Raises:
         ValueError: A field is missing, there is a `next_obs` already, or sequences have one row.

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
+import threading
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from buffers.utils import format_bytes, to_torch
+from buffers.utils import ThreadLock, format_bytes, to_torch
 
 
 class Pair(NamedTuple):
@@ -72,3 +74,25 @@ def test_bytes_for_people() -> None:
         "1.0 GB",
         "3.0 TB",
     ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_can_take_a_lock_that_another_thread_of_its_parent_holds() -> None:
+    lock, is_held, may_end = ThreadLock(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            is_held.set()
+            may_end.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert is_held.wait(30)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if lock.acquire(blocking=False) else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0 and not lock.acquire(blocking=False), "and the parent's is still held"
+    may_end.set()
+    thread.join()
+    assert lock.acquire(blocking=False)

@@ -244,8 +244,8 @@ class EpisodeSource(IterableDataset, ABC):
         """Settle the fields, if they can be known without an episode. They cannot by default."""
 
     @property
-    def longest_possible(self) -> int:
-        """Steps that an episode can have here at the most."""
+    def _longest_drawable(self) -> int:
+        """Steps that an episode can have at the most to be drawn from here."""
         return self.capacity
 
     @property

@@ -76,7 +76,8 @@ class IndividualFileDataset(EpisodeDataset):
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range, or a directory of other fields, or another format or version.
+        ValueError: An argument out of its range, or a directory of other fields, or another format or version; or, to
+            write, a capacity that the newest episode does not fit.
         RuntimeError: Another writer has the directory.
         OSError: The directory cannot be made, read, or written to.
         MemoryError: There is no shared memory for what workers are told.
@@ -259,15 +260,16 @@ class IndividualFileDataset(EpisodeDataset):
         fields_before, stored_before = self._fields, self._stored_fields
         index, episode_id, start = self.index, self.index.next_id, self.index.next_start
         try:
-            super()._add(fields, arrays)
+            return super()._add(fields, arrays)
         except BaseException:
             if index.next_id == episode_id:
                 self._take_back(episode_id, start)
                 self._fields, self._stored_fields = fields_before, stored_before
             raise
+
+    def _publish(self, start: int, length: int, episode_id: int) -> None:
         assert self._log is not None  # A writer has one.
-        self._log.add(start, index.next_start - start, episode_id, index)
-        return episode_id
+        self._log.add(start, length, episode_id, self.index)
 
     def _take_back(self, episode_id: int, start: int) -> None:
         """Remove the file of an episode that is not counted: its evictor has failed, say."""
@@ -375,7 +377,7 @@ class IndividualFileDataset(EpisodeDataset):
         return _follower, (self._stored_fields, memory, *arguments)
 
     @property
-    def longest_possible(self) -> int:
+    def _longest_drawable(self) -> int:
         """As of any dataset; who only reads does not know."""
         return sys.maxsize if self._writer is None else self.capacity
 

@@ -147,9 +147,9 @@ class MixtureDataset(EpisodeDataset):
             self._find_fields()
 
     @property
-    def longest_possible(self) -> int:
+    def _longest_drawable(self) -> int:
         """Steps that an episode of a member can have at the most."""
-        return max(leaf.longest_possible for leaf in self._leaves)
+        return max(leaf._longest_drawable for leaf in self._leaves)
 
     def _num_changes(self) -> int:
         numbers = [leaf._num_changes() for leaf in self._leaves]

@@ -143,6 +143,7 @@ class RingBufferDataset(EpisodeDataset):
             self._log.announce()
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
+        # The step ids of what lives follow one another, so the oldest begins so many before the next.
         if start != self.index.next_start - self.index.num_steps:
             raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
         if self._log is not None:
