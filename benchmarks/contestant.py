@@ -33,6 +33,8 @@ class Contestant(ABC):
     def __init__(self) -> None:
         self.store: Store | None = None
         self._envs: TaggedEnvs | None = None
+        # It goes on from the filling to what is timed, so that all that it keeps is in use by then.
+        self._add_step: Callable[[], Any] | None = None
 
     @abstractmethod
     def make(self, store: Store) -> None:
@@ -64,7 +66,7 @@ class Contestant(ABC):
 
     def fill(self, store: Store) -> None:
         """Make the store, and fill it if it shall be."""
-        self.store = None
+        self.store = self._add_step = None
         self.make(store)
         # They go on in what is timed, so that no episode is left without an end.
         self.store, self._envs = store, TaggedEnvs(store)
@@ -72,15 +74,13 @@ class Contestant(ABC):
             self.fill_rows(store)
 
     def fill_rows(self, store: Store) -> None:
-        """Add rows until the store is full."""
+        """Add rows until the store is full, also where the rows of open episodes are kept beside it."""
         if store.num_envs == 1:
             for rows in blocks(store):
                 self.add_rows(rows, store.episode_length)
             return
-        envs = self._envs
-        assert envs is not None
-        add = self.step_adder(envs)
-        for _ in range(store.num_steps // store.num_envs):
+        envs, add = self._stepped()
+        for _ in range(store.num_steps // store.num_envs + store.episode_length):
             add()
             envs.step()
 
@@ -88,32 +88,38 @@ class Contestant(ABC):
         """What is timed."""
         store = workload.store
         if workload.part == "adding":
-            assert self._envs is not None
-            return self._adding(self._envs, store)
+            return self._adding(store)
         draw = self.drawer(workload.batch_size, workload.length)
         if workload.part == "growth":
             return self._then(self.episode_adder(self.one_episode(store), store.episode_length), draw)
         if workload.part == "training":
-            assert self._envs is not None
-            return self._then(self._then(self.step_adder(self._envs), self._envs.step), draw)
+            envs, add = self._stepped()
+            return self._then(self._then(add, envs.step), draw)
         return draw
 
     def one_episode(self, store: Store) -> Rows:
         return tagged_rows(store.kind, store.num_steps // store.episode_length, 1, store.episode_length)
 
-    def _adding(self, envs: TaggedEnvs, store: Store) -> Callable[[], Any]:
+    def _stepped(self) -> tuple[TaggedEnvs, Callable[[], Any]]:
+        """The environments, and what adds their rows."""
+        assert self._envs is not None
+        if self._add_step is None:
+            self._add_step = self.step_adder(self._envs)
+        return self._envs, self._add_step
+
+    def _adding(self, store: Store) -> Callable[[], Any]:
         """Rows that never change but for the flags, so that next to nothing but adding is timed."""
-        add = self.step_adder(envs)
-        n, length = store.num_envs, store.episode_length
-        ends = [(np.arange(n) * length // n + step) % length == 0 for step in range(length)]
-        clock, terminated, was_done = 0, envs.rows["terminated"], envs.was_done
+        envs, add = self._stepped()
+        length, terminated, was_done = store.episode_length, envs.rows["terminated"], envs.was_done
+        ends = [(envs.age + step) % length == length - 1 for step in range(length)]
+        clock = 0
 
         def add_next() -> None:
             nonlocal clock
-            was_done[:] = terminated
-            terminated[:] = ends[clock]
-            clock = (clock + 1) % length
             add()
+            was_done[:] = terminated
+            clock = (clock + 1) % length
+            terminated[:] = ends[clock]
 
         return add_next
 

@@ -276,6 +276,6 @@ def test_a_measurement_warms_the_process_and_is_of_as_many_calls_as_were_settled
     assert calls_to_fill(work, seconds=0.0035) == 4
     called_at.clear()
     assert microseconds(work, 4) == pytest.approx(1000)
-    assert len(called_at) == 10 + 4, "ten milliseconds of them to warm up"
+    assert len(called_at) == 100 + 4, "a hundred milliseconds of them to warm up"
     assert microseconds(work, 1) == pytest.approx(1000)
-    assert len(called_at) == 10 + 4 + 1, "none where one call takes longer than that"
+    assert len(called_at) == 100 + 4 + 1, "none where one call takes longer than that"
