@@ -11,7 +11,7 @@ import torch
 
 from buffers.accumulator import Accumulator
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields
+from buffers.dataset.fields import Fields, as_array
 from buffers.dataset.verification import check_rows
 from buffers.sampler.base import Sampler
 from buffers.statistics import Statistics
@@ -283,9 +283,9 @@ class ReplayBuffer:
         if leading:
             accumulator.add_rows(
                 rows,
-                self._flag_for(leading, "is_first (done)", is_first),
-                self._flag_for(leading, "is_last", is_last),
-                self._flag_for(leading, "mask", mask),
+                None if is_first is None else self._flag_for(leading, "is_first (done)", is_first),
+                None if is_last is None else self._flag_for(leading, "is_last", is_last),
+                None if mask is None else self._flag_for(leading, "mask", mask),
             )
             return
         for name, flag in (("is_first", is_first), ("is_last (done)", is_last), ("mask", mask)):
@@ -435,8 +435,8 @@ def _as_flags(name: str, value: Any) -> bool | np.ndarray:
     """A bool, or a bool array of one axis."""
     if isinstance(value, bool):
         return value
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.dtype != np.bool_:
+    array = as_array(name, value) if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.dtype.kind != "b":
         raise TypeError(f"`{name}` must be bool or an array of bool, found {array.dtype}: {value!r:.60}.")
     if array.ndim == 0:
         return bool(array)

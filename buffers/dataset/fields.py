@@ -155,7 +155,10 @@ def as_array(name: str, value: Any) -> np.ndarray:
         ValueError: A ragged list.
     """
     if isinstance(value, torch.Tensor):
-        return _tensor_to_array(name, value)
+        try:
+            return value.numpy()
+        except (RuntimeError, TypeError):
+            return _tensor_to_array(name, value)
     if isinstance(value, (list, tuple)):
         array = _list_to_array(name, value)
     elif isinstance(value, (np.ndarray, np.generic, bool, int)):
@@ -194,6 +197,7 @@ def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
+    """Of a tensor that has no array as it is: it is on a GPU, has a gradient, is bfloat16, ..."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.dtype not in _TO_NUMPY:
         raise TypeError(f"Field `{name}` must be a dense tensor of numbers, found {tensor.layout}, {tensor.dtype}.")
@@ -329,13 +333,13 @@ class Fields(Mapping[str, TensorType]):
         for i, (name, dtype, _) in enumerate(self.layout):
             leaf = leaves[i]
             if type(leaf) is np.ndarray:
-                if not leaf.dtype.isnative:
+                if leaf.dtype is not dtype and not leaf.dtype.isnative:
                     leaves[i] = as_array(name, leaf)
             elif type(leaf) is torch.Tensor:
                 try:
                     leaves[i] = leaf.numpy()
-                except (RuntimeError, TypeError):  # On a GPU, with a gradient, bfloat16, ...
-                    leaves[i] = as_array(name, leaf)
+                except (RuntimeError, TypeError):
+                    leaves[i] = _tensor_to_array(name, leaf)
             else:
                 leaves[i] = _number_as(dtype, as_array(name, leaf), leaf)
         return leaves

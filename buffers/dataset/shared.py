@@ -202,10 +202,14 @@ class EpisodeLog:
 
     def __init__(self, memory: SharedArrays) -> None:
         self.memory = memory
-        lines, halves = memory["log/lines"], memory["log/rows"]
+        # Single words are read and written through these in a fourth of the time that it takes through arrays.
+        lines = [memoryview(line) for line in memory["log/lines"]]
         self._version, self._tail = lines[_VERSION], lines[_TAIL]
         # Of each half: its rows, how many there are, and what the writer says of it.
-        self._halves = [(halves[h], lines[_HALVES + 2 * h], lines[_HALVES + 2 * h + 1]) for h in (0, 1)]
+        self._halves = [
+            (memoryview(memory["log/rows"][h].reshape(-1)), lines[_HALVES + 2 * h], lines[_HALVES + 2 * h + 1])
+            for h in (0, 1)
+        ]
         self._reader, self._version_read, self._num_read = os.getpid(), _NOTHING_READ, 0
 
     @staticmethod
@@ -220,9 +224,9 @@ class EpisodeLog:
     @property
     def newest_id(self) -> int:
         """The newest episode that readers have been told of; -1 before the first."""
-        rows, last, header = self._halves[int(self._version[0]) & 1]
-        num = int(last[0])
-        return int(rows[num - 1, _ID]) if num else int(header[_NEXT_ID]) - 1
+        words, last, header = self._halves[self._version[0] & 1]
+        num = last[0]
+        return words[3 * (num - 1) + _ID] if num else header[_NEXT_ID] - 1
 
     def announce(self) -> None:
         """Episodes may leave now for one that is about to come."""
@@ -245,15 +249,15 @@ class EpisodeLog:
         self._append(0, 0, episode_id, index)
 
     def _append(self, start: int, length: int, episode_id: int, index: EpisodeIndex) -> None:
-        rows, last, header = self._halves[int(self._version[0]) & 1]
-        num = int(last[0])
+        words, last, header = self._halves[self._version[0] & 1]
+        num = last[0]
         if num == header[_ROOM]:
             # Only what readers of this half have been told.
             self._restate(index, int(index.ids.searchsorted(episode_id)) if length else len(index))
-            rows, last, header = self._halves[int(self._version[0]) & 1]
-            num = int(last[0])
-        row = rows[num]
-        row[0], row[1], row[2] = start, length, episode_id
+            words, last, header = self._halves[self._version[0] & 1]
+            num = last[0]
+        word = 3 * num
+        words[word], words[word + 1], words[word + 2] = start, length, episode_id
         fence()
         last[0] = num + 1
         if length and self._version[_NUM_CHANGES] & 1:
@@ -270,9 +274,9 @@ class EpisodeLog:
 
     def _restate(self, index: EpisodeIndex, num_live: int) -> None:
         """Go on in the other half, behind the oldest `num_live` episodes of the index."""
-        version = int(self._version[0]) + 1
-        rows, last, header = self._halves[version & 1]
-        room = min(max(_MIN_ROOM, 2 * num_live), len(rows))
+        version = self._version[0] + 1
+        words, last, header = self._halves[version & 1]
+        room = min(max(_MIN_ROOM, 2 * num_live), len(words) // 3)
         if num_live >= room:
             raise RuntimeError(
                 f"Workers can be shown {room - 1:,} live episodes, and there are more. Lower the `capacity`."
@@ -280,8 +284,9 @@ class EpisodeLog:
         # A reader that copied a row that is written over must see the new owner when it looks again.
         header[_OWNER] = version
         fence()
-        rows[:num_live] = index.rows[:num_live]
-        header[_ROOM : _NEXT_ID + 1] = room, num_live, index.next_start, index.next_id
+        self._rows_of(version)[:num_live] = index.rows[:num_live]
+        header[_ROOM], header[_NUM_LIVE] = room, num_live
+        header[_NEXT_START], header[_NEXT_ID] = index.next_start, index.next_id
         last[0] = num_live
         fence()
         self._version[0] = version
@@ -296,13 +301,13 @@ class EpisodeLog:
     def tail(self) -> int:
         """The least step id that is not retired, as of now and after everything loaded before."""
         fence()
-        return int(self._tail[0])
+        return self._tail[0]
 
     @property
     def num_changes(self) -> int:
         """Changes from one episode to another: odd while some have left, or may have, and the new one has not come."""
         fence()
-        return int(self._version[_NUM_CHANGES])
+        return self._version[_NUM_CHANGES]
 
     @property
     def has_ended(self) -> bool:
@@ -328,19 +333,19 @@ class EpisodeLog:
 
     def _is_all_read(self) -> bool:
         _, last, _ = self._halves[self._version_read & 1]
-        return int(last[0]) == self._num_read and int(self._version[0]) == self._version_read
+        return last[0] == self._num_read and self._version[0] == self._version_read
 
     def _read(self, index: EpisodeIndex) -> list[int]:
         gone: list[int] = []
         while True:
-            version = int(self._version[0])
+            version = self._version[0]
             fence()
             if version == self._version_read + 1:
                 # The rest of the half that is known; what the other one states is known then.
                 gone += self._read_on(index)
                 if version == self._version_read + 1:
                     _, _, header = self._halves[version & 1]
-                    self._version_read, self._num_read = version, int(header[_NUM_LIVE])
+                    self._version_read, self._num_read = version, header[_NUM_LIVE]
             gone += self._read_on(index) if version == self._version_read else self._read_all(version, index)
             if version == self._version_read:
                 return gone
@@ -357,7 +362,7 @@ class EpisodeLog:
     def _read_all(self, version: int, index: EpisodeIndex) -> list[int]:
         """Read the half of a version from its front on; if it is not there any more, nothing is known."""
         _, _, header = self._halves[version & 1]
-        next_start, next_id = int(header[_NEXT_START]), int(header[_NEXT_ID])
+        next_start, next_id = header[_NEXT_START], header[_NEXT_ID]
         news = self._rows(version, 0)
         if news is None:
             self._version_read = _NOTHING_READ
@@ -372,12 +377,16 @@ class EpisodeLog:
 
     def _rows(self, version: int, begin: int) -> Int64Array | None:
         """The rows of a version from a number on; None if they have been written over meanwhile."""
-        rows, last, header = self._halves[version & 1]
-        num = int(last[0])
+        _, last, header = self._halves[version & 1]
+        num = last[0]
         fence()
-        news = rows[begin:num].copy()
+        news = self._rows_of(version)[begin:num].copy()
         fence()
-        return news if int(header[_OWNER]) == version else None
+        return news if header[_OWNER] == version else None
+
+    def _rows_of(self, version: int) -> Int64Array:
+        """Those of the half of a version, `(room, 3)`."""
+        return self.memory["log/rows"][version & 1]
 
 
 def _apply(news: Int64Array, index: EpisodeIndex) -> list[int]:
