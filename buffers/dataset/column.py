@@ -67,6 +67,11 @@ class Column:
         if self.word is not None:
             self.tensor = self.rows.view(self.tensor_type.dtype).view(self.capacity, *self.tensor_type.shape)
 
+    @property
+    def num_ready(self) -> int:
+        """Rows that can be written to `array` as to any array: none on a GPU, and else all that there are pages for."""
+        return 0 if self.array is None else self._paged
+
     def write(self, slot: int, length: int, rows: np.ndarray) -> None:
         """Copy rows, as many as `length`, to the slots from `slot` on, around the end if need be."""
         array, end = self.array, slot + length

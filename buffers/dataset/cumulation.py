@@ -37,26 +37,27 @@ class Cumulation:
         self.restart(first)
 
     def _set_values(self, values: Int64Array) -> None:
-        self.values, self._ends = values, values[1:]
+        # Single totals are read and written through the last in a fourth of the time that it takes through arrays.
+        self.values, self._ends, self._totals = values, values[1:], values.data
 
     def __getstate__(self) -> dict[str, Any]:
         # A view would be copied as an array of its own, which what is counted later does not reach.
-        return {name: value for name, value in self.__dict__.items() if name != "_ends"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_ends", "_totals")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._ends = self.values[1:]
+        self._set_values(self.values)
 
     def restart(self, row: int) -> None:
         """Begin to count at a row."""
         self.counted, self.first = row, row
-        self.values[row] = 0
+        self._totals[row] = 0
         self._forget_guide()
 
     def append(self, count: int) -> None:
         """Count on, with what the next row holds: a tenth of the time of `extend`."""
         self.counted += 1
-        self.values[self.counted] = self.values[self.counted - 1] + count
+        self._totals[self.counted] = self._totals[self.counted - 1] + count
 
     def extend(self, counts: npt.NDArray[np.generic]) -> None:
         """Count on, with what the next rows hold."""
@@ -85,12 +86,12 @@ class Cumulation:
     @property
     def num(self) -> int:
         """What the live rows hold together."""
-        return int(self.values[self.counted] - self.values[self.first])
+        return self._totals[self.counted] - self._totals[self.first]
 
     def locate(self, r: Int64Array) -> tuple[Int64Array, Int64Array]:
         """For integers in [0, num): the rows of the table that they lie in, and what remains of them there."""
         self._extend_guide()
-        totals = r + self.values[self.first]
+        totals = r + self._totals[self.first]
         rows = self._guide.take(totals >> self._shift)
         for step in range(min(self._num_steps, _MAX_STEPS)):
             is_behind = self._ends.take(rows) <= totals
@@ -122,10 +123,10 @@ class Cumulation:
             raise
 
     def _bring_guide_up(self) -> None:
-        end = (int(self.values[self.counted]) - 1 >> self._shift) + 1
+        end = (self._totals[self.counted] - 1 >> self._shift) + 1
         if end > len(self._guide):
             self._begin_guide()
-            end = (int(self.values[self.counted]) - 1 >> self._shift) + 1
+            end = (self._totals[self.counted] - 1 >> self._shift) + 1
         guide, begin = self._guide, self._num_buckets
         if begin < end:
             if self.counted - self._num_guided == 1:
@@ -138,7 +139,7 @@ class Cumulation:
         self._num_guided = self.counted
         if self._guided_first != self.first:
             # Rows that have left may share the first bucket with the first that lives.
-            bucket = int(self.values[self.first]) >> self._shift
+            bucket = self._totals[self.first] >> self._shift
             if guide[bucket] < self.first:
                 guide[bucket] = self.first
             self._guided_first = self.first

@@ -97,11 +97,15 @@ class RingBufferDataset(EpisodeDataset):
         if self._memory is not None:
             self._log = EpisodeLog(self._memory)
         self._readers: dict[tuple[int, int, int], Readers] = {}
+        # Rows that can be written without the columns' help.
+        self._num_ready = 0
+        self._arrays: dict[str, np.ndarray] = {}
         self._columns: dict[str, Column] = {}
         for name, tensor_type in fields.items():
             array, pages = None, None
             if self._memory is not None:
                 array, pages = self._memory[f"rows/{name}"], self._memory.huge_pages(f"rows/{name}")
+                self._arrays[name] = array
             self._columns[name] = Column(self.capacity, stored[name], self.device, array, tensor_type.dtype, pages)
 
     def _stored_type(self, field: TensorType) -> TensorType:
@@ -124,9 +128,15 @@ class RingBufferDataset(EpisodeDataset):
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        slot, length = start % self.capacity, len(next(iter(episode.values())))
+        slot, end = start % self.capacity, 0
         for name, rows in episode.items():
-            self._columns[name].write(slot, length, rows)
+            end = slot + len(rows)
+            if end <= self._num_ready:
+                self._arrays[name][slot:end] = rows
+            else:
+                self._columns[name].write(slot, len(rows), rows)
+        if end > self._num_ready:
+            self._num_ready = min(column.num_ready for column in self._columns.values())
 
     def _publish(self, start: int, length: int, episode_id: int) -> None:
         if self._log is None:
@@ -243,7 +253,7 @@ class RingBufferDataset(EpisodeDataset):
         state = self.__dict__.copy()
         state.pop("_readers", None)
         if self._memory is not None:
-            for name in ("index", "_columns", "_log"):
+            for name in ("index", "_columns", "_arrays", "_log"):
                 state.pop(name)
         return state
 
