@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # The same examples each time, and no opinion on how fast a busy machine is: a run that fails, fails for everyone.
@@ -25,3 +26,12 @@ def opened(tmp_path: Path) -> Iterator[Callable[[bytes], io.FileIO]]:
             return file
 
         yield write
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

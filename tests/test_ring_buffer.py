@@ -211,8 +211,10 @@ def test_half_precision_stores_half_and_gives_float32_back() -> None:
     dataset.add_episode({**episode, "x": np.full((5, 2), np.inf, np.float32)})
 
 
+@pytest.mark.parametrize("num_before", [0, 70])  # Episodes of 40 rows: with 70 before, every second one wraps.
+@pytest.mark.parametrize("batch_size", [8, 2048])  # By numpy, and, of the largest rows, by torch into huge pages.
 @pytest.mark.parametrize("length", [1, 2])
-def test_rows_of_every_kind_are_drawn_as_they_were_added(length) -> None:
+def test_rows_of_every_kind_are_drawn_as_they_were_added(length, batch_size, num_before, threads) -> None:
     kinds = {f"{t.dtype} {t.shape}": t for t in KINDS}
     rows = torch.arange(40)
     episode = {
@@ -220,12 +222,16 @@ def test_rows_of_every_kind_are_drawn_as_they_were_added(length) -> None:
         for name, t in kinds.items()
     }
     dataset = RingBufferDataset(100)
+    if num_before:
+        before = {name: values[:1].expand(num_before, *values.shape[1:]) for name, values in episode.items()}
+        dataset.add_episode({**before, "row": torch.full((num_before,), -1)})
     dataset.add_episode({**episode, "row": rows})
-    stream = dataset.get_loader(8, length, seed=0).stream
-    for _ in range(40):  # Some made alone, others together.
+    assert dataset.num_episodes == 1
+    stream = dataset.get_loader(batch_size, length, seed=0).stream
+    for _ in range(320 // batch_size or 3):  # Some made alone, others together.
         batch = stream.take()
         for name, kind in kinds.items():
-            assert batch[name].is_contiguous() and batch[name].shape == (8, length, *kind.shape)
+            assert batch[name].is_contiguous() and batch[name].shape == (batch_size, length, *kind.shape)
             assert torch.equal(batch[name], episode[name][batch["row"]])
 
 
@@ -244,14 +250,18 @@ def test_both_ways_to_windows_give_copies_of_the_same(kind, length) -> None:
         assert torch.equal(column.tensor[7 : 7 + length], expected[2])
 
 
-def test_a_window_outside_of_the_ring_is_an_error_both_ways() -> None:
-    column = Column(50, Vector(3), torch.device("cpu"), np.zeros((50, 3), np.float32), torch.float32)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.nbytes], ids=str)
+@pytest.mark.parametrize("num", [2, 4000])
+def test_a_window_outside_of_the_ring_is_an_error_both_ways(num, kind, threads) -> None:
+    column = Column(50, kind, torch.device("cpu"), np.zeros((50, *kind.shape), kind.numpy_dtype), kind.dtype)
     for length in (1, 2):
-        slots = np.array([0, 51 - length])
-        with pytest.raises(IndexError):
-            column.item_reader(2, length)(slots)
-        with pytest.raises(IndexError):
-            column.reader(2, length)(torch.from_numpy(slots))
+        slots = np.zeros(num, np.int64)
+        slots[-1] = 51 - length
+        # That is how a ring learns that a window wraps.
+        with pytest.raises((IndexError, RuntimeError)):
+            column.item_reader(num, length)(slots)
+        with pytest.raises((IndexError, RuntimeError)):
+            column.reader(num, length)(torch.from_numpy(slots))
 
 
 def test_a_large_batch_is_read_by_torch_which_lets_other_threads_go_on(monkeypatch) -> None:

@@ -175,11 +175,11 @@ class RingBufferDataset(EpisodeDataset):
         windows.places = self._places(windows)
 
     def _places(self, windows: Windows) -> np.ndarray | torch.Tensor | None:
-        """Where windows lie, `(B,)`, a tensor for a GPU; None if some wrap."""
+        """Where windows begin, `(B,)`: an array; for a GPU a tensor, None if some wrap, which it could not tell."""
         slots = windows.start % self.capacity
-        if np.maximum.reduce(slots) > self.capacity - windows.length:
-            return None
-        return slots if self._log is not None else self._on_device(slots)
+        if self._log is not None:
+            return slots
+        return self._on_device(slots) if slots.max() <= self.capacity - windows.length else None
 
     def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
         # They are not kept: the windows may be a sampler's own, who draws them from another ring next.
@@ -191,7 +191,11 @@ class RingBufferDataset(EpisodeDataset):
         takes_arrays, readers = self._readers.get(size) or self._find_readers(size)
         if not takes_arrays and self._log is not None:
             places = torch.from_numpy(places)
-        return {name: read(places) for name, read in readers.items()}, self._which_are_whole(windows)
+        try:
+            out = {name: read(places) for name, read in readers.items()}
+        except (IndexError, RuntimeError):  # Some wrap: they begin behind the last place where one can that does not.
+            return super()._read_new(windows)
+        return out, self._which_are_whole(windows)
 
     def _find_readers(self, size: tuple[int, int, int]) -> Readers:
         """What reads each field: found once, as between two gathers the caches have lost whatever there is to ask.
