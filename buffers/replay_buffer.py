@@ -331,7 +331,7 @@ class ReplayBuffer:
         Raises:
             RuntimeError: No complete episode is long enough.
         """
-        if self._is_closed or not len(self.dataset.index):
+        if self._is_closed or not self.dataset.index.num_steps:
             self._check_drawable()
         if self._direct:
             return self.dataloader.stream.take()

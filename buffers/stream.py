@@ -304,7 +304,7 @@ def _batch_of(stream: SequenceStream, windows: Windows, out: dict[str, torch.Ten
         _zero_padding(windows, out)
     fields = stream.dataset.fields
     assert fields is not None  # Windows are drawn from episodes, so there are fields.
-    batch = fields.unflatten(out)
+    batch = out if fields.is_flat else fields.unflatten(out)
     if not stream.include:
         return batch
     stream.check_include(fields)

@@ -267,7 +267,8 @@ class Fields(Mapping[str, TensorType]):
         )
         #: Keys of the top level.
         self.roots: frozenset[str] = frozenset(path[0] for path in self.paths)
-        self._is_flat = all(len(path) == 1 for path in self.paths)
+        #: Whether no dict is nested in a step.
+        self.is_flat = all(len(path) == 1 for path in self.paths)
 
     @classmethod
     def from_rows(cls, rows: Mapping[str, Any], num_leading_axes: int) -> Fields:
@@ -306,7 +307,7 @@ class Fields(Mapping[str, TensorType]):
             ValueError: Keys are missing or unexpected.
         """
         # To ask an abstract class takes as long as all the rest.
-        if self._is_flat and (type(tree) is dict or isinstance(tree, Mapping)) and len(tree) == len(self.names):
+        if self.is_flat and (type(tree) is dict or isinstance(tree, Mapping)) and len(tree) == len(self.names):
             try:
                 return [tree[name] for name in self.names]
             except KeyError:
@@ -346,7 +347,7 @@ class Fields(Mapping[str, TensorType]):
 
     def unflatten(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The nested dict for `name -> leaf`; the inverse of `flatten`."""
-        if self._is_flat:
+        if self.is_flat:
             return dict(leaves)
         return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any, final
 
@@ -18,7 +17,7 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.shared import EpisodeLog, SharedArrays
 from buffers.evictor.base import Evictor
 from buffers.evictor.fifo import FIFOEvictor
-from buffers.utils import format_bytes
+from buffers.utils import Process, format_bytes
 
 __all__ = ["RingBufferDataset"]
 
@@ -74,7 +73,7 @@ class RingBufferDataset(EpisodeDataset):
         self._memory: SharedArrays | None = None
         self._log: EpisodeLog | None = None
         # The process that adds. In every other, this dataset reads what that one publishes.
-        self._writer = os.getpid()
+        self._writer = Process.number
         super().__init__(capacity, info, evictor)
 
     def _allocate(self, fields: Fields) -> None:
@@ -124,7 +123,7 @@ class RingBufferDataset(EpisodeDataset):
                 )
 
     def _check_writable(self) -> None:
-        if os.getpid() != self._writer:
+        if Process.number != self._writer:
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
@@ -218,7 +217,7 @@ class RingBufferDataset(EpisodeDataset):
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """To be asked after reading: None if all are, else bool `(B,)`, False where it has been written over."""
-        if self._log is None or os.getpid() == self._writer:
+        if self._log is None or Process.number == self._writer:
             return None
         is_whole = windows.start >= self._log.tail
         return None if is_whole.all() else is_whole
@@ -246,11 +245,11 @@ class RingBufferDataset(EpisodeDataset):
             raise ValueError(f"A ring on {self.device} makes its batches there: workers cannot. Use `num_workers`=0.")
 
     def _refresh(self) -> None:
-        if os.getpid() != self._writer and self._log is not None:
+        if Process.number != self._writer and self._log is not None:
             self._log.follow(self.index)
 
     def _num_changes(self) -> int:
-        return 0 if self._log is None or os.getpid() == self._writer else self._log.num_changes
+        return 0 if self._log is None or Process.number == self._writer else self._log.num_changes
 
     def __getstate__(self) -> dict[str, Any]:
         """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
@@ -264,7 +263,7 @@ class RingBufferDataset(EpisodeDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._memory is None:
-            self._writer, self._readers = os.getpid(), {}
+            self._writer, self._readers = Process.number, {}
         else:
             assert self._fields is not None  # There is memory for them.
             self._set_columns(self._fields, {name: self._stored_type(t) for name, t in self._fields.items()})

@@ -29,7 +29,7 @@ import torch
 from buffers.dataset.cumulation import Int64Array
 from buffers.dataset.huge_pages import HugePages, map_file
 from buffers.dataset.index import EpisodeIndex
-from buffers.utils import format_bytes
+from buffers.utils import Process, format_bytes
 
 __all__ = ["EpisodeLog", "SharedArrays"]
 
@@ -210,7 +210,7 @@ class EpisodeLog:
             (memoryview(memory["log/rows"][h].reshape(-1)), lines[_HALVES + 2 * h], lines[_HALVES + 2 * h + 1])
             for h in (0, 1)
         ]
-        self._reader, self._version_read, self._num_read = os.getpid(), _NOTHING_READ, 0
+        self._reader, self._version_read, self._num_read = Process.number, _NOTHING_READ, 0
 
     @staticmethod
     def layout(capacity: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -319,9 +319,9 @@ class EpisodeLog:
 
         Begun again only if a writer fills a whole half while a reader copies one, which is much faster.
         """
-        if self._reader != os.getpid():
+        if self._reader != Process.number:
             # A fork may have caught the writer in the middle of a change: what it left in this index is not used.
-            self._reader, self._version_read = os.getpid(), _NOTHING_READ
+            self._reader, self._version_read = Process.number, _NOTHING_READ
         gone: list[int] = []
         while True:
             if not self._is_all_read():
