@@ -145,9 +145,10 @@ def test_small_batches_are_drawn_together_while_nothing_changes(num_episodes, th
     found = costs(batches(ring_of(num_episodes)))
     assert found.operators == NUM_CALLS * NUM_FIELDS, "an array of each field as a tensor"
     assert found.tensor_bytes == 0, "each row is copied once, by numpy"
-    assert found.calls <= 36 * NUM_CALLS
-    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2300), "and what tensors are"
-    assert found.spare_bytes <= 83_000, "the words and the windows of 32 batches"
+    assert found.calls <= 31 * NUM_CALLS
+    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2100), "and what tensors are"
+    # Python keeps a dict for the next one when a batch is given up, so it counts here.
+    assert found.spare_bytes <= 86_000, "the words and the windows of 32 batches"
 
 
 @pytest.mark.parametrize("num_episodes", [10, 2000])
@@ -160,8 +161,8 @@ def test_a_large_batch_is_one_gather_a_field_into_memory_of_its_size(num_episode
     # Places as a tensor, and a gather; or an array as a tensor.
     assert found.operators == NUM_CALLS * (NUM_FIELDS if threads == 1 else NUM_FIELDS + 1)
     assert found.tensor_bytes == by_torch
-    assert found.kept_bytes <= by_numpy + NUM_CALLS * 2300
-    assert found.calls <= 40.5 * NUM_CALLS
+    assert found.kept_bytes <= by_numpy + NUM_CALLS * 2100
+    assert found.calls <= 35.5 * NUM_CALLS
 
 
 @pytest.mark.parametrize("num_episodes", [10, 10_000])
@@ -170,9 +171,9 @@ def test_an_episode_added_before_each_batch_adds_what_adding_takes_and_a_draw(nu
     found = costs(adding_before(ring, batches(ring)))
     assert found.operators == NUM_CALLS * NUM_FIELDS
     assert found.tensor_bytes == 0
-    assert found.calls <= 118.5 * NUM_CALLS
-    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2300)
-    assert found.spare_bytes <= 18_000, "a draw, and the words of 32"
+    assert found.calls <= 111.5 * NUM_CALLS
+    assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2100)
+    assert found.spare_bytes <= 21_500, "a draw, and the words of 32"
 
 
 def test_transitions_and_included_columns_cost_a_few_operators_more() -> None:
@@ -198,7 +199,7 @@ def test_adding_an_episode_costs_the_same_whatever_is_stored(num_episodes) -> No
     ring, episode = ring_of(num_episodes), rows(8)
     found = costs(lambda: ring.add_episode(episode))
     assert found.operators == 0
-    assert found.calls <= 56.5 * NUM_CALLS
+    assert found.calls <= 54.5 * NUM_CALLS
     assert found.spare_bytes <= 3000
 
 
