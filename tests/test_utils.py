@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from buffers.utils import ThreadLock, format_bytes, to_torch
+from buffers.dataset import RingBufferDataset
+from buffers.utils import Process, ThreadLock, format_bytes, to_torch
 
 
 class Pair(NamedTuple):
@@ -96,3 +97,21 @@ def test_a_forked_child_can_take_a_lock_that_another_thread_of_its_parent_holds(
     may_end.set()
     thread.join()
     assert lock.acquire(blocking=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_has_a_number_of_its_own_and_cannot_change_a_ring() -> None:
+    ring = RingBufferDataset(10)
+    ring.add_episode({"x": np.arange(3.0)})
+    assert Process.number == os.getpid()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            ring.add_episode({"x": np.arange(3.0)})
+        except RuntimeError:
+            code = 0 if Process.number == os.getpid() != os.getppid() else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert Process.number == os.getpid() and ring.num_episodes == 1
