@@ -124,3 +124,15 @@ def test_a_kernel_that_has_them_gives_huge_pages_to_rows_and_to_what_is_written_
     if pages._end == 0:
         pytest.skip("this kernel has none for shared memory")
     assert bytes_of(ring, "ShmemPmdMapped") >= 400_000 * ROW_BYTES - 3 * HUGE_PAGE
+
+
+def test_a_small_field_beside_a_large_one_does_not_keep_its_pages_from_being_made() -> None:
+    ring = RingBufferDataset(400_000)
+    for number in range(40):
+        ring.add_episode({**episode(number, 10_000), "done": np.zeros(10_000, np.bool_)})
+        pages = ring._columns["x"]._pages
+        assert isinstance(pages, HugePages) and ring._columns["done"].num_ready == 400_000
+        if pages._end == 0:
+            pytest.skip("this kernel has none for shared memory")
+        rows_end = pages._begin + (number + 1) * 10_000 * ROW_BYTES
+        assert pages._next >= min(rows_end, pages._end - HUGE_PAGE)

@@ -168,6 +168,23 @@ def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
             assert os.waitpid(child, 0)[1] == 0
 
 
+def test_a_forked_child_does_not_use_what_a_change_had_half_done_in_its_parent() -> None:
+    ring = reading.tiny_ring(128)
+    ring.add_episode(reading.tagged_episode(ring, 5))
+    reader = pickle.loads(pickle.dumps(ring))
+    # Another thread reads on when the process forks: it has counted rows, and not written down their episode.
+    reader.index.num_steps += 7
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            reader._refresh()
+            status = 0 if reader.index.num_steps == 5 else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 # What is handed to another process.
 
 

@@ -320,7 +320,7 @@ class EpisodeLog:
         Begun again only if a writer fills a whole half while a reader copies one, which is much faster.
         """
         if self._reader != Process.number:
-            # A fork may have caught the writer in the middle of a change: what it left in this index is not used.
+            # A fork may have caught another thread in the middle of a change: what it left in this index is not used.
             self._reader, self._version_read = Process.number, _NOTHING_READ
         gone: list[int] = []
         while True:
