@@ -92,7 +92,8 @@ class ReplayBuffer:
             **loader_options,
         )
         # Without workers and pinning there is nothing that a DataLoader adds to a batch but time.
-        self._direct = self.dataloader.num_workers == 0 and not self.dataloader.pin_memory
+        loader = self.dataloader
+        self._direct = not (loader.num_workers or loader.pin_memory or loader_options.get("collate_fn"))
         self._batches: Iterator[Any] | None = None
         self._generation = 0
         self._accumulator: Accumulator | None = None
@@ -128,7 +129,7 @@ class ReplayBuffer:
         """
         flag = _as_flags("done", done)
         if self._accumulator is None:
-            self._begin(step_data, [flag])
+            self._begin(step_data, {"done": flag})
         if self._leading:
             self._add(step_data, flag, None, None)
         else:
@@ -155,13 +156,13 @@ class ReplayBuffer:
             TypeError: As in `add_step`.
             ValueError: As in `add_step`.
         """
-        flags = [
-            None if value is None else _as_flags(name, value)
+        flags = {
+            name: None if value is None else _as_flags(name, value)
             for name, value in (("is_first", is_first), ("is_last", is_last), ("mask", mask))
-        ]
+        }
         if self._accumulator is None:
-            self._begin(step_data, [flag for flag in flags if flag is not None])
-        self._add(step_data, *flags)
+            self._begin(step_data, {name: flag for name, flag in flags.items() if flag is not None})
+        self._add(step_data, *flags.values())
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
         """Add a whole episode; open ones are left alone.
@@ -226,17 +227,26 @@ class ReplayBuffer:
             accumulator.amend("truncated", True, mask)
         accumulator.flush(mask)
 
-    def _begin(self, step_data: Mapping[str, Any], flags: list[Any]) -> None:
+    def _begin(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> None:
         """From the first row, settle N and the fields; nothing is kept if the row is refused."""
         self.dataset._check_writable()
         leading = self._leading_of(step_data, flags)
         fields = self.dataset.fields
-        if fields is None:
-            fields = Fields.from_rows(step_data, len(leading))
-        self._rows(fields, leading, step_data)
+        for name, flag in flags.items():
+            self._flag_for(leading, name, flag)
+        try:
+            if fields is None:
+                fields = Fields.from_rows(step_data, len(leading))
+            self._rows(fields, leading, step_data)
+        except ValueError as error:
+            arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
+            if not arrays:
+                raise
+            raise ValueError(
+                f"{error} As `{arrays[0]}` is an array, these are rows of {leading[0]} environments; for a single one, "
+                "pass a plain bool."
+            ) from None
         self.dataloader.stream.check_include(fields)
-        for flag in flags:
-            self._flag_for(leading, "flags", flag)
         if self.dataset.fields is None:
             # At once, so that nobody else brings it other fields while episodes are open here.
             self.dataset._set_fields(fields)
@@ -249,9 +259,9 @@ class ReplayBuffer:
             emit=_HandOver(self.dataset, fields, self._statistics),
         )
 
-    def _leading_of(self, step_data: Mapping[str, Any], flags: list[Any]) -> tuple[int, ...]:
+    def _leading_of(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
-        sizes = {len(flag) for flag in flags if not isinstance(flag, bool)}
+        sizes = {len(flag) for flag in flags.values() if not isinstance(flag, bool)}
         if 0 in sizes:
             raise ValueError("A flag has shape (0,), expected one for each of at least one environment.")
         num_envs = self._stated_num_envs

@@ -142,9 +142,10 @@ class SequenceStream(IterableDataset):
         """Refuse, by a ValueError, names of `include` that are also fields."""
         for name in self.include:
             if name in fields.roots:
+                by_itself = " (whole episodes have it by themselves)" if name == "mask" else ""
                 raise ValueError(
-                    f"'{name}' of `include` (whole episodes include 'mask') is also a field of the steps. Drop it from "
-                    "`include` if the field is what you want (a Recorder stores `is_first`), or rename the field."
+                    f"'{name}' of `include`{by_itself} is also a field of the steps. Drop it from `include` if the "
+                    "field is what you want (a Recorder stores `is_first`), or rename the field."
                 )
 
     @property

@@ -405,6 +405,28 @@ def test_a_bad_first_step_settles_nothing(row, done, error) -> None:
     assert buffer.num_episodes == 1
 
 
+def test_a_first_step_that_an_array_of_flags_makes_one_of_several_says_so() -> None:
+    buffer = buffer_of()
+    with pytest.raises(ValueError, match=r"`reward` has shape \(\).* As `done` is an array.* pass a plain bool"):
+        buffer.add_step({"x": np.zeros(3), "reward": 0.5}, np.array([False]))
+    with pytest.raises(ValueError, match=r"`mask` has shape \(2,\), expected a bool array of shape \(3,\)"):
+        buffer.add({"x": np.zeros(3)}, is_last=np.zeros(3, bool), mask=np.ones(2, bool))
+    with pytest.raises(ValueError, match="missing") as error:
+        ReplayBuffer(RingBufferDataset(9, EpisodeDatasetInfo(Fields(y=Scalar()))), 4).add({"x": 1.0}, is_last=True)
+    assert "is an array" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_collate_fn_makes_the_batches_whatever_the_number_of_workers(num_workers) -> None:
+    with ReplayBuffer(RingBufferDataset(9), 4, collate_fn=_number_of_fields, num_workers=num_workers) as buffer:
+        buffer.add_episode({"x": np.arange(3.0), "y": np.arange(3.0)})
+        assert buffer.sample() == next(iter(buffer)) == 2
+
+
+def _number_of_fields(batch: dict[str, Any]) -> int:
+    return len(batch)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -225,6 +225,10 @@ class EpisodeSource(IterableDataset, ABC):
         """
         from buffers.stream import SequenceStream
 
+        if sequence_length is None:
+            raise TypeError(
+                "Whole episodes come in padded batches: use `get_loader(batch_size, sequence_length=None)`."
+            )
         return SequenceStream(self, None, integer("sequence_length", sequence_length, 1), **options)
 
     def __iter__(self) -> Iterator[Any]:

@@ -64,7 +64,7 @@ class IndividualFileDataset(EpisodeDataset):
         capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees all there is.
         info: What is known beforehand; its `fields` must be those of the directory.
         evictor: Any; the oldest leave by default.
-        directory: Made if it is not there.
+        directory: Made if it is not there. By default "individual_file_dataset" in the working directory.
         serialization_strategy: The format. By default that of the episodes in the directory, and safetensors in an
             empty one.
         max_sampling_attempts: How often windows are drawn again whose files have vanished.
