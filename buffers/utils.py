@@ -20,8 +20,8 @@ class Process:
     """This process.
 
     Attributes:
-        number: What `os.getpid()` says, also in a forked child. To ask the kernel takes 2 us where the caches have just
-            been used for a batch.
+        number: What `os.getpid()` says, in a child of `os.fork`, too, once its hooks have run. To ask the kernel takes
+            2 us where the caches have just been used for a batch.
     """
 
     number = os.getpid()

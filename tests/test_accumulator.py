@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffers.accumulator import Accumulator
-from buffers.dataset.fields import Fields
+from buffers.dataset.fields import Fields, Scalar
 from tests import tagged
 
 Emitted = list[tuple[int, list[int]]]
@@ -226,3 +227,29 @@ def test_a_row_that_an_environment_does_not_bring_is_not_written_behind_the_end_
     accumulator.add_rows(rows(12, 64), mask=~is_full)
     accumulator.flush()
     assert recording.episodes == [(env, list(range(64)) if env < 5 else [64]) for env in range(12)]
+
+
+@pytest.mark.parametrize("num_envs", [2, 9])  # Written one by one, and all at once.
+def test_a_repeated_call_is_known_by_what_it_stored_where_nothing_is_checked(num_envs: int) -> None:
+    # Of another dtype, as only NO_CHECKS lets through: what is stored is float32.
+    emitted: list[list[float]] = []
+    failures = [1]
+
+    def emit(episode: dict[str, np.ndarray]) -> None:
+        if failures and len(emitted) == failures[0]:
+            failures.clear()
+            raise OSError("disk full")
+        emitted.append(np.copy(episode["reward"]).tolist())
+
+    accumulator = Accumulator(Fields(reward=Scalar()), num_envs, 100, None, emit)
+    row, is_last = [np.arange(num_envs) / 10], np.ones(num_envs, np.bool_)
+    with pytest.raises(OSError, match="disk full"):
+        accumulator.add_rows(row, is_last=is_last)
+    accumulator.add_rows(row, is_last=is_last)
+    assert emitted == [[value] for value in row[0].astype(np.float32).tolist()]
+
+
+def test_a_bfloat16_is_not_made_of_the_first_bytes_of_another_number() -> None:
+    accumulator = Accumulator(Fields(reward=Scalar(dtype=torch.bfloat16)), 9, 100, None, lambda episode: None)
+    with pytest.raises(ValueError, match="shape mismatch"):
+        accumulator.add_rows([np.ones(9, np.float32)])

@@ -105,7 +105,6 @@ class EpisodeDataset(EpisodeSource):
                 The dataset is as it was.
         """
         with self._lock:
-            self._check_writable()
             fields = self.fields
             if fields is None:
                 fields = Fields.from_episode(episode)
@@ -113,6 +112,7 @@ class EpisodeDataset(EpisodeSource):
 
     def _take(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
         """`add_episode` for flat arrays that fit the fields, which are those of the dataset if it has any."""
+        self._check_writable()
         return self._add(fields, arrays) if self._extension is None else self._extension.add(self, fields, arrays)
 
     def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
@@ -256,6 +256,7 @@ class EpisodeDataset(EpisodeSource):
         if self._extension is None:
             raise RuntimeError("There is nothing to refill from: call `extend(other)` first.")
         with self._lock:
+            self._check_writable()
             return self._extension.refill(self)
 
     @property

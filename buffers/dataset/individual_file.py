@@ -26,7 +26,7 @@ from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializat
 from buffers.dataset.shared import EpisodeLog
 from buffers.dataset.window_reader import WindowReader
 from buffers.evictor.base import Evictor
-from buffers.utils import Process, format_bytes, integer, one_of
+from buffers.utils import format_bytes, integer, one_of
 
 __all__ = [
     "DamagedEpisodeError",
@@ -115,7 +115,7 @@ class IndividualFileDataset(EpisodeDataset):
         self._stored_fields: Fields | None = None
         self._reader: WindowReader | None = None
         self._is_closed = False
-        self._writer = Process.number if mode == "a" else None
+        self._writer = os.getpid() if mode == "a" else None
         self._directory = EpisodeDirectory(os.fspath(directory), self._strategy.suffix, mode == "a")
         self._names, self._watch = EpisodeNames(self.index, self._directory), DirectoryWatch(self._directory)
         try:
@@ -256,7 +256,6 @@ class IndividualFileDataset(EpisodeDataset):
 
         Others are where they were, unless an evictor failed at a second choice: its first is carried out.
         """
-        self._check_writable()
         fields_before, stored_before = self._fields, self._stored_fields
         index, episode_id, start = self.index, self.index.next_id, self.index.next_start
         try:
@@ -383,7 +382,7 @@ class IndividualFileDataset(EpisodeDataset):
 
     def _is_writer(self) -> bool:
         # A forked child has all that its parent had, but for the lock.
-        return self._writer == Process.number
+        return self._writer == os.getpid()
 
     def _check_open(self) -> None:
         if self._is_closed:
