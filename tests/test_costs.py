@@ -18,13 +18,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from buffers import ReplayBuffer
-from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset, shared
 from buffers.transforms import to_transitions
 
 BATCH_SIZE, LENGTH = 32, 4
 NUM_FIELDS = 5
 # So many batches are drawn at a time while nothing changes.
 NUM_CALLS = 32
+# What an added episode calls on machines that need fences between single words.
+FENCES = 0 if shared._WORDS_STAY_IN_ORDER else 10
 
 
 def rows(*leading: int) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def test_an_episode_added_before_each_batch_adds_what_adding_takes_and_a_draw(nu
     found = costs(adding_before(ring, batches(ring)))
     assert found.operators == NUM_CALLS * NUM_FIELDS
     assert found.tensor_bytes == 0
-    assert found.calls <= 111.5 * NUM_CALLS
+    assert found.calls <= (101.5 + FENCES) * NUM_CALLS
     assert found.kept_bytes <= NUM_CALLS * (BATCH_SIZE * LENGTH * STEP_BYTES + 2100)
     assert found.spare_bytes <= 21_500, "a draw, and the words of 32"
 
@@ -199,7 +201,7 @@ def test_adding_an_episode_costs_the_same_whatever_is_stored(num_episodes) -> No
     ring, episode = ring_of(num_episodes), rows(8)
     found = costs(lambda: ring.add_episode(episode))
     assert found.operators == 0
-    assert found.calls <= 54.5 * NUM_CALLS
+    assert found.calls <= (44.5 + FENCES) * NUM_CALLS
     assert found.spare_bytes <= 3000
 
 

@@ -88,6 +88,8 @@ def at_every_fence(patch: pytest.MonkeyPatch, function: Callable[[], None]) -> N
             is_inside = False
 
     patch.setattr(shared, "fence", fence)
+    # As on a machine that needs all of them.
+    patch.setattr(shared, "_WORDS_STAY_IN_ORDER", False)
 
 
 OPERATIONS = st.lists(
@@ -176,7 +178,7 @@ def test_whoever_is_interrupted_nobody_sees_a_state_that_never_was(play, seed, m
 
 
 def last_before_row(patch: pytest.MonkeyPatch) -> None:
-    def append(self: EpisodeLog, start: int, length: int, episode_id: int, index: EpisodeIndex) -> None:
+    def add(self: EpisodeLog, start: int, length: int, episode_id: int, index: EpisodeIndex) -> None:
         _, last, header = self._halves[self._version[0] & 1]
         if last[0] == header[shared._ROOM]:
             self._restate(index, int(index.ids.searchsorted(episode_id)) if length else len(index))
@@ -186,7 +188,7 @@ def last_before_row(patch: pytest.MonkeyPatch) -> None:
         shared.fence()
         self._rows_of(self._version[0])[num] = start, length, episode_id
 
-    patch.setattr(EpisodeLog, "_append", append)
+    patch.setattr(EpisodeLog, "add", add)
 
 
 def flip_before_rows(patch: pytest.MonkeyPatch) -> None:

@@ -141,12 +141,17 @@ class RingBufferDataset(EpisodeDataset):
     def _publish(self, start: int, length: int, episode_id: int) -> None:
         if self._log is None:
             return
+        if self._log.newest_id < episode_id - 1:
+            self._publish_untold(episode_id)
+        self._log.add(start, length, episode_id, self.index)
+
+    def _publish_untold(self, episode_id: int) -> None:
+        """Tell of the episodes before one that readers have not been told of: Ctrl-C came in between."""
+        assert self._log is not None  # Who calls has one.
         for untold in range(self._log.newest_id + 1, episode_id):
-            # Ctrl-C came between an addition and this.
             position = self.index.position(untold)
             if position is not None:
                 self._log.add(*self.index.episode(position), self.index)
-        self._log.add(start, length, episode_id, self.index)
 
     def _announce(self) -> None:
         if self._log is not None:

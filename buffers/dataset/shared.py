@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -45,14 +46,15 @@ _MIN_ROOM = 256
 # The most that a half may hold, 6.4 GB if it ever did.
 _MAX_ROOM = 2**28
 _NOTHING_READ = -2
+_WORDS_STAY_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def fence() -> None:
     """Order what this thread has stored and loaded before it against what comes after.
 
-    x86-64 keeps stores in order and loads in order, which is all that is needed here; elsewhere the atomic operations
-    of taking a lock do it: a new one, as a fork could leave a common one taken for ever. This is the only place that
-    has to know.
+    The atomic operations of taking a lock do it: a new one, as a fork could leave a common one taken for ever. x86-64
+    keeps stores in order and loads in order, which is all that is needed here, but for large copies, in which memcpy
+    may stream past the caches: on such a machine the writer leaves the fence out between single words.
     """
     threading.Lock().acquire()
 
@@ -232,7 +234,8 @@ class EpisodeLog:
         """Episodes may leave now for one that is about to come."""
         self._version[_NUM_CHANGES] |= 1
         # A reader that finds them gone must see it.
-        fence()
+        if not _WORDS_STAY_IN_ORDER:
+            fence()
 
     def retire(self, tail: int) -> None:
         """Rows before step id `tail` are about to be written over; their episodes are gone."""
@@ -242,13 +245,6 @@ class EpisodeLog:
 
     def add(self, start: int, length: int, episode_id: int, index: EpisodeIndex) -> None:
         """An episode can be read; it may be in the index already, where all others that live are."""
-        self._append(start, length, episode_id, index)
-
-    def remove(self, episode_id: int, index: EpisodeIndex) -> None:
-        """An episode is gone, or about to go; it may still be in the index."""
-        self._append(0, 0, episode_id, index)
-
-    def _append(self, start: int, length: int, episode_id: int, index: EpisodeIndex) -> None:
         words, last, header = self._halves[self._version[0] & 1]
         num = last[0]
         if num == header[_ROOM]:
@@ -258,11 +254,17 @@ class EpisodeLog:
             num = last[0]
         word = 3 * num
         words[word], words[word + 1], words[word + 2] = start, length, episode_id
-        fence()
+        if not _WORDS_STAY_IN_ORDER:
+            fence()
         last[0] = num + 1
         if length and self._version[_NUM_CHANGES] & 1:
-            fence()
+            if not _WORDS_STAY_IN_ORDER:
+                fence()
             self._version[_NUM_CHANGES] += 1
+
+    def remove(self, episode_id: int, index: EpisodeIndex) -> None:
+        """An episode is gone, or about to go; it may still be in the index."""
+        self.add(0, 0, episode_id, index)
 
     def restate(self, index: EpisodeIndex) -> None:
         """Begin with the episodes of an index, before anyone reads.
