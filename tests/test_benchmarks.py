@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import driver, results
+from benchmarks.checks import common
 from benchmarks.claims import COLUMNS, NO_SEQUENCES, NOT_CHECKED, claims
 from benchmarks.driver import ContestantError, Driver, Row
 from benchmarks.environments import NAMES
@@ -279,3 +280,15 @@ def test_a_measurement_warms_the_process_and_is_of_as_many_calls_as_were_settled
     assert len(called_at) == 100 + 4, "a hundred milliseconds of them to warm up"
     assert microseconds(work, 1) == pytest.approx(1000)
     assert len(called_at) == 100 + 4 + 1, "none where one call takes longer than that"
+
+
+@pytest.mark.parametrize(("episode", "is_new"), [(3, False), (5_000, False), (1e9, False), (7_654_321 + 19, True)])
+def test_memory_that_was_never_written_is_not_taken_for_what_was_added(episode, is_new):
+    class Garbage:
+        def drawer(self, batch_size: int, length: int):
+            return lambda: np.full((batch_size, length, 24), episode, np.float32)
+
+        def arrays(self, batch, batch_size: int, length: int):
+            return {"obs": batch}
+
+    assert common._draws_new(Garbage()) is is_new
