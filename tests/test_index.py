@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -170,3 +173,23 @@ def test_windows_are_found_in_a_bounded_number_of_steps_whatever_the_lengths() -
             assert [expected[i][:3] for i in r] == list(
                 zip(drawn.start.tolist(), drawn.step.tolist(), drawn.episode.tolist(), strict=True)
             )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+def test_a_copy_of_an_index_that_was_drawn_from_counts_on_by_itself(copied) -> None:
+    index = EpisodeIndex()
+    for length in (5, 2, 9):
+        index.append(length)
+    UniformSampler().draw(index, 8, 3, np.random.default_rng(0))
+    other = copied(index)
+    lengths = [5, 2, 9]
+    for added in ([3, 17, 4], [6], [1], [11]):  # Several at once, and one by one.
+        for length in added:
+            other.append(length)
+        lengths += added
+        expected = [(episode, step) for episode, length in enumerate(lengths) for step in range(length - 2)]
+        windows = other.count_windows(3)
+        assert windows.num == len(expected)
+        found = other.windows_of(windows, np.arange(len(expected)), 3)
+        assert list(zip(found.episode.tolist(), found.step.tolist(), strict=True)) == expected
+    assert index.count_windows(3).num == 3 + 7, "and the original is as it was"
