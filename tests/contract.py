@@ -217,9 +217,9 @@ class DatasetContract:
         assert batch["obs"]["pixels"].shape == (8, 1, 4, 2, 3)
         tagged.origins(batch)
         batch = next(iter(DataLoader(dataset.sequences(3), batch_size=50)))
+        assert {(number, first) for _, number, first, _ in tagged.origins(batch)} == {(0, 0), (0, 1), (0, 2), (1, 0)}
         with pytest.raises(TypeError, match="padded batches"):
             dataset.sequences(None)  # type: ignore[arg-type]
-        assert {(number, first) for _, number, first, _ in tagged.origins(batch)} == {(0, 0), (0, 1), (0, 2), (1, 0)}
 
     # Bad input.
 

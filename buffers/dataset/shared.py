@@ -207,7 +207,7 @@ class EpisodeLog:
         # Single words are read and written through these in a fourth of the time that it takes through arrays.
         lines = [memoryview(line) for line in memory["log/lines"]]
         self._version, self._tail = lines[_VERSION], lines[_TAIL]
-        # Of each half: its rows, how many there are, and what the writer says of it.
+        # Of each half: the words of its rows, how many rows there are, and what the writer says of it.
         self._halves = [
             (memoryview(memory["log/rows"][h].reshape(-1)), lines[_HALVES + 2 * h], lines[_HALVES + 2 * h + 1])
             for h in (0, 1)
@@ -277,8 +277,9 @@ class EpisodeLog:
     def _restate(self, index: EpisodeIndex, num_live: int) -> None:
         """Go on in the other half, behind the oldest `num_live` episodes of the index."""
         version = self._version[0] + 1
-        words, last, header = self._halves[version & 1]
-        room = min(max(_MIN_ROOM, 2 * num_live), len(words) // 3)
+        _, last, header = self._halves[version & 1]
+        rows = self._rows_of(version)
+        room = min(max(_MIN_ROOM, 2 * num_live), len(rows))
         if num_live >= room:
             raise RuntimeError(
                 f"Workers can be shown {room - 1:,} live episodes, and there are more. Lower the `capacity`."
@@ -286,7 +287,7 @@ class EpisodeLog:
         # A reader that copied a row that is written over must see the new owner when it looks again.
         header[_OWNER] = version
         fence()
-        self._rows_of(version)[:num_live] = index.rows[:num_live]
+        rows[:num_live] = index.rows[:num_live]
         header[_ROOM], header[_NUM_LIVE] = room, num_live
         header[_NEXT_START], header[_NEXT_ID] = index.next_start, index.next_id
         last[0] = num_live
@@ -387,7 +388,7 @@ class EpisodeLog:
         return news if header[_OWNER] == version else None
 
     def _rows_of(self, version: int) -> Int64Array:
-        """Those of the half of a version, `(room, 3)`."""
+        """All rows of the half of a version, int64 `(n, 3)`, also those that nothing is in yet."""
         return self.memory["log/rows"][version & 1]
 
 
