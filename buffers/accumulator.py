@@ -10,18 +10,32 @@ finished episode is one slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from buffers.dataset.fields import Fields
 
-__all__ = ["Accumulator"]
+__all__ = ["Accumulator", "EpisodeTaker"]
 
 _INITIAL_ROOM = 64
 # Rows that are written one by one: of 256, this takes 3 us for 1 and 9 us for 4, and 16 us otherwise for any number.
 _FEW = 6
+
+
+class EpisodeTaker(Protocol):
+    """Takes a complete episode, `name -> (L, *shape)`, which it must copy.
+
+    Attributes:
+        has_taken: It sets this as soon as it has the episode: Ctrl-C may come then, and it must not get it twice. The
+            accumulator sets it back.
+    """
+
+    has_taken: bool
+
+    def __call__(self, episode: dict[str, np.ndarray]) -> object:
+        """Take it, and say so."""
 
 
 class Accumulator:
@@ -32,7 +46,7 @@ class Accumulator:
         num_envs: N, environments.
         max_rows: Rows that an episode may have at the most; a longer one is refused.
         cut_after: Rows after which an open episode counts as complete; None to never cut.
-        emit: Takes a complete episode, `name -> (L, *shape)`, which it must copy.
+        emit: Takes complete episodes.
     """
 
     def __init__(
@@ -41,7 +55,7 @@ class Accumulator:
         num_envs: int,
         max_rows: int,
         cut_after: int | None,
-        emit: Callable[[dict[str, np.ndarray]], object],
+        emit: EpisodeTaker,
     ) -> None:
         self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
         self._emit = emit
@@ -177,11 +191,8 @@ class Accumulator:
         """Hand over episodes with the row just written; return which environments' rows are still open."""
         still_open = np.ones(self.num_envs, np.bool_) if mask is None else mask.copy()
         for env in (is_complete & still_open).nonzero()[0].tolist():
-            place = int(self._lengths[env])
             self._close(env, 1)
             still_open[env] = False
-            # Should a later one fail, the caller may repeat the call, which must not bring this row again.
-            self._taken[env] = place
         return still_open
 
     def _without_taken(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> np.ndarray | None:
@@ -231,7 +242,15 @@ class Accumulator:
 
     def _close(self, env: int, num_new_rows: int) -> None:
         """Hand over an open episode, with `num_new_rows` that its length does not count yet."""
-        length = int(self._lengths[env]) + num_new_rows
+        place, emit = int(self._lengths[env]), self._emit
         begin = env * self._room
-        self._emit({name: rows[begin : begin + length] for name, rows in self._by_name})
-        self._lengths[env] = 0
+        end = begin + place + num_new_rows
+        try:
+            emit({name: rows[begin:end] for name, rows in self._by_name})
+        finally:
+            if emit.has_taken:
+                emit.has_taken = False
+                self._lengths[env] = 0
+                if num_new_rows:
+                    # Should a later one fail, the caller may repeat the call, which must not bring this row again.
+                    self._taken[env] = place

@@ -434,10 +434,19 @@ class _HandOver:
 
     def __init__(self, dataset: EpisodeDataset, fields: Fields, statistics: Statistics) -> None:
         self._dataset, self._fields, self._statistics = dataset, fields, statistics
+        self.has_taken = False
 
     def __call__(self, episode: dict[str, np.ndarray]) -> None:
-        with self._dataset._lock:
-            self._dataset._take(self._fields, episode)
+        dataset = self._dataset
+        with dataset._lock:
+            keeper = dataset if dataset._extension is None else dataset._extension.last
+            episode_id = keeper.index.next_id
+            try:
+                dataset._take(self._fields, episode)
+                self.has_taken = True
+            except BaseException:
+                self.has_taken = keeper.index.position(episode_id) is not None
+                raise
         self._statistics.note_return(episode.get("reward"))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ Emitted = list[tuple[int, list[int]]]
 
 
 class Recording:
-    """Takes episodes, and fails when told to."""
+    """Takes episodes, and fails when told to: before it has one, or just after."""
 
     def __init__(self) -> None:
         self.episodes: Emitted = []
         self.failures: list[bool] = []
+        self.has_taken = self.is_cut_off = False
 
     def __call__(self, episode: dict[str, np.ndarray]) -> None:
         if self.failures and self.failures.pop(0):
@@ -31,6 +33,21 @@ class Recording:
         for name, value in expected.items():
             np.testing.assert_array_equal(episode[name], value, strict=True)
         self.episodes.append((env, steps))
+        self.has_taken = True
+        if self.is_cut_off:
+            raise KeyboardInterrupt
+
+
+class Calling:
+    """Takes episodes by a function."""
+
+    def __init__(self, function: Callable[[dict[str, np.ndarray]], object]) -> None:
+        self._function = function
+        self.has_taken = False
+
+    def __call__(self, episode: dict[str, np.ndarray]) -> None:
+        self._function(episode)
+        self.has_taken = True
 
 
 class Reference:
@@ -152,6 +169,27 @@ def test_a_single_row_that_could_not_be_handed_over_is_not_added() -> None:
     assert recording.episodes == [(0, [0, 1]), (0, [2])]
 
 
+@pytest.mark.parametrize("num_envs", [1, 3, 12])
+def test_an_episode_that_was_taken_when_the_call_was_cut_off_is_not_handed_over_again(num_envs: int) -> None:
+    accumulator, recording = make(num_envs)
+    is_last = np.ones(num_envs, bool)
+    accumulator.add_rows(rows(num_envs, 0))
+    recording.is_cut_off = True
+    for num_taken in range(1, num_envs + 1):
+        with pytest.raises(KeyboardInterrupt):
+            accumulator.add_rows(rows(num_envs, 1), is_last=is_last)
+        assert len(recording.episodes) == num_taken
+    recording.is_cut_off = False
+    accumulator.add_rows(rows(num_envs, 1), is_last=is_last)
+    accumulator.add_rows(rows(num_envs, 2))
+    recording.is_cut_off = True
+    for _ in range(num_envs):
+        with pytest.raises(KeyboardInterrupt):
+            accumulator.flush()
+    accumulator.flush()
+    assert recording.episodes == [(env, steps) for steps in ([0, 1], [2]) for env in range(num_envs)]
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_an_open_episode_that_outgrows_the_limit_is_refused_before_anything_changes(num_envs: int) -> None:
     accumulator, recording = make(num_envs, max_rows=70)
@@ -207,7 +245,8 @@ def test_a_step_takes_the_same_number_of_calls_for_any_number_of_environments() 
 def test_some_open_episodes_are_amended_and_handed_over_and_the_others_stay() -> None:
     emitted = []
     fields = Fields.from_rows({"step": np.zeros(3, int), "flag": np.zeros(3, bool)}, 1)
-    accumulator = Accumulator(fields, 3, 100, None, lambda episode: emitted.append(np.copy(episode["flag"]).tolist()))
+    taker = Calling(lambda episode: emitted.append(np.copy(episode["flag"]).tolist()))
+    accumulator = Accumulator(fields, 3, 100, None, taker)
     for step in range(2):
         accumulator.add_rows([np.full(3, step), np.zeros(3, bool)], mask=np.array([True, True, False]))
     mask = np.array([True, False, True])
@@ -241,7 +280,7 @@ def test_a_repeated_call_is_known_by_what_it_stored_where_nothing_is_checked(num
             raise OSError("disk full")
         emitted.append(np.copy(episode["reward"]).tolist())
 
-    accumulator = Accumulator(Fields(reward=Scalar()), num_envs, 100, None, emit)
+    accumulator = Accumulator(Fields(reward=Scalar()), num_envs, 100, None, Calling(emit))
     row, is_last = [np.arange(num_envs) / 10], np.ones(num_envs, np.bool_)
     with pytest.raises(OSError, match="disk full"):
         accumulator.add_rows(row, is_last=is_last)
@@ -250,6 +289,6 @@ def test_a_repeated_call_is_known_by_what_it_stored_where_nothing_is_checked(num
 
 
 def test_a_bfloat16_is_not_made_of_the_first_bytes_of_another_number() -> None:
-    accumulator = Accumulator(Fields(reward=Scalar(dtype=torch.bfloat16)), 9, 100, None, lambda episode: None)
+    accumulator = Accumulator(Fields(reward=Scalar(dtype=torch.bfloat16)), 9, 100, None, Calling(len))
     with pytest.raises(ValueError, match="shape mismatch"):
         accumulator.add_rows([np.ones(9, np.float32)])

@@ -257,6 +257,42 @@ def test_in_a_chain_what_the_first_cannot_take_leaves_the_last_too() -> None:
     assert numbers(small) == numbers(large) == [0, 1]
 
 
+def test_what_a_ring_in_the_middle_keeps_the_last_keeps_too() -> None:
+    small, middle, large = FullDisk(20), RingBufferDataset(50), FullDisk(1000)
+    small._evicts_before_writing = large._evicts_before_writing = False
+    middle.extend(large, other_batch_size=1, fetch_from_other_every=1000)
+    small.extend(middle, other_batch_size=1, fetch_from_other_every=1000)
+    small.add_episode(tagged.episode(5, 0))
+    small.is_full_now = True
+    with pytest.raises(OSError, match="no space"):
+        small.add_episode(tagged.episode(5, 1))
+    assert numbers(small) == [0] and numbers(middle) == numbers(large)
+
+
+@pytest.mark.filterwarnings("ignore:An episode of 9 steps is longer")
+@pytest.mark.parametrize("length", [5, 9])  # The second is too long for the middle one.
+def test_ctrl_c_when_the_last_has_an_episode_completes_the_addition(length, monkeypatch) -> None:
+    small, middle, large = RingBufferDataset(20), ListDataset(7), ListDataset(1000)
+    middle.extend(large, other_batch_size=1, fetch_from_other_every=1000)
+    small.extend(middle, fetch_from_other_every=1)
+    small.add_episode(tagged.episode(5, 0))
+
+    def interrupted(*numbers: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(large, "_publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small.add_episode(tagged.episode(length, 1))
+    monkeypatch.undo()
+    assert numbers(small) == numbers(large) == [0, 1]
+    assert numbers(middle) == ([1] if length == 5 else [0])
+    # What is behind is known by its number there, also what others add there: it comes once others leave.
+    middle.add_episode(tagged.episode(5, 2))
+    for number in (3, 4):
+        small.add_episode(tagged.episode(9, number))
+    assert 2 in numbers(small)
+
+
 def test_an_extension_that_cannot_copy_what_is_here_leaves_both_as_they_were() -> None:
     ring = RingBufferDataset(20)
     for number, length in enumerate((3, 10)):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import itertools
 import pickle
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from buffers import ReplayBuffer
-from buffers.dataset import EpisodeDataset, MixtureDataset, RingBufferDataset
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.utils import ThreadLock
 from tests import tagged
 from tests.list_dataset import ListDataset
@@ -38,7 +42,7 @@ def is_cut_off(function: Callable[[], Any], num_events: int) -> bool:
             sys.setprofile(None)
     except KeyboardInterrupt:
         return True
-    return False
+    return left <= 0  # It came, and the collector passed over it.
 
 
 def is_lock_free(dataset: EpisodeDataset) -> bool:
@@ -108,6 +112,86 @@ def test_after_an_addition_that_was_cut_off_no_sequence_crosses_here_or_in_reade
         if not cut_off:
             break
     assert num_events > 60
+
+
+def chain(kinds: str, directory: Path) -> list[EpisodeDataset]:
+    """Datasets, each extended by the next."""
+    found: list[EpisodeDataset] = []
+    for position, kind in enumerate(kinds.split("+")):
+        capacity = (23 if "+" in kinds else 300, 400, 500)[position]
+        if kind == "ring":
+            found.append(RingBufferDataset(capacity))
+        else:
+            found.append(IndividualFileDataset(capacity, directory=directory / str(position), durability="rename"))
+    for front, other in reversed(list(zip(found, found[1:], strict=False))):
+        front.extend(other, seed=0)
+    return found
+
+
+def stored_rows(dataset: EpisodeDataset) -> collections.Counter[tuple[int, ...]]:
+    """How often each (environment, episode, step) is there, in episodes that are checked whole."""
+    rows: collections.Counter[tuple[int, ...]] = collections.Counter()
+    for episode in dataset.episodes():
+        tagged.number_and_length(episode)
+        rows.update(map(tuple, episode["obs"]["state"].int().tolist()))
+    return rows
+
+
+# What was cut off while it opened a file is closed by the collector, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore:An episode of 24 steps is longer")
+@pytest.mark.parametrize(
+    ("kinds", "num_envs", "num_open"),
+    [
+        ("ring", 1, 2),
+        ("ring", 3, 2),
+        ("ring", 8, 2),
+        ("file", 1, 2),
+        ("ring+file", 1, 2),
+        ("file+ring", 1, 2),
+        *itertools.product(("ring+ring", "ring+file+ring"), (1,), (2, 23)),
+    ],
+)
+def test_no_row_is_doubled_or_lost_when_a_step_that_ends_episodes_was_cut_off(
+    kinds, num_envs, num_open, tmp_path
+) -> None:
+    envs = np.arange(num_envs)
+    for num_events in range(1, 2000):
+        datasets = chain(kinds, tmp_path / str(num_events))
+        buffer = ReplayBuffer(datasets[0], 4, num_envs=num_envs, seed=0)
+        for number in (100, 101):  # They leave the first for what comes.
+            buffer.add_episode(tagged.episode(9, number))
+        was_added = collections.Counter({(0, number, step): 1 for number in (100, 101) for step in range(9)})
+
+        def add(number: int, step: int, done: bool, buffer: ReplayBuffer = buffer) -> None:
+            if num_envs == 1:
+                buffer.add_step(tagged.rows(0, number, step), done)
+            else:
+                buffer.add_step(tagged.rows(envs, number, step), np.full(num_envs, done))
+
+        for step in range(num_open):
+            add(0, step, False)
+            was_added.update((env, 0, step) for env in envs.tolist())
+        last = (0, num_open) if num_envs == 1 else (1, 0)
+        cut_off = is_cut_off(partial(add, *last, True), num_events)
+        buffer.flush()
+        is_added = {(env, *last) for env in envs.tolist()} & stored_rows(datasets[-1]).keys()
+        if num_open == 2:
+            assert is_added <= stored_rows(datasets[0]).keys(), num_events
+        for number in (102, 103):  # Others come back with them.
+            buffer.add_episode(tagged.episode(9, number))
+            was_added.update((0, number, step) for step in range(9))
+            found = [stored_rows(dataset) for dataset in datasets]
+            assert max(map(max, map(collections.Counter.values, found))) == 1, num_events
+            assert found[-1].keys() - is_added == was_added.keys(), num_events
+            # Whatever is at the front is behind it, too.
+            assert all(front.keys() <= other.keys() for front, other in itertools.pairwise(found)), num_events
+        for dataset in datasets:
+            if isinstance(dataset, IndividualFileDataset):
+                dataset.close()
+        if not cut_off:
+            break
+    assert 60 < num_events < 1999
 
 
 def filled(kind: str) -> Any:

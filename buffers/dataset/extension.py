@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Extension"]
 
 _SPARE_IDS = 64
+#: A dataset, and the id that the next episode has there.
+_Place = tuple["EpisodeDataset", int]
 # What crosses from a worker costs some 100 us, however little it is.
 _EPISODES_PER_ITEM = 8
 
@@ -78,8 +80,6 @@ class Extension:
         #: Episode ids in `other` of episodes here -> their ids here. Some have left: `_is_here` looks.
         self._ids_here: dict[int, int] = {}
         self._num_additions = 0
-        #: What was added last, by its ids in `other` and here.
-        self._newest = -1, -1
         self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
@@ -130,7 +130,7 @@ class Extension:
                 f"An episode of {length} steps is longer than the `capacity` of {dataset.capacity} steps: it, and "
                 f"others like it, are kept by the {type(self.other).__name__} only.",
             )
-            self._newest = self.other._take(fields, arrays), -1
+            self.other._take(fields, arrays)
             return -1
         dataset._check(arrays)
         evicts = dataset._has_evicted or dataset.num_timesteps + length > dataset.capacity
@@ -147,28 +147,55 @@ class Extension:
 
     def _add_to_both(self, dataset: EpisodeDataset, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
         other = self.other
-        if _may_fail(dataset) and not _may_fail(other):
-            other._check_everywhere(arrays)
-            episode_id = dataset._add(fields, arrays)
-            try:
-                other_id = other._take(fields, arrays)
-            except BaseException:
-                _take_back(dataset, episode_id)
-                raise
-        else:
-            other_id = other._take(fields, arrays)
-            try:
+        here = dataset, dataset.index.next_id
+        there = [(member, member.index.next_id) for member in self._members()]
+        try:
+            if _may_fail(dataset) and not _may_fail(other):
+                other._check_everywhere(arrays)
                 episode_id = dataset._add(fields, arrays)
-            except BaseException:
-                take_back_newest(other, other_id)
-                raise
-        self._note(dataset, other_id, episode_id)
-        self._newest = other_id, episode_id
+                other_id = other._take(fields, arrays)
+            else:
+                other_id = other._take(fields, arrays)
+                episode_id = dataset._add(fields, arrays)
+            self._note(dataset, other_id, episode_id)
+        except Exception:
+            self._take_back(here, there)
+            raise
+        except BaseException:
+            self._complete(fields, arrays, here, there)
+            raise
         return episode_id
 
-    def take_back_newest(self) -> None:
-        """Remove from `other`, and from what is behind it, what was added last: the one in front could not take it."""
-        take_back_newest(self.other, self._newest[0])
+    def _take_back(self, here: _Place, there: list[_Place]) -> None:
+        """After an error, remove the episode wherever it is already."""
+        for dataset, episode_id in (here, *there):
+            _evict(dataset, episode_id)
+            if dataset is not here[0] and _has(dataset, episode_id):
+                return  # A ring keeps it. So shall those behind.
+
+    def _complete(self, fields: Fields, arrays: dict[str, np.ndarray], here: _Place, there: list[_Place]) -> None:
+        """After Ctrl-C, which may come at any moment, see to it that both have the episode or neither."""
+        dataset, episode_id = here
+        if not _has(*there[-1]):
+            _evict(*here)
+        elif not _has(*here):
+            with contextlib.suppress(Exception):
+                dataset._add(fields, arrays)
+        if _has(*here) and _has(*there[0]):
+            self._note(dataset, there[0][1], episode_id)
+
+    def _members(self) -> Iterator[EpisodeDataset]:
+        """`other`, and what is behind it."""
+        member: EpisodeDataset | None = self.other
+        while member is not None:
+            yield member
+            member = None if member._extension is None else member._extension.other
+
+    @property
+    def last(self) -> EpisodeDataset:
+        """The one behind all others, which has every episode that was added."""
+        *_, last = self._members()
+        return last
 
     # What comes back.
 
@@ -230,7 +257,15 @@ class Extension:
                 position = 1 if position == 0 else 0
             dataset._evict(position)
         dataset._has_evicted = True
-        self._note(dataset, episode.id, dataset._add(fields, episode.arrays))
+        self._add_from_other(dataset, fields, episode)
+
+    def _add_from_other(self, dataset: EpisodeDataset, fields: Fields, episode: _Episode) -> None:
+        episode_id = dataset.index.next_id
+        try:
+            dataset._add(fields, episode.arrays)
+        finally:
+            if _has(dataset, episode_id):  # Also where Ctrl-C came just then: it must not come a second time.
+                self._note(dataset, episode.id, episode_id)
 
     def refill(self, dataset: EpisodeDataset) -> int:
         """Fill what room there is with episodes of `other` at random; its newest comes last, so that it stays."""
@@ -254,7 +289,7 @@ class Extension:
             if episode is not None and fields is not None:
                 arrays = dict(zip(fields.names, fields.arrays(episode), strict=True))
                 if self._can_store(dataset, _Episode(other_id, arrays)):
-                    self._note(dataset, other_id, dataset._add(fields, arrays))
+                    self._add_from_other(dataset, fields, _Episode(other_id, arrays))
         return dataset.num_episodes - num_before
 
     # Which episodes are here.
@@ -298,14 +333,12 @@ def _may_fail(dataset: EpisodeDataset) -> bool:
     return behind or not dataset._evicts_before_writing or type(dataset.evictor) is not FIFOEvictor
 
 
-def take_back_newest(dataset: EpisodeDataset, episode_id: int) -> None:
-    """Remove an episode that was just added to a dataset, and to what is behind it."""
-    _take_back(dataset, episode_id)
-    if dataset._extension is not None:
-        dataset._extension.take_back_newest()
+def _has(dataset: EpisodeDataset, episode_id: int) -> bool:
+    return dataset.index.position(episode_id) is not None
 
 
-def _take_back(dataset: EpisodeDataset, episode_id: int) -> None:
+def _evict(dataset: EpisodeDataset, episode_id: int) -> None:
+    """Remove an episode that was just added, if it was."""
     position = dataset.index.position(episode_id)
     # Whatever comes of it, the error that made it necessary is the one to be seen.
     with contextlib.suppress(Exception):

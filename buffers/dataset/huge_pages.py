@@ -31,8 +31,8 @@ def map_file(descriptor: int, num_bytes: int) -> tuple[mmap.mmap, int]:
     will map is known once it has done so.
     """
     os.ftruncate(descriptor, num_bytes + HUGE_PAGE)
-    with mmap.mmap(descriptor, num_bytes) as memory:
-        offset = np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+    # Not by `with`: what Ctrl-C leaves of the array would keep it from being closed, which is another error.
+    offset = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8).ctypes.data % HUGE_PAGE
     return mmap.mmap(descriptor, num_bytes, offset=offset), offset
 
 
