@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -40,6 +41,10 @@ class SequenceLoader(DataLoader):
         pin_memory: bool | None = None,
         **loader_options: Any,
     ) -> None:
+        known = inspect.signature(DataLoader).parameters
+        for name in loader_options:
+            if name not in known:
+                raise TypeError(f"There is no argument `{name}`, neither here nor of torch's DataLoader.")
         num_workers = 0 if num_workers is None else integer("num_workers", num_workers, 0)
         for name in ("shuffle", "drop_last"):
             if loader_options.pop(name, None):

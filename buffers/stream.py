@@ -190,6 +190,7 @@ class SequenceStream(IterableDataset):
     ) -> tuple[Windows, dict[str, torch.Tensor]]:
         """Batch n with others in place of those windows, `missed`, that were gone before they could be read."""
         for attempt in range(1, self.dataset.max_sampling_attempts + 1):
+            self.counters["rejected"][self._number] += len(missed)
             if self.sequence_length is None:
                 # Another episode may be longer than all of these, which changes the padding: begin anew.
                 windows, out, still_missed = self._attempt(n, attempt)
@@ -197,7 +198,6 @@ class SequenceStream(IterableDataset):
                     return windows, out
                 missed = still_missed
                 continue
-            self.counters["rejected"][self._number] += len(missed)
             others, rows, still_missed = self._attempt(n, attempt, again=windows[missed])
             read = np.setdiff1d(np.arange(len(missed)), () if still_missed is None else still_missed)
             windows = windows.replaced(missed[read], others[read])
