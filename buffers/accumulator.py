@@ -84,7 +84,7 @@ class Accumulator:
         return int(self._lengths.sum())
 
     def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
-        """Append one row of the only environment.
+        """Append one row of the only environment; if `emit` raises, the same call can be made again.
 
         Args:
             row: `(*shape)` a field, in the order of the fields.
@@ -94,6 +94,11 @@ class Accumulator:
         Raises:
             ValueError: The episode would be longer than `max_rows`; nothing has changed.
         """
+        if self._taken:
+            is_repeated = self._without_taken([np.asarray(value)[None] for value in row], None) is not None
+            self._taken = {}
+            if is_repeated:
+                return
         if is_first and self._lengths[0]:
             self._close(0, 0)
         place = int(self._lengths[0])
@@ -103,6 +108,7 @@ class Accumulator:
             run[place] = value
         if is_last or place + 1 == self.cut_after:
             self._close(0, 1)
+            self._taken = {}
         else:
             self._lengths[0] = self._longest = place + 1
 

@@ -1,9 +1,10 @@
-"""A worker ends when its trainer does."""
+"""A worker ends when its trainer does, and not before."""
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import threading
 import time
 
@@ -13,12 +14,15 @@ _watched: set[int] = set()
 
 
 def end_with(trainer: int) -> None:
-    """End this process when the trainer has ended, however it did; called once or more.
+    """End this process, a worker, when the trainer has ended, however it did; called once or more.
 
-    torch looks whether its parent has changed, which under forkserver is not the trainer.
+    torch looks whether its parent has changed, which under forkserver is not the trainer. Ctrl-C, which a terminal and
+    Jupyter send to all processes of a group, is for the trainer alone: it may go on.
     """
     if trainer not in _watched:
         _watched.add(trainer)
+        # Not SIG_IGN, which programs that a worker starts would have, too.
+        signal.signal(signal.SIGINT, lambda number, frame: None)
         threading.Thread(target=_wait_and_exit, args=(trainer,), daemon=True, name="buffers-end-with-trainer").start()
 
 

@@ -91,8 +91,12 @@ class Recorder:
         self.buffer, self.autoreset_mode = buffer, autoreset_mode
         self.num_envs = 1 if num_envs is None else integer("num_envs", num_envs, 1)
         self._is_single = num_envs is None
-        if buffer._stated_num_envs not in (None, self.num_envs):
-            raise ValueError(f"`num_envs`={num_envs} here, but {buffer._stated_num_envs} in the ReplayBuffer.")
+        known = buffer._stated_num_envs if buffer._accumulator is None else buffer._accumulator.num_envs
+        if known not in (None, self.num_envs):
+            raise ValueError(
+                f"`num_envs`={num_envs} here, but {known} in the ReplayBuffer, which does not change. Make another "
+                "ReplayBuffer; they may share one dataset."
+            )
         self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (buffer.fields or ())
         self._token = buffer._recorder = object()
         # A row in two parts, as the first observation comes before anything is known about the rest.

@@ -368,12 +368,16 @@ class ReplayBuffer:
             yield self.sample()
 
     def close(self) -> None:
-        """Hand over the open episodes and end the workers. The dataset stays as it is."""
+        """Hand over the open episodes and end the workers. The dataset stays as it is.
+
+        If an episode cannot be handed over, the buffer stays open, so that this can be called again.
+        """
         if not self._is_closed:
             try:
                 self.flush()
+                self._is_closed = True
             finally:
-                self._is_closed, self._batches = True, None
+                self._batches = None
                 self.dataloader.end_workers()
                 self.dataset._end_workers()
 

@@ -44,11 +44,6 @@ class ThreadLock(type(threading.RLock())):  # type: ignore[misc]
     def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
         return ThreadLock, ()
 
-    @property
-    def parts(self) -> tuple[ThreadLock, ...]:
-        """The locks that are taken."""
-        return (self,)
-
     @staticmethod
     def renew_all() -> None:
         """In a forked child: a thread that is not here may have held them."""
@@ -66,34 +61,36 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
-class ThreadLocks:
-    """Several locks that are taken together.
+class LocksOf:
+    """The locks of several datasets, whichever each has by then, taken together.
 
     Args:
-        *locks: Locks, or several of them.
+        *datasets: Whose `_lock` is a `ThreadLock`.
     """
 
-    def __init__(self, *locks: ThreadLock | ThreadLocks) -> None:
-        parts: dict[int, ThreadLock] = {part.number: part for lock in locks for part in lock.parts}
-        self.parts: tuple[ThreadLock, ...] = tuple(parts[number] for number in sorted(parts))
+    def __init__(self, *datasets: Any) -> None:
+        self._datasets = datasets
+        self._taken: list[list[ThreadLock]] = []
 
     def __enter__(self) -> None:
+        locks = {dataset._lock.number: dataset._lock for dataset in self._datasets}
         taken: list[ThreadLock] = []
         try:
-            for lock in self.parts:
-                lock.__enter__()
-                taken.append(lock)
+            for number in sorted(locks):
+                locks[number].__enter__()
+                taken.append(locks[number])
+            self._taken.append(taken)
         except BaseException:  # Ctrl-C while it waited for another thread.
             for lock in reversed(taken):
                 lock.__exit__()
             raise
 
     def __exit__(self, *exception: object) -> None:
-        for lock in reversed(self.parts):
+        for lock in reversed(self._taken.pop()):
             lock.__exit__()
 
-    def __reduce__(self) -> tuple[type[ThreadLocks], tuple[ThreadLock, ...]]:
-        return ThreadLocks, self.parts
+    def __reduce__(self) -> tuple[type[LocksOf], tuple[Any, ...]]:
+        return LocksOf, self._datasets
 
 
 def to_torch(value: Any, device: torch.device | str | None = None) -> Any:

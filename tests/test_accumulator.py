@@ -190,6 +190,30 @@ def test_an_episode_that_was_taken_when_the_call_was_cut_off_is_not_handed_over_
     assert recording.episodes == [(env, steps) for steps in ([0, 1], [2]) for env in range(num_envs)]
 
 
+def test_a_last_row_that_was_taken_when_the_call_was_cut_off_is_not_added_again() -> None:
+    accumulator, recording = make(1)
+
+    def add(step: int, is_last: bool) -> None:
+        accumulator.add_row([row[0] for row in rows(1, step)], False, is_last)
+
+    add(0, False)
+    recording.is_cut_off = True
+    with pytest.raises(KeyboardInterrupt):
+        add(1, True)
+    recording.is_cut_off = False
+    add(1, True)
+    for step in (2, 3):  # The same row may come again where nothing failed; so may another where something did.
+        add(step, True)
+        add(step, True)
+    recording.is_cut_off = True
+    with pytest.raises(KeyboardInterrupt):
+        add(4, True)
+    recording.is_cut_off = False
+    add(5, False)
+    add(6, True)
+    assert [steps for _, steps in recording.episodes] == [[0, 1], [2], [2], [3], [3], [4], [5, 6]]
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_an_open_episode_that_outgrows_the_limit_is_refused_before_anything_changes(num_envs: int) -> None:
     accumulator, recording = make(num_envs, max_rows=70)

@@ -41,7 +41,7 @@ class FileContract(DatasetContract):
     def test_a_copy_goes_on_by_itself(self) -> None:
         dataset = self.filled([5, 3], 8)
         copied = copy.deepcopy(dataset)
-        with pytest.raises(RuntimeError, match="mode='r', which only reads"):
+        with pytest.raises(RuntimeError, match="This dataset only reads .* mode='r'"):
             copied.add_episode(tagged.episode(4, 2))
         dataset.add_episode(tagged.episode(4, 2))
         assert numbers_drawn(copied) == {1, 2}
@@ -275,8 +275,12 @@ def test_arguments_are_checked(tmp_path) -> None:
             IndividualFileDataset(**{"capacity": 9, "directory": tmp_path / "new", **arguments})
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="Episodes need a directory"):
-        IndividualFileDataset(9, directory=tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(NotADirectoryError, match="Episodes need a directory, and this is a file, or a link"):
+            IndividualFileDataset(9, directory=tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="It cannot be made: choose another"):
+        IndividualFileDataset(9, directory="/proc/no/such")
 
 
 def test_after_closing_everything_says_so_and_the_directory_is_free(tmp_path) -> None:

@@ -174,6 +174,7 @@ def test_no_row_is_doubled_or_lost_when_a_step_that_ends_episodes_was_cut_off(
             was_added.update((env, 0, step) for env in envs.tolist())
         last = (0, num_open) if num_envs == 1 else (1, 0)
         cut_off = is_cut_off(partial(add, *last, True), num_events)
+        assert all(map(is_lock_free, datasets)), num_events
         buffer.flush()
         is_added = {(env, *last) for env in envs.tolist()} & stored_rows(datasets[-1]).keys()
         if num_open == 2:
@@ -192,6 +193,59 @@ def test_no_row_is_doubled_or_lost_when_a_step_that_ends_episodes_was_cut_off(
         if not cut_off:
             break
     assert 60 < num_events < 1999
+
+
+def test_a_refill_that_was_cut_off_and_repeated_brings_each_once(tmp_path) -> None:
+    for num_events in range(1, 3000):
+        ring, large = RingBufferDataset(100), ListDataset(100)
+        for number in range(4):
+            large.add_episode(tagged.episode(5, number))
+        ring.extend(large, seed=0)
+        cut_off = is_cut_off(ring.refill, num_events)
+        ring.refill()
+        assert stored_rows(ring) == stored_rows(large), num_events
+        if not cut_off:
+            break
+    assert 60 < num_events < 2999
+
+
+def test_readers_of_files_are_told_of_an_episode_also_if_the_addition_was_cut_off_just_before(
+    tmp_path, monkeypatch
+) -> None:
+    files = IndividualFileDataset(100, directory=tmp_path, durability="rename")
+    files.add_episode(tagged.episode(3, 0))
+    reader = pickle.loads(pickle.dumps(files))
+    publish = files._publish
+
+    def interrupted(*numbers: int) -> None:
+        monkeypatch.setattr(files, "_publish", publish)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.add_episode(tagged.episode(4, 1))
+    files.add_episode(tagged.episode(5, 2))
+    reader.refresh()
+    assert reader.index.rows.tolist() == files.index.rows.tolist() and files.num_episodes == 3
+
+
+def test_ctrl_c_while_files_are_opened_and_closed_is_never_swallowed(tmp_path, monkeypatch) -> None:
+    swallowed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
+    files = IndividualFileDataset(1000, directory=tmp_path, durability="rename")
+    for number in range(12):
+        files.add_episode(tagged.episode(4, number))
+    stream = files.get_loader(8, 2, seed=0).stream
+    stream.take()
+    assert files._reader is not None
+    files._reader._max_open_files = 2
+    for num_events in range(1, 2000):
+        if not is_cut_off(stream.take, num_events):
+            break
+    assert 100 < num_events < 1999
+    assert not [hook for hook in swallowed if hook.exc_type is KeyboardInterrupt]
+    check(stream)
+    files.close()
 
 
 def filled(kind: str) -> Any:

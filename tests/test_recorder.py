@@ -49,6 +49,15 @@ def final_as_gymnasium(games: Games) -> np.ndarray:
     return array
 
 
+def test_a_buffer_keeps_the_number_of_environments_that_its_rows_had() -> None:
+    buffer = make_buffer()
+    play(Games(3, "next_step"), Recorder(buffer, 3, "next_step"), num_steps=9)
+    with pytest.raises(ValueError, match="`num_envs`=4 here, but 3 in the ReplayBuffer, .* Make another"):
+        Recorder(buffer, 4, "next_step")
+    play(Games(3, "next_step"), Recorder(buffer, 3, "next_step"), num_steps=9)
+    play(Games(4, "next_step"), Recorder(ReplayBuffer(buffer.dataset, 4), 4, "next_step"), num_steps=9)
+
+
 # The log is the oracle.
 
 

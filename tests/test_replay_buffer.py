@@ -296,7 +296,7 @@ def test_half_precision_refuses_a_row_at_once_and_the_buffer_closes() -> None:
     assert buffer.dataset.get_episode(0)["x"].tolist() == [1.0, 2.0]
 
 
-def test_a_buffer_closes_although_its_open_episodes_cannot_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_buffer_that_cannot_store_its_open_episodes_can_be_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = buffer_of(num_envs=1)
     buffer.add_step({"x": 1.0}, False)
 
@@ -304,9 +304,14 @@ def test_a_buffer_closes_although_its_open_episodes_cannot_be_stored(monkeypatch
         raise OSError("no room")
 
     monkeypatch.setattr(buffer.dataset, "_write", fail)
-    with pytest.raises(OSError, match="no room"):
-        buffer.close()
+    for _ in range(2):
+        with pytest.raises(OSError, match="no room"):
+            buffer.close()
+    monkeypatch.undo()
     buffer.close()
+    assert buffer.num_timesteps == 1
+    with pytest.raises(RuntimeError, match="closed"):
+        buffer.add_step({"x": 1.0}, False)
 
 
 def test_threads_may_add_and_draw_at_the_same_time() -> None:
@@ -565,6 +570,13 @@ def test_a_reward_of_any_dtype_completes_an_episode_and_has_a_return_if_it_is_re
         buffer.add_step({"reward": reward}, step % 3 == 2)
     assert buffer.dataset.episode_lengths == [3, 3]
     assert buffer.stats().get("mean_episode_return") == expected
+
+
+def test_a_row_that_is_no_bfloat16_hears_what_it_is() -> None:
+    buffer = buffer_of(num_envs=1)
+    buffer.add_step({"x": torch.tensor(1.5, dtype=torch.bfloat16)}, False)
+    with pytest.raises(ValueError, match=r"dtype float32 and shape \(\), expected bfloat16 .* first have float32"):
+        buffer.add_step({"x": 1.5}, False)
 
 
 def test_a_reward_of_several_parts_is_stored_and_has_no_return() -> None:

@@ -269,6 +269,23 @@ def test_ctrl_c_leaves_nobody(round_: int) -> None:
         end(sibling)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_outlive_a_ctrl_c_that_the_trainer_outlives(method: str) -> None:
+    # Jupyter and terminals send it to the whole group.
+    ring = RingBufferDataset(100)
+    ring.add_episode(tagged.episode(9, 0))
+    loader = ring.get_loader(4, 3, num_workers=2, multiprocessing_context=method, seed=0)
+    batches = iter(loader)
+    for _ in range(2):
+        next(batches)
+        for worker in batches._batches._workers:
+            os.kill(worker.pid, signal.SIGINT)
+    for _ in range(12):
+        tagged.origins(next(batches))
+    assert all(worker.is_alive() for worker in batches._batches._workers)
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_nobody_fifty_times() -> None:
     for round_ in range(50):

@@ -288,11 +288,11 @@ def _open_directory(path: str, writable: bool) -> int:
             os.makedirs(path, exist_ok=True)
         return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | CLOSE_ON_EXEC)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            error.errno, f"There is no directory to read; mode='a' makes one ({error.strerror})", path
-        ) from error
+        what = "It cannot be made: choose another" if writable else "There is no directory to read; mode='a' makes one"
+        raise FileNotFoundError(error.errno, f"{what} ({error.strerror})", path) from error
     except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, "Episodes need a directory, and this is a file", path) from error
+        what = "Episodes need a directory, and this is a file, or a link that leads nowhere"
+        raise NotADirectoryError(errno.ENOTDIR, what, path) from error
     except OSError as error:
         raise OSError(
             error.errno, f"The directory cannot be opened ({error.strerror}). Choose another `directory`", path

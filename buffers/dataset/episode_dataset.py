@@ -14,7 +14,7 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_episode
 from buffers.evictor.base import Evictor
 from buffers.evictor.fifo import FIFOEvictor
-from buffers.utils import ThreadLocks
+from buffers.utils import LocksOf
 
 if TYPE_CHECKING:
     from buffers.dataset.extension import Extension
@@ -236,9 +236,10 @@ class EpisodeDataset(EpisodeSource):
         from buffers.dataset.extension import Extension
 
         extension = Extension(self, other, other_batch_size, other_num_workers, fetch_from_other_every, seed)
-        with ThreadLocks(self._lock, other._lock):
+        with LocksOf(self, other):
             extension.begin(self)
-            self._extension, self._lock = extension, ThreadLocks(self._lock, other._lock)
+            # One for both, as an addition needs both: of two, Ctrl-C can leave one taken.
+            self._extension, self._lock = extension, other._lock
             other._is_behind = True
             self._refuses_values |= other._refuses_values
 

@@ -15,7 +15,7 @@ from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.table import counts_line, fields_table
 from buffers.sampler.base import Sampler
 from buffers.sampler.checking import checked_draw
-from buffers.utils import ThreadLock, ThreadLocks, integer
+from buffers.utils import LocksOf, ThreadLock, integer
 
 if TYPE_CHECKING:
     from buffers.loader import SequenceLoader
@@ -45,7 +45,7 @@ class EpisodeSource(IterableDataset, ABC):
         self.capacity = integer("capacity", capacity, minimum=1)
         self.index = EpisodeIndex()
         # Threads may add and draw at the same time; worker processes need no lock.
-        self._lock: ThreadLock | ThreadLocks = ThreadLock()
+        self._lock: ThreadLock | LocksOf = ThreadLock()
         self._num_evicted = 0
         self._has_evicted = False
         self._fields: Fields | None = None

@@ -2,7 +2,7 @@
 
 An addition, in the order in which things happen, so that an error leaves both as they were:
 
-    1. draw     whole episodes that the loader of `other` has read beforehand       may fail: nothing has changed
+    1. draw     whole episodes that the loader of `other` has read beforehand       what fails here will not come
     2. other    store the new episode there                                         may fail: nothing has changed
     3. here     store it here, evicting the oldest                                  if it fails, it leaves `other` too
     4. bring    store here what was drawn, evicting the oldest, never the newest    what fails here has just not come
@@ -205,7 +205,11 @@ class Extension:
         for _ in range(self._batch_size):
             if self.other.is_empty:
                 break
-            episode = self._waiting.popleft() if self._waiting else self._next()
+            try:
+                episode = self._waiting.popleft() if self._waiting else self._next()
+            except Exception as error:
+                self._warn("unread", f"Episodes of the {type(self.other).__name__} cannot be read: {error!r}")
+                break
             if self._is_here(dataset, episode.id) or episode.id in chosen or not self._can_store(dataset, episode):
                 continue
             if episode.length <= room:
@@ -263,9 +267,11 @@ class Extension:
         episode_id = dataset.index.next_id
         try:
             dataset._add(fields, episode.arrays)
-        finally:
-            if _has(dataset, episode_id):  # Also where Ctrl-C came just then: it must not come a second time.
+            self._note(dataset, episode.id, episode_id)
+        except BaseException:
+            if _has(dataset, episode_id):  # Ctrl-C came just then: it must not come a second time.
                 self._note(dataset, episode.id, episode_id)
+            raise
 
     def refill(self, dataset: EpisodeDataset) -> int:
         """Fill what room there is with episodes of `other` at random; its newest comes last, so that it stays."""

@@ -161,6 +161,8 @@ def as_array(name: str, value: Any) -> np.ndarray:
             return _tensor_to_array(name, value)
     if isinstance(value, (list, tuple)):
         array = _list_to_array(name, value)
+    elif isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"Field `{name}` is a masked array, whose mask would be lost: use `.filled(value)`.")
     elif isinstance(value, (np.ndarray, np.generic, bool, int)):
         array = np.asarray(value)
     elif isinstance(value, float):
@@ -176,6 +178,11 @@ def as_array(name: str, value: Any) -> np.ndarray:
     if array.dtype not in _TO_TORCH or array.dtype == _BFLOAT16:
         raise TypeError(f"Field `{name}` has dtype {array.dtype}, which torch cannot hold: {value!r:.60}.")
     return array
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """What the dtype of an array is called."""
+    return "bfloat16" if dtype == _BFLOAT16 else str(dtype)
 
 
 def _number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
@@ -200,7 +207,10 @@ def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
     """Of a tensor that has no array as it is: it is on a GPU, has a gradient, is bfloat16, ..."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.dtype not in _TO_NUMPY:
-        raise TypeError(f"Field `{name}` must be a dense tensor of numbers, found {tensor.layout}, {tensor.dtype}.")
+        raise TypeError(
+            f"Field `{name}` must be a dense tensor of bfloat16 or a dtype that numpy has, found {tensor.layout}, "
+            f"{tensor.dtype}."
+        )
     if tensor.device.type != "cpu":
         tensor = tensor.cpu()
     if tensor.dtype == torch.bfloat16:
@@ -278,7 +288,8 @@ class Fields(Mapping[str, TensorType]):
             array = as_array(name, value)
             if array.ndim < num_leading_axes:
                 raise ValueError(
-                    f"Field `{name}` has shape {array.shape}, expected {num_leading_axes} leading axis before its own."
+                    f"Field `{name}` has shape {array.shape}, expected an axis before its own: that of the "
+                    "environments, or of an episode's rows."
                 )
             return TensorType.infer(array.shape[num_leading_axes:], _TO_TORCH[array.dtype])
 

@@ -264,6 +264,9 @@ class IndividualFileDataset(EpisodeDataset):
             if index.next_id == episode_id:
                 self._take_back(episode_id, start)
                 self._fields, self._stored_fields = fields_before, stored_before
+            elif self._log is not None and self._log.newest_id < episode_id:
+                # Ctrl-C came before readers were told of it.
+                self._publish(start, index.next_start - start, episode_id)
             raise
 
     def _publish(self, start: int, length: int, episode_id: int) -> None:
@@ -360,7 +363,8 @@ class IndividualFileDataset(EpisodeDataset):
             self._log.end()
         self._log = None
         if self._reader is not None:
-            self._reader.close()
+            with self._lock:  # Another thread may be reading.
+                self._reader.close()
         self._directory.close()
 
     def __enter__(self) -> IndividualFileDataset:
@@ -391,7 +395,10 @@ class IndividualFileDataset(EpisodeDataset):
     def _check_writable(self) -> None:
         self._check_open()
         if self._writer is None:
-            raise RuntimeError(f"{self._directory.path} was opened with mode='r', which only reads. Open it with 'a'.")
+            raise RuntimeError(
+                f"This dataset only reads {self._directory.path}: it was opened with mode='r', or is a copy of the one "
+                "that writes. Open it with mode='a'."
+            )
         if not self._is_writer():
             raise RuntimeError(f"Process {self._writer} writes to {self._directory.path}; this one can only read.")
 

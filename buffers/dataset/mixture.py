@@ -25,7 +25,7 @@ from buffers.dataset.mixture_fields import common_fields
 from buffers.dataset.table import counts_line
 from buffers.dataset.weights import Float64Array, SharedWeights, shares
 from buffers.sampler.base import Sampler
-from buffers.utils import ThreadLocks
+from buffers.utils import LocksOf
 
 __all__ = ["MixtureDataset"]
 
@@ -90,7 +90,7 @@ class MixtureDataset(EpisodeDataset):
         self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
         super().__init__(sum(leaf.capacity for leaf in self._leaves))
         self.device = self._members[0].device
-        self._lock = ThreadLocks(*(leaf._lock for leaf in self._leaves))
+        self._lock = LocksOf(*self._leaves)
         self.index = _MixtureIndex(self._leaves)
         self._find_fields()
 

@@ -134,7 +134,8 @@ class SharedArrays(Mapping[str, np.ndarray]):
                 raise FileNotFoundError(_path(self._handle))
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"The process {self._handle[0]} does not have the memory that it shared: {error}."
+                f"The process {self._handle[0]} does not have the memory that it shared: {error}. A pickled ring is a "
+                "handle for other processes, while the one that made it lives; what shall last belongs in files."
             ) from None
         self._lay_out(memory)
 

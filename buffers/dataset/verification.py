@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from buffers.dataset.fields import Fields, TensorType, as_tensor
+from buffers.dataset.fields import Fields, TensorType, as_tensor, dtype_name
 
 __all__ = ["VerificationMode"]
 
@@ -39,10 +39,11 @@ def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int,
     reads_values = mode is VerificationMode.ALL_CHECKS
     for (name, dtype, shape), array in zip(fields.layout, arrays, strict=True):
         if array.dtype != dtype or array.shape != leading + shape:
-            hint = "" if array.dtype == dtype else f" Cast it, or let what comes first have {array.dtype}."
+            found, expected = dtype_name(array.dtype), dtype_name(dtype)
+            hint = "" if found == expected else f" Cast it, or let what comes first have {found}."
             raise ValueError(
-                f"Field `{name}` has dtype {array.dtype} and shape {array.shape}, "
-                f"expected {dtype} and {leading + shape}.{hint}"
+                f"Field `{name}` has dtype {found} and shape {array.shape}, expected {expected} and "
+                f"{leading + shape}.{hint}"
             )
         if reads_values and not _is_finite(array, fields[name]):
             raise ValueError(f"Field `{name}` holds NaN or infinite numbers, which ALL_CHECKS refuses.")

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -49,24 +50,27 @@ class _Rows(NamedTuple):
 
 
 class _OpenFile:
-    """An open file, closed when neither the cache nor a thread that reads has it any more."""
+    """An open file. It has no `__del__`, in which Python would swallow a Ctrl-C."""
 
-    __slots__ = ("descriptor", "segments", "size")
+    __slots__ = ("_file", "descriptor", "segments", "size")
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.segments: list[_Segment] = []
         status = os.fstat(descriptor)
-        self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
             raise DamagedEpisodeError("is no regular file")
+        # Should Ctrl-C keep it from being closed, it closes itself.
+        self._file, self.descriptor, self.size = io.FileIO(descriptor), descriptor, status.st_size
+        self.segments: list[_Segment] = []
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.descriptor)
+    def close(self) -> None:
+        self._file.close()
 
 
 class WindowReader:
     """Copies rows of episodes into a batch, and keeps some files open, or some episodes decoded.
+
+    It is for one thread at a time: files that another would read are closed.
 
     Args:
         strategy: The format.
@@ -86,6 +90,7 @@ class WindowReader:
         self._max_open_files = _max_open_files()
         # Both in the order of their last use.
         self._files: dict[int, _OpenFile] = {}
+        weakref.finalize(self, _close_all, self._files).atexit = False
         self._decoded: dict[int, Mapping[str, torch.Tensor]] = {}
         self._decoded_bytes = 0
         # Of files that were found to be good, nothing but the size is looked at again.
@@ -99,7 +104,9 @@ class WindowReader:
 
     def forget(self, episode_id: int) -> None:
         """The episode is gone."""
-        self._files.pop(episode_id, None)
+        file = self._files.pop(episode_id, None)
+        if file is not None:
+            file.close()
         self._rows.pop(episode_id, None)
         decoded = self._decoded.pop(episode_id, None)
         if decoded is not None:
@@ -107,7 +114,7 @@ class WindowReader:
 
     def close(self) -> None:
         """Close all files."""
-        self._files.clear()
+        _close_all(self._files)
         self._decoded.clear()
         self._decoded_bytes = 0
 
@@ -123,15 +130,15 @@ class WindowReader:
             if self._reads_ranges is False:
                 return None
             file = self._opened(episode_id)
-            rows = self._rows.get(episode_id)
-            if rows is None:
-                rows = self._checked_rows(file, length)
-                if rows is None:
-                    return None
-                self._rows[episode_id] = rows
-            if file.size != rows.size:
-                raise DamagedEpisodeError(f"has {file.size} bytes, and had {rows.size} before")
-            file.segments = rows.segments
+            try:
+                segments = self._segments(file, episode_id, length)
+            except BaseException:
+                file.close()
+                raise
+            if segments is None:
+                file.close()
+                return None
+            file.segments = segments
             while len(self._files) >= self._max_open_files:
                 self._close_oldest()
         self._files[episode_id] = file
@@ -147,7 +154,10 @@ class WindowReader:
         episode = self._decoded.pop(episode_id, None)
         if episode is None:
             file = self._opened(episode_id)
-            episode = load(self._strategy, file.descriptor, self._fields, length)
+            try:
+                episode = load(self._strategy, file.descriptor, self._fields, length)
+            finally:
+                file.close()
             num_bytes = _num_bytes(episode)
             self._decoded_bytes += num_bytes
             while self._decoded_bytes > MAX_DECODED_BYTES and self._decoded:
@@ -176,9 +186,18 @@ class WindowReader:
         return _OpenFile(self._directory.open(name))
 
     def _close_oldest(self) -> None:
-        # Another thread may have been quicker.
-        with contextlib.suppress(StopIteration, KeyError):
-            del self._files[next(iter(self._files))]
+        self._files.pop(next(iter(self._files))).close()
+
+    def _segments(self, file: _OpenFile, episode_id: int, length: int) -> list[_Segment] | None:
+        rows = self._rows.get(episode_id)
+        if rows is None:
+            rows = self._checked_rows(file, length)
+            if rows is None:
+                return None
+            self._rows[episode_id] = rows
+        if file.size != rows.size:
+            raise DamagedEpisodeError(f"has {file.size} bytes, and had {rows.size} before")
+        return rows.segments
 
     def _checked_rows(self, file: _OpenFile, length: int) -> _Rows | None:
         with io.FileIO(file.descriptor, closefd=False) as raw, as_damage():
@@ -280,6 +299,11 @@ def as_damage() -> Iterator[None]:
         raise  # The last two are faults of the format's code, which no file is to blame for.
     except Exception as error:
         raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _close_all(files: dict[int, _OpenFile]) -> None:
+    while files:
+        files.popitem()[1].close()
 
 
 def _read_exactly(descriptor: int, buffers: list[memoryview], begin: int, end: int) -> None:
