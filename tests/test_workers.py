@@ -277,8 +277,9 @@ def test_workers_outlive_a_ctrl_c_that_the_trainer_outlives(method: str) -> None
     ring.add_episode(tagged.episode(9, 0))
     loader = ring.get_loader(4, 3, num_workers=2, multiprocessing_context=method, seed=0)
     batches = iter(loader)
-    for _ in range(2):
-        next(batches)
+    for _ in range(3):
+        for _ in range(2):  # One of each: by then it has begun.
+            next(batches)
         for worker in batches._batches._workers:
             os.kill(worker.pid, signal.SIGINT)
     for _ in range(12):

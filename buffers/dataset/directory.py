@@ -32,6 +32,7 @@ import re
 import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from buffers.dataset.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, DirectoryLock
@@ -190,12 +191,13 @@ class EpisodeDirectory:
         """
         temporary = TEMPORARY + name
         descriptor = self._descriptor.number
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_SURPRISES
+        # Whatever Ctrl-C finds open belongs to a file, which closes it.
+        opener = partial(os.open, mode=0o666, dir_fd=descriptor)
         is_renamed = False
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=descriptor)  # What lies there, a link even, is nobody's.
         try:
-            with _written(os.open(temporary, flags, 0o666, dir_fd=descriptor)) as file:
+            with _written(open(temporary, "xb", opener=opener)) as file:
                 write(file)
                 file.flush()
                 if durable:
@@ -247,14 +249,17 @@ class EpisodeDirectory:
 
     # Reading it.
 
-    def open(self, name: str) -> int:
-        """A descriptor of a file for reading. Links are not followed, and nothing is waited for.
+    def open(self, name: str) -> io.FileIO:
+        """A file for reading. Links are not followed, and nothing is waited for.
 
         Raises:
             FileNotFoundError: It is gone.
             OSError: As the operating system says.
         """
-        return os.open(name, os.O_RDONLY | NO_SURPRISES, dir_fd=self._descriptor.number)
+        return io.FileIO(name, opener=self._opened)
+
+    def _opened(self, name: str, flags: int) -> int:
+        return os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
 
     def close(self) -> None:
         """Give up the lock."""
@@ -300,9 +305,8 @@ def _open_directory(path: str, writable: bool) -> int:
 
 
 @contextlib.contextmanager
-def _written(descriptor: int) -> Iterator[io.BufferedWriter]:
-    """A file over a new descriptor, closed in any case, also where closing writes, and fails, once more."""
-    file = os.fdopen(descriptor, "wb")
+def _written(file: io.BufferedWriter) -> Iterator[io.BufferedWriter]:
+    """A new file, closed in any case, also where closing writes, and fails, once more."""
     try:
         yield file
     except BaseException:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -206,7 +204,7 @@ def _find_fields(
     unknown_version = None
     for text, length in zip(texts, lengths.tolist(), strict=True):
         try:
-            with _opened(directory, text) as file, as_damage():
+            with directory.open(text) as file, as_damage():
                 fields = strategy.load_fields(file)
                 if fields is None and stated_fields is None:
                     break
@@ -242,14 +240,10 @@ def _error_of(
     is_full: bool,
 ) -> Exception | None:
     try:
-        with _opened(directory, text) as file, as_damage():
+        with directory.open(text) as file, as_damage():
             (strategy.verify if is_full else strategy.check)(file, fields, length)
     except (DamagedEpisodeError, FileNotFoundError) as error:
         return error
     except PermissionError:
         return DamagedEpisodeError("must not be read")
     return None
-
-
-def _opened(directory: EpisodeDirectory, text: str) -> io.FileIO:
-    return os.fdopen(directory.open(text), "rb", buffering=0)

@@ -54,14 +54,15 @@ class _OpenFile:
 
     __slots__ = ("_file", "descriptor", "segments", "size")
 
-    def __init__(self, descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise DamagedEpisodeError("is no regular file")
+    def __init__(self, file: io.FileIO) -> None:
         # Should Ctrl-C keep it from being closed, it closes itself.
-        self._file, self.descriptor, self.size = io.FileIO(descriptor), descriptor, status.st_size
+        self._file, self.descriptor = file, file.fileno()
         self.segments: list[_Segment] = []
+        status = os.fstat(self.descriptor)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            file.close()
+            raise DamagedEpisodeError("is no regular file")
 
     def close(self) -> None:
         self._file.close()
@@ -177,6 +178,8 @@ class WindowReader:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise DamagedEpisodeError("is a link") from error
+            if error.errno == errno.EISDIR:
+                raise DamagedEpisodeError("is no regular file") from error
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._files:
                 raise
         # Others in this process need descriptors too: make do with half.
