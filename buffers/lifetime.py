@@ -21,8 +21,10 @@ def end_with(trainer: int) -> None:
     """
     if trainer not in _watched:
         _watched.add(trainer)
-        # Not SIG_IGN, which programs that a worker starts would have, too.
-        signal.signal(signal.SIGINT, lambda number, frame: None)
+        # A dataset that wraps ours may iterate it in a thread of its own, where Python allows no handlers.
+        if threading.current_thread() is threading.main_thread():
+            # Not SIG_IGN, which programs that a worker starts would have, too.
+            signal.signal(signal.SIGINT, lambda number, frame: None)
         threading.Thread(target=_wait_and_exit, args=(trainer,), daemon=True, name="buffers-end-with-trainer").start()
 
 

@@ -73,7 +73,7 @@ class Recorder:
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An unknown mode, or a `num_envs` that is not positive.
+        ValueError: An unknown mode, or a `num_envs` that is not positive, or not that of the buffer.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,20 @@ def test_arguments_are_checked(tmp_path) -> None:
             IndividualFileDataset(9, directory=tmp_path / name)
     with pytest.raises(FileNotFoundError, match="It cannot be made: choose another"):
         IndividualFileDataset(9, directory="/proc/no/such")
+
+
+def test_files_are_not_closed_while_another_thread_reads_them(tmp_path) -> None:
+    dataset = IndividualFileDataset(30, directory=tmp_path)
+    add(dataset, [4])
+    dataset.get_loader(2, 1, seed=0).stream.take()
+    assert dataset._reader is not None
+    closing = threading.Thread(target=dataset.close)
+    with dataset._lock:
+        closing.start()
+        closing.join(0.2)
+        assert len(dataset._reader._files) == 1
+    closing.join()
+    assert not dataset._reader._files
 
 
 def test_after_closing_everything_says_so_and_the_directory_is_free(tmp_path) -> None:

@@ -123,7 +123,7 @@ def chain(kinds: str, directory: Path) -> list[EpisodeDataset]:
             found.append(RingBufferDataset(capacity))
         else:
             found.append(IndividualFileDataset(capacity, directory=directory / str(position), durability="rename"))
-    for front, other in reversed(list(zip(found, found[1:], strict=False))):
+    for front, other in reversed(list(itertools.pairwise(found))):
         front.extend(other, seed=0)
     return found
 
@@ -195,7 +195,7 @@ def test_no_row_is_doubled_or_lost_when_a_step_that_ends_episodes_was_cut_off(
     assert 60 < num_events < 1999
 
 
-def test_a_refill_that_was_cut_off_and_repeated_brings_each_once(tmp_path) -> None:
+def test_a_refill_that_was_cut_off_and_repeated_brings_each_once() -> None:
     for num_events in range(1, 3000):
         ring, large = RingBufferDataset(100), ListDataset(100)
         for number in range(4):

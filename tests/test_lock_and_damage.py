@@ -189,6 +189,20 @@ def test_in_a_directory_that_was_never_ours_other_peoples_files_stay(tmp_path) -
     assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
 
 
+@pytest.mark.parametrize("put_there", [os.mkdir, os.mkfifo])
+def test_what_has_taken_the_place_of_a_file_is_damage_that_drawing_passes_over(tmp_path, put_there) -> None:
+    with opened(tmp_path, 100) as dataset:
+        for number in range(3):
+            dataset.add_episode(tagged.episode(6, number))
+    names = sorted(name for name in os.listdir(tmp_path) if name.startswith("0"))
+    dataset = IndividualFileDataset(100, directory=tmp_path, mode="r")
+    os.unlink(tmp_path / names[1])
+    put_there(tmp_path / names[1])
+    with pytest.warns(UserWarning, match=f"{names[1]}: it is no regular file"):
+        batch = dataset.get_loader(64, 2, seed=0).stream.take()
+    assert {number for _, number, _, _ in tagged.origins(batch)} == {0, 2}
+
+
 @pytest.mark.parametrize("mode", ["a", "r"])
 def test_damage_that_is_found_while_drawing_is_warned_of_and_not_served(tmp_path, mode) -> None:
     with opened(tmp_path, 100) as dataset:

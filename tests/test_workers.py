@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import gc
 import itertools
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from buffers import ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
@@ -285,6 +287,25 @@ def test_workers_outlive_a_ctrl_c_that_the_trainer_outlives(method: str) -> None
     for _ in range(12):
         tagged.origins(next(batches))
     assert all(worker.is_alive() for worker in batches._batches._workers)
+
+
+def test_a_worker_may_iterate_in_a_thread_of_its_own() -> None:
+    ring = RingBufferDataset(100)
+    ring.add_episode(tagged.episode(9, 0))
+    batches = DataLoader(Threaded(ring.sequences(3, seed=0)), batch_size=4, num_workers=1)
+    assert len(tagged.origins(next(iter(batches)))) == 4
+
+
+class Threaded(IterableDataset):
+    """A user's own, that reads ahead."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Any:
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            batches = executor.submit(iter, self._dataset).result()
+            yield from (executor.submit(next, batches).result() for _ in range(8))
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ class Extension:
     def _add_to_both(self, dataset: EpisodeDataset, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
         other = self.other
         here = dataset, dataset.index.next_id
-        there = [(member, member.index.next_id) for member in self._members()]
+        there = [(member, member.index.next_id) for member in _chain(other)]
         try:
             if _may_fail(dataset) and not _may_fail(other):
                 other._check_everywhere(arrays)
@@ -184,17 +184,10 @@ class Extension:
         if _has(*here) and _has(*there[0]):
             self._note(dataset, there[0][1], episode_id)
 
-    def _members(self) -> Iterator[EpisodeDataset]:
-        """`other`, and what is behind it."""
-        member: EpisodeDataset | None = self.other
-        while member is not None:
-            yield member
-            member = None if member._extension is None else member._extension.other
-
     @property
     def last(self) -> EpisodeDataset:
         """The one behind all others, which has every episode that was added."""
-        *_, last = self._members()
+        *_, last = _chain(self.other)
         return last
 
     # What comes back.
@@ -339,6 +332,14 @@ def _may_fail(dataset: EpisodeDataset) -> bool:
     return behind or not dataset._evicts_before_writing or type(dataset.evictor) is not FIFOEvictor
 
 
+def _chain(dataset: EpisodeDataset) -> Iterator[EpisodeDataset]:
+    """A dataset, and what is behind it."""
+    behind: EpisodeDataset | None = dataset
+    while behind is not None:
+        yield behind
+        behind = None if behind._extension is None else behind._extension.other
+
+
 def _has(dataset: EpisodeDataset, episode_id: int) -> bool:
     return dataset.index.position(episode_id) is not None
 
@@ -361,11 +362,8 @@ def _check_pair(dataset: EpisodeDataset, other: EpisodeDataset) -> None:
         raise RuntimeError(f"It is extended already, by a {type(dataset._extension.other).__name__}.")
     dataset._check_writable()
     other._check_writable()
-    behind: EpisodeDataset | None = other
-    while behind is not None:
-        if behind is dataset:
-            raise ValueError("`other` is the dataset itself, or leads back to it.")
-        behind = None if behind._extension is None else behind._extension.other
+    if any(behind is dataset for behind in _chain(other)):
+        raise ValueError("`other` is the dataset itself, or leads back to it.")
     if dataset._is_behind:
         raise RuntimeError(
             "It is behind another dataset already. Extend the largest first: `b.extend(c)`, `a.extend(b)`."
