@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from buffers.ahead import Ahead
 from buffers.dataset.fields import Fields
 from buffers.dataset.index import Windows
 from buffers.lifetime import end_with
@@ -109,8 +108,6 @@ class SequenceStream(IterableDataset):
         self.trainer, self.num_slots = os.getpid(), 0
         self._number = 0
         self._slots: Slots | None = None
-        # The stride is from a worker's batch to its next.
-        self._ahead, self._stride = Ahead(), 1
         # What was drawn last in this process: looking for the newest step in it can wait until someone asks.
         self._last: Windows | None = None
 
@@ -170,7 +167,6 @@ class SequenceStream(IterableDataset):
         worker = get_worker_info()
         if worker is not None:
             end_with(self.trainer)
-            self._stride = worker.num_workers
         if self.batch_size is None:
             return _single_sequences(self, worker)
         if worker is None:
@@ -236,17 +232,8 @@ class SequenceStream(IterableDataset):
             return windows, out, (~was_read).nonzero()[0]
 
     def _draw_windows(self, n: int, attempt: int, again: Windows | None) -> Windows:
-        dataset = self.dataset
-        if (
-            attempt == 0
-            and type(self.sampler) is UniformSampler
-            and self.sequence_length is not None
-            and not dataset.has_members
-        ):
-            # This draw takes nothing but integers, once.
-            return self._ahead.get(self, n, self._stride)
         num_windows, rng = self.num_windows if again is None else len(again), self.random.generator(n, attempt)
-        return dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
+        return self.dataset._draw(self.sampler, num_windows, self.sequence_length, rng, again)
 
     def _wait_for_windows(self, n: int, attempt: int, again: Windows | None) -> Windows:
         """Draw where there was nothing to draw: all may have left for an episode that is about to come."""
@@ -261,11 +248,6 @@ class SequenceStream(IterableDataset):
                 if nothing_comes or time.monotonic() > deadline:
                     raise
             time.sleep(_PAUSE)
-
-    def draw(self, numbers: range) -> Windows:
-        """The windows of batches, one behind the other, by a sampler that asks for integers."""
-        num_windows, rng = self.num_windows * len(numbers), self.random.integers(numbers)
-        return self.sampler.draw(self.dataset.index, num_windows, self.sequence_length, rng)
 
     def _read_chunks(self, windows: Windows, is_whole_batch: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]:
         """The data of windows, in a worker's slot, or brought by several reads, and which of them were read."""

@@ -23,24 +23,15 @@ OPERATIONS = st.lists(
 )
 
 
-class EachInteger(np.random.Generator):
-    """Draws every integer of the range once, in order."""
-
-    def __init__(self) -> None:
-        super().__init__(np.random.Philox())
-
-    def integers(self, num, size):  # type: ignore[override]
-        assert size == num
-        return np.arange(num)
-
-
 def window_list(live: list[tuple[int, int, int]], length: int) -> list[tuple[int, int, int, int]]:
     """(start, step, id, rows) of every window: the reference."""
     return [(start + s, s, i, rows) for start, rows, i in live for s in range(rows - length + 1)]
 
 
 def drawn_list(index: EpisodeIndex, length: int, num: int) -> list[tuple[int, int, int, int]]:
-    windows = UniformSampler().draw(index, num, length, EachInteger())
+    counted = index.count_windows(length)
+    assert counted.num == num
+    windows = index.windows_of(counted, np.arange(num), length)
     return list(
         zip(
             windows.start.tolist(),

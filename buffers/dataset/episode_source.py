@@ -14,7 +14,6 @@ from buffers.dataset.fields import Fields, TensorType, as_tensor
 from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.table import counts_line, fields_table
 from buffers.sampler.base import Sampler
-from buffers.sampler.checking import checked_draw
 from buffers.utils import LocksOf, ThreadLock, integer
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class EpisodeSource(IterableDataset, ABC):
         self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
     ) -> Windows:
         """Draw windows by a sampler; `again`, where given, are those that were gone before they could be read."""
-        return checked_draw(sampler, self.index, num_windows, length, rng)
+        return _checked(sampler, sampler.draw(self.index, num_windows, length, rng), num_windows, length)
 
     # Episodes out.
 
@@ -141,9 +140,6 @@ class EpisodeSource(IterableDataset, ABC):
         if position >= self.num_episodes:
             raise ValueError(f"`episode_index`={episode_index} is out of range: {self.num_episodes} episodes live.")
         return position % self.num_episodes
-
-    def _prepare(self, windows: Windows) -> None:
-        """Find out `places` of windows that will be read later, if that can be. It is not by default."""
 
     def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
         """`_read` into new memory; for a store that does not need to be given any, a place to do better."""
@@ -295,3 +291,16 @@ class EpisodeSource(IterableDataset, ABC):
 
     def __repr__(self) -> str:
         return f"{counts_line(self)}\n{fields_table(self)}"
+
+
+def _checked(sampler: Sampler, windows: Windows, num_windows: int, length: int | None) -> Windows:
+    """The windows that a sampler has drawn, refused by a ValueError where they are not what was asked for."""
+    if type(windows) is not Windows or len(windows.start) != num_windows:
+        raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
+    if length is not None and length != windows.length:
+        raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
+    # Both parts are negative, and so is their union of bits, where a window leaves its episode.
+    spare = windows.episode_length - windows.step - (1 if length is None else length)
+    if np.minimum.reduce(windows.step | spare) < 0:
+        raise ValueError(f"{type(sampler).__name__} drew a window that is not within its episode.")
+    return windows

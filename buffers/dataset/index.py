@@ -14,8 +14,6 @@ leave, as a rule, so they stay valid: nothing is ever recounted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +39,6 @@ class Windows:
         episode_length: int64 `(B,)`, rows of the episodes.
         weight: float32 `(B,)`, importance weights; None stands for ones.
         source: int64 `(B,)`, which of several stores each window is in; None where there is one.
-        places: `(B,)`, where the store will read them, if it has found out already; its own affair.
     """
 
     length: int
@@ -51,7 +48,6 @@ class Windows:
     episode_length: Int64Array
     weight: npt.NDArray[np.float32] | None = None
     source: Int64Array | None = None
-    places: Any = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -75,15 +71,7 @@ class Windows:
             self.episode_length[selection],
             None if self.weight is None else self.weight[selection],
             None if self.source is None else self.source[selection],
-            None if self.places is None else self.places[selection],
         )
-
-    def split(self, num: int) -> list[Windows]:
-        """`num` parts of equal size, one behind the other: many at once take less time than slices."""
-        columns = (self.start, self.step, self.episode, self.episode_length, self.weight, self.source)
-        in_parts = (repeat(None, num) if column is None else column.reshape(num, -1) for column in columns)
-        places = repeat(None, num) if self.places is None else self.places.reshape(num, -1)
-        return [Windows(self.length, *part) for part in zip(*in_parts, places, strict=True)]
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others of the same length."""

@@ -176,9 +176,6 @@ class RingBufferDataset(EpisodeDataset):
                 self._columns[name].read_windows(places, length, tensor)
         return self._which_are_whole(windows)
 
-    def _prepare(self, windows: Windows) -> None:
-        windows.places = self._places(windows)
-
     def _places(self, windows: Windows) -> np.ndarray | torch.Tensor | None:
         """Where windows begin, `(B,)`: an array; for a GPU a tensor, None if some wrap, which it could not tell."""
         slots = windows.start % self.capacity
@@ -187,10 +184,7 @@ class RingBufferDataset(EpisodeDataset):
         return self._on_device(slots) if slots.max() <= self.capacity - windows.length else None
 
     def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
-        # They are not kept: the windows may be a sampler's own, who draws them from another ring next.
-        places, size = windows.places, (windows.start.size, windows.length, torch.get_num_threads())
-        if places is None:
-            places = self._places(windows)
+        places, size = self._places(windows), (windows.start.size, windows.length, torch.get_num_threads())
         if places is None:
             return super()._read_new(windows)
         takes_arrays, readers = self._readers.get(size) or self._find_readers(size)

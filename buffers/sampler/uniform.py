@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from buffers.dataset.index import EpisodeIndex, Windows
-from buffers.sampler.base import Sampler, draw_whole_episodes
+from buffers.sampler.base import Sampler, draw_whole_episodes, integers_below
 
 __all__ = ["UniformEpisodeSampler", "UniformSampler"]
 
@@ -39,7 +39,7 @@ class UniformSampler(Sampler):
             index: The live episodes.
             num_windows: B, at least 1.
             length: T, in steps, or None.
-            rng: Source of randomness; only integers are taken from it.
+            rng: Source of randomness.
 
         Returns:
             B windows.
@@ -53,7 +53,7 @@ class UniformSampler(Sampler):
         num = windows.num
         if num == 0:
             raise RuntimeError(index.no_window_message(length))
-        return index.windows_of(windows, rng.integers(num, size=num_windows), length)
+        return index.windows_of(windows, integers_below(rng, num, num_windows), length)
 
 
 class UniformEpisodeSampler(Sampler):
@@ -75,7 +75,7 @@ class UniformEpisodeSampler(Sampler):
             index: The live episodes.
             num_windows: B, at least 1.
             length: T, in steps, or None.
-            rng: Source of randomness; only integers are taken from it.
+            rng: Source of randomness.
 
         Returns:
             B windows.
@@ -86,9 +86,12 @@ class UniformEpisodeSampler(Sampler):
         if length is None:
             return draw_whole_episodes(index, num_windows, rng)
         episodes = index.count_episodes(length)
-        if episodes.num == 0:
+        num = episodes.num
+        if num == 0:
             raise RuntimeError(index.no_window_message(length))
-        rows, _ = episodes.locate(rng.integers(episodes.num, size=num_windows))
-        position = rows - episodes.first
-        step = rng.integers(index.lengths[position] - (length - 1))
+        position = integers_below(rng, num, num_windows)
+        if num < len(index):  # Else all are long enough, and the integer is the position.
+            rows, _ = episodes.locate(position)
+            position = rows - episodes.first
+        step = integers_below(rng, index.lengths[position] - (length - 1), num_windows)
         return index.windows(position, step, length)
