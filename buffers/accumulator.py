@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from buffers.dataset.fields import Fields
+from buffers.fields import Fields
 
 __all__ = ["Accumulator", "EpisodeTaker"]
 

@@ -87,7 +87,7 @@ def _opened(path: str, verify: Verify) -> IndividualFileDataset:
 
 def _describe_dataset(dataset: IndividualFileDataset) -> list[str]:
     """The table that the dataset prints, under a line without a capacity, and a histogram."""
-    lengths, ids = dataset.index.lengths, dataset.index.ids
+    lengths, ids = dataset.table.lengths, dataset.table.ids
     head = (
         f"{dataset.num_episodes:,} episodes, {dataset.num_timesteps:,} steps, ids {ids[0]} to {ids[-1]}, "
         f"length {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
@@ -237,9 +237,9 @@ def _can_share(descriptor: int) -> bool:
 
 def _read_episode(dataset: IndividualFileDataset, episode_id: int) -> dict[str, torch.Tensor]:
     """An episode by its id, `name -> (L, *shape)`."""
-    ids, fields = dataset.index.ids, dataset.fields
+    ids, fields = dataset.table.ids, dataset.fields
     assert fields is not None  # There is an episode.
-    position = dataset.index.position(episode_id)
+    position = dataset.table.position(episode_id)
     if position is None:
         raise InspectionError(f"There is no episode {episode_id}: {len(ids):,} have ids from {ids[0]} to {ids[-1]}.")
     with warnings.catch_warnings(record=True) as told:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.dataset.fields import Fields, as_array
+from buffers.fields import Fields, as_array
 
 __all__ = ["as_flags", "find_final_obs", "leaves_of", "put_final_obs", "to_array", "tree_of"]
 

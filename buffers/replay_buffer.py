@@ -11,9 +11,9 @@ import torch
 
 from buffers.accumulator import Accumulator
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields, as_array
 from buffers.dataset.verification import check_rows
-from buffers.sampler.base import Sampler
+from buffers.fields import Fields, as_array
+from buffers.sampler import Sampler
 from buffers.statistics import Statistics
 from buffers.utils import integer
 
@@ -74,9 +74,9 @@ class ReplayBuffer:
         self.max_episode_length = max_episode_length
         if max_episode_length is not None:
             self.max_episode_length = integer("max_episode_length", max_episode_length, 1)
-            if self.max_episode_length > dataset.largest_capacity:
+            if self.max_episode_length > dataset.episode_capacity:
                 raise ValueError(
-                    f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {dataset.largest_capacity} "
+                    f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {dataset.episode_capacity} "
                     "steps."
                 )
         self._stated_num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
@@ -229,7 +229,7 @@ class ReplayBuffer:
 
     def _begin(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> None:
         """From the first row, settle N and the fields; nothing is kept if the row is refused."""
-        self.dataset._check_writable()
+        self.dataset.check_writable()
         leading = self._leading_of(step_data, flags)
         fields = self.dataset.fields
         for name, flag in flags.items():
@@ -249,12 +249,12 @@ class ReplayBuffer:
         self.dataloader.stream.check_include(fields)
         if self.dataset.fields is None:
             # At once, so that nobody else brings it other fields while episodes are open here.
-            self.dataset._set_fields(fields)
+            self.dataset.settle_fields(fields)
         self._leading = leading
         self._accumulator = Accumulator(
             fields,
             num_envs=leading[0] if leading else 1,
-            max_rows=self.dataset.largest_capacity,
+            max_rows=self.dataset.episode_capacity,
             cut_after=self.max_episode_length,
             emit=_HandOver(self.dataset, fields, self._statistics),
         )
@@ -313,8 +313,8 @@ class ReplayBuffer:
 
     def _check_storable(self, fields: Fields, rows: Sequence[Any]) -> None:
         """Refuse a row now that the store would refuse with its episode, when nothing could be done about it."""
-        if self.dataset._refuses_values:
-            self.dataset._check_everywhere(dict(zip(fields.names, rows, strict=True)))
+        if self.dataset.refuses_values:
+            self.dataset.check(dict(zip(fields.names, rows, strict=True)))
 
     def _flag_for(self, leading: tuple[int, ...], name: str, flag: Any) -> Any:
         """A flag as it must be for N environments: bool `(N,)`, or None where it is no different from None."""
@@ -341,7 +341,7 @@ class ReplayBuffer:
         Raises:
             RuntimeError: No complete episode is long enough.
         """
-        if self._is_closed or not self.dataset.index.num_steps:
+        if self._is_closed or not self.dataset.table.num_steps:
             self._check_drawable()
         if self._direct:
             return self.dataloader.stream.take()
@@ -379,7 +379,7 @@ class ReplayBuffer:
             finally:
                 self._batches = None
                 self.dataloader.end_workers()
-                self.dataset._end_workers()
+                self.dataset.end_workers()
 
     def __enter__(self) -> ReplayBuffer:
         return self
@@ -441,16 +441,8 @@ class _HandOver:
         self.has_taken = False
 
     def __call__(self, episode: dict[str, np.ndarray]) -> None:
-        dataset = self._dataset
-        with dataset._lock:
-            keeper = dataset if dataset._extension is None else dataset._extension.last
-            episode_id = keeper.index.next_id
-            try:
-                dataset._take(self._fields, episode)
-                self.has_taken = True
-            except BaseException:
-                self.has_taken = keeper.index.position(episode_id) is not None
-                raise
+        self._dataset.add(episode)
+        self.has_taken = True
         self._statistics.note_return(episode.get("reward"))
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Scalar, as_array, as_tensor
-from buffers.stream import SequenceStream
+from buffers.fields import Scalar, as_array, as_tensor
+from buffers.loading.stream import SequenceStream
 
 __all__ = ["Statistics"]
 
@@ -56,5 +56,5 @@ class Statistics:
         if self._returns:
             found["mean_episode_return"] = sum(self._returns) / len(self._returns)
         if stream.newest_step is not None and not dataset.has_members:
-            found["newest_age"] = dataset.index.next_start - 1 - stream.newest_step
+            found["newest_age"] = dataset.table.next_start - 1 - stream.newest_step
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import os
 import threading
@@ -33,12 +32,9 @@ class ThreadLock(type(threading.RLock())):  # type: ignore[misc]
     It is taken and given back by C: Ctrl-C between the two lines of a method would leave it taken for ever.
     """
 
-    _numbers = itertools.count()
     _all: weakref.WeakSet[ThreadLock] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        #: Who needs several takes them in the order of their numbers, so that no two threads wait for each other.
-        self.number = next(ThreadLock._numbers)
         ThreadLock._all.add(self)
 
     def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
@@ -59,38 +55,6 @@ def _renew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
-
-
-class LocksOf:
-    """The locks of several datasets, whichever each has by then, taken together.
-
-    Args:
-        *datasets: Whose `_lock` is a `ThreadLock`.
-    """
-
-    def __init__(self, *datasets: Any) -> None:
-        self._datasets = datasets
-        self._taken: list[list[ThreadLock]] = []
-
-    def __enter__(self) -> None:
-        locks = {dataset._lock.number: dataset._lock for dataset in self._datasets}
-        taken: list[ThreadLock] = []
-        try:
-            for number in sorted(locks):
-                locks[number].__enter__()
-                taken.append(locks[number])
-            self._taken.append(taken)
-        except BaseException:  # Ctrl-C while it waited for another thread.
-            for lock in reversed(taken):
-                lock.__exit__()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        for lock in reversed(self._taken.pop()):
-            lock.__exit__()
-
-    def __reduce__(self) -> tuple[type[LocksOf], tuple[Any, ...]]:
-        return LocksOf, self._datasets
 
 
 def to_torch(value: Any, device: torch.device | str | None = None) -> Any:

@@ -25,7 +25,6 @@ except ImportError as error:
     ) from error
 
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import ColorImage, PaddedPointcloud
 from buffers.drawing.overview import draw_overview, has_returns
 from buffers.drawing.panels import (
     END,
@@ -44,6 +43,7 @@ from buffers.drawing.panels import (
 )
 from buffers.drawing.scenes import Clouds, Filmstrip
 from buffers.drawing.tracks import DrawnSequence, Timeline, Track, read_sequence
+from buffers.fields import ColorImage, PaddedPointcloud
 from buffers.utils import integer
 
 __all__ = ["MatplotlibVisualizer", "plot_dataset"]

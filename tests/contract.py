@@ -37,8 +37,18 @@ def fifo_model(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
     return live
 
 
+def contiguous_starts(lengths: list[int], capacity: int) -> list[int]:
+    """The step id of the first row of each episode, where step ids do not skip."""
+    return np.cumsum([0, *lengths])[: len(lengths)].tolist()
+
+
 class DatasetContract:
     """Subclass it, and x gives an empty dataset."""
+
+    #: The reference model of what lives.
+    model = staticmethod(fifo_model)
+    #: The reference model of step ids.
+    starts = staticmethod(contiguous_starts)
 
     def make(self, capacity: int, info: EpisodeDatasetInfo | None = None) -> EpisodeDataset:
         raise NotImplementedError
@@ -55,7 +65,7 @@ class DatasetContract:
     @PROPERTY
     def test_the_newest_episodes_that_fit_live_whole_and_in_order(self, lengths, capacity) -> None:
         dataset = self.filled(lengths, capacity)
-        live = fifo_model(lengths, capacity)
+        live = self.model(lengths, capacity)
         assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == live
         assert dataset.episode_lengths == [length for _, length in live]
         assert dataset.num_episodes == len(live)
@@ -114,7 +124,7 @@ class DatasetContract:
         dataset = self.filled(lengths, capacity)
         windows = {
             (0, number, step, length)
-            for number, rows in fifo_model(lengths, capacity)
+            for number, rows in self.model(lengths, capacity)
             for step in range(rows - length + 1)
         }
         loader = dataset.get_loader(16, length, chunk_size=4, seed=seed)
@@ -129,7 +139,7 @@ class DatasetContract:
         dataset = self.filled([5, 3, 9, 4, 2, 3, 1], 24)
         counts = self.count_windows(dataset, 3, UniformSampler(), num_batches=40)
         windows = {
-            (number, step): 1.0 for number, rows in fifo_model([5, 3, 9, 4, 2, 3, 1], 24) for step in range(rows - 2)
+            (number, step): 1.0 for number, rows in self.model([5, 3, 9, 4, 2, 3, 1], 24) for step in range(rows - 2)
         }
         assert counts.keys() == windows.keys()
         assert tagged.chi_square_is_plausible(np.array([counts[key] for key in windows]), np.ones(len(windows)))
@@ -137,7 +147,7 @@ class DatasetContract:
     def test_the_episode_sampler_gives_every_episode_the_same_share(self) -> None:
         dataset = self.filled([5, 3, 9, 4, 2, 3, 1], 24)
         counts = self.count_windows(dataset, 3, UniformEpisodeSampler(), num_batches=40)
-        live = [(number, rows) for number, rows in fifo_model([5, 3, 9, 4, 2, 3, 1], 24) if rows >= 3]
+        live = [(number, rows) for number, rows in self.model([5, 3, 9, 4, 2, 3, 1], 24) if rows >= 3]
         shares = {(number, step): 1 / (rows - 2) for number, rows in live for step in range(rows - 2)}
         assert counts.keys() == shares.keys()
         assert tagged.chi_square_is_plausible(
@@ -154,7 +164,7 @@ class DatasetContract:
 
     def test_whole_episodes_are_padded_with_zeros_and_masked(self) -> None:
         dataset = self.filled([5, 3, 9, 4, 2, 6], 22)
-        live = fifo_model([5, 3, 9, 4, 2, 6], 22)
+        live = self.model([5, 3, 9, 4, 2, 6], 22)
         seen = set()
         for batch in itertools.islice(dataset.get_loader(3, seed=0, include=("index", "is_first", "is_last")), 40):
             mask = batch["mask"]
@@ -173,7 +183,7 @@ class DatasetContract:
     def test_include_says_where_each_row_comes_from(self) -> None:
         lengths = [5, 3, 9, 4, 2, 6]
         dataset = self.filled(lengths, 22)
-        starts = np.cumsum([0, *lengths])
+        starts = np.array(self.starts(lengths, 22))
         names = ("index", "episode", "step", "is_first", "is_last", "mask", "weight")
         for batch in itertools.islice(dataset.get_loader(16, 2, include=names, seed=0), 10):
             origins = np.array(tagged.origins(batch))
@@ -428,9 +438,10 @@ class DatasetContract:
         dataset = self.filled([5, 3, 9], 18)
         copied = copy.deepcopy(dataset)
         copied.add_episode(tagged.episode(4, 3))
-        assert [tagged.number_and_length(episode) for episode in copied.episodes()] == [(1, 3), (2, 9), (3, 4)]
+        live = self.model([5, 3, 9, 4], 18)
+        assert [tagged.number_and_length(episode) for episode in copied.episodes()] == live
         batch = copied.get_loader(64, 2, seed=0).stream.batch(0)
-        assert {number for _, number, _, _ in tagged.origins(batch)} == {1, 2, 3}
+        assert {number for _, number, _, _ in tagged.origins(batch)} == {number for number, _ in live}
         assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (1, 3), (2, 9)]
 
     def test_a_pickled_dataset_draws_the_same(self) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from buffers.dataset import EpisodeDataset
 from buffers.dataset.fields import Fields, as_tensor
-from buffers.dataset.index import Windows
+from buffers.table import Windows
 
 
 class ListDataset(EpisodeDataset):

@@ -25,7 +25,7 @@ def tiny_ring(capacity: int) -> RingBufferDataset:
 
 def tagged_episode(ring: RingBufferDataset, length: int) -> dict[str, np.ndarray]:
     """The next episode, every number of which is the step id of its row (and the number of rows)."""
-    steps = ring.index.next_start + np.arange(length)
+    steps = ring.start_of_next(length) + np.arange(length)
     return {
         "x": np.broadcast_to(steps[:, None], (length, 1100)),
         "y": np.broadcast_to(steps[:, None], (length, 600)),

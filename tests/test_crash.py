@@ -33,8 +33,8 @@ def write_for_ever(path: Path, acknowledge: int, durability: str, capacity: int)
     """Open, and add episodes whose number is their id, telling of each."""
     with opened(path, capacity, durability=durability) as dataset:
         for length in lengths():
-            dataset.add_episode(tagged.episode(length, dataset.index.next_id))
-            os.write(acknowledge, b"%d\n" % (dataset.index.next_id - 1))
+            dataset.add_episode(tagged.episode(length, dataset.table.next_id))
+            os.write(acknowledge, b"%d\n" % (dataset.table.next_id - 1))
 
 
 def acknowledged_before_the_kill(path: Path, durability: str, capacity: int, seconds: float) -> int:
@@ -56,7 +56,7 @@ def assert_recovers(path: Path, acknowledged: int, capacity: int = CAPACITY) -> 
         found = [tagged.number_and_length(episode) for episode in dataset.episodes()]
         assert len(found) == dataset.num_episodes and dataset.num_timesteps <= capacity
         ids = [number for number, _ in found]
-        assert ids == dataset.index.ids.tolist() == list(range(ids[0], ids[-1] + 1)) if ids else True
+        assert ids == dataset.table.ids.tolist() == list(range(ids[0], ids[-1] + 1)) if ids else True
         newest = ids[-1] if ids else -1
         # One that was not acknowledged may be there: it was on its way.
         assert acknowledged <= newest <= acknowledged + 1
@@ -162,7 +162,7 @@ def test_killed_before_each_call_of_recovery_it_recovers_the_next_time(tmp_path)
         with opened(path) as dataset:
             found = [tagged.number_and_length(episode) for episode in dataset.episodes()]
             assert found == [(2, 9), (3, 4), (4, 1)] or found == [(1, 3), (2, 9), (3, 4), (4, 1)]
-            assert dataset.index.next_id == 6
+            assert dataset.table.next_id == 6
             assert not [name for name in os.listdir(path) if name.startswith(".tmp")]
         if not was_killed:
             assert num_calls > 8
@@ -318,8 +318,8 @@ def what_is_wrong(path: Path, calls: list[Any], **options: Any) -> set[str]:
         with opened(state, 13, durability="rename", **options) as dataset, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             served = []
-            for episode_id in dataset.index.ids.tolist():
-                position = dataset.index.position(episode_id)
+            for episode_id in dataset.table.ids.tolist():
+                position = dataset.table.position(episode_id)
                 episode = None if position is None else dataset._whole(position)
                 if episode is not None:
                     try:

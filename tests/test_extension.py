@@ -71,7 +71,7 @@ def test_300_episodes_are_all_kept_the_newest_is_here_and_old_ones_come_back(tmp
             assert drawn in here
     assert numbers(large) == list(range(300))
     assert len(came_back) > 100
-    ring._end_workers()
+    ring.end_workers()
 
 
 @given(
@@ -105,9 +105,9 @@ def test_every_so_many_additions_bring_episodes_once_something_had_to_leave() ->
     fast.extend(large, other_batch_size=1, fetch_from_other_every=3, seed=0)
     added = []
     for number in range(16):
-        before = fast.index.next_id
+        before = fast.table.next_id
         fast.add_episode(tagged.episode(4, number))
-        added.append(fast.index.next_id - before)
+        added.append(fast.table.next_id - before)
     assert added[:5] == [1] * 5, "nothing has to leave yet"
     # Of the additions from 5 on, each third draws an episode, which comes if it is not here already.
     assert all(count == 1 for n, count in enumerate(added[5:]) if n % 3 != 2)
@@ -159,7 +159,7 @@ def test_steps_of_a_buffer_may_form_an_episode_that_only_the_large_set_takes() -
 
 
 class FullDisk(ListDataset):
-    _evicts_before_writing = False
+    evicts_before_writing = False
     is_full_now = False
 
     def _write(self, episode, start, episode_id) -> None:
@@ -244,7 +244,7 @@ def test_in_a_chain_what_the_first_cannot_take_leaves_the_last_too() -> None:
     small, middle, large = FullDisk(20), ListDataset(7), ListDataset(1000)
     middle.extend(large, other_batch_size=1, fetch_from_other_every=1000)
     small.extend(middle, other_batch_size=1, fetch_from_other_every=1000)
-    middle._evicts_before_writing = False
+    middle.evicts_before_writing = False
     small.add_episode(tagged.episode(5, 0))
     small.is_full_now = True
     for length in (5, 9):  # The second is too long for the middle one.
@@ -262,7 +262,7 @@ def test_in_a_chain_what_the_first_cannot_take_leaves_the_last_too() -> None:
 
 def test_what_a_ring_in_the_middle_keeps_the_last_keeps_too() -> None:
     small, middle, large = FullDisk(20), RingBufferDataset(50), FullDisk(1000)
-    small._evicts_before_writing = large._evicts_before_writing = False
+    small.evicts_before_writing = large.evicts_before_writing = False
     middle.extend(large, other_batch_size=1, fetch_from_other_every=1000)
     small.extend(middle, other_batch_size=1, fetch_from_other_every=1000)
     small.add_episode(tagged.episode(5, 0))
@@ -493,7 +493,7 @@ def main():
     large = IndividualFileDataset(100_000, directory=sys.argv[1], durability="rename")
     ring.extend(large, other_batch_size=4, other_num_workers=int(sys.argv[2]), seed=0)
     ring.refill()
-    for number in range(large.index.next_id, 100_000):
+    for number in range(large.table.next_id, 100_000):
         ring.add_episode(tagged.episode(3 + number % 17, number))
         print(number, flush=True)
 if __name__ == "__main__":
@@ -552,7 +552,7 @@ def test_when_a_worker_is_killed_an_addition_brings_nothing_and_the_next_starts_
         check_after_addition(ring, large, number)
         number += 1
     assert min(numbers(ring)) < number - 5, "old ones come again"
-    ring._end_workers()
+    ring.end_workers()
 
 
 def test_closing_the_buffer_ends_the_workers_of_both(tmp_path) -> None:

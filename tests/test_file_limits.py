@@ -63,7 +63,7 @@ def test_after_a_failure_that_cannot_be_undone_no_number_is_given_twice(tmp_path
         with pytest.raises(KeyError):
             add(dataset, [3], 2)
     assert add(dataset, [1], 3) == [3]
-    assert dataset.index.starts[-1] == 12
+    assert dataset.table.starts[-1] == 12
     dataset.close()
     with IndividualFileDataset(20, directory=tmp_path) as dataset:
         assert numbers(dataset) == [(0, 5), (1, 4), (2, 3), (3, 1)]

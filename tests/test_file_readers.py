@@ -243,12 +243,12 @@ def test_workers_follow_an_evictor_of_any_kind(tmp_path, method) -> None:
     dataset = IndividualFileDataset(60, evictor=AnyEvictor(), directory=tmp_path, durability="rename")
     add(dataset, [4] * 15)
     loader = dataset.get_loader(8, 3, include=("episode",), num_workers=2, multiprocessing_context=method)
-    history = [set(dataset.index.ids.tolist())]
+    history = [set(dataset.table.ids.tolist())]
     for number, batch in zip(range(15, 300), loader, strict=False):
         assert [n for _, n, _, _ in tagged.origins(batch)] == batch["episode"].tolist()
         assert set(batch["episode"].tolist()) <= set().union(*history[-6:]), "what lived while it was prefetched"
         add(dataset, [int(4 + number % 3)], number)
-        history.append(set(dataset.index.ids.tolist()))
+        history.append(set(dataset.table.ids.tolist()))
 
 
 def test_a_reader_whose_writer_is_killed_or_closes_goes_on_with_the_directory(tmp_path) -> None:

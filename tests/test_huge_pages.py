@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from buffers.dataset import RingBufferDataset
-from buffers.dataset.huge_pages import HUGE_PAGE, HugePages
-from buffers.dataset.shared import SharedArrays
+from buffers.sharing import SharedArrays
+from buffers.sharing.huge_pages import HUGE_PAGE, HugePages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is torch's own here")
 
@@ -50,7 +50,7 @@ def test_rows_are_as_they_were_added_whatever_the_kernel_does(num_granted, copy_
             assert pages is not None
             pages._memory = Kernel(pages._memory, num_granted)  # type: ignore[assignment]
         for position in range(ring.num_episodes):
-            live = int(ring.index.ids[position])
+            live = int(ring.table.ids[position])
             expected = episode(live, lengths[live % len(lengths)])["x"]
             np.testing.assert_array_equal(ring.get_episode(position)["x"].numpy(), expected)
         if number == copy_after:

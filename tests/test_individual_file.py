@@ -114,13 +114,13 @@ def test_it_agrees_with_a_list_of_episodes(operations, choices, read_by) -> None
             elif live:
                 number, start, rows = live.pop(value % len(live))
                 if operation == "evict":
-                    dataset.evict_episode(dataset.index.position(number))
+                    dataset.evict_episode(dataset.table.position(number))
                 else:
                     os.unlink(Path(folder) / f"{number:010d}-{start:012d}-{rows}.safetensors")
                     # It is found to be gone when it is opened; while it is open it can still be read.
                     dataset._reader.close()
                     list(dataset.episodes())
-            assert list(zip(dataset.index.ids, dataset.index.starts, dataset.index.lengths, strict=True)) == live
+            assert list(zip(dataset.table.ids, dataset.table.starts, dataset.table.lengths, strict=True)) == live
         reader.refresh()
         for each in (dataset, reader) if read_by == "r" else (dataset,):
             assert numbers(each) == [(number, rows) for number, _, rows in live]
@@ -139,7 +139,7 @@ def test_ids_and_step_ids_go_on_after_opening_again_even_if_the_newest_are_gone(
     for round_ in range(3):
         with IndividualFileDataset(100, directory=tmp_path) as dataset:
             assert add(dataset, [5, 3], 2 * round_) == [2 * round_, 2 * round_ + 1]
-            assert dataset.index.starts.tolist()[-2:] == [8 * round_, 8 * round_ + 5]
+            assert dataset.table.starts.tolist()[-2:] == [8 * round_, 8 * round_ + 5]
             for _ in range(2):
                 dataset.evict_episode(-1)
             assert dataset.num_episodes == 0
@@ -358,7 +358,7 @@ def test_numbers_that_no_name_can_have_are_refused_before_anything_is_written(tm
         dataset.add_episode({"x": np.ones(5)})
     with IndividualFileDataset(1000, directory=tmp_path) as dataset:
         assert [episode["x"][0].item() for episode in dataset.episodes()] == [0.0, 1.0]
-        dataset.index.next_start = 10**15 - 2
+        dataset.table.next_start = 10**15 - 2
         with pytest.raises(RuntimeError, match="beyond the last number"):
             dataset.add_episode({"x": np.ones(5)})
         assert dataset.num_episodes == 2

@@ -108,7 +108,7 @@ def test_after_an_addition_that_was_cut_off_no_sequence_crosses_here_or_in_reade
             check(stream, reader)
         # Readers know what is here, no more and no less, each once.
         reader.dataset._refresh()
-        assert reader.dataset.index.rows.tolist() == ring.index.rows.tolist()
+        assert reader.dataset.table.rows.tolist() == ring.table.rows.tolist()
         if not cut_off:
             break
     assert num_events > 60
@@ -226,7 +226,7 @@ def test_readers_of_files_are_told_of_an_episode_also_if_the_addition_was_cut_of
         files.add_episode(tagged.episode(4, 1))
     files.add_episode(tagged.episode(5, 2))
     reader.refresh()
-    assert reader.index.rows.tolist() == files.index.rows.tolist() and files.num_episodes == 3
+    assert reader.table.rows.tolist() == files.table.rows.tolist() and files.num_episodes == 3
 
 
 def test_ctrl_c_while_files_are_opened_and_closed_is_never_swallowed(tmp_path, monkeypatch) -> None:

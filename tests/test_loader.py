@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from buffers.dataset import EpisodeDataset, RingBufferDataset
-from buffers.dataset.index import Windows
+from buffers.loading.stream import SequenceStream
 from buffers.sampler import UniformEpisodeSampler
-from buffers.stream import SequenceStream
+from buffers.table import Windows
 from tests import tagged
 from tests.contract import assert_same_batch
 from tests.list_dataset import ListDataset

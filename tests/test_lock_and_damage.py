@@ -25,7 +25,7 @@ def hold(path: Path) -> tuple[int, int]:
 
     def run() -> None:
         dataset = opened(path)
-        dataset.add_episode(tagged.episode(3, dataset.index.next_id))
+        dataset.add_episode(tagged.episode(3, dataset.table.next_id))
         os.write(send, b"x")
         signal.pause()
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
+from buffers.dataset.composing.weights import SharedWeights, shares
 from buffers.dataset.fields import Fields, Scalar, Vector
-from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.weights import SharedWeights, shares
 from buffers.sampler import Sampler, UniformEpisodeSampler
+from buffers.table import EpisodeTable, Windows
 from tests import tagged
 from tests.list_dataset import ListDataset
 
@@ -166,7 +166,7 @@ def test_chunks_and_seeds_do_as_with_any_dataset(members) -> None:
 class LastWindow(Sampler):
     """The last window of the newest episode, with a weight."""
 
-    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+    def draw(self, index: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         position = np.full(num_windows, len(index) - 1)
         drawn = index.windows(position, index.lengths[position] - (length or 0), length or 0)
         return Windows(

@@ -5,24 +5,11 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers.randomness import BatchRandom
+from buffers.loading.randomness import BatchRandom
 from buffers.sampler import integers_below
-
-
-class Words(np.random.Philox):
-    """A bit generator that gives these words first, and then fives."""
-
-    def __init__(self, *words: int) -> None:
-        super().__init__()
-        self.words = list(words)
-
-    def random_raw(self, size):  # type: ignore[override]
-        given, self.words = self.words[:size], self.words[size:]
-        return np.array(given + [5] * (size - len(given)), np.uint64)
 
 
 def test_batch_n_is_a_function_of_the_seed_and_n() -> None:
@@ -49,31 +36,6 @@ def test_batches_and_attempts_share_no_words() -> None:
         for attempt in range(3):
             drawn += random.generator(n, attempt).bit_generator.random_raw(200).tolist()
     assert len(set(drawn)) == len(drawn)
-
-
-@pytest.mark.parametrize("high", [1, 2, 2**63])
-def test_where_words_divide_evenly_the_greatest_is_as_good_as_any(high) -> None:
-    rng = np.random.Generator(Words(*[2**64 - 1] * 4))
-    assert integers_below(rng, high, 4).tolist() == [high - 1] * 4
-
-
-@pytest.mark.parametrize("as_array", [False, True])
-def test_the_first_unfair_word_is_replaced_and_the_last_fair_one_stays(as_array) -> None:
-    high = 3 << 61  # 2**64 is twice that, and 2**62 words more.
-    end = 2**64 - 2**64 % high
-    rng = np.random.Generator(Words(end - 1, end, 5, 2**64 - 1, 2**64 - 2, 7))
-    drawn = integers_below(rng, np.full(4, high) if as_array else high, 4)
-    # The second word is replaced by another unfair one, which is replaced in turn.
-    assert drawn.tolist() == [high - 1, 5, 5, 7]
-
-
-def test_integers_are_uniform_where_a_remainder_alone_would_not_be() -> None:
-    # A quarter of all words, those of the last 2/3 * high below 2**64, would fall into the lower two thirds.
-    high, num = 3 << 61, 64 * 3000
-    integers = integers_below(BatchRandom(0).generator(0), high, num)
-    assert integers.min() >= 0 and integers.max() < high
-    counts = np.bincount(integers // (1 << 61), minlength=3)
-    assert (np.abs(counts - num / 3) < 5 * np.sqrt(num * 2 / 9)).all()
 
 
 @given(st.integers(1, 50), st.integers(0, 1000))

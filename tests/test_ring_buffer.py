@@ -8,24 +8,46 @@ import pytest
 import torch
 
 from buffers.dataset import EpisodeDataset, RingBufferDataset
-from buffers.dataset.column import Column
 from buffers.dataset.fields import Fields, Scalar, TensorType, Vector
-from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.ring.column import Column
 from buffers.evictor import FIFOEvictor
-from buffers.sampler import Sampler, UniformEpisodeSampler, UniformSampler
+from buffers.sampler import UniformEpisodeSampler, UniformSampler
+from buffers.table import EpisodeTable, Windows
 from tests import tagged
-from tests.contract import DatasetContract, fifo_model
+from tests.contract import DatasetContract
+
+
+def ring_starts(lengths: list[int], capacity: int) -> list[int]:
+    """The step id of the first row of each episode: one that does not fit before the end begins at place 0."""
+    starts, end = [], 0
+    for length in lengths:
+        lap, place = divmod(end, capacity)
+        starts.append(end if place + length <= capacity else (lap + 1) * capacity)
+        end = starts[-1] + length
+    return starts
+
+
+def ring_model(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
+    """(number, length) of the episodes that nothing has overwritten."""
+    starts = ring_starts(lengths, capacity)
+    end = starts[-1] + lengths[-1] if lengths else 0
+    return [
+        (n, length) for n, (length, start) in enumerate(zip(lengths, starts, strict=True)) if start >= end - capacity
+    ]
 
 
 class TestRingBufferDataset(DatasetContract):
+    model = staticmethod(ring_model)
+    starts = staticmethod(ring_starts)
+
     def make(self, capacity: int, info: EpisodeDatasetInfo | None = None) -> EpisodeDataset:
         return RingBufferDataset(capacity, info)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestRingBufferDatasetOnTheGPU:
-    def test_batches_are_made_on_the_device_and_wrap(self) -> None:
+    def test_batches_are_made_on_the_device(self) -> None:
         dataset = RingBufferDataset(11, device="cuda")
         for number in range(5):
             dataset.add_episode(tagged.episode(4, number))
@@ -55,21 +77,6 @@ class TestRingBufferDatasetOnTheGPU:
         assert before["x"].eq(0).all() and before["y"].eq(0).all()
 
 
-@pytest.mark.parametrize("kind", [Vector((3,), torch.float32), Vector((8,), torch.uint8), Scalar((), torch.uint16)])
-def test_a_pickled_column_reads_what_is_written_to_it_later(kind) -> None:
-    # As on a GPU, where a column has its own memory.
-    column = Column(10, kind, torch.device("cpu"), None, kind.dtype)
-    rows = np.ones((5, *kind.shape), kind.numpy_dtype)
-    column.write(0, 5, rows)
-    slots = torch.tensor([0, 2])
-    assert column.reader(2, 3)(slots).eq(1).all()
-    clone = pickle.loads(pickle.dumps(column))
-    assert clone.reader(2, 3)(slots).eq(1).all()
-    clone.write(0, 5, 7 * rows)
-    assert clone.reader(2, 3)(slots).eq(7).all() and clone.tensor[:5].eq(7).all()
-    assert column.reader(2, 3)(slots).eq(1).all()
-
-
 KINDS = [
     TensorType(shape, dtype)
     for dtype in (torch.bool, torch.uint8, torch.uint16, torch.int64, torch.bfloat16, torch.float32, torch.complex64)
@@ -78,7 +85,7 @@ KINDS = [
 
 
 def all_windows(lengths: list[int], capacity: int, length: int) -> set[tuple[int, int]]:
-    return {(number, step) for number, rows in fifo_model(lengths, capacity) for step in range(rows - length + 1)}
+    return {(number, step) for number, rows in ring_model(lengths, capacity) for step in range(rows - length + 1)}
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 5, 8, 13])
@@ -99,9 +106,9 @@ def test_over_a_grid_each_window_is_drawn_and_nothing_else(capacity: int, patter
 class LastWindowNeverDrawn(UniformSampler):
     """The mistake of many: starts below L - T instead of up to it."""
 
-    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         assert length is not None
-        windows = super().draw(index, num_windows, length + 1, rng)
+        windows = super().draw(table, num_windows, length + 1, rng)
         return Windows(length, windows.start, windows.step, windows.episode, windows.episode_length)
 
 
@@ -120,20 +127,20 @@ def test_chi_square_over_windows_finds_the_mutants(sampler: UniformSampler, is_u
     assert tagged.chi_square_is_plausible(observed, np.ones(len(windows))) is is_uniform
 
 
-def test_what_a_sampler_of_ones_own_must_not_draw_is_refused() -> None:
+def test_bad_windows_of_a_users_sampler_are_refused() -> None:
     class Bad(UniformSampler):
         def __init__(self, mistake: str) -> None:
             self.mistake = mistake
 
-        def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
             if self.mistake == "fewer":
-                return super().draw(index, num_windows - 1, length, rng)
+                return super().draw(table, num_windows - 1, length, rng)
             if self.mistake == "longer":
-                return super().draw(index, num_windows, 4, rng)
+                return super().draw(table, num_windows, 4, rng)
             if self.mistake == "nothing":
                 return None  # type: ignore[return-value]
             step = np.full(num_windows, {"late": 3, "early": -1, "fine": 2}[self.mistake])
-            return index.windows(np.zeros(num_windows, np.int64), step, 3)
+            return table.windows(np.zeros(num_windows, np.int64), step, 3)
 
     dataset = RingBufferDataset(20)
     dataset.add_episode(tagged.episode(5, 0))
@@ -186,7 +193,7 @@ def test_bad_arguments_are_refused(arguments, error, message) -> None:
         RingBufferDataset(**arguments)
 
 
-def test_memory_that_cannot_be_had_is_an_error_at_construction() -> None:
+def test_memory_that_is_not_available_is_an_error_at_construction() -> None:
     info = EpisodeDatasetInfo(Fields(x=Vector(1_000_000)))
     with pytest.raises(MemoryError, match=r"`capacity` of 10000000000 steps needs 40000.0 TB on cpu"):
         RingBufferDataset(10_000_000_000, info)
@@ -211,7 +218,7 @@ def test_half_precision_stores_half_and_gives_float32_back() -> None:
     dataset.add_episode({**episode, "x": np.full((5, 2), np.inf, np.float32)})
 
 
-@pytest.mark.parametrize("num_before", [0, 70])  # Episodes of 40 rows: with 70 before, every second one wraps.
+@pytest.mark.parametrize("num_before", [0, 70])  # With 70 before, the episode does not fit before the end.
 @pytest.mark.parametrize("batch_size", [8, 2048])  # By numpy, and, of the largest rows, by torch into huge pages.
 @pytest.mark.parametrize("length", [1, 2])
 def test_rows_of_every_kind_are_drawn_as_they_were_added(length, batch_size, num_before, threads) -> None:
@@ -228,7 +235,7 @@ def test_rows_of_every_kind_are_drawn_as_they_were_added(length, batch_size, num
     dataset.add_episode({**episode, "row": rows})
     assert dataset.num_episodes == 1
     stream = dataset.get_loader(batch_size, length, seed=0).stream
-    for _ in range(320 // batch_size or 3):  # Some made alone, others together.
+    for _ in range(3):
         batch = stream.take()
         for name, kind in kinds.items():
             assert batch[name].is_contiguous() and batch[name].shape == (batch_size, length, *kind.shape)
@@ -237,60 +244,42 @@ def test_rows_of_every_kind_are_drawn_as_they_were_added(length, batch_size, num
 
 @pytest.mark.parametrize("length", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_both_ways_to_windows_give_copies_of_the_same(kind, length) -> None:
+def test_both_gathers_give_copies_of_the_same(kind, length) -> None:
     array = np.random.default_rng(0).integers(0, 2, (50, *kind.shape)).astype(np.uint8).astype(kind.numpy_dtype)
     if kind.dtype == torch.bfloat16:
         array = torch.randn(50, *kind.shape).to(torch.bfloat16).view(torch.int16).numpy().view(kind.numpy_dtype)
-    column, slots = Column(50, kind, torch.device("cpu"), array, kind.dtype), np.array([0, 50 - length, 7, 7])
-    expected = torch.stack([column.tensor[slot : slot + length] for slot in slots])
-    for windows in (column.item_reader(4, length)(slots), column.reader(4, length)(torch.from_numpy(slots))):
+    column, places = Column(50, kind, kind.dtype, torch.device("cpu"), array), np.array([0, 50 - length, 7, 7])
+    expected = torch.stack([column.tensor[place : place + length] for place in places])
+    gathered = torch.empty((4, length, *kind.shape), dtype=kind.dtype)
+    column.gather(torch.from_numpy(places), length, gathered)
+    items = column.items(4, length)
+    assert (items is None) == (kind.nbytes == 0)
+    for windows in [gathered] if items is None else [gathered, items(places)]:
         assert windows.dtype == kind.dtype and windows.shape == (4, length, *kind.shape) and windows.is_contiguous()
         assert torch.equal(windows, expected)
         windows.zero_()
         assert torch.equal(column.tensor[7 : 7 + length], expected[2])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.nbytes], ids=str)
-@pytest.mark.parametrize("num", [2, 4000])
-def test_a_window_outside_of_the_ring_is_an_error_both_ways(num, kind, threads) -> None:
-    column = Column(50, kind, torch.device("cpu"), np.zeros((50, *kind.shape), kind.numpy_dtype), kind.dtype)
-    for length in (1, 2):
-        slots = np.zeros(num, np.int64)
-        slots[-1] = 51 - length
-        # That is how a ring learns that a window wraps.
-        with pytest.raises((IndexError, RuntimeError)):
-            column.item_reader(num, length)(slots)
-        with pytest.raises((IndexError, RuntimeError)):
-            column.reader(num, length)(torch.from_numpy(slots))
+def test_torch_gathers_where_it_shares_the_work_or_lets_threads_go_on(threads) -> None:
+    array = np.ones((100, 1 << 16), np.uint8)
+    column = Column(100, Vector(1 << 16, torch.uint8), torch.uint8, torch.device("cpu"), array)
+    assert column.items(32, 2) is None, "from 4 MB on"
+    assert (column.items(31, 2) is None) == (threads == 2), "where threads share more than a few elements"
+    assert column.items(1, 2) is not None
 
 
-def test_a_large_batch_is_read_by_torch_which_lets_other_threads_go_on(monkeypatch) -> None:
-    column = Column(
-        100, Vector(1 << 16, torch.uint8), torch.device("cpu"), np.ones((100, 1 << 16), np.uint8), torch.uint8
-    )
-    used = []
-    monkeypatch.setattr(column, "read_windows", lambda slots, length, out: used.append(len(slots)))
-    for num in (31, 32):
-        column.item_reader(num, 2)(np.zeros(num, np.int64))
-    assert used == [32], "from 4 MB on"
-
-
-def test_the_way_to_read_follows_the_number_of_threads() -> None:
-    dataset = RingBufferDataset(1000)
-    dataset.add_episode({"x": np.arange(1000 * 20.0).reshape(1000, 20), "y": np.arange(1000)})
-    large, small = (dataset.get_loader(*size, seed=0).stream for size in ((256, 8), (4, 8)))
-    before, found = torch.get_num_threads(), []
-    try:
-        for num_threads in (1, 2, 1):
-            torch.set_num_threads(num_threads)
-            found.append((large.batch(0), small.batch(0)))
-    finally:
-        torch.set_num_threads(before)
-    takes_arrays = {size: way[0] for size, way in dataset._readers.items()}
-    assert takes_arrays == {(256, 8, 1): True, (4, 8, 1): True, (256, 8, 2): False, (4, 8, 2): True}
-    for batches in found[1:]:
-        for one, two in zip(batches, found[0], strict=True):
-            assert torch.equal(one["x"], two["x"]) and torch.equal(one["y"], two["y"])
+def test_an_episode_never_wraps_and_the_newest_that_fit_are_stored() -> None:
+    dataset = RingBufferDataset(10)
+    for number, length in enumerate((4, 4, 5, 3)):  # At 0, 4, 0 (one lap on), 5.
+        dataset.add_episode(tagged.episode(length, number))
+    assert dataset.table.starts.tolist() == [10, 15] and dataset.table.ids.tolist() == [2, 3]
+    batch = next(iter(dataset.get_loader(64, 2, include=("index",), seed=0)))
+    assert set(batch["index"][:, 0].tolist()) == {10, 11, 12, 13, 15, 16}
+    dataset.add_episode(tagged.episode(2, 4))  # Fits at the end, to the last place.
+    assert dataset.table.starts.tolist() == [10, 15, 18]
+    dataset.add_episode(tagged.episode(1, 5))
+    assert dataset.table.starts.tolist() == [15, 18, 20]
 
 
 def test_loaders_of_many_sizes_take_turns_over_one_ring() -> None:
@@ -305,28 +294,6 @@ def test_loaders_of_many_sizes_take_turns_over_one_ring() -> None:
             assert batch["row"].shape == (batch_size, length) and batch["image"].shape == (batch_size, length, 4096)
             assert batch["row"].diff().eq(1).all()
             assert batch["image"].eq(batch["row"][..., None]).all()
-
-
-class Kept(Sampler):
-    """The same windows always, in one object."""
-
-    def __init__(self) -> None:
-        self.windows: Windows | None = None
-
-    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
-        if self.windows is None:
-            self.windows = index.windows(np.arange(num_windows) + len(index) - num_windows, np.zeros(2, np.int64), 2)
-        return self.windows
-
-
-def test_windows_that_a_sampler_keeps_are_read_from_the_ring_that_is_asked() -> None:
-    sampler = Kept()
-    for capacity in (64, 100, 64):
-        dataset = RingBufferDataset(capacity)
-        for number in range(10):
-            dataset.add_episode({"x": np.full(10, number)})
-        batch = next(iter(dataset.get_loader(2, 2, sampler=sampler, include=("episode",), seed=0)))
-        assert batch["x"][:, 0].tolist() == batch["episode"].tolist() == [8, 9]
 
 
 def test_writes_reuse_the_memory_of_the_ring() -> None:

@@ -18,7 +18,7 @@ import torch
 from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import ColorImage, Fields, Scalar
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.shared import EpisodeLog, SharedArrays
+from buffers.sharing import PublishedTable, SharedArrays
 from tests import reading, tagged
 
 METHODS = ("fork", "spawn", "forkserver")
@@ -46,7 +46,7 @@ def lap(method: str, num_readers: int, num_batches: int, capacity: int = 128) ->
     for process, _ in readers:
         process.join()
     assert all(newest > 1 for _, _, newest in found), "a reader saw nothing new"
-    return sum(num for num, _, _ in found), sum(bad for _, bad, _ in found), ring.index.next_start // capacity
+    return sum(num for num, _, _ in found), sum(bad for _, bad, _ in found), ring.table.next_start // capacity
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,9 +65,9 @@ def test_no_window_of_a_million_is_torn(method: str, num_readers: int) -> None:
 
 
 def tail_after_write(patch: pytest.MonkeyPatch) -> None:
-    write, retire = RingBufferDataset._write, EpisodeLog.retire
-    retired: list[tuple[EpisodeLog, int]] = []
-    patch.setattr(EpisodeLog, "retire", lambda self, tail: retired.append((self, tail)))
+    write, retire = RingBufferDataset._write, PublishedTable.retire
+    retired: list[tuple[PublishedTable, int]] = []
+    patch.setattr(PublishedTable, "retire", lambda self, oldest_step: retired.append((self, oldest_step)))
 
     def late(self: RingBufferDataset, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         write(self, episode, start, episode_id)
@@ -83,14 +83,14 @@ def no_second_look(patch: pytest.MonkeyPatch) -> None:
 
 
 def head_before_write(patch: pytest.MonkeyPatch) -> None:
-    write, add = RingBufferDataset._write, EpisodeLog.add
+    write, add = RingBufferDataset._write, PublishedTable.add
 
     def early(self: RingBufferDataset, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        assert self._log is not None
-        add(self._log, start, len(episode["x"]), episode_id, self.index)
+        assert self._published is not None
+        add(self._published, start, len(episode["x"]), episode_id, self.table)
         write(self, episode, start, episode_id)
 
-    patch.setattr(EpisodeLog, "add", lambda *arguments: None)
+    patch.setattr(PublishedTable, "add", lambda *arguments: None)
     patch.setattr(RingBufferDataset, "_write", early)
 
 
@@ -173,13 +173,13 @@ def test_a_forked_child_does_not_use_what_a_change_had_half_done_in_its_parent()
     ring.add_episode(reading.tagged_episode(ring, 5))
     reader = pickle.loads(pickle.dumps(ring))
     # Another thread reads on when the process forks: it has counted rows, and not written down their episode.
-    reader.index.num_steps += 7
+    reader.table._state = reader.table._state._replace(num_steps=12)
     child = os.fork()
     if child == 0:
         status = 1
         try:
             reader._refresh()
-            status = 0 if reader.index.num_steps == 5 else 2
+            status = 0 if reader.table.num_steps == 5 else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -202,7 +202,7 @@ def test_pickling_ten_gigabytes_of_ring_takes_kilobytes() -> None:
     assert reader.episode_lengths == [10, 3]
 
 
-def test_memory_that_its_owner_gave_up_is_an_error() -> None:
+def test_memory_that_its_owner_has_released_is_an_error() -> None:
     shared = SharedArrays({"x": ((10,), np.dtype(np.int64))})
     handle = pickle.dumps(shared)
     assert (pickle.loads(handle)["x"] == 0).all()
@@ -220,7 +220,7 @@ def test_arrays_of_all_layouts_are_seen_by_both_sides() -> None:
     shared["a"][...] = 3
     shared["d"][-1] = 7
     assert (other["a"] == 3).all() and other["d"][-1] == 7
-    with pytest.raises(RuntimeError, match="only be handed on by the process that made it"):
+    with pytest.raises(RuntimeError, match="only be passed on by the process that made it"):
         pickle.dumps(other)
     own = copy.deepcopy(other)
     shared["a"][...] = 4

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from buffers import ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
-from buffers.transport import Slots, _opened, _unpack
+from buffers.loading.slots import Slots, _opened, _unpack
 from tests import reading, tagged
 
 ROOT = Path(__file__).parent.parent

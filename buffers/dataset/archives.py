@@ -18,7 +18,6 @@ from typing import IO, Any, final
 import numpy as np
 import torch
 
-from buffers.dataset.fields import Fields, TensorType, as_array
 from buffers.dataset.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
@@ -28,6 +27,7 @@ from buffers.dataset.serialization import (
     parse_schema,
     schema_text,
 )
+from buffers.fields import Fields, TensorType, as_array
 
 __all__ = ["NumpyCompressedSerialization", "TorchSerialization"]
 

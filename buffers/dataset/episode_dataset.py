@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from buffers.dataset.composing.extension import Extension
 from buffers.dataset.episode_source import EpisodeSource
-from buffers.dataset.fields import Fields
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_episode
-from buffers.evictor.base import Evictor
-from buffers.evictor.fifo import FIFOEvictor
-from buffers.utils import LocksOf
-
-if TYPE_CHECKING:
-    from buffers.dataset.extension import Extension
+from buffers.evictor import Evictor, FIFOEvictor
+from buffers.fields import Fields
+from buffers.utils import ThreadLock
 
 __all__ = ["EpisodeDataset"]
 
@@ -36,7 +33,7 @@ class EpisodeDataset(EpisodeSource):
     Args:
         capacity: In steps, over all episodes.
         info: What is known beforehand; with its `fields`, storage is laid out now.
-        evictor: Chooses who leaves when room is needed; the oldest by default.
+        evictor: Chooses the episode that leaves when room is needed; the oldest by default.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -45,9 +42,9 @@ class EpisodeDataset(EpisodeSource):
 
     #: A store whose `_write` may fail (a full disk) sets this to False, and then loses no episode to one that it
     #: could not take.
-    _evicts_before_writing = True
+    evicts_before_writing = True
     #: Whether `_check` may refuse values for what they are, so that rows are shown to it before their episode ends.
-    _refuses_values = False
+    refuses_values = False
 
     def __init__(self, capacity: int, info: EpisodeDatasetInfo | None = None, evictor: Evictor | None = None) -> None:
         super().__init__(capacity)
@@ -57,10 +54,14 @@ class EpisodeDataset(EpisodeSource):
             raise TypeError(f"`evictor` must be an Evictor, found {type(evictor).__name__}.")
         self.evictor = FIFOEvictor() if evictor is None else evictor
         self.verification_mode = VerificationMode.BASIC_CHECKS if info is None else info.verification_mode
-        self._extension: Extension | None = None
-        self._is_behind = False
+        #: The larger dataset behind this one, see `extend`.
+        self.extension: Extension | None = None
+        #: Whether it is the larger one behind another.
+        self.is_behind = False
+        # Threads that add or evict take turns. Those that draw and read are not held up, and hold up none.
+        self._lock = ThreadLock()
         if info is not None and info.fields is not None:
-            self._set_fields(info.fields)
+            self.settle_fields(info.fields)
 
     # What a store implements, beside `_read`.
 
@@ -74,7 +75,7 @@ class EpisodeDataset(EpisodeSource):
 
         Args:
             episode: `name -> (L, *shape)`, valid during the call only: copy.
-            start: Step id of its first row. Step ids of successive episodes are contiguous.
+            start: Step id of its first row. Step ids ascend, and may skip from one episode to the next.
             episode_id: Its id, larger than any before.
         """
 
@@ -85,10 +86,24 @@ class EpisodeDataset(EpisodeSource):
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, an episode that the store could not give back as it is. Refuses none by default."""
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         """Refuse, by a RuntimeError, changes where none can be made. Refuses none by default."""
 
-    # Episodes in.
+    def _publish(self, start: int, length: int, episode_id: int) -> None:
+        """Called when an episode is stored and in the table: tell readers of it."""
+
+    def _announce(self) -> None:
+        """Called before episodes leave for one that is about to come: readers elsewhere may find nothing meanwhile."""
+
+    def start_of_next(self, length: int) -> int:
+        """The step id at which an episode of `length` rows will begin."""
+        return self.table.next_start
+
+    def lacks_room(self, start: int, length: int) -> bool:
+        """Whether another episode has to leave before `length` rows can be stored from step id `start` on."""
+        return self.table.num_steps + length > self.capacity
+
+    # Episodes in: this is an `EpisodeSink`.
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
         """Store a complete episode, evicting others if it needs their room. It can be drawn at once.
@@ -105,69 +120,112 @@ class EpisodeDataset(EpisodeSource):
                 The dataset is as it was.
         """
         with self._lock:
-            fields = self.fields
-            if fields is None:
-                fields = Fields.from_episode(episode)
-            return self._take(fields, self._checked(fields, episode))
+            self.check_writable()
+            fields = self.fields or Fields.from_episode(episode)
+            arrays = fields.arrays(episode)
+            check_episode(fields, arrays, self.verification_mode)
+            rows = dict(zip(fields.names, arrays, strict=True))
+            if self._fields is None:
+                self._check_length(len(arrays[0]))
+                self.check(rows)
+                self.settle_fields(fields)
+            return self.add(rows)
 
-    def _take(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
-        """`add_episode` for flat arrays that fit the fields, which are those of the dataset if it has any."""
-        self._check_writable()
-        return self._add(fields, arrays) if self._extension is None else self._extension.add(self, fields, arrays)
+    def add(self, episode: dict[str, np.ndarray]) -> int:
+        """`add_episode` for flat arrays, `name -> (L, *shape)`, that fit the fields, which are settled."""
+        with self._lock:
+            self.check_writable()
+            return self.store(episode) if self.extension is None else self.extension.add(self, episode)
 
-    def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
-        """`_take`, here only."""
-        self._check(arrays)
-        length = len(arrays[fields.names[0]])
-        if length > self.capacity:
-            raise ValueError(f"An episode of {length} steps does not fit a `capacity` of {self.capacity} steps.")
+    def settle_fields(self, fields: Fields) -> None:
+        """Lay out the storage; the fields that it has already are no error, others are a ValueError."""
         if self._fields is None:
-            self._set_fields(fields)
-        if self._evicts_before_writing:
-            self._make_room(length)
-        start = self.index.next_start
-        self._write(arrays, start, self.index.next_id)
-        if not self._evicts_before_writing:
-            self._make_room(length)
-        episode_id = self.index.append(length)
+            self._allocate(fields)
+            self._fields = fields
+            return
+        conflict = fields.conflict_with(self._fields)
+        if conflict is not None:
+            raise ValueError(f"The dataset has other fields: {conflict}.")
+
+    def check(self, rows: dict[str, np.ndarray]) -> None:
+        """Refuse, by a ValueError, rows that this dataset, or one behind it, could not give back as they are."""
+        self._check(rows)
+        if self.extension is not None:
+            self.extension.other.check(rows)
+
+    @property
+    def episode_capacity(self) -> int:
+        """Steps of the longest episode that can be added: the capacity, or that of the dataset behind this one."""
+        behind = 0 if self.extension is None else self.extension.other.episode_capacity
+        return max(self.capacity, behind)
+
+    # One dataset of a chain alone.
+
+    def store(self, episode: dict[str, np.ndarray]) -> int:
+        """`add`, but to this dataset only, whatever is behind it."""
+        self._check(episode)
+        length = len(next(iter(episode.values())))
+        if length > self.capacity:
+            self._check_length(length)
+        start = self.start_of_next(length)
+        if self.evicts_before_writing:
+            self.make_room(start, length)
+        self._write(episode, start, self.table.next_id)
+        if not self.evicts_before_writing:
+            self.make_room(start, length)
+        episode_id = self.table.append(length, start)
         self._publish(start, length, episode_id)
         return episode_id
 
-    def _publish(self, start: int, length: int, episode_id: int) -> None:
-        """Called when an episode is stored, with its step id, rows and id."""
+    def refuse(self, episode: dict[str, np.ndarray]) -> str | None:
+        """Why this dataset, whatever is behind it, could not store an episode; None if it could."""
+        try:
+            self._check(episode)
+        except ValueError as error:
+            return str(error)
+        return None
 
-    def _make_room(self, length: int) -> None:
-        if self.index.num_steps + length <= self.capacity:
-            return
+    def make_room(self, start: int, length: int, keep: int | None = None) -> bool:
+        """Evict episodes until `length` rows can be stored.
+
+        Args:
+            start: The step id of the first of them.
+            length: How many.
+            keep: Id of an episode that must stay.
+
+        Returns:
+            Whether there is room. False only if the one to be kept would have to leave.
+        """
+        if not self.lacks_room(start, length):
+            return True
         self._announce()
-        while self.index.num_steps + length > self.capacity:
-            self._evict(self._choose_who_leaves())
-        self._has_evicted = True
+        while self.lacks_room(start, length):
+            position = self._choose_evicted()
+            if keep is not None and int(self.table.ids[position]) == keep:
+                # First in, first out: it is the oldest by now. Another evictor may let another go.
+                if type(self.evictor) is FIFOEvictor or len(self.table) == 1:
+                    return False
+                position = 1 if position == 0 else 0
+            self.evict(position)
+            self._has_evicted = True
+        return True
 
-    def _announce(self) -> None:
-        """Called before episodes leave for one that is about to come: readers elsewhere may find nothing meanwhile."""
+    def evict(self, position: int) -> None:
+        """`evict_episode` for a position that is known to be good."""
+        start, length, episode_id = self.table.episode(position)
+        self._erase(episode_id, start, length)
+        self.table.remove(position)
+        self._num_evicted += 1
 
-    def _choose_who_leaves(self) -> int:
+    def _check_length(self, length: int) -> None:
+        if length > self.episode_capacity:
+            raise ValueError(
+                f"An episode of {length} steps does not fit a `capacity` of {self.episode_capacity} steps."
+            )
+
+    def _choose_evicted(self) -> int:
         """The position of the episode that the evictor lets go."""
         return 0 if type(self.evictor) is FIFOEvictor else self._position(self.evictor.evict(self))
-
-    def _checked(self, fields: Fields, episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The episode as flat arrays, known to fit the fields."""
-        arrays = fields.arrays(episode)
-        check_episode(fields, arrays, self.verification_mode)
-        return dict(zip(fields.names, arrays, strict=True))
-
-    def _check_everywhere(self, rows: dict[str, np.ndarray]) -> None:
-        """`_check`, also by the dataset behind this one."""
-        self._check(rows)
-        if self._extension is not None:
-            self._extension.other._check_everywhere(rows)
-
-    def _set_fields(self, fields: Fields) -> None:
-        self._allocate(fields)
-        self._fields = fields
-
-    # Episodes that leave.
 
     def evict_episode(self, episode_index: int) -> None:
         """Forget an episode.
@@ -179,22 +237,15 @@ class EpisodeDataset(EpisodeSource):
             ValueError: There is no such episode.
         """
         with self._lock:
-            self._check_writable()
-            self._evict(self._position(episode_index))
-
-    def _evict(self, position: int) -> None:
-        index = self.index
-        start, length, episode_id = index.episode(position)
-        self._erase(episode_id, start, length)
-        index.remove(position)
-        self._num_evicted += 1
+            self.check_writable()
+            self.evict(self._position(episode_index))
 
     # Another dataset behind this one.
 
     def _find_fields(self) -> None:
         """Settle the fields, if the dataset behind this one knows them."""
-        if self._extension is not None:
-            self._extension.agree(self)
+        if self.extension is not None:
+            self.extension.agree(self, None)
 
     def extend(
         self,
@@ -211,8 +262,8 @@ class EpisodeDataset(EpisodeSource):
                    |                               |
                    '------> this (small: memory) <-'   whole episodes; the oldest here leave
 
-        From now on every added episode goes to both, or, if it cannot, to neither. Once episodes have to leave here,
-        an addition also brings whole episodes of `other`, each of them here once at the most, and never so many that
+        From now on every added episode goes to both, or, if one refuses it, to neither. Once episodes have to leave
+        here, an addition also brings whole episodes of `other`, each of them here once at most, and never so many that
         the newest would have to leave. What this dataset holds already is copied to `other` if that is empty.
 
         An episode that is longer than the capacity here is kept by `other` only, with one warning; `add_episode` then
@@ -221,7 +272,7 @@ class EpisodeDataset(EpisodeSource):
         Extend before a buffer takes its first step, and, for three levels, the largest first.
 
         Args:
-            other: Must not be a mixture, nor have an `other` of its own that leads back here.
+            other: Must not have an `other` of its own that leads back here.
             other_batch_size: Episodes that one addition draws from `other`.
             other_num_workers: Processes that read them beforehand, so that adding does not wait for the disk; 0, the
                 default, reads them when they are wanted.
@@ -233,15 +284,17 @@ class EpisodeDataset(EpisodeSource):
             ValueError: An argument out of its range, or fields that differ.
             RuntimeError: One of the two cannot be added to, or this one is extended already.
         """
-        from buffers.dataset.extension import Extension
-
+        if not isinstance(other, EpisodeDataset):
+            raise TypeError(f"`other` must be an EpisodeDataset, found {type(other).__name__}.")
+        self.check_writable()
+        other.check_writable()
         extension = Extension(self, other, other_batch_size, other_num_workers, fetch_from_other_every, seed)
-        with LocksOf(self, other):
+        with other._lock, self._lock:
             extension.begin(self)
-            # One for both, as an addition needs both: of two, Ctrl-C can leave one taken.
-            self._extension, self._lock = extension, other._lock
-            other._is_behind = True
-            self._refuses_values |= other._refuses_values
+            # One lock for both, as an addition needs both.
+            self.extension, self._lock = extension, other._lock
+            other.is_behind = True
+            self.refuses_values |= other.refuses_values
 
     def refill(self) -> int:
         """Fill the room that is left with whole episodes of the dataset behind this one, its newest among them.
@@ -254,22 +307,16 @@ class EpisodeDataset(EpisodeSource):
         Raises:
             RuntimeError: The dataset is not extended.
         """
-        if self._extension is None:
+        if self.extension is None:
             raise RuntimeError("There is nothing to refill from: call `extend(other)` first.")
         with self._lock:
-            self._check_writable()
-            return self._extension.refill(self)
+            self.check_writable()
+            return self.extension.refill(self)
 
-    @property
-    def largest_capacity(self) -> int:
-        """Steps of the longest episode that can be added: the capacity, or that of the dataset behind this one."""
-        behind = 0 if self._extension is None else self._extension.other.largest_capacity
-        return max(self.capacity, behind)
-
-    def _end_workers(self) -> None:
+    def end_workers(self) -> None:
         """End the workers that read from the dataset behind this one; an addition that wants them starts others."""
-        if self._extension is not None:
-            self._extension.end_workers()
+        if self.extension is not None:
+            self.extension.end_workers()
 
     @property
     def info(self) -> EpisodeDatasetInfo:

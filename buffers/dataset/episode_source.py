@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from buffers.dataset.fields import Fields, TensorType, as_tensor
-from buffers.dataset.index import EpisodeIndex, Windows
-from buffers.dataset.table import counts_line, fields_table
-from buffers.sampler.base import Sampler
-from buffers.utils import LocksOf, ThreadLock, integer
-
-if TYPE_CHECKING:
-    from buffers.loader import SequenceLoader
-    from buffers.stream import SequenceStream
+from buffers.dataset.printing import counts_line, fields_table
+from buffers.fields import Fields, TensorType, as_tensor
+from buffers.loading import SequenceLoader, SequenceStream
+from buffers.sampler import Sampler
+from buffers.table import EpisodeTable, Windows
+from buffers.utils import ThreadLock, integer
 
 __all__ = ["EpisodeSource"]
 
@@ -42,9 +39,9 @@ class EpisodeSource(IterableDataset, ABC):
 
     def __init__(self, capacity: int) -> None:
         self.capacity = integer("capacity", capacity, minimum=1)
-        self.index = EpisodeIndex()
-        # Threads may add and draw at the same time; worker processes need no lock.
-        self._lock: ThreadLock | LocksOf = ThreadLock()
+        self.table = EpisodeTable()
+        # Drawing works on a snapshot with counts of its own, so that it never holds up an addition.
+        self._drawn_table, self._draw_lock = EpisodeTable(), ThreadLock()
         self._num_evicted = 0
         self._has_evicted = False
         self._fields: Fields | None = None
@@ -53,7 +50,7 @@ class EpisodeSource(IterableDataset, ABC):
 
     @abstractmethod
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
-        """Copy windows into `out`.
+        """Copy windows into `out`. Several threads may call it at a time, while another adds and evicts.
 
         Args:
             windows: B windows of T rows; row t of window b is row `windows.step[b] + t` of its episode.
@@ -64,19 +61,16 @@ class EpisodeSource(IterableDataset, ABC):
             None if all were read, else bool `(B,)`, False for windows whose episode is gone: they are drawn again.
         """
 
-    def _stored_type(self, field: TensorType) -> TensorType:
+    def stored_type(self, field: TensorType) -> TensorType:
         """How the store keeps a field: as it is, unless it says otherwise."""
         return field
 
     def _refresh(self) -> None:
         """Called before windows are drawn: a store that another process writes to looks for what is new."""
 
-    def _num_changes(self) -> int:
-        """Of a store that another process writes to: odd while it has let episodes go for one that has not come yet.
-
-        While it is even and stays the same, what is not there will not come by waiting.
-        """
-        return 0
+    def has_news(self) -> bool:
+        """Of a store that another process writes to: whether an episode has come since `_refresh`, or is on its way."""
+        return False
 
     def check_workers(self) -> None:
         """Refuse, by a ValueError, worker processes where they could not read. Refuses none by default."""
@@ -84,17 +78,66 @@ class EpisodeSource(IterableDataset, ABC):
     def check_drawable(self) -> None:
         """Refuse, by a RuntimeError, to draw while the fields are not known."""
         if self.fields is None:
-            raise RuntimeError(self.index.no_window_message(None))
+            raise RuntimeError(self.table.no_window_message(None))
 
     def sources_of(self, windows: Windows) -> np.ndarray:
         """Of a mixture, the member of each window, int64 `(B,)`."""
         raise NotImplementedError(f"A {type(self).__name__} has no members.")
 
-    def _draw(
-        self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
+    # What the loaders call.
+
+    def draw(
+        self,
+        sampler: Sampler,
+        num_windows: int,
+        length: int | None,
+        rng: np.random.Generator,
+        again: Windows | None = None,
     ) -> Windows:
-        """Draw windows by a sampler; `again`, where given, are those that were gone before they could be read."""
-        return _checked(sampler, sampler.draw(self.index, num_windows, length, rng), num_windows, length)
+        """Draw windows of what is stored now.
+
+        Args:
+            sampler: Draws them.
+            num_windows: B.
+            length: T; None for whole episodes.
+            rng: Source of randomness.
+            again: Windows that were gone before they could be read, as many, which these replace.
+
+        Raises:
+            RuntimeError: There is none.
+            ValueError: The sampler has drawn something else.
+        """
+        with self._draw_lock:
+            self._refresh()
+            self._drawn_table.show(self.table)
+            return _checked(sampler, sampler.draw(self._drawn_table, num_windows, length, rng), num_windows, length)
+
+    def read(
+        self, windows: Windows, out: dict[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
+        """The rows of windows, `name -> (B, T, *shape)`, in `out` if it is given, and which were read, as for `_read`."""
+        out = self.empty_batch(windows) if out is None else out
+        return out, self._read(windows, out)
+
+    def empty_batch(self, windows: Windows) -> dict[str, torch.Tensor]:
+        """Memory for windows: `name -> (B, T, *shape)`."""
+        assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
+        leading = (len(windows), windows.length)
+        if self.device.type == "cpu":
+            # numpy takes less time, and huge pages for large arrays.
+            return {
+                name: as_tensor(np.empty(leading + shape, dtype), self._fields[name])
+                for name, dtype, shape in self._fields.layout
+            }
+        return {
+            name: torch.empty(leading + tensor_type.shape, dtype=tensor_type.dtype, device=self.device)
+            for name, tensor_type in self._fields.items()
+        }
+
+    @property
+    def longest_window(self) -> int:
+        """Steps that an episode can have at most to be drawn from here."""
+        return self.capacity
 
     # Episodes out.
 
@@ -108,58 +151,39 @@ class EpisodeSource(IterableDataset, ABC):
             ValueError: There is no such episode.
             RuntimeError: It is gone (a file that someone has removed).
         """
-        with self._lock:
-            position = self._position(episode_index)
-            episode_id = int(self.index.ids[position])
-            episode = self._whole(position)
+        row = self.table.rows[self._position(episode_index)]
+        episode = self._copied(row)
         if episode is None:
-            raise RuntimeError(f"Episode {episode_id} is gone from the store.")
+            raise RuntimeError(f"Episode {row[2]} is gone from the store.")
         return episode
-
-    def _whole(self, position: int) -> dict[str, Any] | None:
-        """A copy of an episode; None if it is gone."""
-        length = int(self.index.lengths[position])
-        windows = self.index.windows(np.array([position]), np.zeros(1, np.int64), length)
-        out = self._empty_batch(windows)
-        if self._read(windows, out) is not None:
-            return None
-        assert self._fields is not None  # An episode was found, so there are fields.
-        return self._fields.unflatten({name: tensor[0] for name, tensor in out.items()})
 
     def episodes(self) -> Iterator[dict[str, Any]]:
         """Copies of all episodes, oldest first; those that are evicted meanwhile are left out."""
-        for episode_id in self.index.ids.tolist():
-            with self._lock:
-                position = self.index.position(episode_id)
-                episode = None if position is None else self._whole(position)
+        for row in self.table.rows:
+            episode = self._copied(row)
             if episode is not None:
                 yield episode
+
+    def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
+        """A copy of the episode of this id; None if it does not live."""
+        position = self.table.position(episode_id)
+        return None if position is None else self._copied(self.table.rows[position])
+
+    def _copied(self, row: np.ndarray) -> dict[str, Any] | None:
+        """A copy of the episode of a row of the table; None if it is gone."""
+        start, length, episode_id = row[:, None]
+        windows = Windows(int(length[0]), start, np.zeros(1, np.int64), episode_id, length)
+        rows, was_read = self.read(windows)
+        if was_read is not None:
+            return None
+        assert self._fields is not None  # An episode was found, so there are fields.
+        return self._fields.unflatten({name: tensor[0] for name, tensor in rows.items()})
 
     def _position(self, episode_index: int) -> int:
         position = integer("episode_index", episode_index, minimum=-self.num_episodes)
         if position >= self.num_episodes:
             raise ValueError(f"`episode_index`={episode_index} is out of range: {self.num_episodes} episodes live.")
         return position % self.num_episodes
-
-    def _read_new(self, windows: Windows) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
-        """`_read` into new memory; for a store that does not need to be given any, a place to do better."""
-        out = self._empty_batch(windows)
-        return out, self._read(windows, out)
-
-    def _empty_batch(self, windows: Windows) -> dict[str, torch.Tensor]:
-        """Memory for windows: `name -> (B, T, *shape)`."""
-        assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
-        leading = (len(windows), windows.length)
-        if self.device.type == "cpu":
-            # 1.0 us a field, and 2.2 us by torch.empty.
-            return {
-                name: as_tensor(np.empty(leading + shape, dtype), self._fields[name])
-                for name, dtype, shape in self._fields.layout
-            }
-        return {
-            name: torch.empty(leading + tensor_type.shape, dtype=tensor_type.dtype, device=self.device)
-            for name, tensor_type in self._fields.items()
-        }
 
     # Windows out.
 
@@ -170,7 +194,12 @@ class EpisodeSource(IterableDataset, ABC):
         chunk_size: int | None = None,
         num_workers: int | None = None,
         pin_memory: bool | None = None,
-        **options: Any,
+        *,
+        sampler: Sampler | None = None,
+        transform: Callable[[dict[str, Any]], Any] | None = None,
+        include: Iterable[str] = (),
+        seed: int | None = None,
+        **loader_options: Any,
     ) -> SequenceLoader:
         """A `DataLoader` of batches without end: `field -> (batch_size, sequence_length, *shape)`.
 
@@ -189,22 +218,37 @@ class EpisodeSource(IterableDataset, ABC):
                 what a store holds at once and changes nothing that is drawn.
             num_workers: Processes that load; 0 by default.
             pin_memory: As in `DataLoader`; off by default.
-            **options: `sampler`, `transform`, `include` and `seed` of `SequenceStream`; all else goes to
-                torch's `DataLoader` as it is.
+            sampler: Which windows are drawn; uniformly over all windows by default.
+            transform: A function on the batch, called where it is made (in the worker).
+            include: What else a batch holds, see `SequenceStream`.
+            seed: Of all draws; None takes it from the operating system.
+            **loader_options: Go to torch's `DataLoader` as they are.
 
         Raises:
             TypeError: An argument of the wrong type.
             ValueError: An argument out of its range.
         """
-        from buffers.loader import SequenceLoader
-        from buffers.stream import SequenceStream
+        stream = SequenceStream(
+            self,
+            batch_size,
+            sequence_length,
+            chunk_size,
+            sampler=sampler,
+            transform=transform,
+            include=include,
+            seed=seed,
+        )
+        return SequenceLoader(stream, num_workers=num_workers, pin_memory=pin_memory, **loader_options)
 
-        names = ("sampler", "transform", "include", "seed")
-        stream_options = {name: options.pop(name) for name in names if name in options}
-        stream = SequenceStream(self, batch_size, sequence_length, chunk_size, **stream_options)
-        return SequenceLoader(stream, num_workers=num_workers, pin_memory=pin_memory, **options)
-
-    def sequences(self, sequence_length: int = 1, **options: Any) -> SequenceStream:
+    def sequences(
+        self,
+        sequence_length: int = 1,
+        *,
+        sampler: Sampler | None = None,
+        transform: Callable[[dict[str, Any]], Any] | None = None,
+        include: Iterable[str] = (),
+        seed: int | None = None,
+    ) -> SequenceStream:
         """An `IterableDataset` of single sequences `field -> (T, *shape)`, for a `DataLoader` of one's own.
 
             >>> from torch.utils.data import DataLoader
@@ -216,16 +260,20 @@ class EpisodeSource(IterableDataset, ABC):
 
         Args:
             sequence_length: T, in steps.
-            **options: `sampler`, `transform`, `include` and `seed`. Without a `seed`, each worker process draws its
-                own from the operating system; with one, iterating again repeats what workers drew.
+            sampler: As in `get_loader`.
+            transform: As in `get_loader`, but called on single sequences.
+            include: As in `get_loader`.
+            seed: As in `get_loader`. Without it, each worker process draws its own from the operating system; with
+                one, iterating again repeats what workers drew.
         """
-        from buffers.stream import SequenceStream
-
         if sequence_length is None:
             raise TypeError(
                 "Whole episodes come in padded batches: use `get_loader(batch_size, sequence_length=None)`."
             )
-        return SequenceStream(self, None, integer("sequence_length", sequence_length, 1), **options)
+        sequence_length = integer("sequence_length", sequence_length, 1)
+        return SequenceStream(
+            self, None, sequence_length, sampler=sampler, transform=transform, include=include, seed=seed
+        )
 
     def __iter__(self) -> Iterator[Any]:
         """Single steps as sequences of length 1, without end; the same as `iter(dataset.sequences(1))`."""
@@ -244,24 +292,19 @@ class EpisodeSource(IterableDataset, ABC):
         """Settle the fields, if they can be known without an episode. They cannot by default."""
 
     @property
-    def _longest_drawable(self) -> int:
-        """Steps that an episode can have at the most to be drawn from here."""
-        return self.capacity
-
-    @property
     def num_episodes(self) -> int:
         """Live episodes."""
-        return len(self.index)
+        return len(self.table)
 
     @property
     def num_timesteps(self) -> int:
         """Steps of all live episodes."""
-        return self.index.num_steps
+        return self.table.num_steps
 
     @property
     def episode_lengths(self) -> list[int]:
         """Steps of each live episode, oldest first."""
-        return self.index.lengths.tolist()
+        return self.table.lengths.tolist()
 
     @property
     def average_episode_length(self) -> float:
@@ -299,7 +342,7 @@ def _checked(sampler: Sampler, windows: Windows, num_windows: int, length: int |
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
     if length is not None and length != windows.length:
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
-    # Both parts are negative, and so is their union of bits, where a window leaves its episode.
+    # The union of their bits is negative where one of the two is: where a window leaves its episode.
     spare = windows.episode_length - windows.step - (1 if length is None else length)
     if np.minimum.reduce(windows.step | spare) < 0:
         raise ValueError(f"{type(sampler).__name__} drew a window that is not within its episode.")

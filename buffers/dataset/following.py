@@ -16,8 +16,8 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 from buffers.dataset.directory import EpisodeDirectory, FileName
-from buffers.dataset.index import EpisodeIndex
-from buffers.dataset.shared import EpisodeLog, SharedArrays
+from buffers.sharing import PublishedTable, SharedArrays
+from buffers.table import EpisodeTable
 
 __all__ = ["DirectoryWatch", "EpisodeNames", "handed_on", "new_log", "opened_log"]
 
@@ -35,7 +35,7 @@ class EpisodeNames:
         directory: Knows the suffix.
     """
 
-    def __init__(self, index: EpisodeIndex, directory: EpisodeDirectory) -> None:
+    def __init__(self, index: EpisodeTable, directory: EpisodeDirectory) -> None:
         self._index, self._directory = index, directory
         self._known: dict[int, str] = {}
 
@@ -95,16 +95,16 @@ class DirectoryWatch:
         self._next_look = end + _REST * (end - begin)
 
 
-def new_log(capacity: int) -> EpisodeLog:
+def new_log(capacity: int) -> PublishedTable:
     """A log for the readers of a new writer.
 
     Raises:
         MemoryError: There is no memory for it.
     """
-    return EpisodeLog(SharedArrays(EpisodeLog.layout(capacity)))
+    return PublishedTable(SharedArrays(PublishedTable.layout(2 * capacity + 2)))
 
 
-def handed_on(log: EpisodeLog | None) -> dict[str, Any] | None:
+def handed_on(log: PublishedTable | None) -> dict[str, Any] | None:
     """What `opened_log` makes the same log of in another process; None if there is none, or it would be a copy.
 
     Outside Linux, shared memory goes only to processes that are being started.
@@ -114,7 +114,7 @@ def handed_on(log: EpisodeLog | None) -> dict[str, Any] | None:
     return log.memory.__getstate__()
 
 
-def opened_log(state: dict[str, Any] | None) -> EpisodeLog | None:
+def opened_log(state: dict[str, Any] | None) -> PublishedTable | None:
     """The log whose memory another process has handed on; None if it is not there any more."""
     if state is None:
         return None
@@ -123,4 +123,4 @@ def opened_log(state: dict[str, Any] | None) -> EpisodeLog | None:
         memory.__setstate__(state)
     except RuntimeError:
         return None  # What its writer has left is in the directory.
-    return EpisodeLog(memory)
+    return PublishedTable(memory)

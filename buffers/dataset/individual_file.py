@@ -16,16 +16,16 @@ from buffers.dataset import opening, serialization
 from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.directory import DAMAGED, EpisodeDirectory, FileName, Listing, explained
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields
 from buffers.dataset.following import DirectoryWatch, EpisodeNames, handed_on, new_log, opened_log
-from buffers.dataset.index import Windows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.opening import Inspection, Verify
 from buffers.dataset.safetensors_format import SafetensorsSerialization
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
-from buffers.dataset.shared import EpisodeLog
 from buffers.dataset.window_reader import WindowReader
-from buffers.evictor.base import Evictor
+from buffers.evictor import Evictor
+from buffers.fields import Fields
+from buffers.sharing import PublishedTable
+from buffers.table import Windows
 from buffers.utils import format_bytes, integer, one_of
 
 __all__ = [
@@ -86,7 +86,7 @@ class IndividualFileDataset(EpisodeDataset):
     # Of a copy in a worker, the trainer's has told already what there is to tell.
     _warns = True
     # What a writer tells its workers, here and there; None in any other reader. With it comes what they are to bind.
-    _log: EpisodeLog | None = None
+    _log: PublishedTable | None = None
     _told_fields: Fields | None = None
 
     def __init__(
@@ -117,7 +117,7 @@ class IndividualFileDataset(EpisodeDataset):
         self._is_closed = False
         self._writer = os.getpid() if mode == "a" else None
         self._directory = EpisodeDirectory(os.fspath(directory), self._strategy.suffix, mode == "a")
-        self._names, self._watch = EpisodeNames(self.index, self._directory), DirectoryWatch(self._directory)
+        self._names, self._watch = EpisodeNames(self.table, self._directory), DirectoryWatch(self._directory)
         try:
             if self._writer is not None:
                 self._log = new_log(capacity)
@@ -127,7 +127,7 @@ class IndividualFileDataset(EpisodeDataset):
             raise
 
     # An episode that cannot be written shall not cost another one.
-    _evicts_before_writing = False
+    evicts_before_writing = False
 
     # Opening.
 
@@ -137,27 +137,27 @@ class IndividualFileDataset(EpisodeDataset):
             self._refresh()
         else:
             self._look_first(verify)
-        if len(self.index):
+        if len(self.table):
             # Who could not take another of its episodes has been full: there is no other trace of it.
-            has_lost = self.index.next_start > self.num_timesteps
-            self._has_evicted |= has_lost and self.num_timesteps + int(self.index.lengths.max()) > self.capacity
+            has_lost = self.table.next_start > self.num_timesteps
+            self._has_evicted |= has_lost and self.num_timesteps + int(self.table.lengths.max()) > self.capacity
 
     def _look_first(self, verify: Verify) -> None:
         listing, inspection = self._scan(verify)
         if self._writer is None:
             self._warn_of(inspection.damaged, "left out")
         else:
-            opening.check_capacity(self._directory, self.index, self.capacity)
+            opening.check_capacity(self._directory, self.table, self.capacity)
             for name in listing.temporaries:
                 self._directory.remove(name)
-            self.index.next_id, self.index.next_start = listing.next_numbers
+            self.table.skip_to(*listing.next_numbers)
             # Before files go that say which numbers have been given.
             self._keep_numbers()
             damaged = opening.set_aside(self._directory, listing, inspection.damaged)
             self._warn_of(damaged, f"moved into the folder `{DAMAGED}`")
-            self._make_room(0)
+            self.make_room(self.table.next_start, 0)
             assert self._log is not None  # A writer has one.
-            self._log.restate(self.index)
+            self._log.add_all(self.table)
 
     def _scan(self, verify: Verify = "size") -> tuple[Listing, Inspection]:
         """Look for what is new, and add what is good of it to the index."""
@@ -173,7 +173,7 @@ class IndividualFileDataset(EpisodeDataset):
             self._bind(inspection.fields)
         if inspection.texts:
             self._is_format_open = False
-            self.index.insert(inspection.numbers[[1, 2, 0]].T)
+            self.table.insert(inspection.numbers[[1, 2, 0]].T)
         if not self._is_writer():
             self._watch.seen = listing.names
         return listing, inspection
@@ -183,7 +183,7 @@ class IndividualFileDataset(EpisodeDataset):
             return
         opening.check_stated_fields(self._directory, fields, self._fields)
         if self._fields is None:
-            self._set_fields(fields)
+            self.settle_fields(fields)
         self._allocate(fields)
 
     def _warn_of(self, damaged: list[tuple[str, str]], what_happened: str) -> None:
@@ -238,40 +238,35 @@ class IndividualFileDataset(EpisodeDataset):
         return was_read
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        self._check_writable()
-        if episode_id == self.index.ids[-1] and self._names.get(self.index.next_id) is None:
-            self._directory.keep_numbers(self.index.next_id, self.index.next_start, self.durability == "fsync")
+        self.check_writable()
+        if episode_id == self.table.ids[-1] and self._names.get(self.table.next_id) is None:
+            self._directory.keep_numbers(self.table.next_id, self.table.next_start, self.durability == "fsync")
         try:
             self._directory.remove(FileName(episode_id, start, length).text(self._directory.suffix))
         except OSError as error:
             raise explained(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
         self._forget_file(episode_id)
         if self._log is not None:
-            self._log.remove(episode_id, self.index)
+            self._log.remove(episode_id, self.table)
 
     # Episodes in.
 
-    def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
-        """`add_episode`; after any error, the episode is not there, nor its file.
+    def store(self, episode: dict[str, np.ndarray]) -> int:
+        """`EpisodeDataset.store`; after an error, the episode is not there, nor its file.
 
         Others are where they were, unless an evictor failed at a second choice: its first is carried out.
         """
-        fields_before, stored_before = self._fields, self._stored_fields
-        index, episode_id, start = self.index, self.index.next_id, self.index.next_start
+        episode_id, start = self.table.next_id, self.table.next_start
         try:
-            return super()._add(fields, arrays)
-        except BaseException:
-            if index.next_id == episode_id:
+            return super().store(episode)
+        except Exception:
+            if self.table.next_id == episode_id:
                 self._take_back(episode_id, start)
-                self._fields, self._stored_fields = fields_before, stored_before
-            elif self._log is not None and self._log.newest_id < episode_id:
-                # Ctrl-C came before readers were told of it.
-                self._publish(start, index.next_start - start, episode_id)
             raise
 
     def _publish(self, start: int, length: int, episode_id: int) -> None:
         assert self._log is not None  # A writer has one.
-        self._log.add(start, length, episode_id, self.index)
+        self._log.add(start, length, episode_id, self.table)
 
     def _take_back(self, episode_id: int, start: int) -> None:
         """Remove the file of an episode that is not counted: its evictor has failed, say."""
@@ -285,11 +280,11 @@ class IndividualFileDataset(EpisodeDataset):
             return
         # It cannot be removed, and the next one must not have its numbers.
         length = int(text.removesuffix(self._strategy.suffix).rpartition("-")[2])
-        self.index.next_id, self.index.next_start = episode_id + 1, start + length
+        self.table.skip_to(episode_id + 1, start + length)
 
     def _keep_numbers(self) -> None:
         """See to it that the numbers of episodes that are gone are not given again, also after the next opening."""
-        index = self.index
+        index = self.table
         if index.next_id and (not len(index) or int(index.ids[-1]) != index.next_id - 1):
             self._directory.keep_numbers(index.next_id, index.next_start, self.durability == "fsync")
 
@@ -309,7 +304,7 @@ class IndividualFileDataset(EpisodeDataset):
             return
         # Without fields, there is nothing to tell of, or the first episode has just come, and its file has them.
         if self._log is not None and self._stored_fields is not None:
-            for episode_id in self._log.follow(self.index):
+            for episode_id in self._log.follow(self.table):
                 self._forget_file(episode_id)
             if not self._log.has_ended:
                 return
@@ -341,11 +336,11 @@ class IndividualFileDataset(EpisodeDataset):
 
     def _forget(self, episode_id: int) -> None:
         self._forget_file(episode_id)
-        position = self.index.position(episode_id)
+        position = self.table.position(episode_id)
         if position is not None:
-            self.index.remove(position)
+            self.table.remove(position)
             if self._log is not None and self._is_writer():
-                self._log.remove(episode_id, self.index)
+                self._log.remove(episode_id, self.table)
 
     def _forget_file(self, episode_id: int) -> None:
         self._watch.seen.discard(self._names.get(episode_id) or "")
@@ -359,7 +354,7 @@ class IndividualFileDataset(EpisodeDataset):
         """Give up the lock and close all files. Nothing is lost if this is never called."""
         self._is_closed = True
         if self._log is not None and self._is_writer():
-            self._end_workers()
+            self.end_workers()
             self._log.end()
         self._log = None
         if self._reader is not None:
@@ -380,7 +375,7 @@ class IndividualFileDataset(EpisodeDataset):
         return _follower, (self._stored_fields, memory, *arguments)
 
     @property
-    def _longest_drawable(self) -> int:
+    def longest_window(self) -> int:
         """As of any dataset; who only reads does not know."""
         return sys.maxsize if self._writer is None else self.capacity
 
@@ -392,7 +387,7 @@ class IndividualFileDataset(EpisodeDataset):
         if self._is_closed:
             raise RuntimeError(f"The dataset of {self._directory.path} is closed.")
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         self._check_open()
         if self._writer is None:
             raise RuntimeError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from buffers.dataset.fields import Fields
 from buffers.dataset.verification import VerificationMode
+from buffers.fields import Fields
 
 __all__ = ["EpisodeDatasetInfo"]
 
@@ -15,7 +15,7 @@ class EpisodeDatasetInfo:
     """What is known of a dataset's episodes.
 
         >>> from buffers.dataset import RingBufferDataset
-        >>> from buffers.dataset.fields import Scalar, Vector
+        >>> from buffers.fields import Scalar, Vector
         >>> info = EpisodeDatasetInfo(Fields(obs=Vector(4), reward=Scalar()), VerificationMode.ALL_CHECKS)
         >>> RingBufferDataset(capacity=1_000, info=info).fields
         Fields(obs: float32 (4,), reward: float32 ())

@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.directory import EpisodeDirectory, Listing
-from buffers.dataset.fields import Fields
-from buffers.dataset.index import EpisodeIndex
 from buffers.dataset.safetensors_format import SafetensorsSerialization
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
 from buffers.dataset.window_reader import as_damage
+from buffers.fields import Fields
+from buffers.table import EpisodeTable
 
 __all__ = [
     "Inspection",
@@ -86,7 +86,7 @@ def check_stated_fields(directory: EpisodeDirectory, fields: Fields, stated_fiel
         )
 
 
-def check_capacity(directory: EpisodeDirectory, index: EpisodeIndex, capacity: int) -> None:
+def check_capacity(directory: EpisodeDirectory, index: EpisodeTable, capacity: int) -> None:
     """Refuse, by a ValueError, a capacity for which all that is stored would have to be deleted."""
     length = int(index.lengths[-1]) if len(index) else 0
     if length > capacity:

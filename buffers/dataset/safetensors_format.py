@@ -14,7 +14,6 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 
-from buffers.dataset.fields import Fields, TensorType
 from buffers.dataset.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
@@ -24,6 +23,7 @@ from buffers.dataset.serialization import (
     parse_schema,
     schema_text,
 )
+from buffers.fields import Fields, TensorType
 
 __all__ = ["SafetensorsSerialization"]
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.dataset import fields as field_types
-from buffers.dataset.fields import Fields, TensorType, as_tensor
+from buffers import fields as field_types
+from buffers.fields import Fields, TensorType, as_tensor
 
 __all__ = [
     "DamagedEpisodeError",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from buffers.dataset.fields import Fields, TensorType, as_tensor, dtype_name
+from buffers.fields import Fields, TensorType, as_tensor, dtype_name
 
 __all__ = ["VerificationMode"]
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from buffers.dataset.directory import EpisodeDirectory
-from buffers.dataset.fields import Fields
 from buffers.dataset.following import EpisodeNames
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of
+from buffers.fields import Fields
 
 __all__ = ["WindowReader"]
 

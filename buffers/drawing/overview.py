@@ -79,7 +79,7 @@ def _draw_points(ax: Axes, name: str, what: str, positions: np.ndarray, values: 
 
 def _read_returns(dataset: EpisodeDataset, max_episodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions and returns of episodes that are read: evenly spaced ones, if all are too many."""
-    fields, ids = dataset.fields, dataset.index.ids.copy()
+    fields, ids = dataset.fields, dataset.table.ids.copy()
     assert fields is not None  # There is a reward among them.
     bytes_each = fields.nbytes * dataset.average_episode_length
     affordable = math.inf if bytes_each == 0 else MAX_BYTES / bytes_each
@@ -95,7 +95,7 @@ def _read_returns(dataset: EpisodeDataset, max_episodes: int) -> tuple[np.ndarra
 
 def _episode(dataset: EpisodeDataset, episode_id: int) -> dict[str, Any] | None:
     """A whole episode by its id; None if it is evicted meanwhile."""
-    position = dataset.index.position(episode_id)
+    position = dataset.table.position(episode_id)
     try:
         return None if position is None else dataset.get_episode(position)
     except (RuntimeError, ValueError):
@@ -120,7 +120,7 @@ def _draw_fill(ax: Axes, dataset: EpisodeDataset) -> None:
 def _draw_bytes(ax: Axes, dataset: EpisodeDataset) -> None:
     fields = dataset.fields
     assert fields is not None  # There is a bar for each.
-    sizes = [dataset._stored_type(field).nbytes * dataset.num_timesteps for field in fields.values()]
+    sizes = [dataset.stored_type(field).nbytes * dataset.num_timesteps for field in fields.values()]
     _set_title(ax, f"bytes by field: {format_bytes(sum(sizes))}")
     bars = ax.barh(range(len(sizes)), sizes, color=COLORS[4], height=0.8)
     ax.bar_label(bars, labels=[format_bytes(size) for size in sizes], padding=3, fontsize=TICK_SIZE)

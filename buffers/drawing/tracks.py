@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from buffers.dataset.fields import Fields, TensorType
-from buffers.stream import INCLUDABLE
+from buffers.loading.include import INCLUDABLE
 from buffers.utils import integer, to_torch
 
 __all__ = ["DrawnSequence", "Timeline", "Track", "as_array", "read_sequence", "spread"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from buffers.dataset.index import EpisodeIndex, Windows
 from buffers.sampler.base import Sampler, draw_whole_episodes, integers_below
+from buffers.table import EpisodeTable, Windows
 
 __all__ = ["UniformEpisodeSampler", "UniformSampler"]
 
@@ -15,14 +15,14 @@ class UniformSampler(Sampler):
 
     Long episodes are drawn in proportion to their windows:
 
-        >>> index = EpisodeIndex()
-        >>> episode_ids = index.append(5), index.append(14)  # 3 and 12 windows of 3 rows.
-        >>> windows = UniformSampler().draw(index, 100_000, 3, np.random.default_rng(0))
+        >>> table = EpisodeTable()
+        >>> episode_ids = table.append(5), table.append(14)  # 3 and 12 windows of 3 rows.
+        >>> windows = UniformSampler().draw(table, 100_000, 3, np.random.default_rng(0))
         >>> (np.bincount(windows.episode) / 100_000).round(2)
         array([0.2, 0.8])
     """
 
-    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """Draw windows uniformly over all valid starts, with replacement.
 
         An episode of L rows has L - T + 1 windows (T = length), so its last row can be drawn.
@@ -36,7 +36,7 @@ class UniformSampler(Sampler):
         Whole episodes (T = None) are drawn uniformly over episodes.
 
         Args:
-            index: The live episodes.
+            table: The live episodes.
             num_windows: B, at least 1.
             length: T, in steps, or None.
             rng: Source of randomness.
@@ -48,12 +48,12 @@ class UniformSampler(Sampler):
             RuntimeError: No live episode has `length` rows.
         """
         if length is None:
-            return draw_whole_episodes(index, num_windows, rng)
-        windows = index.count_windows(length)
+            return draw_whole_episodes(table, num_windows, rng)
+        windows = table.count_windows(length)
         num = windows.num
         if num == 0:
-            raise RuntimeError(index.no_window_message(length))
-        return index.windows_of(windows, integers_below(rng, num, num_windows), length)
+            raise RuntimeError(table.no_window_message(length))
+        return table.windows_of(windows, integers_below(rng, num, num_windows), length)
 
 
 class UniformEpisodeSampler(Sampler):
@@ -61,18 +61,18 @@ class UniformEpisodeSampler(Sampler):
 
     How long an episode is does not change its share:
 
-        >>> index = EpisodeIndex()
-        >>> episode_ids = index.append(5), index.append(14)
-        >>> windows = UniformEpisodeSampler().draw(index, 100_000, 3, np.random.default_rng(0))
+        >>> table = EpisodeTable()
+        >>> episode_ids = table.append(5), table.append(14)
+        >>> windows = UniformEpisodeSampler().draw(table, 100_000, 3, np.random.default_rng(0))
         >>> (np.bincount(windows.episode) / 100_000).round(2)
         array([0.5, 0.5])
     """
 
-    def draw(self, index: EpisodeIndex, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """Draw episodes uniformly over those of at least T rows, then a start uniformly within each.
 
         Args:
-            index: The live episodes.
+            table: The live episodes.
             num_windows: B, at least 1.
             length: T, in steps, or None.
             rng: Source of randomness.
@@ -84,14 +84,14 @@ class UniformEpisodeSampler(Sampler):
             RuntimeError: No live episode has `length` rows.
         """
         if length is None:
-            return draw_whole_episodes(index, num_windows, rng)
-        episodes = index.count_episodes(length)
+            return draw_whole_episodes(table, num_windows, rng)
+        episodes = table.count_episodes(length)
         num = episodes.num
         if num == 0:
-            raise RuntimeError(index.no_window_message(length))
+            raise RuntimeError(table.no_window_message(length))
         position = integers_below(rng, num, num_windows)
-        if num < len(index):  # Else all are long enough, and the integer is the position.
+        if num < len(table):  # Else all are long enough, and the integer is the position.
             rows, _ = episodes.locate(position)
             position = rows - episodes.first
-        step = integers_below(rng, index.lengths[position] - (length - 1), num_windows)
-        return index.windows(position, step, length)
+        step = integers_below(rng, table.lengths[position] - (length - 1), num_windows)
+        return table.windows(position, step, length)

@@ -12,27 +12,25 @@ A mixture may have mixtures as members. What is drawn from are their leaves, the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
 
-from buffers.dataset.cumulation import Int64Array
-from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.fields import Fields
-from buffers.dataset.index import EpisodeIndex, Windows
-from buffers.dataset.mixture_fields import common_fields
-from buffers.dataset.table import counts_line
-from buffers.dataset.weights import Float64Array, SharedWeights, shares
-from buffers.sampler.base import Sampler
-from buffers.utils import LocksOf
+from buffers.dataset.composing.mixture_fields import common_fields
+from buffers.dataset.composing.weights import Float64Array, SharedWeights, shares
+from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.printing import counts_line
+from buffers.fields import Fields
+from buffers.sampler import Sampler
+from buffers.table import EpisodeTable, Int64Array, Windows
 
 __all__ = ["MixtureDataset"]
 
 
 @final
-class MixtureDataset(EpisodeDataset):
-    """Several datasets, of which every batch takes exact shares.
+class MixtureDataset(EpisodeSource):
+    """Several sources, of which every batch takes exact shares. It is read, never written to.
 
         >>> from buffers.dataset import RingBufferDataset
         >>> members = RingBufferDataset(capacity=1_000), RingBufferDataset(capacity=1_000)
@@ -47,7 +45,7 @@ class MixtureDataset(EpisodeDataset):
     members, and drawn from the next batch on. Workers see both, and changes of the weights.
 
     Args:
-        datasets: The members: datasets of any kind, also mixtures, on one device.
+        datasets: The members: datasets of any kind, and other mixtures, on one device.
         weights: A number for each, at least 0; only their ratios matter.
         fields: Which fields batches have: None for all, which the members must agree on; "common" for those that all
             members have in the same shape and dtype; or their names, "obs" standing for all below it.
@@ -61,21 +59,21 @@ class MixtureDataset(EpisodeDataset):
 
     def __init__(
         self,
-        datasets: Iterable[EpisodeDataset],
+        datasets: Iterable[EpisodeSource],
         weights: Sequence[float],
         *,
         fields: Literal["common"] | Sequence[str] | None = None,
     ) -> None:
         self._members = list(datasets)
         for dataset in self._members:
-            if not isinstance(dataset, EpisodeDataset):
+            if not isinstance(dataset, EpisodeSource):
                 raise TypeError(f"Members must be EpisodeDatasets, found {type(dataset).__name__}.")
         if not self._members:
             raise ValueError("A mixture needs at least one member, found none.")
         devices = {str(dataset.device) for dataset in self._members}
         if len(devices) > 1:
             raise ValueError(f"Members must be on one device, found {sorted(devices)}.")
-        self._leaves: list[EpisodeDataset] = []
+        self._leaves: list[EpisodeSource] = []
         #: By leaf: its member, and how an error calls it ("1", or "1.0" for the first leaf of a mixture).
         self._member_of: list[int] = []
         self._names: list[str] = []
@@ -90,12 +88,11 @@ class MixtureDataset(EpisodeDataset):
         self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
         super().__init__(sum(leaf.capacity for leaf in self._leaves))
         self.device = self._members[0].device
-        self._lock = LocksOf(*self._leaves)
-        self.index = _MixtureIndex(self._leaves)
+        self.table = _MixtureTable(self._leaves)
         self._find_fields()
 
     @property
-    def datasets(self) -> tuple[EpisodeDataset, ...]:
+    def datasets(self) -> tuple[EpisodeSource, ...]:
         """The members."""
         return tuple(self._members)
 
@@ -125,8 +122,8 @@ class MixtureDataset(EpisodeDataset):
             if member.fields is None and isinstance(member, MixtureDataset):
                 if not member._settle(fields):
                     return False
-            elif member.fields is None:
-                member._set_fields(fields)
+            elif member.fields is None and isinstance(member, Settleable):
+                member.settle_fields(fields)
         return True
 
     def check_drawable(self) -> None:
@@ -140,24 +137,24 @@ class MixtureDataset(EpisodeDataset):
 
     # What is drawn.
 
-    def _refresh(self) -> None:
-        for leaf in self._leaves:
-            leaf._refresh()
-        if self._fields is None:
-            self._find_fields()
-
     @property
-    def _longest_drawable(self) -> int:
-        """Steps that an episode of a member can have at the most."""
-        return max(leaf._longest_drawable for leaf in self._leaves)
+    def longest_window(self) -> int:
+        """Steps that an episode of a member can have at most."""
+        return max(leaf.longest_window for leaf in self._leaves)
 
-    def _num_changes(self) -> int:
-        numbers = [leaf._num_changes() for leaf in self._leaves]
-        return 2 * sum(numbers) + any(number % 2 for number in numbers)
+    def has_news(self) -> bool:
+        """Whether a member has, or will have, more than was drawn from."""
+        return any(leaf.has_news() for leaf in self._leaves)
 
-    def _draw(
-        self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
+    def draw(
+        self,
+        sampler: Sampler,
+        num_windows: int,
+        length: int | None,
+        rng: np.random.Generator,
+        again: Windows | None = None,
     ) -> Windows:
+        """Draw windows of each member, see `EpisodeSource.draw`."""
         if again is None:
             counts, weights = self._counts(num_windows, rng)
         else:
@@ -165,22 +162,22 @@ class MixtureDataset(EpisodeDataset):
             assert again.source is not None  # It was drawn here.
             counts = np.bincount(again.source, minlength=len(self._leaves))
             weights = counts.astype(np.float64)
-        parts, sources = [], []
+        parts, leaves = [], []
         for number, leaf in enumerate(self._leaves):
             if weights[number] == 0:
                 continue
             try:
                 # Also where the share of this batch is 0, or an empty member would be an error now and then.
-                part = leaf._draw(sampler, max(1, int(counts[number])), length, rng, None)
+                part = leaf.draw(sampler, max(1, int(counts[number])), length, rng)
             except RuntimeError as error:
                 raise RuntimeError(
                     f"Member {self._names[number]} ({type(leaf).__name__}) of the mixture: {error}"
                 ) from error
             if counts[number]:
                 parts.append(part)
-                sources.append(number)
+                leaves.append(number)
         self.check_drawable()
-        return _joined(parts, sources)
+        return _joined(parts, leaves)
 
     def _counts(self, num: int, rng: np.random.Generator) -> tuple[Int64Array, Float64Array]:
         """By leaf, the windows of a batch, and the weights."""
@@ -208,8 +205,9 @@ class MixtureDataset(EpisodeDataset):
         was_read, begin = None, 0
         for end in ends:
             part = slice(begin, end)
-            leaf = self._leaves[windows.source[begin]]
-            found = _read_part(leaf, windows[part], {name: tensor[part] for name, tensor in out.items()})
+            found = _read_part(
+                self._leaves[windows.source[begin]], windows[part], {name: tensor[part] for name, tensor in out.items()}
+            )
             if found is not None:
                 was_read = np.ones(len(windows), np.bool_) if was_read is None else was_read
                 was_read[part] = found
@@ -259,39 +257,34 @@ class MixtureDataset(EpisodeDataset):
         ]
         return "\n".join([counts_line(self), *lines])
 
-    # Nothing is added to it.
 
-    def _check_writable(self) -> None:
-        raise RuntimeError(
-            "A MixtureDataset holds no episodes of its own: add to one of its members, or evict from it."
-        )
+@runtime_checkable
+class Settleable(Protocol):
+    """A source that can be told its fields."""
 
-    def _allocate(self, fields: Fields) -> None:
-        """Members lay out their own."""
-
-    def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        self._check_writable()
-
-    def _erase(self, episode_id: int, start: int, length: int) -> None:
-        self._check_writable()
+    def settle_fields(self, fields: Fields) -> None:
+        """Lay out the storage."""
 
 
-class _MixtureIndex(EpisodeIndex):
+class _MixtureTable(EpisodeTable):
     """The episodes of all leaves, counted through in their order, which is their id here; only to be looked at."""
 
-    def __init__(self, leaves: list[EpisodeDataset]) -> None:
+    def __init__(self, leaves: list[EpisodeSource]) -> None:
         self._leaves = leaves
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_leaves": self._leaves}
+
     def __len__(self) -> int:
-        return sum(len(leaf.index) for leaf in self._leaves)
+        return sum(len(leaf.table) for leaf in self._leaves)
 
     @property
-    def num_steps(self) -> int:  # type: ignore[override]
-        return sum(leaf.index.num_steps for leaf in self._leaves)
+    def num_steps(self) -> int:
+        return sum(leaf.table.num_steps for leaf in self._leaves)
 
     @property
     def lengths(self) -> Int64Array:
-        return np.concatenate([leaf.index.lengths for leaf in self._leaves])
+        return np.concatenate([leaf.table.lengths for leaf in self._leaves])
 
     @property
     def ids(self) -> Int64Array:
@@ -301,8 +294,8 @@ class _MixtureIndex(EpisodeIndex):
         return episode_id if 0 <= episode_id < len(self) else None
 
 
-def _joined(parts: list[Windows], sources: list[int]) -> Windows:
-    """Windows one after the other, with their sources; those of whole episodes all get the length of the longest."""
+def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
+    """Windows one after the other, with the numbers of their leaves; those of whole episodes all get the length of the longest."""
     weights = None
     if any(part.weight is not None for part in parts):
         ones = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
@@ -311,21 +304,21 @@ def _joined(parts: list[Windows], sources: list[int]) -> Windows:
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("start", "step", "episode", "episode_length")
     )
-    source = np.repeat(np.array(sources, np.int64), [len(part) for part in parts])
+    source = np.repeat(np.array(leaves, np.int64), [len(part) for part in parts])
     return Windows(max(part.length for part in parts), start, step, episode, episode_length, weights, source)
 
 
-def _read_part(leaf: EpisodeDataset, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+def _read_part(leaf: EpisodeSource, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
     longest = int(windows.num_rows.max())
     if longest == windows.length:
-        return leaf._read(windows, out)
+        return leaf.read(windows, out)[1]
     # Padded to an episode of another leaf, and this one may not even have room for so many rows.
     own = Windows(longest, windows.start, windows.step, windows.episode, windows.episode_length)
     rows = {
         name: torch.empty_like(tensor[:, :longest], memory_format=torch.contiguous_format)
         for name, tensor in out.items()
     }
-    was_read = leaf._read(own, rows)
+    _, was_read = leaf.read(own, rows)
     for name, tensor in out.items():
         tensor[:, :longest] = rows[name]
     return was_read

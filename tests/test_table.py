@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers.dataset.index import EpisodeIndex
 from buffers.sampler import UniformSampler
+from buffers.table import EpisodeTable
 
 # append a length, remove the episode at a position (modulo the number that live), extend by many, retire some
 OPERATIONS = st.lists(
@@ -28,10 +28,10 @@ def window_list(live: list[tuple[int, int, int]], length: int) -> list[tuple[int
     return [(start + s, s, i, rows) for start, rows, i in live for s in range(rows - length + 1)]
 
 
-def drawn_list(index: EpisodeIndex, length: int, num: int) -> list[tuple[int, int, int, int]]:
-    counted = index.count_windows(length)
+def drawn_list(table: EpisodeTable, length: int, num: int) -> list[tuple[int, int, int, int]]:
+    counted = table.count_windows(length)
     assert counted.num == num
-    windows = index.windows_of(counted, np.arange(num), length)
+    windows = table.windows_of(counted, np.arange(num), length)
     return list(
         zip(
             windows.start.tolist(),
@@ -46,133 +46,150 @@ def drawn_list(index: EpisodeIndex, length: int, num: int) -> list[tuple[int, in
 @given(OPERATIONS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 20))
 @settings(max_examples=150, deadline=None)
 def test_integers_map_to_windows_one_to_one_whatever_was_added_and_removed(operations, lengths, every) -> None:
-    index, live, start, number = EpisodeIndex(), [], 0, 0
+    table, live, start, number = EpisodeTable(), [], 0, 0
     for i, (operation, value) in enumerate(operations):
         if operation == "append":
-            assert index.append(value) == number
+            assert table.append(value) == number
             live.append((start, value, number))
             start, number = start + value, number + 1
         elif operation == "extend":  # By episodes of 1 to 3 rows, with gaps in ids and steps.
             rows = [(start + 5 * k, 1 + k % 3, number + 2 * k) for k in range(value)]
-            index.extend(np.array(rows, np.int64).reshape(-1, 3))
+            table.extend(np.array(rows, np.int64).reshape(-1, 3))
             live += rows
             if rows:
                 start, number = rows[-1][0] + rows[-1][1], rows[-1][2] + 1
         elif operation == "retire" and live:
             tail = live[min(value, len(live) - 1)][0]
-            index.retire(tail)
+            table.retire(tail)
             live = [episode for episode in live if episode[0] >= tail]
         elif live:
             position = value % len(live)
-            index.remove(position)
+            table.remove(position)
             live.pop(position)
         if i % every == 0:  # Otherwise the cumulated counts fall behind and have more to catch up with.
             for length in lengths:
                 expected = window_list(live, length)
                 if expected:
-                    assert drawn_list(index, length, len(expected)) == expected
-    assert len(index) == len(live)
-    assert list(zip(index.starts.tolist(), index.lengths.tolist(), index.ids.tolist(), strict=True)) == live
-    assert index.num_steps == sum(rows for _, rows, _ in live)
+                    assert drawn_list(table, length, len(expected)) == expected
+    assert len(table) == len(live)
+    assert list(zip(table.starts.tolist(), table.lengths.tolist(), table.ids.tolist(), strict=True)) == live
+    assert table.num_steps == sum(rows for _, rows, _ in live)
     for position, (_, _, episode_id) in enumerate(live):
-        assert index.position(episode_id) == position
-    assert index.position(number) is None and index.position(-1) is None
+        assert table.position(episode_id) == position
+    assert table.position(number) is None and table.position(-1) is None
 
 
-def test_a_queue_of_episodes_takes_no_more_room_as_it_moves_on() -> None:
-    index = EpisodeIndex()
+def test_a_queue_of_episodes_takes_no_more_memory_as_it_moves_on() -> None:
+    table = EpisodeTable()
     for _ in range(100):
-        index.append(5)
-    size = len(index._table)
+        table.append(5)
+    size = len(table._state.rows)
     for _ in range(10_000):
-        index.append(5)
-        assert index.count_windows(3).num == 3 * len(index)
-        index.remove(0)
-    assert len(index._table) <= 2 * size
-    assert index.lengths.tolist() == [5] * 100
+        table.append(5)
+        assert table.count_windows(3).num == 3 * len(table)
+        table.remove(0)
+    assert len(table._state.rows) <= 2 * size
+    assert table.lengths.tolist() == [5] * 100
 
 
-def test_moving_on_costs_a_constant_number_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = 0
-    relocate = EpisodeIndex._relocate
-
-    def count(self: EpisodeIndex, num_new: int) -> None:
-        nonlocal moved
-        moved += len(self)
-        relocate(self, num_new)
-
-    monkeypatch.setattr(EpisodeIndex, "_relocate", count)
-    index = EpisodeIndex()
+def test_moving_on_costs_a_constant_number_of_copies() -> None:
+    table, moved, rows = EpisodeTable(), 0, None
     for number in range(20_000):
-        index.append(2)
+        table.append(2)
+        if table._state.rows is not rows:
+            rows, moved = table._state.rows, moved + len(table)
         if number >= 1000:
-            index.remove(0)
+            table.remove(0)
     assert moved <= 5 * 20_000
 
 
+@given(OPERATIONS, st.integers(0, 300))
+@settings(max_examples=100, deadline=None)
+def test_a_shown_table_stays_as_it_was(operations, when) -> None:
+    table, shown, expected = EpisodeTable(), EpisodeTable(), []
+    for i, (operation, value) in enumerate([*operations, ("append", 1)]):
+        if i == min(when, len(operations)):
+            shown.show(table)
+            expected = table.rows.tolist()
+        if operation == "append":
+            table.append(value)
+        elif operation == "extend":
+            table.extend(np.array([(table.next_start, 2, table.next_id)]))
+        elif operation == "retire":
+            table.retire(int(table.starts[min(value, len(table) - 1)]) if len(table) else 0)
+        elif len(table):
+            table.remove(value % len(table))
+    assert shown.rows.tolist() == expected
+    if expected:
+        counted = shown.count_windows(1)
+        assert counted.num == sum(rows for _, rows, _ in expected)
+        found = shown.windows_of(counted, np.arange(counted.num), 1)
+        assert found.start.tolist() == [start + step for start, rows, _ in expected for step in range(rows)]
+
+
 def test_an_ever_changing_length_leaves_a_bounded_number_of_arrays() -> None:
-    index = EpisodeIndex()
-    index.append(200)
+    table = EpisodeTable()
+    table.append(200)
     for length in range(1, 100):
-        index.count_windows(length)
-    assert len(index._cumulations) <= 8
-    assert index.count_windows(1).num == 200
+        table.count_windows(length)
+    assert len(table._cumulations) <= 8
+    assert table.count_windows(1).num == 200
 
 
 def test_an_episode_takes_24_bytes() -> None:
-    assert EpisodeIndex()._table[0].nbytes == 24
+    assert EpisodeTable()._state.rows[0].nbytes == 24
 
 
 @given(st.sets(st.integers(0, 40), min_size=1), st.sets(st.integers(0, 40)), st.integers(1, 5), st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
 def test_inserted_episodes_are_drawn_like_appended_ones_gaps_or_not(first, second, length, removed) -> None:
-    index = EpisodeIndex()
+    table = EpisodeTable()
     live: list[tuple[int, int, int]] = []
     for numbers in (sorted(first), sorted(second - first)):
         if numbers:
             episodes = [(10 * number, 1 + number % 7, number) for number in numbers]
-            index.insert(np.array(episodes, np.int64))
+            table.insert(np.array(episodes, np.int64))
             live = sorted([*live, *episodes])
-            index.count_windows(length)
+            table.count_windows(length)
         for _ in range(min(removed, len(live) - 1)):
-            index.remove(0)
+            table.remove(0)
             live.pop(0)
-    assert index.num_steps == sum(rows for _, rows, _ in live)
-    assert (index.next_id, index.next_start) == (live[-1][2] + 1, live[-1][0] + live[-1][1])
+    assert table.num_steps == sum(rows for _, rows, _ in live)
+    assert (table.next_id, table.next_start) == (live[-1][2] + 1, live[-1][0] + live[-1][1])
     expected = window_list(live, length)
     if expected:
-        assert drawn_list(index, length, len(expected)) == expected
-    assert index.append(3) == live[-1][2] + 1
+        assert drawn_list(table, length, len(expected)) == expected
+    assert table.append(3) == live[-1][2] + 1
 
 
 def test_windows_are_found_in_a_bounded_number_of_steps_whatever_the_lengths() -> None:
     rng = np.random.default_rng(0)
-    index = EpisodeIndex()
+    table = EpisodeTable()
     live = []
     for number in range(3000):  # Long ones among runs of short ones: many episodes in one bucket of the guide.
         length = 4000 if number % 1000 == 0 else int(rng.integers(1, 4))
-        live.append((index.next_start, length, number))
-        index.append(length)
+        live.append((table.next_start, length, number))
+        table.append(length)
         if number > 1500:
-            index.remove(0)
+            table.remove(0)
             live.pop(0)
         if number % 100 == 0:
-            windows = index.count_windows(2)
+            windows = table.count_windows(2)
             r = rng.integers(windows.num, size=500)
-            drawn = index.windows_of(windows, r, 2)
+            drawn = table.windows_of(windows, r, 2)
             expected = window_list(live, 2)
             assert [expected[i][:3] for i in r] == list(
                 zip(drawn.start.tolist(), drawn.step.tolist(), drawn.episode.tolist(), strict=True)
             )
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))])
 def test_a_copy_of_an_index_that_was_drawn_from_counts_on_by_itself(copied) -> None:
-    index = EpisodeIndex()
+    table = EpisodeTable()
     for length in (5, 2, 9):
-        index.append(length)
-    UniformSampler().draw(index, 8, 3, np.random.default_rng(0))
-    other = copied(index)
+        table.append(length)
+    UniformSampler().draw(table, 8, 3, np.random.default_rng(0))
+    other = copied(table)
     lengths = [5, 2, 9]
     for added in ([3, 17, 4], [6], [1], [11]):  # Several at once, and one by one.
         for length in added:
@@ -183,4 +200,4 @@ def test_a_copy_of_an_index_that_was_drawn_from_counts_on_by_itself(copied) -> N
         assert windows.num == len(expected)
         found = other.windows_of(windows, np.arange(len(expected)), 3)
         assert list(zip(found.episode.tolist(), found.step.tolist(), strict=True)) == expected
-    assert index.count_windows(3).num == 3 + 7, "and the original is as it was"
+    assert table.count_windows(3).num == 3 + 7, "and the original is as it was"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from buffers.dataset.cumulation import Int64Array
-from buffers.dataset.shared import SharedArrays, fence
+from buffers.sharing import SharedArrays, fence
+from buffers.table import Int64Array
 
 __all__ = ["SharedWeights", "shares"]
 

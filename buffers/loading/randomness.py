@@ -23,9 +23,10 @@ class BatchRandom:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._bits = np.random.Philox(key=np.random.SeedSequence(seed).generate_state(2, np.uint64))
+        key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+        self._bits = np.random.Philox(key=key)
         self._generator = np.random.Generator(self._bits)
-        self._state: Any = self._bits.state
+        self._state: Any = {**self._bits.state, "state": {"key": key.tolist()}}
 
     def __reduce__(self) -> tuple[type[BatchRandom], tuple[int]]:
         return BatchRandom, (self.seed,)
@@ -33,6 +34,6 @@ class BatchRandom:
     def generator(self, n: int, attempt: int = 0) -> np.random.Generator:
         """The generator for an attempt at batch n. It invalidates the one returned before."""
         # Setting the counter takes a fraction of the time of a new generator.
-        self._state["state"]["counter"][:] = (0, 0, n, attempt)
+        self._state["state"]["counter"] = (0, 0, n, attempt)
         self._bits.state = self._state
         return self._generator

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.dataset.fields import Fields
-from buffers.dataset.shared import SharedArrays
+from buffers.fields import Fields
+from buffers.sharing import SharedArrays
 
 __all__ = ["Slots", "forget"]
 

@@ -20,7 +20,7 @@ def counts_line(dataset: EpisodeSource) -> str:
         f"{dataset.num_timesteps:,} of {dataset.capacity:,} steps ({share:.0%})"
     )
     if not dataset.is_empty:
-        lengths = dataset.index.lengths
+        lengths = dataset.table.lengths
         line += f", length {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
     return line
 
@@ -31,13 +31,13 @@ def fields_table(dataset: EpisodeSource) -> str:
         return "(no fields yet: the first episode decides)"
     rows = [("field", "type", "dtype", "shape", "bytes a step", "bytes stored")]
     for name, field in dataset.fields.items():
-        stored = dataset._stored_type(field)
+        stored = dataset.stored_type(field)
         dtype = str(field.dtype).removeprefix("torch.")
         if stored.dtype != field.dtype:
             dtype += f" as {str(stored.dtype).removeprefix('torch.')}"
         num_bytes = format_bytes(stored.nbytes * dataset.num_timesteps)
         rows.append((name, type(field).__name__, dtype, str(field.shape), f"{stored.nbytes:,}", num_bytes))
-    total = sum(dataset._stored_type(field).nbytes for field in dataset.fields.values())
+    total = sum(dataset.stored_type(field).nbytes for field in dataset.fields.values())
     rows.append(("total", "", "", "", f"{total:,}", format_bytes(total * dataset.num_timesteps)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

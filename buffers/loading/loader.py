@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from buffers.dataset.shared import SharedArrays
-from buffers.randomness import BatchRandom
-from buffers.stream import COUNTERS, SequenceStream
-from buffers.transport import forget
+from buffers.loading.randomness import BatchRandom
+from buffers.loading.slots import forget
+from buffers.loading.stream import COUNTERS, SequenceStream
+from buffers.sharing import SharedArrays
 from buffers.utils import integer
 
 __all__ = ["SequenceLoader"]
@@ -51,7 +51,7 @@ class SequenceLoader(DataLoader):
                 raise ValueError(f"Windows are drawn at random, and every batch is full: leave out `{name}`.")
         collate_fn = loader_options.pop("collate_fn", None)
         if num_workers:
-            stream.dataset.check_workers()
+            stream.source.check_workers()
             stream.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in COUNTERS.items()})
             # Batches that wait for the trainer, one that it has, and one that is being made.
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
@@ -73,7 +73,7 @@ class SequenceLoader(DataLoader):
     def __iter__(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
-        self.stream.dataset.check_drawable()
+        self.stream.source.check_drawable()
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
         return _BatchesOfWorkers(self, self._iterate())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from buffers.dataset.fields import Fields
+from buffers.fields import Fields
 
 __all__ = ["common_fields"]
 

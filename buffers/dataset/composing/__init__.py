@@ -1,0 +1,1 @@
+"""Several datasets as one: a mixture (a source), and one that extends another (a sink)."""

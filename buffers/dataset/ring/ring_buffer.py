@@ -1,0 +1,274 @@
+"""RingBufferDataset: episodes in memory, in one preallocated tensor a field."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.ring.column import Column
+from buffers.evictor import Evictor, FIFOEvictor
+from buffers.fields import Fields, TensorType
+from buffers.sharing import PublishedTable, SharedArrays
+from buffers.table import EpisodeTable, Windows
+from buffers.utils import Process, format_bytes
+
+__all__ = ["RingBufferDataset"]
+
+_MAX_SIZES = 8
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+# What gathers each field for batches of one size, by places; None where torch does.
+ItemGathers = dict[str, Callable[[np.ndarray], torch.Tensor]] | None
+
+
+@final
+class RingBufferDataset(EpisodeDataset):
+    """Episodes in RAM or on a GPU; the oldest are overwritten by the newest.
+
+    The row with step id s lies at place `s % capacity`. An episode never wraps: one that does not fit before the end
+    begins at place 0, and step ids skip to the next multiple of the capacity:
+
+        place     0  1  2  3  4  5  6  7          capacity 8, episodes of 3, 4 and 3 rows: the third does not
+        step id   8  9 10  3  4  5  6  .          fit behind the second, and overwrites the first
+
+    So every episode is one slice. Rows that are left over at the end stay empty for a lap: a ring may evict up to (its
+    longest episode - 1) steps early. What is stored is always the newest episodes, whole.
+
+        >>> dataset = RingBufferDataset(capacity=8)
+        >>> for length in (3, 4, 3):
+        ...     episode_id = dataset.add_episode({"obs": np.zeros(length)})
+        >>> dataset.episode_lengths
+        [4, 3]
+
+    Args:
+        capacity: In steps. Memory is reserved when the fields are known, and used as it is written.
+        info: What is known beforehand; with its `fields`, memory is reserved now.
+        evictor: Only first in, first out is possible; the argument is there for the common signature.
+        device: Where the episodes live and batches are made.
+        half_precision: Store float32 as float16 (numbers up to 65,504) and give float32 back.
+
+    Raises:
+        ValueError: Another evictor than `FIFOEvictor`, or a device that is not available.
+        MemoryError: The memory for `capacity` steps could not be allocated.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        info: EpisodeDatasetInfo | None = None,
+        evictor: Evictor | None = None,
+        device: torch.device | str = "cpu",
+        half_precision: bool = False,
+    ) -> None:
+        if evictor is not None and type(evictor) is not FIFOEvictor:
+            raise ValueError(
+                f"A RingBufferDataset overwrites its oldest rows, so it can only use FIFOEvictor, found "
+                f"{type(evictor).__name__}. IndividualFileDataset takes any evictor."
+            )
+        self.device = _usable_device(device)
+        self.half_precision = self.refuses_values = bool(half_precision)
+        self._memory: SharedArrays | None = None
+        self._published: PublishedTable | None = None
+        # On a GPU, where nothing is published: rows before this step id may be overwritten.
+        self._oldest_step = 0
+        # The process that adds. In every other, this dataset reads what that one publishes.
+        self._writer = Process.number
+        super().__init__(capacity, info, evictor)
+
+    def _allocate(self, fields: Fields) -> None:
+        stored = {name: self.stored_type(field) for name, field in fields.items()}
+        try:
+            if self.device.type == "cpu":
+                rows = {f"rows/{name}": ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
+                # Episodes leave in their order, so there is never one to be moved in the table.
+                self._memory = SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)})
+            self._set_columns(fields)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            size = format_bytes(sum(field.nbytes for field in stored.values()) * self.capacity)
+            raise MemoryError(
+                f"A `capacity` of {self.capacity} steps needs {size} on {self.device}, which could not be allocated. "
+                "Lower it."
+            ) from None
+
+    def _set_columns(self, fields: Fields) -> None:
+        memory = self._memory
+        if memory is not None:
+            self._published = PublishedTable(memory)
+        self._item_gathers: dict[tuple[int, int, int], ItemGathers] = {}
+        self._columns: dict[str, Column] = {}
+        for name, field in fields.items():
+            array = None if memory is None else memory[f"rows/{name}"]
+            pages = None if memory is None else memory.huge_pages(f"rows/{name}")
+            self._columns[name] = Column(self.capacity, self.stored_type(field), field.dtype, self.device, array, pages)
+
+    def stored_type(self, field: TensorType) -> TensorType:
+        """How the ring keeps a field: as it is, but for `half_precision`."""
+        if self.half_precision and field.dtype == torch.float32:
+            return TensorType(field.shape, torch.float16)
+        return field
+
+    # Episodes in.
+
+    def _check(self, episode: dict[str, np.ndarray]) -> None:
+        if not self.half_precision:
+            return
+        for name, rows in episode.items():
+            if rows.dtype == np.float32 and (np.isfinite(rows) & (np.abs(rows) > _LARGEST_HALF)).any():
+                raise ValueError(
+                    f"Field `{name}` holds numbers beyond {_LARGEST_HALF:.0f}, which half_precision=True cannot store."
+                )
+
+    def check_writable(self) -> None:
+        """Refuse changes in any process but the one that made the ring."""
+        # The kernel is asked, once an episode: a second writer would destroy what both have.
+        if os.getpid() != self._writer:
+            raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
+
+    def start_of_next(self, length: int) -> int:
+        """The step id at which an episode of `length` rows will begin: the next, or the next multiple of the capacity."""
+        start = self.table.next_start
+        left_over = -start % self.capacity
+        return start if length <= (left_over or self.capacity) else start + left_over
+
+    def lacks_room(self, start: int, length: int) -> bool:
+        """Whether the oldest episode lies where `length` rows from step id `start` on will be."""
+        return len(self.table) > 0 and self.table.episode(0)[0] < start + length - self.capacity
+
+    def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
+        place = start % self.capacity
+        for name, rows in episode.items():
+            self._columns[name].write(place, rows)
+
+    def _publish(self, start: int, length: int, episode_id: int) -> None:
+        if self._published is not None:
+            self._published.add(start, length, episode_id, self.table)
+
+    def _announce(self) -> None:
+        if self._published is not None:
+            self._published.announce()
+
+    def _erase(self, episode_id: int, start: int, length: int) -> None:
+        if start != self.table.episode(0)[0]:
+            raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
+        self._oldest_step = start + length
+        if self._published is not None:
+            self._published.retire(self._oldest_step)
+
+    # Windows out.
+
+    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+        places, last_place = windows.start % self.capacity, self.capacity - windows.length
+        # Padding behind an episode may reach beyond the end of the ring; episodes do not.
+        late = (places > last_place).nonzero()[0]
+        gathered = self._on_device(np.minimum(places, last_place) if len(late) else places)
+        for name, tensor in out.items():
+            self._columns[name].gather(gathered, windows.length, tensor)
+        if len(late):
+            rows = np.minimum(places[late, None] + np.arange(windows.length), self.capacity - 1)
+            for name, tensor in out.items():
+                self._columns[name].gather_rows(self._on_device(rows), self._on_device(late), tensor)
+        return self._which_are_whole(windows)
+
+    def read(
+        self, windows: Windows, out: dict[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
+        """The rows of windows, see `EpisodeSource.read`."""
+        if out is None:
+            size = (len(windows.start), windows.length, torch.get_num_threads())
+            gathers = self._item_gathers[size] if size in self._item_gathers else self._find_item_gathers(size)
+            if gathers is not None:
+                places = windows.start % self.capacity
+                try:
+                    rows = {name: gather(places) for name, gather in gathers.items()}
+                    return rows, self._which_are_whole(windows)
+                except IndexError:
+                    pass  # Padding reaches beyond the end of the ring.
+        return super().read(windows, out)
+
+    def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
+        """Found once: between two gathers, the caches have lost all that there is to ask."""
+        found = {name: column.items(*size[:2]) for name, column in self._columns.items()}
+        # Changing between numpy and torch within a batch takes longer than either alone.
+        gathers = {name: gather for name, gather in found.items() if gather is not None}
+        if len(self._item_gathers) == _MAX_SIZES:
+            self._item_gathers.clear()
+        self._item_gathers[size] = gathers if len(gathers) == len(found) else None
+        return self._item_gathers[size]
+
+    def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
+        """To be asked after reading: None if all are whole, else bool `(B,)`, False where rows may be overwritten."""
+        oldest_step = self._oldest_step if self._published is None else self._published.oldest_step
+        return None if np.minimum.reduce(windows.start) >= oldest_step else windows.start >= oldest_step
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
+    # Readers in other processes: everything is published as it is added, whether anyone reads or not.
+
+    def check_workers(self) -> None:
+        """Refuse worker processes where they cannot read."""
+        if self.device.type != "cpu":
+            raise ValueError(f"A ring on {self.device} makes its batches there: workers cannot. Use `num_workers`=0.")
+
+    def _refresh(self) -> None:
+        if Process.number != self._writer and self._published is not None:
+            self._published.follow(self.table)
+
+    def has_news(self) -> bool:
+        """Of a reader: whether there is more than it knows of, or an episode is about to come."""
+        return self._published is not None and Process.number != self._writer and self._published.has_news
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
+        state = self.__dict__.copy()
+        state.pop("_item_gathers", None)
+        columns = state.pop("_columns", {})
+        if self._memory is None:
+            state["tensors"] = {name: column.tensor for name, column in columns.items()}
+        else:
+            state["table"] = EpisodeTable()
+            state.pop("_published")
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = state.pop("tensors", {})
+        self.__dict__.update(state)
+        # An unpickled ring reads along, even in the process of its writer; one on a GPU has its own data.
+        self._writer = Process.number if self._memory is None else -1
+        if self._fields is not None:
+            self._set_columns(self._fields)
+        for name, tensor in tensors.items():
+            self._columns[name].tensor.copy_(tensor)
+        self._refresh()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
+        """A ring of its own with the same episodes."""
+        other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
+        with self._lock:
+            other.max_sampling_attempts = self.max_sampling_attempts
+            other._has_evicted, other._num_evicted = self._has_evicted, self._num_evicted
+            other.table.replace(self.table.rows)
+            other.table.skip_to(self.table.next_id, self.table.next_start)
+            for start, length, _ in self.table.rows.tolist():
+                place = start % self.capacity
+                for name, column in self._columns.items():
+                    other._columns[name].copy_from(column, place, place + length)
+        if other._published is not None:
+            if len(other.table):
+                other._published.retire(other.table.episode(0)[0])
+            other._published.add_all(other.table)
+        return other
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device`={device!r} cannot be used: {str(error).splitlines()[0]}") from None

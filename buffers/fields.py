@@ -1,0 +1,421 @@
+"""Fields: the name, shape and dtype of everything that a step holds.
+
+A step may nest dicts; a field is one leaf of it, and its name is the path to it joined by "/". `Fields`
+knows the way from the nested form that users hand in and get back to the flat one that storage works on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["ColorImage", "Fields", "PaddedPointcloud", "Scalar", "TensorType", "Vector"]
+
+_TORCH_NAMES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"] + [
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+]
+_TO_TORCH: dict[np.dtype, torch.dtype] = {np.dtype(name): getattr(torch, name) for name in _TORCH_NAMES}
+_TO_NUMPY: dict[torch.dtype, np.dtype] = {dtype: key for key, dtype in _TO_TORCH.items()}
+# numpy has no bfloat16: its two bytes travel as an opaque item, which no other dtype is equal to.
+_BFLOAT16 = np.dtype("V2")
+_TO_TORCH[_BFLOAT16] = torch.bfloat16
+_TO_NUMPY[torch.bfloat16] = _BFLOAT16
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """What one step holds in one field.
+
+    Attributes:
+        shape: Shape of one step, without time and batch. An int stands for a shape of one dimension.
+        dtype: A torch dtype; numpy dtypes and their names are converted.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        shape = (self.shape,) if isinstance(self.shape, int) else tuple(int(size) for size in self.shape)
+        if any(size < 0 for size in shape):
+            raise ValueError(f"`shape` must not have negative sizes, found {shape}.")
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "dtype", _torch_dtype(self.dtype))
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        """Refuse shapes that the type does not stand for."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one step."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The numpy dtype with the same bytes (an opaque two-byte item for bfloat16)."""
+        return _TO_NUMPY[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
+
+    @staticmethod
+    def infer(shape: Iterable[int], dtype: torch.dtype) -> TensorType:
+        """The most telling type for a shape and dtype.
+
+        No dimension is a `Scalar`, one a `Vector`, three with 1, 3 or 4 channels first or last (and more
+        pixels than channels) a `ColorImage`. A `PaddedPointcloud` looks like any matrix: state it.
+        """
+        shape = tuple(shape)
+        if len(shape) == 0:
+            return Scalar(shape, dtype)
+        if len(shape) == 1:
+            return Vector(shape, dtype)
+        if _is_image(shape) and (dtype == torch.uint8 or dtype.is_floating_point):
+            return ColorImage(shape, dtype)
+        return TensorType(shape, dtype)
+
+
+@dataclass(frozen=True)
+class Scalar(TensorType):
+    """One number, shape `()`: a reward, a flag."""
+
+    shape: tuple[int, ...] = ()
+
+    def _check_shape(self) -> None:
+        if self.shape != ():
+            raise ValueError(f"A Scalar has shape (), found {self.shape}.")
+
+
+@dataclass(frozen=True)
+class Vector(TensorType):
+    """One dimension, shape `(n,)`: a state, a continuous action."""
+
+    def _check_shape(self) -> None:
+        if len(self.shape) != 1:
+            raise ValueError(f"A Vector has shape (n,), found {self.shape}.")
+
+
+@dataclass(frozen=True)
+class ColorImage(TensorType):
+    """An image `(height, width, channels)` or `(channels, height, width)` of 1, 3 or 4 channels."""
+
+    dtype: torch.dtype = torch.uint8
+
+    def _check_shape(self) -> None:
+        if not _is_image(self.shape):
+            raise ValueError(f"A ColorImage has shape (H, W, C) or (C, H, W), C 1, 3 or 4, found {self.shape}.")
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether the layout is `(C, H, W)`."""
+        return self.shape[2] not in (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class PaddedPointcloud(TensorType):
+    """At most `n` points, shape `(n, 3 + k)`: x, y, z and k features; rows of NaN pad it."""
+
+    def _check_shape(self) -> None:
+        if len(self.shape) != 2 or self.shape[1] < 3:
+            raise ValueError(f"A PaddedPointcloud has shape (n, 3 + k), found {self.shape}.")
+
+
+def _is_image(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and (shape[2] in (1, 3, 4) or shape[0] in (1, 3, 4))
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch dtype for a torch or numpy dtype, or a name of one."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in _TO_NUMPY:
+            raise TypeError(f"dtype {dtype} cannot be stored; convert it, to torch.float32 for example.")
+        return dtype
+    try:
+        return _TO_TORCH[np.dtype(dtype).newbyteorder("=")]
+    except (KeyError, TypeError):
+        raise TypeError(f"dtype {dtype} has no torch counterpart; convert it to a number type.") from None
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """A numpy view of what the caller gave, copied only where it has to be (GPU, lists, byte order).
+
+    Python floats become float32 (lists of them too), ints int64, bools bool; all else keeps its dtype.
+
+    Raises:
+        TypeError: Not a tensor, array or number, or of a dtype that torch has not.
+        ValueError: A ragged list.
+    """
+    if isinstance(value, torch.Tensor):
+        try:
+            return value.numpy()
+        except (RuntimeError, TypeError):
+            return _tensor_to_array(name, value)
+    if isinstance(value, (list, tuple)):
+        array = _list_to_array(name, value)
+    elif isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"Field `{name}` is a masked array, whose mask would be lost: use `.filled(value)`.")
+    elif isinstance(value, (np.ndarray, np.generic, bool, int)):
+        array = np.asarray(value)
+    elif isinstance(value, float):
+        array = np.asarray(value, dtype=np.float32)
+    elif isinstance(value, complex):
+        array = np.asarray(value, dtype=np.complex64)
+    else:
+        raise TypeError(
+            f"Field `{name}` must be a tensor, an array or a number, found {type(value).__name__}: {value!r:.60}."
+        )
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype not in _TO_TORCH or array.dtype == _BFLOAT16:
+        raise TypeError(f"Field `{name}` has dtype {array.dtype}, which torch cannot hold: {value!r:.60}.")
+    return array
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """What the dtype of an array is called."""
+    return "bfloat16" if dtype == _BFLOAT16 else str(dtype)
+
+
+def _number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
+    """The array of a single number in the field's dtype, where that is of its kind; any other array as it is."""
+    if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
+        return array
+    if type(value) is int and dtype.kind in "iufc":
+        return cast_if_kept(array, dtype)
+    return cast_if_kept(array, dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
+
+
+def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in another dtype; as it is if an integer would change or a finite number become infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if dtype.kind in "iub":
+        return cast if (cast == array).all() else array
+    return cast if (np.isfinite(cast) | ~np.isfinite(array)).all() else array
+
+
+def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
+    """Of a tensor that has no array as it is: it is on a GPU, has a gradient, is bfloat16, ..."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.dtype not in _TO_NUMPY:
+        raise TypeError(
+            f"Field `{name}` must be a dense tensor of bfloat16 or a dtype that numpy has, found {tensor.layout}, "
+            f"{tensor.dtype}."
+        )
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
+def _list_to_array(name: str, value: list | tuple) -> np.ndarray:
+    if len(value) > 0 and isinstance(value[0], torch.Tensor):
+        value = [as_array(name, item) if isinstance(item, torch.Tensor) else item for item in value]
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"Field `{name}` is a ragged list: its members differ in shape.") from None
+    item: Any = value
+    while isinstance(item, (list, tuple)) and len(item) > 0:
+        item = item[0]
+    if array.dtype == np.float64 and not isinstance(item, (np.ndarray, np.generic)):
+        array = array.astype(np.float32)
+    return array
+
+
+def as_tensor(array: np.ndarray, tensor_type: TensorType) -> torch.Tensor:
+    """The tensor over an array of `tensor_type.numpy_dtype`, sharing its memory."""
+    if tensor_type.dtype == torch.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class Fields(Mapping[str, TensorType]):
+    """The fields of a dataset: an ordered mapping from name to `TensorType`.
+
+        >>> fields = Fields(obs={"image": ColorImage((64, 64, 3)), "speed": Scalar()}, action=Vector(6))
+        >>> list(fields)
+        ['obs/image', 'obs/speed', 'action']
+        >>> fields.nbytes  # of one step
+        12316
+
+    Args:
+        tree: Nested dict of types; or give the top level as keywords.
+
+    Raises:
+        TypeError: A key is not a string, or a leaf not a `TensorType`.
+        ValueError: No field, an empty name, or two fields of one name.
+    """
+
+    def __init__(self, tree: Mapping[str, Any] | None = None, /, **types: Any) -> None:
+        leaves = list(_walk({**(tree or {}), **types}))
+        if not leaves:
+            raise ValueError("A step needs at least one field, found none.")
+        self._types: dict[str, TensorType] = {}
+        self.paths: tuple[tuple[str, ...], ...] = tuple(path for path, _ in leaves)
+        for path, leaf in leaves:
+            name = "/".join(path)
+            if not isinstance(leaf, TensorType):
+                raise TypeError(f"Field `{name}` must be a TensorType, found {leaf!r:.60}.")
+            if name in self._types:
+                raise ValueError(f"Two fields would both be named `{name}`; rename one of them.")
+            self._types[name] = leaf
+        self.names: tuple[str, ...] = tuple(self._types)
+        # What the checks of each added row compare with, ready to be compared.
+        self.layout: tuple[tuple[str, np.dtype, tuple[int, ...]], ...] = tuple(
+            (name, tensor_type.numpy_dtype, tensor_type.shape) for name, tensor_type in self._types.items()
+        )
+        #: Keys of the top level.
+        self.roots: frozenset[str] = frozenset(path[0] for path in self.paths)
+        #: Whether no dict is nested in a step.
+        self.is_flat = all(len(path) == 1 for path in self.paths)
+
+    @classmethod
+    def from_rows(cls, rows: Mapping[str, Any], num_leading_axes: int) -> Fields:
+        """Infer the fields of data whose leaves have leading axes (environment, time) that are no part of them."""
+
+        def infer(name: str, value: Any) -> TensorType:
+            array = as_array(name, value)
+            if array.ndim < num_leading_axes:
+                raise ValueError(
+                    f"Field `{name}` has shape {array.shape}, expected an axis before its own: that of the "
+                    "environments, or of an episode's rows."
+                )
+            return TensorType.infer(array.shape[num_leading_axes:], _TO_TORCH[array.dtype])
+
+        return cls(_unwalk((path, infer("/".join(path), leaf)) for path, leaf in _walk(rows)))
+
+    @classmethod
+    def from_episode(cls, episode: Mapping[str, Any]) -> Fields:
+        """Infer the fields from an episode: `field -> (L, *shape)`, or lists of L rows.
+
+        Raises:
+            TypeError: A value that cannot become a tensor.
+            ValueError: A value without a time axis, or a ragged list.
+        """
+        return cls.from_rows(episode, num_leading_axes=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one step over all fields."""
+        return sum(tensor_type.nbytes for tensor_type in self._types.values())
+
+    def flatten(self, tree: Any) -> list[Any]:
+        """The leaves of a nested dict in the order of the fields.
+
+        Raises:
+            TypeError: Not a dict.
+            ValueError: Keys are missing or unexpected.
+        """
+        # To ask an abstract class takes as long as all the rest.
+        if self.is_flat and (type(tree) is dict or isinstance(tree, Mapping)) and len(tree) == len(self.names):
+            try:
+                return [tree[name] for name in self.names]
+            except KeyError:
+                pass  # The general way below finds out which names differ and says so.
+        leaves = dict(_walk(tree))
+        missing = ["/".join(path) for path in self.paths if path not in leaves]
+        unexpected = ["/".join(path) for path in leaves if path not in self.paths]
+        if missing or unexpected:
+            raise ValueError(
+                f"The fields differ: missing {missing}, unexpected {unexpected}. Expected {list(self.names)}."
+            )
+        return [leaves[path] for path in self.paths]
+
+    def arrays(self, tree: Any) -> list[np.ndarray]:
+        """The leaves in the order of the fields, as arrays of native byte order, views where that is possible.
+
+        A single number takes the dtype of its field if that is of its kind: a reward may be 0.0 once, np.float64 then.
+
+        Raises:
+            TypeError: A value that cannot become an array.
+            ValueError: Keys are missing or unexpected.
+        """
+        leaves = self.flatten(tree)
+        for i, (name, dtype, _) in enumerate(self.layout):
+            leaf = leaves[i]
+            if type(leaf) is np.ndarray:
+                if leaf.dtype is not dtype and not leaf.dtype.isnative:
+                    leaves[i] = as_array(name, leaf)
+            elif type(leaf) is torch.Tensor:
+                try:
+                    leaves[i] = leaf.numpy()
+                except (RuntimeError, TypeError):
+                    leaves[i] = _tensor_to_array(name, leaf)
+            else:
+                leaves[i] = _number_as(dtype, as_array(name, leaf), leaf)
+        return leaves
+
+    def unflatten(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """The nested dict for `name -> leaf`; the inverse of `flatten`."""
+        if self.is_flat:
+            return dict(leaves)
+        return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
+
+    def select(self, names: Collection[str]) -> Fields:
+        """The fields of these names, in the order that they have here."""
+        pairs = zip(self.paths, self.names, strict=True)
+        return Fields(_unwalk((path, self[name]) for path, name in pairs if name in names))
+
+    def conflict_with(self, other: Fields) -> str | None:
+        """What differs from `other` in names, shapes or dtypes, in words; None if data of one fits the other."""
+        missing, unexpected = set(other) - set(self), set(self) - set(other)
+        if not (missing or unexpected) and set(self.paths) != set(other.paths):
+            return f"the same names, but nested in another way: {sorted(self.paths)}, expected {sorted(other.paths)}"
+        if missing or unexpected:
+            return f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+        for name, expected in other.items():
+            found = self[name]
+            if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+                return f"field `{name}` is {found}, expected {expected}"
+        return None
+
+    def __getitem__(self, name: str) -> TensorType:
+        return self._types[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._types)
+
+    def __len__(self) -> int:
+        return len(self._types)
+
+    def __repr__(self) -> str:
+        return "Fields(" + ", ".join(f"{name}: {tensor_type}" for name, tensor_type in self.items()) + ")"
+
+
+def _walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All (path, leaf) of nested dicts, in order."""
+    if not isinstance(tree, Mapping):
+        if not path:
+            raise TypeError(f"Expected a dict from field to value, found {type(tree).__name__}.")
+        yield path, tree
+        return
+    if path and not tree:
+        raise ValueError(f"Field `{'/'.join(path)}` is an empty dict; leave it out.")
+    for key, value in tree.items():
+        if not isinstance(key, str):
+            raise TypeError(f"Names of fields must be strings, found {key!r:.60} in {'/'.join(path) or 'the step'}.")
+        if not key:
+            raise ValueError("Names of fields must not be empty.")
+        yield from _walk(value, (*path, key))
+
+
+def _unwalk(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """The nested dict that `_walk` came from."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree

@@ -1,0 +1,330 @@
+"""The stream of batches: which windows batch n has, and what it is made of.
+
+Batch n is a function of (seed, n) and of the episodes that live when it is drawn. Worker w of W makes the batches
+w, w + W, w + 2W, ... and the DataLoader takes from its workers in turn, so their number changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from buffers.fields import Fields
+from buffers.loading.include import as_bytes, check_no_field, checked_include, included, zero_padding
+from buffers.loading.lifetime import end_with
+from buffers.loading.randomness import BatchRandom
+from buffers.loading.slots import Slots
+from buffers.sampler import Sampler, UniformSampler
+from buffers.table import Windows
+from buffers.utils import ThreadLock, integer
+
+__all__ = ["SequenceStream"]
+
+# Single sequences are drawn and read so many at a time.
+_SEQUENCES_PER_READ = 32
+# For an episode that another process has announced, which it will have written long before.
+_SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
+COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
+
+Rows = dict[str, torch.Tensor]
+
+
+class Source(Protocol):
+    """What a stream needs of an `EpisodeSource`, which see."""
+
+    device: torch.device
+    max_sampling_attempts: int
+    has_members: bool
+
+    @property
+    def fields(self) -> Fields | None: ...
+    @property
+    def longest_window(self) -> int: ...
+    def draw(
+        self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
+    ) -> Windows: ...
+    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]: ...
+    def empty_batch(self, windows: Windows) -> Rows: ...
+    def has_news(self) -> bool: ...
+    def sources_of(self, windows: Windows) -> np.ndarray: ...
+    def check_workers(self) -> None: ...
+    def check_drawable(self) -> None: ...
+
+
+class SequenceStream(IterableDataset):
+    """Batches without end from an `EpisodeSource`; or single sequences, if it has no batch size.
+
+    Args:
+        source: Where the sequences come from.
+        batch_size: B; None for single sequences `field -> (T, *shape)`.
+        sequence_length: T, in steps; None for whole episodes, padded, with `mask`.
+        chunk_size: Sequences that one read brings; divides `batch_size`, which is the default.
+        sampler: Which windows are drawn; uniformly over all windows by default.
+        transform: A function on the batch, called where it is made (in the worker).
+        include: What else a batch holds, besides the fields:
+            `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, episode ids; `step` int64 `(B, T)`, position in
+            the episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real;
+            `weight` float32 `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are
+            -1.
+        seed: Of all randomness; None takes it from the operating system.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument out of its range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int | None,
+        sequence_length: int | None = 1,
+        chunk_size: int | None = None,
+        *,
+        sampler: Sampler | None = None,
+        transform: Callable[[dict[str, Any]], Any] | None = None,
+        include: Iterable[str] = (),
+        seed: int | None = None,
+    ) -> None:
+        self.source = source
+        self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
+        self.sequence_length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
+        if self.sequence_length is not None and self.sequence_length > source.longest_window:
+            raise ValueError(
+                f"`sequence_length`={sequence_length} exceeds the `capacity` of {source.longest_window} steps."
+            )
+        self.num_windows = _SEQUENCES_PER_READ if self.batch_size is None else self.batch_size
+        self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
+        if self.num_windows % self.chunk_size:
+            raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
+        self.sampler = UniformSampler() if sampler is None else _checked_sampler(sampler)
+        if transform is not None and not callable(transform):
+            raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
+        self.transform = transform
+        self.include = checked_include(include, whole_episodes=self.sequence_length is None)
+        if "source" in self.include and not source.has_members:
+            raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
+        self.is_seeded = seed is not None
+        self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
+        #: The number n of the next batch.
+        self.position = 0
+        # first: the position at which an iteration by workers began; persistent ones see it change. The position would
+        # not do, as it goes on while slow workers are still starting. newest: by batch, its newest step id, and one.
+        # rejected: by worker, windows that were gone before they could be read.
+        self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
+        #: Makes a batch of windows and their rows, before `transform`.
+        self.assemble: Callable[[SequenceStream, Windows, Rows], Any] = _batch_of
+        # Set by the loader for its workers.
+        self.trainer, self.num_slots = os.getpid(), 0
+        self._worker_number = 0
+        self._slots: Slots | None = None
+        # What was drawn last in this process: looking for the newest step in it can wait until someone asks.
+        self._last: Windows | None = None
+        # Threads that draw from one stream take turns.
+        self._lock = ThreadLock()
+
+    # Batches.
+
+    def batch(self, n: int) -> Any:
+        """Draw and read batch n.
+
+        Returns:
+            `field -> (B, T, *shape)` and what `include` asked for; or what `transform` made of it.
+
+        Raises:
+            RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
+            ValueError: A name of `include` is also a field's.
+        """
+        batch = self.untransformed_batch(n)
+        return batch if self.transform is None else self.transform(batch)
+
+    def untransformed_batch(self, n: int) -> Any:
+        """Batch n before `transform`."""
+        with self._lock:
+            windows = self._draw(n, 0)
+            rows, was_read = self._read(windows)
+            if was_read is not None and not was_read.all():
+                windows, rows = self._with_others(n, windows, rows, was_read)
+            if self._slots is None:
+                self._last = windows
+            else:
+                self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max() + 1
+            return self.assemble(self, windows, rows)
+
+    def take(self) -> Any:
+        """The next batch. One that fails has its number, too: with workers, the next one is under way by then."""
+        with self._lock:
+            self.position += 1
+            return self.batch(self.position - 1)
+
+    def _draw(self, n: int, attempt: int, again: Windows | None = None) -> Windows:
+        """Draw the windows of batch n; `again`: those that were gone before they could be read."""
+        num_windows, deadline = self.num_windows if again is None else len(again), 0.0
+        while True:
+            try:
+                rng = self.random.generator(n, attempt)
+                return self.source.draw(self.sampler, num_windows, self.sequence_length, rng, again)
+            except RuntimeError:
+                # All may have left for an episode that is about to come.
+                deadline = deadline or time.monotonic() + _SECONDS_TO_WAIT
+                if not self.source.has_news() or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE)
+
+    def _read(self, windows: Windows, is_whole_batch: bool = True) -> tuple[Rows, np.ndarray | None]:
+        """The rows of windows, in a worker's slot or in new memory, and which of them were read."""
+        num_windows, out = len(windows.start), None
+        if is_whole_batch and self._slots is not None and self.source.fields is not None:
+            out = self._slots.empty_batch(self.source.fields, (num_windows, windows.length))
+        if self.chunk_size >= num_windows:
+            return self.source.read(windows, out)
+        out = self.source.empty_batch(windows) if out is None else out
+        was_read = np.ones(num_windows, np.bool_)
+        for begin in range(0, num_windows, self.chunk_size):
+            chunk = slice(begin, begin + self.chunk_size)
+            _, found = self.source.read(windows[chunk], {name: tensor[chunk] for name, tensor in out.items()})
+            if found is not None:
+                was_read[chunk] = found
+        return out, was_read
+
+    def _with_others(self, n: int, windows: Windows, rows: Rows, was_read: np.ndarray) -> tuple[Windows, Rows]:
+        """Batch n with others in place of those windows that were gone before they could be read."""
+        missed = (~was_read).nonzero()[0]
+        for attempt in range(1, self.source.max_sampling_attempts + 1):
+            self.counters["rejected"][self._worker_number] += len(missed)
+            if self.sequence_length is None:
+                # Another episode may be longer than all of these, which changes the padding: begin anew.
+                windows = self._draw(n, attempt)
+                rows, found = self._read(windows)
+                missed = _missed(found)
+            else:
+                others = self._draw(n, attempt, windows[missed])
+                others_rows, found = self._read(others, is_whole_batch=False)
+                read = np.arange(len(missed)) if found is None else found.nonzero()[0]
+                windows = windows.replaced(missed[read], others[read])
+                for name, tensor in rows.items():
+                    if tensor.numel():
+                        as_bytes(tensor)[missed[read]] = as_bytes(others_rows[name])[read]
+                missed = missed[_missed(found)]
+            if not len(missed):
+                return windows, rows
+        raise RuntimeError(
+            f"{len(missed)} of {len(windows)} windows were gone before they could be read, "
+            f"{self.source.max_sampling_attempts} times over. Evict less often or raise the `capacity`."
+        )
+
+    def check_include(self, fields: Fields) -> None:
+        """Refuse, by a ValueError, names of `include` that are also fields."""
+        check_no_field(self.include, fields)
+
+    @property
+    def num_rejected(self) -> int:
+        """Windows that were drawn again, as their episode was gone before they could be read."""
+        return int(self.counters["rejected"].sum())
+
+    @property
+    def newest_step(self) -> int | None:
+        """The newest step id in the last batch that was taken; None before the first."""
+        if self._last is not None:
+            return int(self._last.last_steps.max())
+        newest = int(self.counters["newest"][(self.position - 1) % COUNTERS["newest"]]) if self.position else 0
+        return newest - 1 if newest else None
+
+    # Iterating: in the trainer, or in a worker of a DataLoader.
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if worker is not None:
+            end_with(self.trainer)
+        if self.batch_size is None:
+            return _single_sequences(self, worker)
+        if worker is None:
+            return _Batches(self.take)
+        self._slots = self._slots or Slots(self.num_slots)
+        self._worker_number = worker.id % COUNTERS["rejected"]
+        first = int(self.counters["first"][0])
+        numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
+        return _Batches(lambda: self.batch(next(numbers)))
+
+    def pack(self, batch: Any) -> Any:
+        """What a worker sends instead of a batch."""
+        return batch if self._slots is None else self._slots.pack(batch)
+
+    def use_fresh_seed(self) -> None:
+        """Take a seed from the operating system."""
+        self.random = BatchRandom(_fresh_seed())
+
+
+def _checked_sampler(sampler: Any) -> Sampler:
+    if not isinstance(sampler, Sampler):
+        name = type(sampler).__name__
+        found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if isinstance(sampler, type) else name
+        raise TypeError(f"`sampler` must be a Sampler, found {found}.")
+    return sampler
+
+
+def _fresh_seed() -> int:
+    entropy = np.random.SeedSequence().entropy
+    assert isinstance(entropy, int)
+    return entropy
+
+
+def _missed(was_read: np.ndarray | None) -> np.ndarray:
+    """Positions of the windows that were not read."""
+    return np.empty(0, np.int64) if was_read is None else (~was_read).nonzero()[0]
+
+
+def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:
+    """A batch `field -> (B, T, *shape)` with what `include` asks for."""
+    if stream.sequence_length is None:
+        zero_padding(windows, rows)
+    fields = stream.source.fields
+    assert fields is not None  # Windows are drawn from episodes, so there are fields.
+    batch = rows if fields.is_flat else fields.unflatten(rows)
+    if not stream.include:
+        return batch
+    stream.check_include(fields)
+    for name in stream.include:
+        is_source = name == "source"
+        value = torch.from_numpy(stream.source.sources_of(windows)) if is_source else included(name, windows)
+        batch[name] = value.to(stream.source.device)
+    return batch
+
+
+class _Batches(Iterator[Any]):
+    """An iterator over a function. Unlike a generator it goes on after an error (an empty dataset, say)."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+
+    def __next__(self) -> Any:
+        return self._function()
+
+
+def _single_sequences(stream: SequenceStream, worker: Any) -> Iterator[Any]:
+    """Single sequences, drawn and read several at a time: worker w of W draws the blocks w, w + W, ..."""
+    n, stride = stream.position, 1
+    if worker is not None:
+        n, stride = n + worker.id, worker.num_workers
+        if not stream.is_seeded:
+            # A forked worker has a copy of the trainer's stream and must not draw what its siblings draw.
+            stream.use_fresh_seed()
+    while True:
+        block = stream.untransformed_batch(n)
+        n += stride
+        if worker is None:
+            stream.position = n
+        for b in range(stream.num_windows):
+            sequence = _row(block, b)
+            yield sequence if stream.transform is None else stream.transform(sequence)
+
+
+def _row(batch: Any, b: int) -> Any:
+    if isinstance(batch, dict):
+        return {name: _row(value, b) for name, value in batch.items()}
+    return batch[b]

@@ -1,0 +1,146 @@
+"""Named arrays in memory that other processes see."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers.sharing.huge_pages import HugePages, map_file
+from buffers.utils import format_bytes
+
+__all__ = ["SharedArrays"]
+
+_PAGE = 4096
+_TOKEN_BYTES = 16
+
+
+class SharedArrays(Mapping[str, np.ndarray]):
+    """Named arrays in one piece of anonymous memory that other processes can map. Pickling costs a few bytes.
+
+    On Linux this is a memfd: it has no name, no place in `/dev/shm` and its limit, and is gone with the last process
+    that maps it. Forked processes inherit it, others open its descriptor under `/proc`. Elsewhere it is torch's shared
+    memory. Either way, pages take memory once they are touched.
+
+    Args:
+        layout: `name -> (shape, numpy dtype)`.
+
+    Raises:
+        MemoryError: The allocation failed.
+    """
+
+    def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        self._layout = dict(layout)
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values()]
+        self.num_bytes = sum(-(-size // _PAGE) * _PAGE for size in sizes) + _PAGE
+        self._descriptor, self._handle, self._mapping, self._offset = -1, None, None, 0
+        self._token = os.urandom(_TOKEN_BYTES)
+        try:
+            if sys.platform == "linux":
+                self._descriptor = os.memfd_create("buffers", os.MFD_CLOEXEC)
+                self._mapping, self._offset = map_file(self._descriptor, self.num_bytes)
+                self._handle = self._handle_here()
+                memory = np.frombuffer(self._mapping, np.uint8)
+            else:
+                self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8).share_memory_()
+                memory = self._tensor.numpy()
+        except (OSError, ValueError, OverflowError, RuntimeError) as error:
+            raise MemoryError(
+                f"{format_bytes(self.num_bytes)} of shared memory could not be allocated: {error}"
+            ) from None
+        memory[-_TOKEN_BYTES:] = np.frombuffer(self._token, np.uint8)
+        self._lay_out(memory)
+
+    def _handle_here(self) -> tuple[int, int, int, int]:
+        """Where the memory is found, (process, descriptor), and what it is (device, inode)."""
+        status = os.fstat(self._descriptor)
+        return os.getpid(), self._descriptor, status.st_dev, status.st_ino
+
+    def _lay_out(self, memory: np.ndarray) -> None:
+        self._arrays, offset = {}, 0
+        for name, (shape, dtype) in self._layout.items():
+            size = math.prod(shape) * dtype.itemsize
+            self._arrays[name] = (
+                memory[offset : offset + size].view(dtype).reshape(shape) if size else np.empty(shape, dtype)
+            )
+            offset += -(-size // _PAGE) * _PAGE
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes, "token": self._token}
+        if sys.platform != "linux":
+            return {**state, "tensor": self._tensor}
+        if self._descriptor < 0:
+            raise RuntimeError("Shared memory can only be passed on by the process that made it.")
+        return {**state, "handle": self._handle_here(), "offset": self._offset}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layout, self.num_bytes, self._token = state["layout"], state["num_bytes"], state["token"]
+        self._descriptor, self._handle, self._mapping = -1, state.get("handle"), None
+        if self._handle is None:
+            self._tensor = state["tensor"]
+            self._lay_out(self._tensor.numpy())
+            return
+        try:
+            if self.is_orphaned:
+                raise FileNotFoundError(_path(self._handle))
+            # Unlike Python's mmap, this keeps no descriptor.
+            size = state["offset"] + self.num_bytes
+            memory = torch.from_file(_path(self._handle), shared=True, size=size, dtype=torch.uint8).numpy()
+            memory = memory[state["offset"] :]
+            # On another machine, the same numbers may mean something else.
+            if memory[-_TOKEN_BYTES:].tobytes() != self._token:
+                raise FileNotFoundError(_path(self._handle))
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"The process {self._handle[0]} does not have the memory that it shared: {error}. A pickled ring is a "
+                "handle for other processes while the one that made it lives. Keep what must last in files."
+            ) from None
+        self._lay_out(memory)
+
+    def huge_pages(self, name: str) -> HugePages | None:
+        """The pages of an array, for the process that made the memory; None elsewhere, or where there are none."""
+        if self._mapping is None or not self[name].size:
+            return None
+        return HugePages(self._mapping, self._offset, self[name])
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the process that made it has ended or released it. What it holds stays. Known on Linux only."""
+        if self._handle is None:
+            return False
+        try:
+            status = os.stat(_path(self._handle))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # It may not be looked at, so something is there.
+        return (status.st_dev, status.st_ino) != self._handle[2:]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedArrays:
+        """Memory of its own with the same content."""
+        other = SharedArrays(self._layout)
+        for name, array in self.items():
+            other[name][...] = array
+        return other
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            os.close(self._descriptor)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def _path(handle: tuple[int, int, int, int]) -> str:
+    return f"/proc/{handle[0]}/fd/{handle[1]}"

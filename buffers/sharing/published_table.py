@@ -1,0 +1,223 @@
+"""How one writer publishes its table of episodes to many readers, without a lock.
+
+    the writer (the trainer)                             a reader (a worker, or a thread of the trainer)
+
+    1. say that an episode is about to come              1. read the table on, draw
+    2. retire: raise `oldest_step` past the rows that    2. copy rows
+       will be overwritten
+    3. write rows                                        3. load `oldest_step` again: keep the windows behind it
+    4. publish: write the episode, raise `head`
+
+Retire before writing: rows are overwritten only after `oldest_step` has passed their episode, so a reader that copied
+such rows sees the new value when it looks again, and draws others. A writer that is killed in the middle leaves rows
+that are retired and not published, which nobody reads. The writer never waits for a reader. A reader waits where
+nothing is left to draw but an episode is about to come.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from buffers.sharing.arrays import SharedArrays
+from buffers.sharing.fences import fence, store_fence
+from buffers.table import EpisodeTable, Int64Array
+from buffers.utils import Process
+
+__all__ = ["PublishedTable"]
+
+_LENGTH, _ID = 1, 2
+# Words that the writer stores, each on a cache line of its own.
+_HEAD, _TAIL, _OLDEST_STEP, _IS_ADDING, _HAS_ENDED = range(5)
+_NUM_LINES, _WORDS_PER_LINE = 5, 8
+# 6.4 GB, if all of it were ever used.
+_MAX_ROWS = 2**28
+_NOTHING_READ = -1
+
+
+class PublishedTable:
+    """A circular table of (start, length, id) with a head and a tail.
+
+    A row is an episode that has come or, with length 0, one that has gone. Rows are numbered without end; row n lies
+    at place `n % size`. All live episodes lie between tail and head:
+
+        row       40 41 42 | 43  44  45  46  47 | 48 ...
+        id         8  9  3 | 10  11  -9  12   3 |             episode 9 has gone; 3 was moved to the head
+                           tail                 head
+
+    When the circle is full, the writer moves the tail on. A live episode that lies there is written again at the head,
+    which readers that know it pass over. With room for twice as many rows as live, that is O(1) a row.
+
+    A reader copies the rows from where it was to the head, then loads the tail again: rows behind the tail had not
+    been overwritten. A reader that is a lap behind begins at the tail, which tells all.
+
+    Args:
+        memory: Laid out by `PublishedTable.layout`; zeros at first, which are a table without episodes.
+    """
+
+    def __init__(self, memory: SharedArrays) -> None:
+        self.memory, self._rows = memory, memory["table/rows"]
+        # Single words are read and written through memoryviews in a fraction of the time that it takes through arrays.
+        self._words, self._size = memoryview(self._rows.reshape(-1)), len(self._rows)
+        lines = [memoryview(line) for line in memory["table/lines"]]
+        self._head, self._tail, self._oldest_step = lines[_HEAD], lines[_TAIL], lines[_OLDEST_STEP]
+        self._is_adding, self._has_ended = lines[_IS_ADDING], lines[_HAS_ENDED]
+        self._reader, self._num_read = Process.number, _NOTHING_READ
+
+    @staticmethod
+    def layout(num_rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """What a table of so many rows takes: two more than episodes that can live at most, better twice as many.
+
+        Rows that are never used take no memory.
+        """
+        int64 = np.dtype(np.int64)
+        return {
+            "table/lines": ((_NUM_LINES, _WORDS_PER_LINE), int64),
+            "table/rows": ((max(4, min(num_rows, _MAX_ROWS)), 3), int64),
+        }
+
+    # The writer's side.
+
+    def announce(self) -> None:
+        """Episodes may leave now for one that is about to come."""
+        self._is_adding[0] = 1
+        store_fence()
+
+    def retire(self, oldest_step: int) -> None:
+        """Rows before this step id are about to be overwritten; their episodes are gone."""
+        self._oldest_step[0] = oldest_step
+        # A reader that copied an overwritten row must see this when it looks again.
+        fence()
+
+    def add(self, start: int, length: int, episode_id: int, table: EpisodeTable) -> None:
+        """Publish an episode.
+
+        Args:
+            start: Step id of its first row.
+            length: Rows.
+            episode_id: Its id.
+            table: All that live.
+
+        Raises:
+            RuntimeError: Too many episodes live.
+        """
+        if self._head[0] - self._tail[0] >= self._size - 1:
+            self._move_tail(table)
+        self._append(start, length, episode_id)
+        if self._is_adding[0]:
+            store_fence()
+            self._is_adding[0] = 0
+
+    def add_all(self, table: EpisodeTable) -> None:
+        """Publish all that live, before anyone reads."""
+        for start, length, episode_id in table.rows.tolist():
+            self.add(start, length, episode_id, table)
+
+    def remove(self, episode_id: int, table: EpisodeTable) -> None:
+        """Say that an episode has gone, one that no retired step tells of."""
+        self.add(0, 0, episode_id, table)
+
+    def end(self) -> None:
+        """The writer ends: what the table says holds no longer than until others change what is stored."""
+        self._has_ended[0] = 1
+
+    def _append(self, start: int, length: int, episode_id: int) -> None:
+        head, words = self._head[0], self._words
+        word = 3 * (head % self._size)
+        words[word], words[word + 1], words[word + 2] = start, length, episode_id
+        store_fence()
+        self._head[0] = head + 1
+
+    def _move_tail(self, table: EpisodeTable) -> None:
+        """Move the tail past a row that tells of no live episode."""
+        for _ in range(self._size):
+            start, length, episode_id = self._rows[self._tail[0] % self._size].tolist()
+            is_live = length > 0 and start >= self._oldest_step[0] and table.position(episode_id) is not None
+            if is_live:
+                self._append(start, length, episode_id)
+            self._tail[0] += 1
+            # A reader that copied an overwritten row must see the new tail when it looks again.
+            fence()
+            if not is_live:
+                return
+        raise RuntimeError(
+            f"Workers can be shown {self._size - 2:,} live episodes, and there are more. Lower the `capacity`."
+        )
+
+    # A reader's side.
+
+    @property
+    def oldest_step(self) -> int:
+        """The least step id that is not retired, as of now and after everything loaded before."""
+        fence()
+        return self._oldest_step[0]
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is more than this reader knows of, or an episode is about to come."""
+        is_adding = self._is_adding[0]
+        fence()
+        return bool(is_adding) or self._head[0] != self._num_read
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will come any more: the writer has said so, or is gone."""
+        return bool(self._has_ended[0]) or self.memory.is_orphaned
+
+    def follow(self, table: EpisodeTable) -> list[int]:
+        """Bring a reader's own table up to date; the ids of those episodes that have gone without being retired."""
+        if self._reader != Process.number:
+            # A fork may have caught another thread in the middle of a change: begin anew.
+            self._reader, self._num_read = Process.number, _NOTHING_READ
+        gone: list[int] = []
+        head = self._head[0]
+        if head != self._num_read:
+            fence()
+            rows = None if self._num_read == _NOTHING_READ else self._copied(self._num_read, head)
+            if rows is not None:
+                gone = _apply(rows, table)
+                self._num_read = head
+            else:
+                gone = self._read_all(table)
+        table.retire(self.oldest_step)
+        return gone
+
+    def _copied(self, begin: int, end: int) -> Int64Array | None:
+        """The rows from `begin` to `end`; None if some were overwritten meanwhile."""
+        rows = self._rows.take(np.arange(begin, end) % self._size, axis=0)
+        fence()
+        return rows if self._tail[0] <= begin else None
+
+    def _read_all(self, table: EpisodeTable) -> list[int]:
+        """Read all that there is, from the tail on; the ids of the episodes that are not there any more."""
+        tail = end = self._tail[0]
+        rows = np.empty((0, 3), np.int64)
+        while True:
+            fence()
+            head = self._head[0]
+            rows = np.concatenate([rows, self._rows.take(np.arange(end, head) % self._size, axis=0)])
+            end = head
+            fence()
+            now = self._tail[0]
+            if now == tail:
+                break
+            # What is behind the tail may be overwritten. What of it lives lies at the head now, which is still to read.
+            if now > end:
+                rows, end = rows[:0], now
+            rows, tail = rows[now - tail :], now
+        known = table.ids.copy()
+        came = rows[rows[:, _LENGTH] > 0]
+        came = came[np.unique(came[:, _ID], return_index=True)[1]]
+        table.replace(came[~np.isin(came[:, _ID], rows[rows[:, _LENGTH] == 0, _ID])])
+        self._num_read = end
+        return np.setdiff1d(known, table.ids).tolist()
+
+
+def _apply(rows: Int64Array, table: EpisodeTable) -> list[int]:
+    """Let episodes come and go; the ids of those that have gone."""
+    has_come = rows[:, _LENGTH] > 0
+    # Episodes that are known already were moved to the head.
+    is_new = has_come & (rows[:, _ID] >= table.next_id)
+    table.extend(rows if is_new.all() else rows[is_new])
+    gone = rows[~has_come, _ID]
+    table.discard(gone)
+    return gone.tolist()

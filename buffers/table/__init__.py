@@ -1,0 +1,7 @@
+"""Which episodes live, and the windows over them: no payload."""
+
+from buffers.table.cumulation import Cumulation, Int64Array
+from buffers.table.episode_table import EpisodeTable
+from buffers.table.windows import Windows
+
+__all__ = ["Cumulation", "EpisodeTable", "Int64Array", "Windows"]

@@ -1,0 +1,260 @@
+"""The table of episodes: which of them live, how long they are, and where. No payload.
+
+An episode is three numbers in flat arrays, 24 bytes, in the order in which episodes were added:
+
+    position        0      1      2        position: 0 is the oldest that lives
+    start           0      5      8        step id of its first row; never used again, may skip
+    length          5      3      4        rows
+    id              0      1      2        episode id; never used again
+
+Windows are drawn over cumulated counts (see cumulation.py). The counts of an episode never change and only the oldest
+leave, as a rule, so they stay valid: nothing is ever recounted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from buffers.table.cumulation import Cumulation, Int64Array
+from buffers.table.windows import Windows
+
+__all__ = ["EpisodeTable"]
+
+_START, _LENGTH, _ID = range(3)
+_INITIAL_SIZE = 64
+_MAX_CUMULATIONS = 8
+
+
+class _State(NamedTuple):
+    """All that a change changes, so that Ctrl-C and other threads find it made or not made.
+
+    Attributes:
+        rows: int64 `(n, 3)`. What live rows hold is never changed: a change is written behind them, or to a new array.
+        first: Live episodes are the rows [first, last).
+        last: See `first`.
+        num_steps: Steps of all live episodes.
+        next_start: The step id behind the newest episode.
+        next_id: The id of the next episode.
+    """
+
+    rows: Int64Array
+    first: int
+    last: int
+    num_steps: int
+    next_start: int
+    next_id: int
+
+
+class EpisodeTable:
+    """The live episodes, oldest first. Appending and removing the oldest are amortized O(1)."""
+
+    def __init__(self) -> None:
+        self._state = _State(np.empty((_INITIAL_SIZE, 3), np.int64), 0, 0, 0, 0, 0)
+        self._cumulations: dict[tuple[str, int], tuple[Int64Array, Cumulation]] = {}
+
+    def show(self, other: EpisodeTable) -> None:
+        """Be as `other` is now: a snapshot, which later changes of `other` leave alone."""
+        self._state = other._state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_state": self._state, "_cumulations": {}}
+
+    # What there is.
+
+    def __len__(self) -> int:
+        return self._state.last - self._state.first
+
+    @property
+    def rows(self) -> Int64Array:
+        """int64 `(E, 3)`: start, length and id of each episode. A view: do not write to it."""
+        rows, first, last, *_ = self._state
+        return rows[first:last]
+
+    @property
+    def starts(self) -> Int64Array:
+        """int64 `(E,)`, step ids of first rows. A view."""
+        return self.rows[:, _START]
+
+    @property
+    def lengths(self) -> Int64Array:
+        """int64 `(E,)`, rows of each episode. A view."""
+        return self.rows[:, _LENGTH]
+
+    @property
+    def ids(self) -> Int64Array:
+        """int64 `(E,)`, ascending episode ids. A view."""
+        return self.rows[:, _ID]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all live episodes."""
+        return self._state.num_steps
+
+    @property
+    def next_start(self) -> int:
+        """The step id behind the newest episode."""
+        return self._state.next_start
+
+    @property
+    def next_id(self) -> int:
+        """The id of the next episode."""
+        return self._state.next_id
+
+    def episode(self, position: int) -> tuple[int, int, int]:
+        """Start, length and id of the episode at a position."""
+        rows, first, *_ = self._state
+        start, length, episode_id = rows[first + position].tolist()
+        return start, length, episode_id
+
+    def position(self, episode_id: int) -> int | None:
+        """The position of an episode; None if it does not live."""
+        ids = self.ids
+        position = int(ids.searchsorted(episode_id))
+        return position if position < len(ids) and ids[position] == episode_id else None
+
+    # Episodes that come.
+
+    def append(self, length: int, start: int | None = None) -> int:
+        """Write down an episode of `length` rows and return its id.
+
+        Args:
+            length: Rows.
+            start: Step id of its first row, at least `next_start`, which is the default.
+        """
+        rows, first, last, num_steps, next_start, next_id = self._state
+        if last == len(rows):
+            rows, first, last = self._with_room(1)
+        start = next_start if start is None else start
+        rows[last] = (start, length, next_id)
+        self._state = _State(rows, first, last + 1, num_steps + length, start + length, next_id + 1)
+        return next_id
+
+    def extend(self, episodes: Int64Array) -> None:
+        """Write down episodes `(n, 3)` of (start, length, id), in ascending order, all newer than those that live."""
+        if not len(episodes):
+            return
+        rows, first, last, num_steps, next_start, next_id = self._state
+        if last + len(episodes) > len(rows):
+            rows, first, last = self._with_room(len(episodes))
+        end = last + len(episodes)
+        rows[last:end] = episodes
+        start, length, episode_id = episodes[-1].tolist()
+        num_steps += int(episodes[:, _LENGTH].sum())
+        self._state = _State(rows, first, end, num_steps, max(next_start, start + length), max(next_id, episode_id + 1))
+
+    def insert(self, episodes: Int64Array) -> None:
+        """`extend`, also by episodes older than some that live; those cost O(all that live)."""
+        if len(self) and len(episodes) and episodes[0, _ID] < self.ids[-1]:
+            episodes = np.concatenate([self.rows, episodes])
+            self.replace(episodes[episodes[:, _ID].argsort()])
+        else:
+            self.extend(episodes)
+
+    def replace(self, episodes: Int64Array) -> None:
+        """Let these episodes `(n, 3)`, in ascending order, be all that live."""
+        rows = np.empty((len(episodes) + _INITIAL_SIZE, 3), np.int64)
+        self._state = _State(rows, 0, 0, 0, self.next_start, self.next_id)
+        self.extend(episodes)
+
+    def skip_to(self, next_id: int, next_start: int) -> None:
+        """Give no number below these to an episode that comes."""
+        self._state = self._state._replace(
+            next_start=max(next_start, self.next_start), next_id=max(next_id, self.next_id)
+        )
+
+    # Episodes that leave.
+
+    def retire(self, tail: int) -> None:
+        """Forget the oldest episodes, those that start before step id `tail`."""
+        rows, first, last, num_steps, *_ = self._state
+        if first < last and rows[first, _START] < tail:
+            num_retired = int(rows[first:last, _START].searchsorted(tail))
+            num_steps -= int(rows[first : first + num_retired, _LENGTH].sum())
+            self._state = self._state._replace(first=first + num_retired, num_steps=num_steps)
+
+    def remove(self, position: int) -> None:
+        """Forget the episode at `position`; O(1) for the oldest, O(all that live) for any other."""
+        if position:
+            self._keep(np.delete(self.rows, position, axis=0))
+            return
+        rows, first, _, num_steps, *_ = self._state
+        self._state = self._state._replace(first=first + 1, num_steps=num_steps - int(rows[first, _LENGTH]))
+
+    def discard(self, ids: Int64Array) -> None:
+        """Forget those of the episodes `ids` that live; O(1) if it is the oldest, else O(all that live)."""
+        if len(ids) == 1 and len(self) and self.ids[0] == ids[0]:
+            self.remove(0)
+        elif len(ids):
+            self._keep(self.rows[~np.isin(self.ids, ids)])
+
+    def _keep(self, episodes: Int64Array) -> None:
+        """Let of those that live only these stay."""
+        rows = np.empty((len(episodes) + max(len(episodes) // 4, _INITIAL_SIZE), 3), np.int64)
+        rows[: len(episodes)] = episodes
+        num_steps = int(episodes[:, _LENGTH].sum())
+        self._state = self._state._replace(rows=rows, first=0, last=len(episodes), num_steps=num_steps)
+
+    def _with_room(self, num_new: int) -> tuple[Int64Array, int, int]:
+        """The live rows at the front of a new array, with room behind them for new ones and for a quarter more."""
+        live = self.rows
+        rows = np.empty((len(live) + max(len(live) // 4, _INITIAL_SIZE, num_new), 3), np.int64)
+        rows[: len(live)] = live
+        return rows, 0, len(live)
+
+    # Windows.
+
+    def count_windows(self, length: int) -> Cumulation:
+        """The windows of T = `length` of each episode, cumulated: what `windows_of` takes."""
+        return self._cumulated("windows", length)
+
+    def count_episodes(self, length: int) -> Cumulation:
+        """The episodes of at least `length` rows, cumulated."""
+        return self._cumulated("episodes", length)
+
+    def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
+        """The windows of `length` that begin `step` rows into the episodes at `position`."""
+        return _windows(self.rows, position, step, length)
+
+    def windows_of(self, windows: Cumulation, r: Int64Array, length: int) -> Windows:
+        """The windows that integers stand for, each in [0, num) of `count_windows(length)`."""
+        rows, step = windows.locate(r)
+        return _windows(self._state.rows, rows, step, length)
+
+    def no_window_message(self, length: int | None) -> str:
+        """Why no window of `length` can be drawn, for an error."""
+        if len(self) == 0:
+            return "The dataset is empty. Add a complete episode before sampling."
+        return (
+            f"`sequence_length`={length} is longer than every stored episode (longest of {len(self)}: "
+            f"{self.lengths.max()} steps). Add longer episodes or lower it."
+        )
+
+    def _cumulated(self, kind: str, length: int) -> Cumulation:
+        rows, first, last, *_ = self._state
+        key = (kind, length)
+        counted_rows, cumulation = self._cumulations.get(key) or (None, None)
+        if cumulation is None or counted_rows is not rows:
+            self._cumulations.pop(key, None)
+            # A sequence length that changes for ever (a curriculum) must not leave an array behind each time.
+            if len(self._cumulations) == _MAX_CUMULATIONS:
+                del self._cumulations[next(iter(self._cumulations))]
+            cumulation = Cumulation(len(rows), first)
+            self._cumulations[key] = rows, cumulation
+        if cumulation.counted < first:
+            cumulation.restart(first)
+        cumulation.first = first
+        if cumulation.counted + 1 == last:
+            num_rows = int(rows[last - 1, _LENGTH])
+            cumulation.append(max(num_rows - (length - 1), 0) if kind == "windows" else int(num_rows >= length))
+        elif cumulation.counted < last:
+            lengths = rows[cumulation.counted : last, _LENGTH]
+            cumulation.extend(np.maximum(lengths - (length - 1), 0) if kind == "windows" else lengths >= length)
+        return cumulation
+
+
+def _windows(rows: Int64Array, places: Int64Array, step: Int64Array, length: int) -> Windows:
+    # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
+    found = rows.take(places, axis=0)
+    return Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])

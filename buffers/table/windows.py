@@ -1,0 +1,70 @@
+"""Windows as drawn: what is to be read, and where it lies in its episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from buffers.table.cumulation import Int64Array
+
+__all__ = ["Windows"]
+
+
+@dataclass(slots=True)  # Not frozen: that takes 2 us to make.
+class Windows:
+    """Windows as drawn: what is to be read, and where it lies in its episodes. Nothing changes them.
+
+    Attributes:
+        length: T, steps of each window. Whole episodes have the length of the longest; the shorter are padded.
+        start: int64 `(B,)`, step id of the first row.
+        step: int64 `(B,)`, position of the first row in its episode.
+        episode: int64 `(B,)`, episode ids.
+        episode_length: int64 `(B,)`, rows of the episodes.
+        weight: float32 `(B,)`, importance weights; None stands for ones.
+        source: int64 `(B,)`, which of several stores each window is in; None where there is one.
+    """
+
+    length: int
+    start: Int64Array
+    step: Int64Array
+    episode: Int64Array
+    episode_length: Int64Array
+    weight: npt.NDArray[np.float32] | None = None
+    source: Int64Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def num_rows(self) -> Int64Array:
+        """int64 `(B,)`, rows that are real: T, or fewer where the episode ends before the window does."""
+        return np.minimum(self.length, self.episode_length - self.step)
+
+    @property
+    def last_steps(self) -> Int64Array:
+        """int64 `(B,)`, step ids of the last rows that are real."""
+        return self.start + self.num_rows - 1
+
+    def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
+        return Windows(
+            self.length,
+            self.start[selection],
+            self.step[selection],
+            self.episode[selection],
+            self.episode_length[selection],
+            None if self.weight is None else self.weight[selection],
+            None if self.source is None else self.source[selection],
+        )
+
+    def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
+        """A copy with the windows at `positions` replaced by others of the same length."""
+        columns = []
+        for name in ("start", "step", "episode", "episode_length", "weight", "source"):
+            mine, theirs = getattr(self, name), getattr(others, name)
+            if mine is not None:
+                mine = mine.copy()
+                mine[positions] = theirs
+            columns.append(mine)
+        return Windows(self.length, *columns)
