@@ -32,23 +32,39 @@ def episode(length: int, number: int, env: int = 0) -> dict[str, Any]:
 
 
 def origins(batch: Mapping[str, Any], mask: torch.Tensor | None = None) -> list[tuple[int, int, int, int]]:
-    """(environment, episode, first step, rows) of each sequence, after checking that all fields agree on it."""
+    """(environment, episode, first step, rows) of each sequence, after checking that all fields agree on it.
+
+    With a mask, bool `(B, T)`, the rows of a sequence come first and all that follows them is zero.
+    """
     state = batch["obs"]["state"].numpy()
     assert state.ndim == 3
-    found = []
-    for b in range(len(state)):
-        length = state.shape[1] if mask is None else int(mask[b].sum())
-        assert mask is None or bool(mask[b, :length].all())
-        env, number, first = (int(value) for value in state[b, 0])
-        expected = rows(env, number, first + np.arange(length))
-        flat, flat_expected = flatten(batch), flatten(expected)
-        assert flat.keys() >= flat_expected.keys()
-        for name, value in flat_expected.items():
-            drawn = flat[name][b, :length].numpy()
-            np.testing.assert_array_equal(drawn, value, err_msg=f"{name} of sequence {b}", strict=True)
-            assert not flat[name][b, length:].any(), f"padding of {name} is not zero"
-        found.append((env, number, first, length))
-    return found
+    num_sequences, num_steps = state.shape[:2]
+    is_row = np.ones((num_sequences, num_steps), np.bool_) if mask is None else mask.numpy()
+    lengths = is_row.sum(1)
+    prefix = np.arange(num_steps) < lengths[:, None]
+    np.testing.assert_array_equal(is_row, prefix, err_msg="the mask has gaps", strict=True)
+    with np.errstate(invalid="ignore"):  # The comparison below reports NaN by field.
+        env, number, first = state[:, 0].astype(np.int64).T
+    # What follows from each sequence's first row, to be compared with all rows at once.
+    expected = flatten(rows(env[:, None], number[:, None], first[:, None] + np.arange(num_steps)))
+    flat = flatten(batch)
+    assert not expected.keys() - flat.keys(), f"missing: {expected.keys() - flat.keys()}"
+    for name, values in expected.items():
+        if mask is not None:
+            values[~is_row] = 0
+        _assert_same_rows(name, flat[name].numpy(), values, is_row)
+    return list(zip(env.tolist(), number.tolist(), first.tolist(), lengths.tolist(), strict=True))
+
+
+def _assert_same_rows(name: str, found: np.ndarray, expected: np.ndarray, is_row: np.ndarray) -> None:
+    """Compare `(B, T, *shape)` at once, and name the first sequence that differs."""
+    kinds = (found.dtype, found.shape), (expected.dtype, expected.shape)
+    assert kinds[0] == kinds[1], f"{name}: found {kinds[0]}, expected {kinds[1]}"
+    differs = found != expected
+    if differs.any():
+        b, t = np.argwhere(differs)[0, :2]
+        where = f"{name} of sequence {b}" if is_row[b, t] else f"padding of {name} of sequence {b} is not zero"
+        np.testing.assert_array_equal(found[b], expected[b], err_msg=f"{where}, row {t}")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
