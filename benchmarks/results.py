@@ -109,7 +109,7 @@ def timing_tables(entry: dict[str, Any], part: str) -> str:
         parts += ["Times the bare gather / times the memory copy.", _ratios(rows, names, part, ("gather", "copy"))]
     elif "copy" in names:
         parts += ["Times the memory copy.", _ratios(rows, names, part, ("copy",))]
-    else:
+    elif "ours" in names and len(names) > 1:
         parts += ["Times ours.", _ratios(rows, names, part, ("ours",))]
     for before in ("before", "before_disk"):
         if before in names:
