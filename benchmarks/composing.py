@@ -19,20 +19,20 @@ import torch
 from benchmarks.peers.ours import info_of
 from benchmarks.timing import print_table
 from benchmarks.workloads import EPISODE_LENGTH, Store, empty_rows
-from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
+from buffers import ReplayBuffer
+from buffers.dataset import IndividualFileDataset, RingBufferDataset
 
 CAPACITIES = {"state": 200_000, "pixels": 20_000}
 SIZES = (("state", 256, 64), ("state", 32, 16), ("pixels", 16, 64), ("pixels", 256, 3))
 
 
-def trainer(dataset: EpisodeDataset, batch_size: int, length: int, episode: Any) -> Callable[[], None]:
+def trainer(buffer: ReplayBuffer, episode: Any) -> Callable[[], None]:
     """A function that takes a batch for each step of an episode, and adds the episode."""
-    stream = dataset.get_loader(batch_size, length, seed=0).stream
 
     def train() -> None:
         for _ in range(EPISODE_LENGTH):
-            stream.take()
-        dataset.add_episode(episode)
+            buffer.sample()
+        buffer.add_episode(episode)
 
     return train
 
@@ -58,7 +58,10 @@ def composing(rounds: int) -> None:
                     dataset.add_episode(episode)
             extended.extend(behind, other_num_workers=1, seed=0)
             extended.refill()
-            trainers = {name: trainer(dataset, batch_size, length, episode) for name, dataset in datasets.items()}
+            trainers = {
+                name: trainer(stack.enter_context(ReplayBuffer(dataset, batch_size, length, seed=0)), episode)
+                for name, dataset in datasets.items()
+            }
             measured: dict[str, list[float]] = {name: [] for name in trainers}
             for number in range(max(2, rounds // 6) + 1):
                 for name, train in trainers.items():
@@ -67,7 +70,6 @@ def composing(rounds: int) -> None:
                     if number:  # The first warms up.
                         measured[name].append(EPISODE_LENGTH / (time.perf_counter() - begin))
             found = {name: float(np.median(rates)) for name, rates in measured.items()}
-            extended._end_workers()
             table.append(
                 (
                     f"{kind} {batch_size} x {length}",

@@ -84,13 +84,20 @@ class Contestant(ABC):
             add()
             envs.step()
 
-    def function(self, workload: Workload) -> Callable[[], Any]:
-        """What is timed."""
-        store = workload.store
+    def drawers(self, workload: Workload) -> dict[str, Callable[[], Any]]:
+        """The functions that draw, by variant; nearly all contestants have one way, ""."""
+        return {"": self.drawer(workload.batch_size, workload.length)}
+
+    def functions(self, workload: Workload) -> dict[str, Callable[[], Any]]:
+        """What is timed, by variant."""
         if workload.part == "adding":
-            return self._adding(store)
-        draw = self.drawer(workload.batch_size, workload.length)
-        if workload.part == "growth":
+            return {"": self._adding(workload.store)}
+        return {variant: self._after_adding(draw, workload) for variant, draw in self.drawers(workload).items()}
+
+    def _after_adding(self, draw: Callable[[], Any], workload: Workload) -> Callable[[], Any]:
+        """What the workload adds before a draw, and the draw."""
+        store = workload.store
+        if workload.adds_episode:
             return self._then(self.episode_adder(self.one_episode(store), store.episode_length), draw)
         if workload.part == "training":
             envs, add = self._stepped()

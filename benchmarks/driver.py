@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environments import python_of
-from benchmarks.peers import CONTESTANTS, LIMITS
+from benchmarks.environments import build_at, python_of
+from benchmarks.peers import CONTESTANTS, LIMITS, label_of
 from benchmarks.timing import Timing
 from benchmarks.workloads import Workload, workloads
 
@@ -29,6 +29,10 @@ _SPARE_BYTES = 2 << 30
 # Threads that spin for a moment after their work must not meet the next contestant's.
 _PAUSE = 0.002
 THREADS = {"sampling": (1, 2), "transitions": (1, 2)}
+# What `--before` compares with when no commit is given.
+BEFORE = "b70b526"
+# Additions that are timed while another thread reads, and when to stop if they are held up.
+NUM_ADDED, SECONDS_TO_ADD, MOST_ROUNDS_OF_ADDING = 1_000, 6.0, 3
 
 
 class ContestantError(RuntimeError):
@@ -42,19 +46,23 @@ class Contestant:
         name: Of `CONTESTANTS`.
         folder: Where it may write files.
         threads: Of those that must be started with as many.
+        before: The commit of contestants from before.
 
     Raises:
-        ContestantError: Its environment is not there, or its library cannot be imported.
+        ContestantError: Its environment or its commit is not there, or its library cannot be imported.
     """
 
-    def __init__(self, name: str, folder: str, threads: int) -> None:
+    def __init__(self, name: str, folder: str, threads: int, before: str = BEFORE) -> None:
         self.name, self.spec, self.threads = name, CONTESTANTS[name], threads
         python = python_of(self.spec.environment)
         if python is None:
             raise ContestantError("its environment is not there: `python -m benchmarks environments` makes it")
+        home = self._build(before) if self.spec.is_before else ROOT
         self._process = subprocess.Popen(
             [str(python), "-m", "benchmarks.serving", name, str(self._own(folder)), self._processors()],
-            cwd=ROOT,
+            cwd=home,
+            # An earlier build has no benchmarks of its own: its `buffers` comes first, then all that is today's.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(ROOT)])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("BENCHMARKS_VERBOSE") else subprocess.DEVNULL,
@@ -62,10 +70,19 @@ class Contestant:
             bufsize=1,
         )
         try:
-            self.versions = self._answer(SECONDS_TO_BUILD)["versions"]
+            hello = self._answer(SECONDS_TO_BUILD)
         except ContestantError:
             self.close()
             raise
+        self.imported_from = hello["buffers"]
+        self.versions = {"before": home.name.removeprefix("before-")} if self.spec.is_before else hello["versions"]
+
+    @staticmethod
+    def _build(commit: str) -> Path:
+        try:
+            return build_at(commit)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ContestantError(f"commit {commit} cannot be taken from git: {error}") from None
 
     def _processors(self) -> str:
         return str(self.threads if self.spec.threads_at_start else 0)
@@ -139,10 +156,18 @@ class Driver:
         rounds: Measurements of each, at most.
         scale: How many times fewer steps are stored.
         seconds_to_measure: Per contestant and workload.
+        before: The commit of contestants from before.
     """
 
-    def __init__(self, names: Iterable[str], rounds: int, scale: int = 1, seconds_to_measure: float = 0.0) -> None:
-        self.names, self.rounds, self.scale = list(names), rounds, scale
+    def __init__(
+        self,
+        names: Iterable[str],
+        rounds: int,
+        scale: int = 1,
+        seconds_to_measure: float = 0.0,
+        before: str = BEFORE,
+    ) -> None:
+        self.names, self.rounds, self.scale, self.before = list(names), rounds, scale, before
         self.seconds_to_measure = seconds_to_measure or SECONDS_TO_MEASURE
         self.versions: dict[str, str] = {}
         self.missing: dict[str, str] = {}
@@ -172,7 +197,7 @@ class Driver:
                 self._running.pop(name).close()
             if name not in self._running:
                 try:
-                    self._running[name] = Contestant(name, self._folder.name, threads)
+                    self._running[name] = Contestant(name, self._folder.name, threads, self.before)
                 except ContestantError as error:
                     self.missing[name] = str(error)
                     say(f"{CONTESTANTS[name].label} is left out: {error}")
@@ -189,7 +214,7 @@ class Driver:
             for workload in every:
                 row = self._measured(workload, threads)
                 rows.append(row)
-                medians = {CONTESTANTS[name].label: round(t["median"], 1) for name, t in row.timings.items()}
+                medians = {label_of(name): round(t["median"], 1) for name, t in row.timings.items()}
                 say(f"{part}, {row.label}, {threads} thread(s): {medians}")
         order = [workload.label for workload in every]
         return sorted(rows, key=lambda row: (order.index(row.label), row.threads))
@@ -226,6 +251,27 @@ class Driver:
                     say(f"{CONTESTANTS[name].label}, distribution: {error}")
         return found
 
+    def holding_up(self) -> dict[str, dict[str, float]]:
+        """Milliseconds of additions while another thread reads files of 100 MB, by contestant, in turn."""
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(min(self.rounds, MOST_ROUNDS_OF_ADDING)):
+            for name, contestant in self.takers("holding_up").items():
+                try:
+                    answer = contestant.ask("hold_up", num_added=NUM_ADDED // self.scale, limit=SECONDS_TO_ADD)
+                except ContestantError as error:
+                    say(f"{CONTESTANTS[name].label}, holding up: {error}")
+                    continue
+                answers.setdefault(name, []).append(answer)
+        return {
+            name: {
+                "num_added": sum(len(answer["milliseconds"]) for answer in found),
+                "num_batches": sum(answer["num_batches"] for answer in found),
+                "median": Timing.of([Timing.of(answer["milliseconds"]).median for answer in found]).median,
+                "slowest": max(max(answer["milliseconds"]) for answer in found),
+            }
+            for name, found in answers.items()
+        }
+
     def _measured(self, workload: Workload, threads: int) -> Row:
         row = Row(workload.label, threads, {}, {}, {})
         ready = []
@@ -244,6 +290,7 @@ class Driver:
         return row
 
     def _interleaved(self, contestants: list[Contestant], row: Row) -> dict[str, list[float]]:
+        """Microseconds in the order in which they were measured, by contestant, and by variant where it has some."""
         measured: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
         spent = dict.fromkeys(measured, 0.0)
         for _ in range(self.rounds):
@@ -253,7 +300,8 @@ class Driver:
                     continue
                 begin = time.perf_counter()
                 try:
-                    measured[name].append(contestant.ask("measure")["microseconds"])
+                    for variant, taken in contestant.ask("measure")["microseconds"].items():
+                        measured.setdefault(f"{name}_{variant}" if variant else name, []).append(taken)
                 except ContestantError as error:
                     contestants.remove(contestant)
                     self._leave_out(row, name, str(error))

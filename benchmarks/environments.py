@@ -1,7 +1,7 @@
 """Virtual environments of the peers, one each: `python -m benchmarks environments`.
 
 Each is made from `benchmarks/requirements/<name>.txt` under `benchmarks/.venvs/<name>`. One that cannot be made is
-reported and left out of all measurements.
+reported and left out of all measurements. Earlier builds of `buffers` are put beside them, as they need none.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -25,6 +26,25 @@ def python_of(environment: str | None) -> Path | None:
         return Path(sys.executable)
     folder = FOLDER / environment
     return folder / "bin" / "python" if (folder / _MARK).exists() else None
+
+
+def build_at(commit: str) -> Path:
+    """A folder with the package `buffers` as it was at a commit, extracted from git when it is first asked for.
+
+    Raises:
+        OSError: There is no git.
+        subprocess.CalledProcessError: The repository does not have the commit.
+    """
+    commit = _run("git", "-C", str(HERE.parent), "rev-parse", "--verify", f"{commit}^{{commit}}").strip()
+    folder = FOLDER / f"before-{commit[:12]}"
+    if not folder.exists():
+        FOLDER.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as making:
+            archive, extracted = Path(making) / "buffers.zip", Path(making) / "extracted"
+            _run("git", "-C", str(HERE.parent), "archive", "-o", str(archive), commit, "buffers")
+            shutil.unpack_archive(archive, extracted)
+            extracted.rename(folder)
+    return folder
 
 
 def make(names: tuple[str, ...] = NAMES) -> dict[str, str]:
@@ -71,5 +91,5 @@ def _install(name: str, requirements: str) -> None:
     _run(*pip, "-r", str(REQUIREMENTS / f"{name}.txt"))
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.driver import Driver, Row
-from benchmarks.peers import CONTESTANTS
+from benchmarks.peers import CONTESTANTS, VARIANTS, label_of
 from benchmarks.timing import table
 
 HERE = Path(__file__).parent
@@ -28,6 +28,9 @@ TITLES = {
     "memory": "Memory",
     "distribution": "What is drawn",
     "claims": "What was checked",
+    "samplers": "Drawing a batch of B x T from memory, by sampler",
+    "wrapping": "Drawing a batch of B x T from a ring of 10,000 steps, of episodes of 100 steps and of long ones",
+    "holding_up": "Adding an episode while another thread samples from compressed files of 100 MB",
 }
 UNITS = "microseconds a call: median (least to most)"
 
@@ -87,20 +90,31 @@ def section(results: dict[str, Any], part: str) -> str:
     if part not in results["parts"]:
         return f"`{part}` was not measured yet."
     entry = results["parts"][part]
-    body = {"memory": memory_table, "distribution": distribution_table, "claims": claims_table}.get(part, timing_tables)
+    body = {
+        "memory": memory_table,
+        "distribution": distribution_table,
+        "claims": claims_table,
+        "holding_up": holding_up_table,
+    }.get(part, timing_tables)
     return "\n\n".join([body(entry, part), _provenance(entry)])
 
 
 def timing_tables(entry: dict[str, Any], part: str) -> str:
-    """Microseconds, and ratios to the two limits."""
+    """Microseconds, and ratios to the two limits and to the build from before."""
     rows = entry["found"]
     names = _names(rows)
-    header = [_what(part), *(["threads"] if _has_threads(rows) else []), *(CONTESTANTS[n].label for n in names)]
+    header = [_what(part), *(["threads"] if _has_threads(rows) else []), *map(label_of, names)]
     parts = [f"{UNITS[0].upper()}{UNITS[1:]}.", table(header, [_line(row, rows, names, _cell) for row in rows])]
     if "gather" in names:
         parts += ["Times the bare gather / times the memory copy.", _ratios(rows, names, part, ("gather", "copy"))]
-    else:
+    elif "copy" in names:
         parts += ["Times the memory copy.", _ratios(rows, names, part, ("copy",))]
+    elif "ours" in names and len(names) > 1:
+        parts += ["Times ours.", _ratios(rows, names, part, ("ours",))]
+    for before in ("before", "before_disk"):
+        if before in names:
+            ours = [name for name in names if name.startswith("ours")]
+            parts += ["Times before.", _ratios(rows, [*ours, before], part, (before,))]
     crossing = _crossing(rows, names)
     if crossing:
         parts.append(f"Sequences that cross the end of an episode, among those looked at before timing: {crossing}.")
@@ -112,7 +126,7 @@ def short_table(results: dict[str, Any]) -> str:
     if "sampling" not in results["parts"]:
         return "`sampling` was not measured yet."
     rows = [row for row in results["parts"]["sampling"]["found"] if row["threads"] == 1]
-    names = [name for name in _names(rows) if name != "torchrl"]
+    names = [name for name in _names(rows) if name not in ("torchrl", "before")]
 
     def cell(row: dict[str, Any], name: str) -> str:
         return _number(row["timings"][name]["median"]) if name in row["timings"] else "-"
@@ -130,7 +144,7 @@ def _ratios(rows: list[dict[str, Any]], names: list[str], part: str, limits: tup
             return "-"
         return " / ".join(_short(found[name]["median"] / found[limit]["median"]) for limit in limits)
 
-    header = [_what(part), *(["threads"] if _has_threads(rows) else []), *(CONTESTANTS[n].label for n in others)]
+    header = [_what(part), *(["threads"] if _has_threads(rows) else []), *map(label_of, others)]
     return table(header, [_line(row, rows, others, cell) for row in rows])
 
 
@@ -159,6 +173,21 @@ def memory_table(entry: dict[str, Any], part: str) -> str:
     return "\n\n".join(["Memory in use over payload, once the store is full.", table(header, lines), *_left_out(rows)])
 
 
+def holding_up_table(entry: dict[str, Any], part: str) -> str:
+    """Milliseconds of additions."""
+    lines = [
+        [
+            label_of(name),
+            f"{found['num_added']:,}",
+            f"{found['num_batches']:,}",
+            f"{found['median']:.2f}",
+            _number(found["slowest"]),
+        ]
+        for name, found in entry["found"].items()
+    ]
+    return table(["contestant", "additions", "batches drawn meanwhile", "median, ms", "slowest, ms"], lines)
+
+
 def distribution_table(entry: dict[str, Any], part: str) -> str:
     """What is drawn, by contestant."""
     lines = []
@@ -181,7 +210,9 @@ def _what(part: str) -> str:
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
-    return [name for name in CONTESTANTS if any(name in row["timings"] for row in rows)]
+    """The columns: contestants, each followed by its variants."""
+    columns = [name if not variant else f"{name}_{variant}" for name in CONTESTANTS for variant in ("", *VARIANTS)]
+    return [name for name in columns if any(name in row["timings"] for row in rows)]
 
 
 def _has_threads(rows: list[dict[str, Any]]) -> bool:

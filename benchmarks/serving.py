@@ -29,44 +29,48 @@ class Server:
 
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
-        self.function: Callable[[], Any] | None = None
+        self.functions: dict[str, Callable[[], Any]] = {}
+        self.calls: dict[str, int] = {}
         self.workload: Workload | None = None
-        self.calls = 1
 
     def hello(self) -> dict[str, Any]:
-        """Which versions are measured."""
-        return {"versions": _versions()}
+        """Which versions are measured, and where `buffers` was imported from, if it was."""
+        return {"versions": _versions(), "buffers": getattr(sys.modules.get("buffers"), "__file__", "")}
 
     def build(self, workload: dict[str, Any], threads: int) -> dict[str, Any]:
         """Fill the store, unless it is there from the workload before; report the bytes that it takes."""
-        self.workload, self.function = Workload.from_json(workload), None
+        self.workload, self.functions = Workload.from_json(workload), {}
         contestant, store = self.contestant, self.workload.store
         before = memory_in_use()
         begin = time.perf_counter()
         # A store is used again where timing does not change it.
-        if contestant.store != store or self.workload.part in ("adding", "growth"):
+        if contestant.store != store or self.workload.part == "adding" or self.workload.adds_episode:
             contestant.fill(store)
         seconds = time.perf_counter() - begin
         contestant.set_threads(threads)
-        self.function = contestant.function(self.workload)
-        self.function()
+        self.functions = contestant.functions(self.workload)
+        for function in self.functions.values():
+            function()
         return {"seconds": seconds, "bytes": memory_in_use() - before}
 
     def warm(self) -> dict[str, Any]:
         """Settle how many calls make a measurement."""
-        assert self.function is not None
-        self.calls = calls_to_fill(self.function)
+        self.calls = {variant: calls_to_fill(function) for variant, function in self.functions.items()}
         return {"calls": self.calls}
 
     def measure(self) -> dict[str, Any]:
-        assert self.function is not None
-        for _ in range(self.contestant.prefetched):
-            self.function()
-        taken = microseconds(self.function, self.calls)
-        if self.contestant.prefetched:
+        """Microseconds a call, by variant."""
+        return {"microseconds": {variant: self._measured(variant) for variant in self.functions}}
+
+    def _measured(self, variant: str) -> float:
+        function, prefetched = self.functions[variant], self.contestant.prefetched
+        for _ in range(prefetched):
+            function()
+        taken = microseconds(function, self.calls[variant])
+        if prefetched:
             # Workers go on until they are as far ahead as they may be, which must not disturb the next contestant.
-            time.sleep(min(3.0, self.contestant.prefetched * taken / 1e6))
-        return {"microseconds": taken}
+            time.sleep(min(3.0, prefetched * taken / 1e6))
+        return taken
 
     def verify(self) -> dict[str, Any]:
         """Look at the tags of what is drawn."""
@@ -74,8 +78,12 @@ class Server:
         return check_sequences(self.contestant, self.workload)
 
     def distribution(self) -> dict[str, Any]:
-        self.function = None
+        self.functions = {}
         return distribution(self.contestant)
+
+    def hold_up(self, **options: Any) -> dict[str, Any]:
+        """Time additions while a thread reads large files."""
+        return importlib.import_module("benchmarks.holding_up").hold_up(self.contestant.folder, **options)
 
     def check(self, module: str, name: str) -> dict[str, Any]:
         """What stands in the table for a claim; "not checked" where there is no check."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ def check_sequences(contestant: Contestant, workload: Workload) -> dict[str, Any
     """
     if not workload.batch_size or not (contestant.draws_sequences or workload.store.transitions):
         return {"num_sequences": 0, "num_crossing": 0}
-    draw = contestant.drawer(workload.batch_size, workload.length)
     num_sequences = num_crossing = 0
-    for _ in range(max(1, min(20, _NUM_SEQUENCES // workload.batch_size))):
+    num_batches = max(1, min(20, _NUM_SEQUENCES // workload.batch_size))
+    for draw in itertools.chain.from_iterable([draw] * num_batches for draw in contestant.drawers(workload).values()):
         rows = contestant.arrays(draw(), workload.batch_size, workload.length)
         obs = rows["obs"]
         if workload.store.transitions:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,10 @@ class Workload:
     adding           add a row of each environment
     growth           add an episode, and draw B sequences of T rows
     training         step 256 environments, add their rows, and draw B sequences of T rows
+    samplers         draw B sequences of T rows, by each of several samplers
+    wrapping         draw B sequences of T rows, from short episodes and from long ones
+
+    With `adds_episode`, an episode is added before each draw.
     """
 
     part: str
@@ -76,6 +80,7 @@ class Workload:
     store: Store
     batch_size: int = 0
     length: int = 0
+    adds_episode: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +100,8 @@ def workloads(part: str, scale: int = 1) -> list[Workload]:
         "growth": _growth,
         "training": _training,
         "memory": _memory,
+        "samplers": _samplers,
+        "wrapping": _wrapping,
     }[part](scale)
 
 
@@ -133,7 +140,7 @@ def _adding(scale: int) -> list[Workload]:
 
 def _growth(scale: int) -> list[Workload]:
     return [
-        Workload("growth", f"{number:,}", Store("state", number * 20, 20), 256, 8)
+        Workload("growth", f"{number:,}", Store("state", number * 20, 20), 256, 8, adds_episode=True)
         for number in (100, 1_000, 10_000, 100_000, 1_000_000)
         if scale == 1 or number <= 100_000
     ]
@@ -149,6 +156,18 @@ def _memory(scale: int) -> list[Workload]:
         Workload("memory", f"episodes of {length}", Store("state", NUM_STEPS["state"] // scale, length), 32, 1)
         for length in (1, 10, 200)
     ]
+
+
+def _samplers(scale: int) -> list[Workload]:
+    frozen = [replace(workload, part="samplers") for workload in _sampling(scale)]
+    store = Store("state", NUM_STEPS["state"] // scale)
+    return [*frozen, Workload("samplers", "state 256 x 8, an episode added", store, 256, 8, adds_episode=True)]
+
+
+def _wrapping(scale: int) -> list[Workload]:
+    # 100 steps divide the capacity, so that no episode of these would wrap.
+    store = Store("state", 10_000, 100)
+    return [Workload("wrapping", f"state {b} x {t}", store, b, t) for b, t in ((32, 16), (256, 8))]
 
 
 # Rows.

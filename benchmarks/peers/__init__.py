@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CONTESTANTS", "LIMITS", "Spec"]
+__all__ = ["CONTESTANTS", "LIMITS", "VARIANTS", "Spec", "label_of"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Spec:
         options: For the class.
         threads_at_start: Whether the number of threads is settled as its process starts, by the processors it may use.
         copies: How many times it stores a row, to see beforehand whether memory will do.
+        is_before: Whether it is `buffers` as it was at an earlier commit.
     """
 
     label: str
@@ -29,19 +30,24 @@ class Spec:
     options: dict[str, Any] = field(default_factory=dict)
     threads_at_start: bool = False
     copies: int = 1
+    is_before: bool = False
 
 
 _LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training")
 _ALL = ("sampling", "transitions", "adding", "growth", "training", "memory")
 # A cache that each addition throws away is no other contestant where an addition comes before each batch.
 _PLAIN = ("sampling", "growth", "training", "transitions", "adding", "memory")
+_OURS = (*_ALL, "samplers", "wrapping")
+_OUR_FILES = ("disk", "holding_up")
 
 CONTESTANTS = {
     "copy": Spec("memory copy", "limits:MemoryCopy", _LIMITS),
     "gather": Spec("bare gather", "limits:BareGather", tuple(set(_LIMITS) - {"adding"})),
-    "ours": Spec("ours", "ours:Ring", _ALL),
+    "ours": Spec("ours", "ours:Ring", _OURS),
+    "before": Spec("before", "ours:Ring", _OURS, is_before=True),
     "ours_tensors": Spec("ours, given tensors", "ours:Ring", ("adding",), None, {"tensors": True}),
-    "ours_disk": Spec("ours, files", "ours:Files", ("disk",)),
+    "ours_disk": Spec("ours, files", "ours:Files", _OUR_FILES),
+    "before_disk": Spec("before, files", "ours:Files", _OUR_FILES, is_before=True),
     "torchrl": Spec("TorchRL", "torchrl_buffer:TorchRL", _PLAIN, "torchrl"),
     "torchrl_cached": Spec("TorchRL, cached", "torchrl_buffer:TorchRL", ("sampling",), "torchrl", {"cached": True}),
     "torchrl_memmap": Spec(
@@ -57,3 +63,14 @@ CONTESTANTS = {
 
 #: Those that are no contestants, but what the memory allows.
 LIMITS = ("copy", "gather")
+
+#: Further columns of a contestant's, by suffix: what its process measures in turn over the same store.
+VARIANTS = {"episodes": "UniformEpisodeSampler", "own": "a sampler of one's own", "long": "long episodes"}
+
+
+def label_of(column: str) -> str:
+    """The heading of a column: a contestant, or a contestant and a variant, as in "ours_long"."""
+    if column in CONTESTANTS:
+        return CONTESTANTS[column].label
+    name, _, variant = column.rpartition("_")
+    return f"{CONTESTANTS[name].label}, {VARIANTS[variant]}"

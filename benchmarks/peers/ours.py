@@ -1,4 +1,7 @@
-"""Ours: a `ReplayBuffer` over a ring, and over files."""
+"""Ours: a `ReplayBuffer` over a ring, and over files.
+
+Builds from before are measured by this module, too, so it uses only what they have in common with today's.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import Store, TaggedEnvs
+from benchmarks.workloads import Store, TaggedEnvs, Workload, tagged_rows
 from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, TensorType
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.sampler import Sampler, UniformEpisodeSampler, UniformSampler
 from buffers.transforms import to_transitions
+
+# Long episodes, of 900 to 1,100 steps, go round a ring so many times.
+_NUM_LAPS = 5
+
+
+class OwnSampler(UniformSampler):
+    """A sampler of the user's own, which draws as its parent does."""
 
 
 def info_of(store: Store) -> EpisodeDatasetInfo:
     return EpisodeDatasetInfo(
         Fields(**{name: TensorType(shape, getattr(torch, dtype)) for name, (shape, dtype) in store.fields.items()})
     )
+
+
+def ring_of_long_episodes(store: Store) -> RingBufferDataset:
+    """A ring of the same capacity, of whose episodes none divides it."""
+    ring, rng = RingBufferDataset(store.num_steps, info_of(store)), np.random.default_rng(0)
+    num_added = 0
+    while num_added < _NUM_LAPS * store.num_steps:
+        length = int(rng.integers(900, 1_101))
+        ring.add_episode(tagged_rows(store.kind, num_added, 1, length))
+        num_added += length
+    return ring
 
 
 class _Ours(Contestant):
@@ -57,10 +80,20 @@ class _Ours(Contestant):
             rows, done = {name: torch.from_numpy(values) for name, values in rows.items()}, torch.from_numpy(done)
         return lambda: buffer.add_step(rows, done)
 
-    def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+    def drawer(self, batch_size: int, length: int, sampler: Sampler | None = None) -> Callable[[], Any]:
         if self._is_of_transitions:
             return ReplayBuffer(self.dataset, batch_size, 2, transform=to_transitions, seed=0).sample
-        return ReplayBuffer(self.dataset, batch_size, length, seed=0).sample
+        return ReplayBuffer(self.dataset, batch_size, length, sampler=sampler, seed=0).sample
+
+    def drawers(self, workload: Workload) -> dict[str, Callable[[], Any]]:
+        found = super().drawers(workload)
+        size = workload.batch_size, workload.length
+        if workload.part == "samplers":
+            found["episodes"] = self.drawer(*size, UniformEpisodeSampler())
+            found["own"] = self.drawer(*size, OwnSampler())
+        if workload.part == "wrapping":
+            found["long"] = ReplayBuffer(ring_of_long_episodes(workload.store), *size, seed=0).sample
+        return found
 
     def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
         return {name: values.numpy() for name, values in batch.items()}
