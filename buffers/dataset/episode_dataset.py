@@ -121,7 +121,9 @@ class EpisodeDataset(EpisodeSource):
         """
         with self._lock:
             self.check_writable()
-            fields = self.fields or Fields.from_episode(episode)
+            fields = self.fields
+            if fields is None:
+                fields = Fields.from_episode(episode)
             arrays = fields.arrays(episode)
             check_episode(fields, arrays, self.verification_mode)
             rows = dict(zip(fields.names, arrays, strict=True))
@@ -129,7 +131,7 @@ class EpisodeDataset(EpisodeSource):
                 self._check_length(len(arrays[0]))
                 self.check(rows)
                 self.settle_fields(fields)
-            return self.add(rows)
+            return self.store(rows) if self.extension is None else self.extension.add(self, rows)
 
     def add(self, episode: dict[str, np.ndarray]) -> int:
         """`add_episode` for flat arrays, `name -> (L, *shape)`, that fit the fields, which are settled."""
@@ -196,10 +198,11 @@ class EpisodeDataset(EpisodeSource):
         Returns:
             Whether there is room. False only if the one to be kept would have to leave.
         """
-        if not self.lacks_room(start, length):
-            return True
-        self._announce()
+        is_announced = False
         while self.lacks_room(start, length):
+            if not is_announced:
+                self._announce()
+                is_announced = True
             position = self._choose_evicted()
             if keep is not None and int(self.table.ids[position]) == keep:
                 # First in, first out: it is the oldest by now. Another evictor may let another go.

@@ -115,7 +115,7 @@ class EpisodeSource(IterableDataset, ABC):
     def read(
         self, windows: Windows, out: dict[str, torch.Tensor] | None = None
     ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
-        """The rows of windows, `name -> (B, T, *shape)`, in `out` if it is given, and which were read, as for `_read`."""
+        """The rows of windows, `name -> (B, T, *shape)`, in `out` if it is given; and which were read, see `_read`."""
         out = self.empty_batch(windows) if out is None else out
         return out, self._read(windows, out)
 
@@ -342,8 +342,6 @@ def _checked(sampler: Sampler, windows: Windows, num_windows: int, length: int |
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
     if length is not None and length != windows.length:
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
-    # The union of their bits is negative where one of the two is: where a window leaves its episode.
-    spare = windows.episode_length - windows.step - (1 if length is None else length)
-    if np.minimum.reduce(windows.step | spare) < 0:
+    if not windows.is_checked and not (windows.are_within if length is not None else (windows.step == 0).all()):
         raise ValueError(f"{type(sampler).__name__} drew a window that is not within its episode.")
     return windows

@@ -145,16 +145,15 @@ class SequenceStream(IterableDataset):
 
     def untransformed_batch(self, n: int) -> Any:
         """Batch n before `transform`."""
-        with self._lock:
-            windows = self._draw(n, 0)
-            rows, was_read = self._read(windows)
-            if was_read is not None and not was_read.all():
-                windows, rows = self._with_others(n, windows, rows, was_read)
-            if self._slots is None:
-                self._last = windows
-            else:
-                self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max() + 1
-            return self.assemble(self, windows, rows)
+        windows = self._draw(n, 0)
+        rows, was_read = self._read(windows)
+        if was_read is not None and not was_read.all():
+            windows, rows = self._with_others(n, windows, rows, was_read)
+        if self._slots is None:
+            self._last = windows
+        else:
+            self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max() + 1
+        return self.assemble(self, windows, rows)
 
     def take(self) -> Any:
         """The next batch. One that fails has its number, too: with workers, the next one is under way by then."""
@@ -179,7 +178,7 @@ class SequenceStream(IterableDataset):
     def _read(self, windows: Windows, is_whole_batch: bool = True) -> tuple[Rows, np.ndarray | None]:
         """The rows of windows, in a worker's slot or in new memory, and which of them were read."""
         num_windows, out = len(windows.start), None
-        if is_whole_batch and self._slots is not None and self.source.fields is not None:
+        if self._slots is not None and is_whole_batch and self.source.fields is not None:
             out = self._slots.empty_batch(self.source.fields, (num_windows, windows.length))
         if self.chunk_size >= num_windows:
             return self.source.read(windows, out)

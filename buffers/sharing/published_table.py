@@ -25,12 +25,13 @@ from buffers.utils import Process
 
 __all__ = ["PublishedTable"]
 
-_LENGTH, _ID = 1, 2
+_START, _LENGTH, _ID = range(3)
 # Words that the writer stores, each on a cache line of its own.
 _HEAD, _TAIL, _OLDEST_STEP, _IS_ADDING, _HAS_ENDED = range(5)
 _NUM_LINES, _WORDS_PER_LINE = 5, 8
 # 6.4 GB, if all of it were ever used.
 _MAX_ROWS = 2**28
+_ROWS_AT_ONCE = 64
 _NOTHING_READ = -1
 
 
@@ -57,7 +58,7 @@ class PublishedTable:
     def __init__(self, memory: SharedArrays) -> None:
         self.memory, self._rows = memory, memory["table/rows"]
         # Single words are read and written through memoryviews in a fraction of the time that it takes through arrays.
-        self._words, self._size = memoryview(self._rows.reshape(-1)), len(self._rows)
+        self._words, self._size = self._rows.reshape(-1).data, len(self._rows)
         lines = [memoryview(line) for line in memory["table/lines"]]
         self._head, self._tail, self._oldest_step = lines[_HEAD], lines[_TAIL], lines[_OLDEST_STEP]
         self._is_adding, self._has_ended = lines[_IS_ADDING], lines[_HAS_ENDED]
@@ -128,13 +129,17 @@ class PublishedTable:
         self._head[0] = head + 1
 
     def _move_tail(self, table: EpisodeTable) -> None:
-        """Move the tail past a row that tells of no live episode."""
+        """Move the tail past at least one row that tells of no live episode."""
         for _ in range(self._size):
-            start, length, episode_id = self._rows[self._tail[0] % self._size].tolist()
-            is_live = length > 0 and start >= self._oldest_step[0] and table.position(episode_id) is not None
+            tail = self._tail[0]
+            rows = self._rows[tail % self._size :][:_ROWS_AT_ONCE]
+            may_live = (rows[:, _LENGTH] > 0) & (rows[:, _START] >= self._oldest_step[0])
+            num_dead = int(may_live.argmax()) if may_live.any() else min(len(rows), self._head[0] - tail)
+            start, length, episode_id = rows[0].tolist()
+            is_live = num_dead == 0 and table.position(episode_id) is not None
             if is_live:
                 self._append(start, length, episode_id)
-            self._tail[0] += 1
+            self._tail[0] = tail + max(1, num_dead)
             # A reader that copied an overwritten row must see the new tail when it looks again.
             fence()
             if not is_live:

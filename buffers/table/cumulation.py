@@ -21,7 +21,7 @@ __all__ = ["Cumulation", "Int64Array"]
 
 Int64Array = npt.NDArray[np.int64]
 
-_MAX_STEPS = 4
+_MAX_STEPS = 3
 
 
 class _Guide(NamedTuple):
@@ -90,29 +90,35 @@ class Cumulation:
             guide = self._guide = self._extended_guide()
         totals = r + self._words[self.first]
         rows = guide.rows.take(totals >> guide.shift)
-        for step in range(min(guide.num_steps, _MAX_STEPS)):
-            is_behind = self._ends.take(rows) <= totals
-            if step and not is_behind.any():
-                break
-            rows += is_behind
-        else:
-            if guide.num_steps > _MAX_STEPS:  # Many rows of little in a bucket: search the rest.
-                late = (self._ends.take(rows) <= totals).nonzero()[0]
-                live = self._totals[self.first : self.counted + 1]
-                rows[late] = live.searchsorted(totals[late], "right") - 1 + self.first
+        if guide.num_steps:
+            rows += self._ends.take(rows) <= totals
+            if guide.num_steps > 1:
+                self._walk_on(rows, totals, guide.num_steps - 1)
         return rows, totals - self._totals.take(rows)
+
+    def _walk_on(self, rows: Int64Array, totals: Int64Array, num_steps: int) -> None:
+        """Lead rows on to those in which the totals lie."""
+        for _ in range(min(num_steps, _MAX_STEPS)):
+            is_behind = self._ends.take(rows) <= totals
+            if not is_behind.any():
+                return
+            rows += is_behind
+        # Many rows of little in a bucket: search the rest.
+        late = (self._ends.take(rows) <= totals).nonzero()[0]
+        live = self._totals[self.first : self.counted + 1]
+        rows[late] = live.searchsorted(totals[late], "right") - 1 + self.first
 
     def _extended_guide(self) -> _Guide:
         """The guide over all that is counted. What is set in its array is right, should Ctrl-C come in between."""
-        guide = self._guide
-        if self._num_buckets(guide.shift) > len(guide.rows):
+        guide, last_total = self._guide, self._words[self.counted] - 1
+        if (last_total >> guide.shift) + 1 > len(guide.rows):
             guide = self._new_guide()
-        rows, begin, end = guide.rows, guide.num_buckets, self._num_buckets(guide.shift)
-        max_span = guide.max_span
+            last_total = self._words[self.counted] - 1
+        rows, begin, end, max_span = guide.rows, guide.num_buckets, (last_total >> guide.shift) + 1, guide.max_span
         if begin < end:
             if self.counted - guide.counted == 1:
                 rows[begin:end] = guide.counted
-                max_span = max(max_span, guide.counted - int(rows[begin - 1]) if begin else 0)
+                max_span = max(max_span, guide.counted - rows.item(begin - 1) if begin else 0)
             else:
                 starts = np.arange(begin, end) << guide.shift
                 totals = self._totals[guide.counted : self.counted + 1]
@@ -120,13 +126,10 @@ class Cumulation:
                 max_span = max(max_span, int(np.diff(rows[max(0, begin - 1) : end]).max(initial=0)))
         # Rows that have left may share the first bucket with the first that lives.
         bucket = self._words[self.first] >> guide.shift
-        if rows[bucket] < self.first:
+        if rows.item(bucket) < self.first:
             rows[bucket] = self.first
-        num_steps = max(max_span, self.counted - 1 - int(rows[end - 1]))
+        num_steps = max(max_span, self.counted - 1 - rows.item(end - 1))
         return _Guide(rows, guide.shift, end, self.first, self.counted, max_span, num_steps)
-
-    def _num_buckets(self, shift: int) -> int:
-        return (self._words[self.counted] - 1 >> shift) + 1
 
     def _new_guide(self) -> _Guide:
         """An empty guide from the first live row on, of about as many buckets as there are rows, and a quarter more."""

@@ -102,6 +102,12 @@ class EpisodeTable:
         """The id of the next episode."""
         return self._state.next_id
 
+    @property
+    def oldest_start(self) -> int:
+        """The step id of the first row of the oldest episode; `next_start` if there is none."""
+        rows, first, last, _, next_start, _ = self._state
+        return rows.item(first, _START) if first < last else next_start
+
     def episode(self, position: int) -> tuple[int, int, int]:
         """Start, length and id of the episode at a position."""
         rows, first, *_ = self._state
@@ -169,7 +175,7 @@ class EpisodeTable:
     def retire(self, tail: int) -> None:
         """Forget the oldest episodes, those that start before step id `tail`."""
         rows, first, last, num_steps, *_ = self._state
-        if first < last and rows[first, _START] < tail:
+        if first < last and rows.item(first, _START) < tail:
             num_retired = int(rows[first:last, _START].searchsorted(tail))
             num_steps -= int(rows[first : first + num_retired, _LENGTH].sum())
             self._state = self._state._replace(first=first + num_retired, num_steps=num_steps)
@@ -179,8 +185,8 @@ class EpisodeTable:
         if position:
             self._keep(np.delete(self.rows, position, axis=0))
             return
-        rows, first, _, num_steps, *_ = self._state
-        self._state = self._state._replace(first=first + 1, num_steps=num_steps - int(rows[first, _LENGTH]))
+        rows, first, last, num_steps, next_start, next_id = self._state
+        self._state = _State(rows, first + 1, last, num_steps - rows.item(first, _LENGTH), next_start, next_id)
 
     def discard(self, ids: Int64Array) -> None:
         """Forget those of the episodes `ids` that live; O(1) if it is the oldest, else O(all that live)."""
@@ -215,12 +221,17 @@ class EpisodeTable:
 
     def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
         """The windows of `length` that begin `step` rows into the episodes at `position`."""
-        return _windows(self.rows, position, step, length)
+        found = self.rows.take(position, axis=0)
+        windows = Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])
+        windows.is_checked = windows.are_within
+        return windows
 
     def windows_of(self, windows: Cumulation, r: Int64Array, length: int) -> Windows:
         """The windows that integers stand for, each in [0, num) of `count_windows(length)`."""
-        rows, step = windows.locate(r)
-        return _windows(self._state.rows, rows, step, length)
+        places, step = windows.locate(r)
+        # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
+        found = self._state.rows.take(places, axis=0)
+        return Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH], is_checked=True)
 
     def no_window_message(self, length: int | None) -> str:
         """Why no window of `length` can be drawn, for an error."""
@@ -246,15 +257,9 @@ class EpisodeTable:
             cumulation.restart(first)
         cumulation.first = first
         if cumulation.counted + 1 == last:
-            num_rows = int(rows[last - 1, _LENGTH])
+            num_rows = rows.item(last - 1, _LENGTH)
             cumulation.append(max(num_rows - (length - 1), 0) if kind == "windows" else int(num_rows >= length))
         elif cumulation.counted < last:
             lengths = rows[cumulation.counted : last, _LENGTH]
             cumulation.extend(np.maximum(lengths - (length - 1), 0) if kind == "windows" else lengths >= length)
         return cumulation
-
-
-def _windows(rows: Int64Array, places: Int64Array, step: Int64Array, length: int) -> Windows:
-    # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
-    found = rows.take(places, axis=0)
-    return Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])

@@ -12,7 +12,7 @@ from buffers.table.cumulation import Int64Array
 __all__ = ["Windows"]
 
 
-@dataclass(slots=True)  # Not frozen: that takes 2 us to make.
+@dataclass(slots=True)  # Not frozen: that takes longer to make.
 class Windows:
     """Windows as drawn: what is to be read, and where it lies in its episodes. Nothing changes them.
 
@@ -24,6 +24,7 @@ class Windows:
         episode_length: int64 `(B,)`, rows of the episodes.
         weight: float32 `(B,)`, importance weights; None stands for ones.
         source: int64 `(B,)`, which of several stores each window is in; None where there is one.
+        is_checked: Whether a table has made them, and so found that each lies within its episode.
     """
 
     length: int
@@ -33,6 +34,7 @@ class Windows:
     episode_length: Int64Array
     weight: npt.NDArray[np.float32] | None = None
     source: Int64Array | None = None
+    is_checked: bool = False
 
     def __len__(self) -> int:
         return len(self.start)
@@ -56,6 +58,7 @@ class Windows:
             self.episode_length[selection],
             None if self.weight is None else self.weight[selection],
             None if self.source is None else self.source[selection],
+            self.is_checked,
         )
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
@@ -67,4 +70,11 @@ class Windows:
                 mine = mine.copy()
                 mine[positions] = theirs
             columns.append(mine)
-        return Windows(self.length, *columns)
+        return Windows(self.length, *columns, self.is_checked and others.is_checked)
+
+    @property
+    def are_within(self) -> bool:
+        """Whether each window lies within its episode."""
+        # Where one of the two is negative, so is the union of their bits.
+        outside = self.step | (self.episode_length - self.step - self.length)
+        return bool(outside[outside.argmin()] >= 0)

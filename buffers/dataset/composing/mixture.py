@@ -295,7 +295,7 @@ class _MixtureTable(EpisodeTable):
 
 
 def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
-    """Windows one after the other, with the numbers of their leaves; those of whole episodes all get the length of the longest."""
+    """Windows one after the other, with their leaves; those of whole episodes all get the length of the longest."""
     weights = None
     if any(part.weight is not None for part in parts):
         ones = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]

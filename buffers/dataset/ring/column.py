@@ -55,11 +55,11 @@ class Column:
 
     def write(self, place: int, rows: np.ndarray) -> None:
         """Copy rows `(L, *shape)` to the places from `place` on."""
-        end = place + len(rows)
-        if self.array is not None:
+        end, array = place + len(rows), self.array
+        if array is not None:
             if end > self._num_paged and self._pages is not None:
                 self._num_paged = self._pages.reach(end)
-            self.array[place:end] = rows
+            array[place:end] = rows
             return
         # torch reads no opaque items, which is what bfloat16 is to numpy.
         is_opaque = self.tensor.dtype == torch.bfloat16

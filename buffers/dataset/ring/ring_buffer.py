@@ -23,8 +23,8 @@ __all__ = ["RingBufferDataset"]
 _MAX_SIZES = 8
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
-# What gathers each field for batches of one size, by places; None where torch does.
-ItemGathers = dict[str, Callable[[np.ndarray], torch.Tensor]] | None
+# What gathers each field for batches of one size, by places; nothing where torch gathers all.
+ItemGathers = dict[str, Callable[[np.ndarray], torch.Tensor]]
 
 
 @final
@@ -131,14 +131,14 @@ class RingBufferDataset(EpisodeDataset):
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
     def start_of_next(self, length: int) -> int:
-        """The step id at which an episode of `length` rows will begin: the next, or the next multiple of the capacity."""
+        """The step id at which `length` rows will begin: the next one, or the next multiple of the capacity."""
         start = self.table.next_start
         left_over = -start % self.capacity
         return start if length <= (left_over or self.capacity) else start + left_over
 
     def lacks_room(self, start: int, length: int) -> bool:
         """Whether the oldest episode lies where `length` rows from step id `start` on will be."""
-        return len(self.table) > 0 and self.table.episode(0)[0] < start + length - self.capacity
+        return self.table.oldest_start < start + length - self.capacity and len(self.table) > 0
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         place = start % self.capacity
@@ -154,7 +154,7 @@ class RingBufferDataset(EpisodeDataset):
             self._published.announce()
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        if start != self.table.episode(0)[0]:
+        if start != self.table.oldest_start:
             raise ValueError("A RingBufferDataset can only evict its oldest episode, `episode_index`=0.")
         self._oldest_step = start + length
         if self._published is not None:
@@ -181,8 +181,10 @@ class RingBufferDataset(EpisodeDataset):
         """The rows of windows, see `EpisodeSource.read`."""
         if out is None:
             size = (len(windows.start), windows.length, torch.get_num_threads())
-            gathers = self._item_gathers[size] if size in self._item_gathers else self._find_item_gathers(size)
-            if gathers is not None:
+            gathers = self._item_gathers.get(size)
+            if gathers is None:
+                gathers = self._find_item_gathers(size)
+            if gathers:
                 places = windows.start % self.capacity
                 try:
                     rows = {name: gather(places) for name, gather in gathers.items()}
@@ -198,13 +200,14 @@ class RingBufferDataset(EpisodeDataset):
         gathers = {name: gather for name, gather in found.items() if gather is not None}
         if len(self._item_gathers) == _MAX_SIZES:
             self._item_gathers.clear()
-        self._item_gathers[size] = gathers if len(gathers) == len(found) else None
+        self._item_gathers[size] = gathers if len(gathers) == len(found) else {}
         return self._item_gathers[size]
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """To be asked after reading: None if all are whole, else bool `(B,)`, False where rows may be overwritten."""
         oldest_step = self._oldest_step if self._published is None else self._published.oldest_step
-        return None if np.minimum.reduce(windows.start) >= oldest_step else windows.start >= oldest_step
+        start = windows.start
+        return None if start[start.argmin()] >= oldest_step else start >= oldest_step
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -261,8 +264,7 @@ class RingBufferDataset(EpisodeDataset):
                 for name, column in self._columns.items():
                     other._columns[name].copy_from(column, place, place + length)
         if other._published is not None:
-            if len(other.table):
-                other._published.retire(other.table.episode(0)[0])
+            other._published.retire(other.table.oldest_start)
             other._published.add_all(other.table)
         return other
 
