@@ -140,11 +140,6 @@ class SequenceStream(IterableDataset):
             RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
             ValueError: A name of `include` is also a field's.
         """
-        batch = self.untransformed_batch(n)
-        return batch if self.transform is None else self.transform(batch)
-
-    def untransformed_batch(self, n: int) -> Any:
-        """Batch n before `transform`."""
         windows = self._draw(n, 0)
         rows, was_read = self._read(windows)
         if was_read is not None and not was_read.all():
@@ -153,7 +148,9 @@ class SequenceStream(IterableDataset):
             self._last = windows
         else:
             self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max() + 1
-        return self.assemble(self, windows, rows)
+        batch = self.assemble(self, windows, rows)
+        # Single sequences are transformed one by one.
+        return batch if self.transform is None or self.batch_size is None else self.transform(batch)
 
     def take(self) -> Any:
         """The next batch. One that fails has its number, too: with workers, the next one is under way by then."""
@@ -314,7 +311,7 @@ def _single_sequences(stream: SequenceStream, worker: Any) -> Iterator[Any]:
             # A forked worker has a copy of the trainer's stream and must not draw what its siblings draw.
             stream.use_fresh_seed()
     while True:
-        block = stream.untransformed_batch(n)
+        block = stream.batch(n)
         n += stride
         if worker is None:
             stream.position = n

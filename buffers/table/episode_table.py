@@ -223,15 +223,17 @@ class EpisodeTable:
         """The windows of `length` that begin `step` rows into the episodes at `position`."""
         found = self.rows.take(position, axis=0)
         windows = Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])
-        windows.is_checked = windows.are_within
+        windows.is_checked, windows.oldest_step = windows.are_within, self.oldest_start
         return windows
 
     def windows_of(self, windows: Cumulation, r: Int64Array, length: int) -> Windows:
         """The windows that integers stand for, each in [0, num) of `count_windows(length)`."""
         places, step = windows.locate(r)
         # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
-        found = self._state.rows.take(places, axis=0)
-        return Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH], is_checked=True)
+        rows, first, *_ = self._state
+        found = rows.take(places, axis=0)
+        start, oldest_step = found[:, _START] + step, rows.item(first, _START)
+        return Windows(length, start, step, found[:, _ID], found[:, _LENGTH], None, None, True, oldest_step)
 
     def no_window_message(self, length: int | None) -> str:
         """Why no window of `length` can be drawn, for an error."""

@@ -25,6 +25,7 @@ class Windows:
         weight: float32 `(B,)`, importance weights; None stands for ones.
         source: int64 `(B,)`, which of several stores each window is in; None where there is one.
         is_checked: Whether a table has made them, and so found that each lies within its episode.
+        oldest_step: The step id of the oldest row that lived when a table made them.
     """
 
     length: int
@@ -35,6 +36,7 @@ class Windows:
     weight: npt.NDArray[np.float32] | None = None
     source: Int64Array | None = None
     is_checked: bool = False
+    oldest_step: int = -1
 
     def __len__(self) -> int:
         return len(self.start)
@@ -59,6 +61,7 @@ class Windows:
             None if self.weight is None else self.weight[selection],
             None if self.source is None else self.source[selection],
             self.is_checked,
+            self.oldest_step,
         )
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
@@ -70,7 +73,8 @@ class Windows:
                 mine = mine.copy()
                 mine[positions] = theirs
             columns.append(mine)
-        return Windows(self.length, *columns, self.is_checked and others.is_checked)
+        oldest_step = min(self.oldest_step, others.oldest_step)
+        return Windows(self.length, *columns, self.is_checked and others.is_checked, oldest_step)
 
     @property
     def are_within(self) -> bool:

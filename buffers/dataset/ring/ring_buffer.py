@@ -75,7 +75,7 @@ class RingBufferDataset(EpisodeDataset):
         self.half_precision = self.refuses_values = bool(half_precision)
         self._memory: SharedArrays | None = None
         self._published: PublishedTable | None = None
-        # On a GPU, where nothing is published: rows before this step id may be overwritten.
+        # What is published to others: rows before this step id may be overwritten.
         self._oldest_step = 0
         # The process that adds. In every other, this dataset reads what that one publishes.
         self._writer = Process.number
@@ -205,9 +205,14 @@ class RingBufferDataset(EpisodeDataset):
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """To be asked after reading: None if all are whole, else bool `(B,)`, False where rows may be overwritten."""
-        oldest_step = self._oldest_step if self._published is None else self._published.oldest_step
-        start = windows.start
-        return None if start[start.argmin()] >= oldest_step else start >= oldest_step
+        if self._published is None or Process.number == self._writer:
+            oldest_step = self._oldest_step
+        else:
+            oldest_step = self._published.oldest_step
+        if oldest_step <= windows.oldest_step:
+            return None  # No episode has left since they were drawn.
+        is_whole = windows.start >= oldest_step
+        return None if is_whole.all() else is_whole
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
