@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.dataset.fields import ColorImage
 from buffers.drawing.panels import (
     COLORS,
     PADDING,
@@ -21,6 +20,7 @@ from buffers.drawing.panels import (
     set_title,
 )
 from buffers.drawing.tracks import Timeline, Track, spread
+from buffers.fields import ColorImage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

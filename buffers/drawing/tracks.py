@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.dataset.fields import Fields, TensorType
+from buffers.fields import Fields, TensorType
 from buffers.loading.include import INCLUDABLE
 from buffers.utils import integer, to_torch
 

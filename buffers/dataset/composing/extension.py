@@ -22,8 +22,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from buffers.conversion import as_array
 from buffers.evictor import Evictor, FIFOEvictor
-from buffers.fields import Fields, as_array
+from buffers.fields import Fields
 from buffers.loading import SequenceLoader, SequenceStream
 from buffers.table import EpisodeTable, Windows
 from buffers.utils import integer
