@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from buffers.demo import demo
+    from buffers.viewing.demo import demo
 
     try:
         demo(options.seconds, options.seed)
@@ -71,7 +71,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from buffers.inspection import InspectionError, inspect_directory
+    from buffers.viewing.inspection import InspectionError, inspect_directory
 
     try:
         inspect_directory(options.directory, options.episode, options.output, options.verify)

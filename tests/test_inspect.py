@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from buffers import inspection
 from buffers.__main__ import main
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.individual_file import NumpyCompressedSerialization, TorchSerialization
+from buffers.viewing import inspection
 from tests.file_helpers import add, files
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ import pytest
 
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
-from buffers.drawing import overview
+from buffers.viewing import overview
 from buffers.visualization import MatplotlibVisualizer, plot_dataset
 from tests.figure_helpers import dataset_of, rendered, texts_drawn
 

@@ -774,7 +774,7 @@ def test_an_index_out_of_range_and_sequences_of_no_steps_are_value_errors() -> N
 
 
 def test_without_matplotlib_the_error_names_the_extra() -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; import buffers.drawing.scenes; import buffers.visualization"
+    code = "import sys; sys.modules['matplotlib'] = None; import buffers.viewing.scenes; import buffers.visualization"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == 1
     assert "ImportError: `buffers.visualization` needs matplotlib" in found.stderr

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from buffers.drawing.panels import COLORS, NAME_SIZE, TEXT_SIZE, TICK_SIZE, shortened
-from buffers.drawing.tracks import spread
 from buffers.utils import format_bytes
+from buffers.viewing.panels import COLORS, NAME_SIZE, TEXT_SIZE, TICK_SIZE, shortened
+from buffers.viewing.tracks import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from buffers.dataset.fields import ColorImage
-from buffers.drawing.panels import (
+from buffers.viewing.panels import (
     COLORS,
     PADDING,
     PADDING_STYLE,
@@ -20,7 +20,7 @@ from buffers.drawing.panels import (
     mark_ends,
     set_title,
 )
-from buffers.drawing.tracks import Timeline, Track, spread
+from buffers.viewing.tracks import Timeline, Track, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

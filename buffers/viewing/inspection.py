@@ -18,8 +18,8 @@ from buffers.dataset.directory import DAMAGED, EpisodeDirectory, Listing
 from buffers.dataset.individual_file import IndividualFileDataset
 from buffers.dataset.lock import LOCK, NO_SURPRISES
 from buffers.dataset.opening import Verify, inspect
-from buffers.drawing.tracks import as_array
 from buffers.utils import format_bytes
+from buffers.viewing.tracks import as_array
 
 __all__ = ["InspectionError", "inspect_directory"]
 
@@ -285,7 +285,7 @@ def _check_output(path: str, output: str) -> None:
 
 def _draw(dataset: IndividualFileDataset, drawn: tuple[int, dict[str, torch.Tensor]] | None) -> Any:
     try:
-        from buffers.visualization import MatplotlibVisualizer, plot_dataset
+        from buffers.viewing.visualizer import MatplotlibVisualizer, plot_dataset
     except ImportError as error:
         raise InspectionError(f"A picture needs matplotlib: {error}") from error
     if drawn is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import numpy.typing as npt
 
-from buffers.drawing.tracks import Timeline, Track, spread
+from buffers.viewing.tracks import Timeline, Track, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
