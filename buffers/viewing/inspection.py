@@ -18,7 +18,8 @@ from buffers.dataset.directory import DAMAGED, EpisodeDirectory, Listing
 from buffers.dataset.individual_file import IndividualFileDataset
 from buffers.dataset.lock import LOCK, NO_SURPRISES
 from buffers.dataset.opening import Verify, inspect
-from buffers.utils import format_bytes
+from buffers.dataset.table import fields_table
+from buffers.utils import aligned, format_bytes
 from buffers.viewing.tracks import as_array
 
 __all__ = ["InspectionError", "inspect_directory"]
@@ -92,8 +93,7 @@ def _describe_dataset(dataset: IndividualFileDataset) -> list[str]:
         f"{dataset.num_episodes:,} episodes, {dataset.num_timesteps:,} steps, ids {ids[0]} to {ids[-1]}, "
         f"length {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
     )
-    _, _, table = repr(dataset).partition("\n")
-    return [head, "", table, "", *_histogram(lengths)]
+    return [head, "", fields_table(dataset), "", *_histogram(lengths)]
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:
@@ -106,7 +106,7 @@ def _histogram(lengths: np.ndarray) -> list[str]:
         first, last = low + i * width, min(low + (i + 1) * width - 1, high)
         bar = "#" * -(-count * _MAX_BAR // int(counts.max()))
         rows.append((str(first) if first == last else f"{first}-{last}", f"{count:,}", bar))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 # The directory.
@@ -260,7 +260,7 @@ def _describe_episode(dataset: IndividualFileDataset, episode_id: int, episode: 
     for name, field in fields.items():
         dtype = str(field.dtype).removeprefix("torch.")
         rows.append((name, type(field).__name__, dtype, str(field.shape), *_summary(as_array(episode[name]))))
-    return [f"Episode {episode_id}: {length:,} steps, {format_bytes(fields.nbytes * length)}", "", *_aligned(rows)]
+    return [f"Episode {episode_id}: {length:,} steps, {format_bytes(fields.nbytes * length)}", "", *aligned(rows)]
 
 
 def _summary(values: np.ndarray) -> tuple[str, str, str, str]:
@@ -309,13 +309,6 @@ def _save(figure: Any, output: str) -> None:
 
 
 # Text.
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows in columns, with a line under the first."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def _print(lines: Sequence[str]) -> None:

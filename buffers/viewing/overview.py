@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from buffers.dataset.table import bytes_per_step
 from buffers.utils import format_bytes
 from buffers.viewing.panels import COLORS, NAME_SIZE, TEXT_SIZE, TICK_SIZE, shortened
 from buffers.viewing.tracks import spread
@@ -120,7 +121,7 @@ def _draw_fill(ax: Axes, dataset: EpisodeDataset) -> None:
 def _draw_bytes(ax: Axes, dataset: EpisodeDataset) -> None:
     fields = dataset.fields
     assert fields is not None  # There is a bar for each.
-    sizes = [dataset._stored_type(field).nbytes * dataset.num_timesteps for field in fields.values()]
+    sizes = [num_bytes * dataset.num_timesteps for num_bytes in bytes_per_step(dataset).values()]
     _set_title(ax, f"bytes by field: {format_bytes(sum(sizes))}")
     bars = ax.barh(range(len(sizes)), sizes, color=COLORS[4], height=0.8)
     ax.bar_label(bars, labels=[format_bytes(size) for size in sizes], padding=3, fontsize=TICK_SIZE)
