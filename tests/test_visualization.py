@@ -745,9 +745,9 @@ def test_an_interactive_figure_is_pyplots_and_its_slider_lives_with_it(live: Any
 def test_what_is_no_dataset_or_no_batch_is_a_type_error() -> None:
     dataset = dataset_of(None, tagged.episode(5, 0))
     buffer = ReplayBuffer(dataset, batch_size=2)
-    with pytest.raises(TypeError, match="`dataset` must be an EpisodeDataset, found ReplayBuffer"):
+    with pytest.raises(TypeError, match="`dataset` must be an EpisodeSource .*, found ReplayBuffer"):
         MatplotlibVisualizer(buffer)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="`dataset` must be an EpisodeDataset, found dict"):
+    with pytest.raises(TypeError, match="`dataset` must be an EpisodeSource .*, found dict"):
         plot_dataset({})  # type: ignore[arg-type]
     visualizer = MatplotlibVisualizer(dataset)
     with pytest.raises(TypeError, match="`batch` must be a dict from field to tensor, found Tensor"):

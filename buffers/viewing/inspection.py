@@ -59,7 +59,7 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
             raise InspectionError(f"{path} holds no whole episode of a known format.")
         if episode_id is None:
             findings = _look_around(path, dataset, verify)
-            state = [f"Format: {dataset._strategy.suffix}", f"Writer: {_describe_writer(path)}"]
+            state = [f"Format: {dataset.serialization_strategy.suffix}", f"Writer: {_describe_writer(path)}"]
             _print([path, *_describe_dataset(dataset), "", *state, *_describe_findings(findings)])
         if episode_id is not None:
             episode = _read_episode(dataset, episode_id)
@@ -121,14 +121,14 @@ class _Findings(NamedTuple):
 
 
 def _look_around(path: str, dataset: IndividualFileDataset, verify: Verify) -> _Findings:
-    directory = EpisodeDirectory(path, dataset._strategy.suffix, writable=False)
+    directory = EpisodeDirectory(path, dataset.serialization_strategy.suffix, writable=False)
     try:
         listing = directory.list()
         damaged = _find_damaged(directory, listing, dataset, verify)
     finally:
         directory.close()
     temporaries = [(name, _size_of(os.path.join(path, name))) for name in sorted(listing.temporaries)]
-    return _Findings(temporaries, damaged, _list_aside(path))
+    return _Findings(temporaries, damaged, _list_set_aside(path))
 
 
 def _describe_findings(findings: _Findings) -> list[str]:
@@ -151,20 +151,16 @@ def _some(title: str, found: Sequence[tuple[str, str]], what: str) -> list[str]:
 def _find_damaged(
     directory: EpisodeDirectory, listing: Listing, dataset: IndividualFileDataset, verify: Verify
 ) -> list[tuple[str, str]]:
-    """All that the dataset has left out, and why: what sizes give away, and of the rest what `verify` has found."""
-    strategy, fields = dataset._strategy, dataset.fields
+    """The files that the dataset left out, each with the reason."""
+    strategy, fields = dataset.serialization_strategy, dataset.fields
     damaged = inspect(directory, listing, strategy, fields, None, "size").damaged
-    known = {name for name, _ in damaged} | dataset._names.all()
-    others = [i for i, text in enumerate(listing.texts) if text not in known]
-    if others:
-        rest = Listing([listing.texts[i] for i in others])
-        for name in ("ids", "starts", "lengths", "sizes"):
-            setattr(rest, name, [getattr(listing, name)[i] for i in others])
-        damaged += inspect(directory, rest, strategy, fields, None, verify).damaged
+    # Sizes explain most of them. Of the others, only `verify` can tell what is wrong.
+    known = {name for name, _ in damaged} | dataset.file_names()
+    damaged += inspect(directory, directory.list(known), strategy, fields, None, verify).damaged
     return sorted(damaged)
 
 
-def _list_aside(path: str) -> list[tuple[str, str]]:
+def _list_set_aside(path: str) -> list[tuple[str, str]]:
     found = []
     with os.scandir(path) as entries:
         folders = [entry.name for entry in entries if re.fullmatch(rf"{DAMAGED}(-\d+)?", entry.name)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from buffers.dataset.episode_dataset import EpisodeDataset
+    from buffers.dataset.episode_source import EpisodeSource
 
 __all__ = ["draw_overview", "has_returns"]
 
@@ -25,12 +25,12 @@ MAX_BYTES = 256e6
 _MIN_FOR_MEAN = 40
 
 
-def has_returns(dataset: EpisodeDataset) -> bool:
+def has_returns(dataset: EpisodeSource) -> bool:
     """Whether there is a scalar reward."""
     return dataset.fields is not None and "reward" in dataset.fields and dataset.fields["reward"].shape == ()
 
 
-def draw_overview(figure: Figure, dataset: EpisodeDataset, max_episodes: int) -> None:
+def draw_overview(figure: Figure, dataset: EpisodeSource, max_episodes: int) -> None:
     """Draw everything on a figure that is still empty.
 
     Args:
@@ -78,7 +78,7 @@ def _draw_points(ax: Axes, name: str, what: str, positions: np.ndarray, values: 
         ax.set_ylim(0, 1.1 * max(values, default=1))
 
 
-def _read_returns(dataset: EpisodeDataset, max_episodes: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_returns(dataset: EpisodeSource, max_episodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions and returns of episodes that are read: evenly spaced ones, if all are too many."""
     fields, ids = dataset.fields, dataset.index.ids.copy()
     assert fields is not None  # There is a reward among them.
@@ -94,7 +94,7 @@ def _read_returns(dataset: EpisodeDataset, max_episodes: int) -> tuple[np.ndarra
     return np.array(positions, np.int64), np.array(returns, np.float64)
 
 
-def _episode(dataset: EpisodeDataset, episode_id: int) -> dict[str, Any] | None:
+def _episode(dataset: EpisodeSource, episode_id: int) -> dict[str, Any] | None:
     """A whole episode by its id; None if it is evicted meanwhile."""
     position = dataset.index.position(episode_id)
     try:
@@ -103,7 +103,7 @@ def _episode(dataset: EpisodeDataset, episode_id: int) -> dict[str, Any] | None:
         return None
 
 
-def _draw_fill(ax: Axes, dataset: EpisodeDataset) -> None:
+def _draw_fill(ax: Axes, dataset: EpisodeSource) -> None:
     stored, capacity = dataset.num_timesteps, dataset.capacity
     # A reader of files sees all there is, whatever its own capacity.
     if getattr(dataset, "mode", "a") == "r":
@@ -118,7 +118,7 @@ def _draw_fill(ax: Axes, dataset: EpisodeDataset) -> None:
     ax.set_xlabel("steps", fontsize=TEXT_SIZE)
 
 
-def _draw_bytes(ax: Axes, dataset: EpisodeDataset) -> None:
+def _draw_bytes(ax: Axes, dataset: EpisodeSource) -> None:
     fields = dataset.fields
     assert fields is not None  # There is a bar for each.
     sizes = [num_bytes * dataset.num_timesteps for num_bytes in bytes_per_step(dataset).values()]

@@ -24,7 +24,7 @@ except ImportError as error:
         "`buffers.visualization` needs matplotlib, which comes with `pip install 'buffers[extras]'`."
     ) from error
 
-from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.fields import ColorImage, PaddedPointcloud
 from buffers.utils import integer
 from buffers.viewing.overview import draw_overview, has_returns
@@ -72,12 +72,12 @@ class MatplotlibVisualizer:
         dataset: Its fields say what the fields of a batch are; others are judged by their shape.
 
     Raises:
-        TypeError: No EpisodeDataset.
+        TypeError: No EpisodeSource.
     """
 
-    def __init__(self, dataset: EpisodeDataset) -> None:
-        if not isinstance(dataset, EpisodeDataset):
-            raise TypeError(f"`dataset` must be an EpisodeDataset, found {type(dataset).__name__}.")
+    def __init__(self, dataset: EpisodeSource) -> None:
+        if not isinstance(dataset, EpisodeSource):
+            raise TypeError(f"`dataset` must be an EpisodeSource (a dataset or a mixture), found {type(dataset).__name__}.")
         self.dataset = dataset
 
     def visualize(
@@ -126,7 +126,7 @@ class MatplotlibVisualizer:
         return plot_dataset(self.dataset)
 
 
-def plot_dataset(dataset: EpisodeDataset, *, max_episodes: int = 500) -> Figure:
+def plot_dataset(dataset: EpisodeSource, *, max_episodes: int = 500) -> Figure:
     """Draw what a dataset holds: lengths and returns of its episodes from the oldest on, its fill, and bytes by field.
 
     Returns need a scalar field `reward`, and episodes that are read: evenly spaced ones, at most so many that they hold
@@ -140,11 +140,11 @@ def plot_dataset(dataset: EpisodeDataset, *, max_episodes: int = 500) -> Figure:
         The figure, 9 inches wide.
 
     Raises:
-        TypeError: No EpisodeDataset, or `max_episodes` is no integer.
+        TypeError: No EpisodeSource, or `max_episodes` is no integer.
         ValueError: `max_episodes` is negative.
     """
-    if not isinstance(dataset, EpisodeDataset):
-        raise TypeError(f"`dataset` must be an EpisodeDataset, found {type(dataset).__name__}.")
+    if not isinstance(dataset, EpisodeSource):
+        raise TypeError(f"`dataset` must be an EpisodeSource (a dataset or a mixture), found {type(dataset).__name__}.")
     max_episodes = integer("max_episodes", max_episodes, 0)
     height = 2.8 + 1.7 * has_returns(dataset) + 0.17 * len(dataset.fields or ())
     figure = _StaticFigure(figsize=(_WIDTH, min(height, _MAX_HEIGHT)), layout="constrained")
