@@ -185,8 +185,8 @@ def format_bytes(num_bytes: float) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of text whose columns are aligned; the first row is the head and is underlined.
 
-        >>> aligned([("field", "bytes"), ("obs", "1,024")])
-        ['field  bytes', '------------', 'obs    1,024']
+    >>> aligned([("field", "bytes"), ("obs", "1,024")])
+    ['field  bytes', '------------', 'obs    1,024']
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -76,8 +76,7 @@ class MatplotlibVisualizer:
     """
 
     def __init__(self, dataset: EpisodeSource) -> None:
-        if not isinstance(dataset, EpisodeSource):
-            raise TypeError(f"`dataset` must be an EpisodeSource (a dataset or a mixture), found {type(dataset).__name__}.")
+        _check_source(dataset)
         self.dataset = dataset
 
     def visualize(
@@ -143,8 +142,7 @@ def plot_dataset(dataset: EpisodeSource, *, max_episodes: int = 500) -> Figure:
         TypeError: No EpisodeSource, or `max_episodes` is no integer.
         ValueError: `max_episodes` is negative.
     """
-    if not isinstance(dataset, EpisodeSource):
-        raise TypeError(f"`dataset` must be an EpisodeSource (a dataset or a mixture), found {type(dataset).__name__}.")
+    _check_source(dataset)
     max_episodes = integer("max_episodes", max_episodes, 0)
     height = 2.8 + 1.7 * has_returns(dataset) + 0.17 * len(dataset.fields or ())
     figure = _StaticFigure(figsize=(_WIDTH, min(height, _MAX_HEIGHT)), layout="constrained")
@@ -152,6 +150,12 @@ def plot_dataset(dataset: EpisodeSource, *, max_episodes: int = 500) -> Figure:
     name = f"{type(dataset).__name__}: {dataset.num_episodes:,} episodes, {dataset.num_timesteps:,} steps"
     figure.suptitle(name, x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def _check_source(dataset: object) -> None:
+    if not isinstance(dataset, EpisodeSource):
+        found = type(dataset).__name__
+        raise TypeError(f"`dataset` must be an EpisodeSource (a dataset or a mixture), found {found}.")
 
 
 class _StaticFigure(Figure):
