@@ -65,7 +65,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         demo(options.seconds, options.seed)
     except ImportError as error:
-        print(f"The demo needs gymnasium and tqdm ({error}): pip install 'buffers[extras]'", file=sys.stderr)
+        print(f"The demo needs gymnasium and tqdm ({error}): pip install 'buffers[demo]'", file=sys.stderr)
         return 1
     return 0
 

@@ -88,5 +88,5 @@ def imported(path: str) -> object:
 
 def test_the_readme_has_the_two_commands_of_ci() -> None:
     readme = (ROOT / "README.md").read_text()
-    for end in ("-m buffers demo", "-m pytest"):
+    for end in ("-m buffers demo", "-m pytest -n 2"):
         assert len(re.findall(rf"^python3 -m venv .*{end}$", readme, re.MULTILINE)) == 1
