@@ -1,10 +1,10 @@
-"""Pictures of what is stored and drawn, by matplotlib, which nothing else here imports.
+"""Pictures of datasets and batches, drawn with matplotlib. No other module imports it.
 
     figure = MatplotlibVisualizer(dataset).visualize(buffer.sample())
     figure.savefig("batch.png")
 
-Figures are not registered with pyplot: they take no memory once they are dropped, `plt.show()` does not know them, and
-no backend is chosen for them. A notebook shows one that is the last value of its cell, or is handed to `display`.
+Figures are not registered with pyplot: their memory is freed when the last reference goes, `plt.show()` does not show
+them, and no backend is chosen. A notebook shows a figure that is the last value of a cell or is passed to `display`.
 """
 
 from __future__ import annotations
@@ -35,44 +35,45 @@ from buffers.viewing.panels import (
     PADDING,
     START,
     TEXT_SIZE,
+    EmptyField,
     HeatMap,
     Lines,
     Marks,
-    Nothing,
     Panel,
     TimePanel,
-    shortened,
+    shorten,
 )
-from buffers.viewing.scenes import Clouds, Filmstrip
+from buffers.viewing.scenes import Filmstrip, PointClouds
 from buffers.viewing.tracks import DrawnSequence, Timeline, Track, read_sequence
 
 __all__ = ["MatplotlibVisualizer", "plot_dataset"]
 
-# 900 pixels at matplotlib's 100 dots per inch: what a README or a notebook shows without scaling it.
+# 900 pixels at matplotlib's 100 dots per inch, which a README or a notebook shows unscaled.
 _WIDTH = 9.0
-# What a row has besides its axes: a title, and where no other follows, the numbers below the axis and its label.
+# In inches: the numbers and the label below the last of a run of time panels, the title, the legend, the slider.
 _AXIS_HEIGHT, _HEAD_HEIGHT, _LEGEND_HEIGHT, _SLIDER_HEIGHT = 0.35, 0.35, 0.15, 0.2
-# Renderers refuse pictures of 65,536 pixels: rows become lower where there are hundreds of them.
+# Renderers refuse pictures of 65,536 pixels or more, so hundreds of rows are squeezed.
 _MAX_HEIGHT = 300.0
 
 
 @final
 class MatplotlibVisualizer:
-    """Draws sequences of batches, a row of panels for each field.
+    """Draws a sequence of a batch, one row per field.
 
     | field | panel |
     |---|---|
     | `ColorImage` | a filmstrip of at most 10 steps |
-    | `Scalar`, `Vector` of at most 7 | lines; integers in steps |
-    | flags: the same, of bools | marks where they are True |
-    | a wider `Vector`, or more dimensions, flattened | a heat map |
-    | `PaddedPointcloud` | points in 3-D at 4 steps, or merged |
+    | `Scalar`, or `Vector` of at most 7 | lines, stepped for integers |
+    | the same with dtype bool | a mark where the value is True |
+    | a larger `Vector`, or more dimensions (flattened) | a heat map |
+    | `PaddedPointcloud` | points in 3-D, at 4 steps or merged |
 
     Args:
-        dataset: Its fields say what the fields of a batch are; others are judged by their shape.
+        dataset: A dataset or a mixture. Its fields determine the panels; a field of the batch that the dataset does
+            not have is drawn by its shape.
 
     Raises:
-        TypeError: No EpisodeSource.
+        TypeError: `dataset` is not an EpisodeSource.
     """
 
     def __init__(self, dataset: EpisodeSource) -> None:
@@ -84,23 +85,23 @@ class MatplotlibVisualizer:
     ) -> Figure:
         """Draw one sequence of a batch.
 
-        Padding (where `mask` is False) is shaded; `is_first` and `is_last` are marked by vertical lines. With `step`,
-        the axis is the step of the episode, else that of the sequence. What `include` adds is no panel.
+        Padding (`mask` is False) is shaded; `is_first` and `is_last` are vertical lines. The axis counts steps of the
+        episode if the batch has `step`, else steps of the sequence. Keys added by `include` get no panel.
 
         Args:
-            batch: `field -> (B, T, *shape)`, nested as the steps are, on any device. It is not changed, and no part of
-                it is kept, but by an interactive figure.
-            batch_index: Which sequence; negative numbers count from the last.
-            merge_pointclouds: The points of up to 12 steps in one picture, coloured by the step.
-            interactive: Add a slider over the steps. It moves where pyplot has a live backend (in a notebook after
-                `%matplotlib widget`, which needs ipympl). The figure is then pyplot's, to be closed by `plt.close`.
+            batch: `field -> (B, T, *shape)`, nested like the steps, on any device. It is not changed. Only an
+                interactive figure keeps a reference to it.
+            batch_index: Which sequence; negative numbers count from the end.
+            merge_pointclouds: Draw the points of up to 12 steps in one picture, coloured by step.
+            interactive: Add a slider over the steps. It needs an interactive pyplot backend (in a notebook,
+                `%matplotlib widget` with ipympl). The figure then belongs to pyplot: close it with `plt.close`.
 
         Returns:
             The figure, 9 inches wide.
 
         Raises:
-            TypeError: Not a batch.
-            ValueError: `batch_index` is out of range, or the batch has no steps.
+            TypeError: `batch` is not a batch.
+            ValueError: `batch_index` is out of range, or sequences have no steps.
         """
         sequence = read_sequence(batch, batch_index, self.dataset.fields)
         panels = [_panel_for(track, sequence.timeline, merge_pointclouds, interactive) for track in sequence.tracks]
@@ -121,25 +122,25 @@ class MatplotlibVisualizer:
         return figure
 
     def plot_dataset(self) -> Figure:
-        """`plot_dataset` of the dataset."""
+        """Draw the dataset itself: `plot_dataset(self.dataset)`."""
         return plot_dataset(self.dataset)
 
 
 def plot_dataset(dataset: EpisodeSource, *, max_episodes: int = 500) -> Figure:
-    """Draw what a dataset holds: lengths and returns of its episodes from the oldest on, its fill, and bytes by field.
+    """Draw what a dataset holds: lengths and returns of its episodes, oldest first, its fill, and bytes by field.
 
-    Returns need a scalar field `reward`, and episodes that are read: evenly spaced ones, at most so many that they hold
-    256 MB, which the title says.
+    Returns are drawn if there is a scalar field `reward`. All episodes are read for them, or evenly spaced ones if all
+    would be more than `max_episodes` or 256 MB; the title then says how many.
 
     Args:
-        dataset: Any.
-        max_episodes: At most so many episodes are read.
+        dataset: A dataset or a mixture.
+        max_episodes: How many episodes are read at most.
 
     Returns:
         The figure, 9 inches wide.
 
     Raises:
-        TypeError: No EpisodeSource, or `max_episodes` is no integer.
+        TypeError: `dataset` is not an EpisodeSource, or `max_episodes` is not an integer.
         ValueError: `max_episodes` is negative.
     """
     _check_source(dataset)
@@ -159,7 +160,7 @@ def _check_source(dataset: object) -> None:
 
 
 class _StaticFigure(Figure):
-    """A figure that shows itself in a notebook, also where pyplot has not taught it to."""
+    """A figure that a notebook can show without pyplot."""
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
@@ -170,7 +171,7 @@ class _StaticFigure(Figure):
 def _new_figure(height: float, interactive: bool) -> Figure:
     if not interactive:
         return _StaticFigure(figsize=(_WIDTH, height), layout="constrained")
-    # Only pyplot knows the live backend.
+    # Only pyplot can make a figure of the interactive backend.
     from matplotlib import pyplot
 
     return pyplot.figure(figsize=(_WIDTH, height), layout="constrained")
@@ -179,18 +180,18 @@ def _new_figure(height: float, interactive: bool) -> Figure:
 def _panel_for(track: Track, timeline: Timeline, merge: bool, interactive: bool) -> Panel:
     kind = track.kind
     if 0 in kind.shape:
-        return Nothing(track, timeline)
+        return EmptyField(track, timeline)
     if isinstance(kind, ColorImage):
         return Filmstrip(track, timeline)
     if isinstance(kind, PaddedPointcloud):
-        return Clouds(track, timeline, merge, single=interactive)
+        return PointClouds(track, timeline, merge, single=interactive)
     if len(kind.shape) > 1 or int(np.prod(kind.shape)) > MAX_LINES:
         return HeatMap(track, timeline)
     return Marks(track, timeline) if kind.dtype == torch.bool else Lines(track, timeline)
 
 
 def _join_axes(panels: Sequence[Panel], has_axis: Sequence[bool], timeline: Timeline) -> None:
-    """Let all time panels move together; the last of those that follow each other has the numbers."""
+    """Let all time panels pan and zoom together. Of adjacent ones, only the last shows the numbers of the axis."""
     first = next((panel.axes[0] for panel in panels if isinstance(panel, TimePanel)), None)
     for panel, is_labelled in zip(panels, has_axis, strict=True):
         if first is None or not isinstance(panel, TimePanel):
@@ -204,19 +205,19 @@ def _join_axes(panels: Sequence[Panel], has_axis: Sequence[bool], timeline: Time
 
 
 def _add_head(figure: Figure, cell: Any, drawn: DrawnSequence) -> None:
-    """The title, and a legend of what is not explained where it stands."""
-    text = shortened("  ·  ".join(drawn.facts), 400)
+    """Add the title, and a legend of the marks that panels share."""
+    text = shorten("  ·  ".join(drawn.facts), 400)
     figure.suptitle("\n".join(textwrap.wrap(text, 110)), x=0.01, ha="left", fontsize=10, parse_math=False)
     found: dict[str, Any] = {}
     for ax in figure.axes:
         found.update(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    explained = [label for label in (START, END, PADDING, NOT_FINITE) if label in found]
-    if explained:
-        # On axes of its own: beside a title, the layout has no room for a legend of the figure.
+    labels = [label for label in (START, END, PADDING, NOT_FINITE) if label in found]
+    if labels:
+        # On axes of its own: the layout reserves no space for a figure's legend beside a title.
         ax = figure.add_subplot(cell, label="legend")
         ax.set_axis_off()
-        handles = [found[label] for label in explained]
-        ax.legend(handles, explained, loc="center left", ncols=4, fontsize=TEXT_SIZE, frameon=False, borderpad=0)
+        handles = [found[label] for label in labels]
+        ax.legend(handles, labels, loc="center left", ncols=4, fontsize=TEXT_SIZE, frameon=False, borderpad=0)
 
 
 def _add_slider(figure: Figure, cell: Any, panels: Sequence[Panel], timeline: Timeline) -> None:
@@ -235,5 +236,5 @@ def _add_slider(figure: Figure, cell: Any, panels: Sequence[Panel], timeline: Ti
     slider.vline.set_visible(False)
     slider.on_changed(move)
     move(x[0])
-    # A slider that nobody refers to does not move.
+    # A slider without a reference is garbage-collected and stops working.
     figure.time_slider = slider  # type: ignore[attr-defined]
