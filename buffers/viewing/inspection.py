@@ -1,6 +1,6 @@
-"""`python -m buffers inspect`: what is in a directory of episodes. EmptyField in it is changed.
+"""`python -m buffers inspect`: what a directory of episodes holds. Nothing in it is changed.
 
-Whoever writes to it is not disturbed, either: no lock is taken where the system lists locks.
+A process that writes to it is not disturbed: where the system lists its locks, none is taken.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLORS",
+    "EmptyField",
     "HeatMap",
     "Lines",
     "Marks",
-    "EmptyField",
     "Panel",
     "TimePanel",
     "mark_ends",
@@ -140,10 +140,10 @@ class Lines(TimePanel):
                 loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=TICK_SIZE, frameon=False, ncols=columns,
                 handlelength=1.0, labelspacing=0.2, columnspacing=0.8, borderaxespad=0.3,
             )  # fmt: skip
-        odd = x[is_not_finite.any(1)]
-        if len(odd):
+        bad = x[is_not_finite.any(1)]
+        if len(bad):
             style = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 3}
-            ax.plot(odd, np.zeros(len(odd)), "x", color=foreground_of(ax), markersize=5, label=NOT_FINITE, **style)
+            ax.plot(bad, np.zeros(len(bad)), "x", color=foreground_of(ax), markersize=5, label=NOT_FINITE, **style)
         return [count_not_finite(rows[is_real])]
 
 

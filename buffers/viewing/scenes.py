@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
 
-__all__ = ["PointClouds", "Filmstrip"]
+__all__ = ["Filmstrip", "PointClouds"]
 
 Positions = npt.NDArray[np.int64]
 MAX_FRAMES = 10

@@ -15,7 +15,7 @@ from buffers.dataset.fields import Fields, TensorType
 from buffers.stream import INCLUDABLE
 from buffers.utils import integer, to_torch
 
-__all__ = ["DrawnSequence", "Timeline", "Track", "to_numpy", "read_sequence", "evenly_spaced"]
+__all__ = ["DrawnSequence", "Timeline", "Track", "evenly_spaced", "read_sequence", "to_numpy"]
 
 BoolArray = npt.NDArray[np.bool_]
 # `to_transitions` and `n_step_returns` make these out of fields, whose types they keep.
