@@ -1,4 +1,4 @@
-"""The notebooks run from a clean kernel (slow), and what is committed has been run."""
+"""The notebooks run from a clean kernel (slow), and the committed ones have been run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# A name of a machine's file, or of who ran it, and how warnings look.
+# Paths of a machine or a user, and warnings.
 UNWANTED = re.compile(r"/home/|/root/|/Users/|/tmp/|/var/|/opt/|site-packages|[A-Z]:\\|Warning|WARNING|Traceback")
 MOST_BYTES = 1_000_000
 
@@ -22,7 +22,7 @@ def code_cells(path: Path) -> list:
 
 
 def texts(cells: list) -> str:
-    """All text in the outputs, pictures aside."""
+    """All text in the outputs."""
     outputs = [output for cell in cells for output in cell.outputs]
     data = [text for output in outputs for kind, text in output.get("data", {}).items() if "image" not in kind]
     return "\n".join([output.get("text", "") for output in outputs] + [str(text) for text in data])
@@ -34,7 +34,7 @@ def test_the_notebooks_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_committed_notebooks_were_run_from_top_to_bottom_without_errors(path: Path) -> None:
+def test_committed_notebooks_were_run_in_order_without_errors(path: Path) -> None:
     nbformat.validate(nbformat.read(path, as_version=4))
     cells = code_cells(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -45,7 +45,7 @@ def test_committed_notebooks_were_run_from_top_to_bottom_without_errors(path: Pa
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_committed_notebooks_are_small_and_say_nothing_of_the_machine(path: Path) -> None:
+def test_committed_notebooks_are_small_and_name_no_machine(path: Path) -> None:
     assert path.stat().st_size < MOST_BYTES
     assert not UNWANTED.search(texts(code_cells(path)))
 
@@ -54,7 +54,7 @@ def test_committed_notebooks_are_small_and_say_nothing_of_the_machine(path: Path
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_from_a_clean_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient")
-    # The kernel begins in the notebook's folder, and shall find this checkout.
+    # The kernel starts in the folder of the notebook; it must import this checkout.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     notebook = nbformat.read(path, as_version=4)
     num_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
