@@ -164,14 +164,11 @@ def test_point_clouds_in_padding_are_left_out() -> None:
     assert clouds_of(nothing) == [] and details(axes_of(nothing, "points")).endswith("all rows are padding")
 
 
-def test_point_clouds_are_coloured_by_their_first_feature() -> None:
+def test_coloured_huge_empty_and_flat_clouds_are_drawn() -> None:
     cloud = clouds([4], features=2)
     (ax,) = clouds_of(draw({"points": cloud}, cloud_fields(features=2)))
     np.testing.assert_allclose(ax.collections[0].get_array(), cloud[0, 0, :4, 3].numpy())
     assert "coloured by feature 3" in details(ax)
-
-
-def test_huge_empty_and_flat_point_clouds_are_drawn() -> None:
     (huge,) = clouds_of(draw({"points": clouds([9000], size=9000)}, cloud_fields(9000)))
     assert len(drawn_points(huge)) == 4000 and "at most 4,000 points" in details(huge)
     (empty,) = clouds_of(draw({"points": clouds([0])}, cloud_fields()))
@@ -199,11 +196,6 @@ def test_scalars_and_small_vectors_are_lines_over_time() -> None:
     assert len({to_hex(line.get_color()) for line in curves(ax)}) == 7
     assert ax.get_xlabel() == "step of the sequence"
     assert details(ax) == "Vector float32 (7,)"
-
-
-def test_integers_are_drawn_as_steps_and_floats_are_not() -> None:
-    assert curves(panel(torch.arange(5)[None]))[0].get_drawstyle() == "steps-mid"
-    assert curves(panel(torch.arange(5.0)[None]))[0].get_drawstyle() == "default"
 
 
 @pytest.mark.parametrize("shape", [(8,), (30,), (2, 3), (2, 3, 4, 5)])
@@ -239,14 +231,8 @@ def test_flags_are_marks_where_they_are_true() -> None:
 
 def test_padding_is_shaded_and_its_values_are_not_drawn() -> None:
     mask = torch.tensor([[False] + [True] * 3 + [False] * 2])
-    figure = draw(
-        {
-            "reward": torch.arange(6.0)[None],
-            "state": torch.arange(60.0).view(1, 6, 10),
-            "flag": torch.ones(1, 6, dtype=torch.bool),
-            "mask": mask,
-        }
-    )
+    reward, state = torch.arange(6.0)[None], torch.arange(60.0).view(1, 6, 10)
+    figure = draw({"reward": reward, "state": state, "flag": torch.ones(1, 6, dtype=torch.bool), "mask": mask})
     for name in ("reward", "state", "flag"):
         assert spans(axes_of(figure, name)) == [(-0.5, 0.5), (3.5, 5.5)], name
     (line,) = curves(axes_of(figure, "reward"))
@@ -260,14 +246,9 @@ def test_padding_is_shaded_and_its_values_are_not_drawn() -> None:
 
 
 def test_ends_of_episodes_are_marked_in_every_panel() -> None:
-    figure = draw(
-        {
-            "reward": torch.zeros(1, 6),
-            "state": torch.zeros(1, 6, 10),
-            "is_first": torch.tensor([[0, 0, 1, 0, 0, 0]]).bool(),
-            "is_last": torch.tensor([[0, 1, 0, 0, 0, 1]]).bool(),
-        }
-    )
+    is_first, is_last = torch.tensor([[[0, 0, 1, 0, 0, 0]], [[0, 1, 0, 0, 0, 1]]]).bool()
+    values = {"reward": torch.zeros(1, 6), "state": torch.zeros(1, 6, 10)}
+    figure = draw({**values, "is_first": is_first, "is_last": is_last})
     for name in ("reward", "state"):
         assert verticals(axes_of(figure, name), "-") == [1.5]
         assert verticals(axes_of(figure, name), "--") == [1.5, 5.5]
@@ -350,7 +331,9 @@ def test_every_dtype_is_drawn_in_every_shape(dtype: str) -> None:
     assert all(dtype in details(axes_of(figure, name)) for name in batch)
     if dtype != "bool":
         values = batch["()"].abs() if batch["()"].is_complex() else batch["()"]
-        assert curves(axes_of(figure, "()"))[0].get_ydata().tolist() == values[0].double().tolist()
+        (line,) = curves(axes_of(figure, "()"))
+        assert line.get_ydata().tolist() == values[0].double().tolist()
+        assert line.get_drawstyle() == ("steps-mid" if "int" in dtype else "default")
 
 
 def test_fields_without_values_have_an_empty_row() -> None:

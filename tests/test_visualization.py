@@ -58,16 +58,12 @@ def many_fields(length: int, num_sequences: int = 2) -> dict[str, Any]:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*leading, *shape, generator=generator)
 
+    name = "of_a_name_so_long/that_it_does_not_fit_into/a_row_of_the_figure_as_it_stands"
+    image, depth = (randn(12, 16, 3) * 50 + 100).clamp(0, 255).byte(), randn(1, 12, 16).sigmoid()
+    points = randn(30, 3) * torch.tensor([1.0, 2.0, 0.5])
+    marks = {"is_first": steps == 0, "is_last": steps == max(1, length - 3) - 1, "step": steps + 100}
     return {
-        "obs": {
-            "image": (randn(12, 16, 3) * 50 + 100).clamp(0, 255).byte(),
-            "depth": randn(1, 12, 16).sigmoid(),
-            "points": randn(30, 3) * torch.tensor([1.0, 2.0, 0.5]),
-            "state": randn(24),
-            "of_a_name_so_long": {
-                "that_it_does_not_fit_into": {"a_row_of_the_figure_as_it_stands": torch.zeros(leading)}
-            },
-        },
+        "obs": {"image": image, "depth": depth, "points": points, "state": randn(24), name: torch.zeros(leading)},
         "action": randn(4),
         "choice": steps,
         "large": steps + 10**12,
@@ -77,9 +73,7 @@ def many_fields(length: int, num_sequences: int = 2) -> dict[str, Any]:
         "matrix": randn(4, 6),
         "$odd_{name}$": torch.full(leading, torch.nan),
         "mask": steps < max(1, length - 3),
-        "is_first": steps == 0,
-        "is_last": steps == max(1, length - 3) - 1,
-        "step": steps + 100,
+        **marks,
     }
 
 
@@ -99,10 +93,8 @@ def test_texts_of_thirteen_fields_do_not_overlap(length: int, interactive: bool,
 
 
 def test_the_dataset_determines_what_a_field_is() -> None:
-    fields = Fields(
-        obs={"image": ColorImage((4, 5, 3)), "grid": TensorType((4, 5, 3), torch.uint8)},
-        points=PaddedPointcloud((20, 3)),
-    )
+    obs = {"image": ColorImage((4, 5, 3)), "grid": TensorType((4, 5, 3), torch.uint8)}
+    fields = Fields(obs=obs, points=PaddedPointcloud((20, 3)))
     batch = {"obs": {"image": film(2), "grid": film(2)}, "points": clouds([3, 3])}
     figure = draw(batch, fields)
     assert names(figure) == ["obs/image", "obs/grid", "points"]
@@ -125,19 +117,13 @@ def test_transforms_that_change_dtype_or_size_keep_the_type() -> None:
 
 
 def test_transitions_are_drawn_like_the_fields_they_come_from() -> None:
-    flag = Scalar((), torch.bool)
-    points = PaddedPointcloud((20, 3))
-    fields = Fields(
-        obs={"points": points, "x": Scalar()}, action=Vector(2), reward=Scalar(), terminated=flag, truncated=flag
+    flag, obs = Scalar((), torch.bool), {"points": PaddedPointcloud((20, 3)), "x": Scalar()}
+    fields = Fields(obs=obs, action=Vector(2), reward=Scalar(), terminated=flag, truncated=flag)
+    rows = {"obs": {"points": clouds([3] * 6)[0], "x": torch.arange(6.0)}, "action": torch.zeros(6, 2)}
+    no = torch.zeros(6, dtype=torch.bool)
+    dataset = dataset_of(
+        fields, {**rows, "reward": torch.zeros(6), "terminated": torch.arange(6) == 5, "truncated": no}
     )
-    episode = {
-        "obs": {"points": clouds([3] * 6)[0], "x": torch.arange(6.0)},
-        "action": torch.zeros(6, 2),
-        "reward": torch.zeros(6),
-        "terminated": torch.arange(6) == 5,
-        "truncated": torch.zeros(6, dtype=torch.bool),
-    }
-    dataset = dataset_of(fields, episode)
     batch = next(iter(dataset.get_loader(2, 6, include=("step", "is_first"), transform=to_transitions)))
     figure = MatplotlibVisualizer(dataset).visualize(batch)
     assert names(figure) == [*fields.names, "next_obs/points", "next_obs/x"]
@@ -147,14 +133,9 @@ def test_transitions_are_drawn_like_the_fields_they_come_from() -> None:
 
 
 def test_values_without_time_are_in_the_title() -> None:
-    batch = {
-        "x": torch.zeros(4, 5),
-        "priority": torch.tensor([0.0, 0.25, 0.5, 0.75]),
-        "embedding": torch.zeros(4, 128),
-        "$\\frac{$": torch.zeros(4),
-        "name": "run 3",
-    }
-    figure = draw(batch, b=3)
+    priority = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    rest = {"embedding": torch.zeros(4, 128), "$\\frac{$": torch.zeros(4), "name": "run 3"}
+    figure = draw({"x": torch.zeros(4, 5), "priority": priority, **rest}, b=3)
     assert names(figure) == ["x"]
     title = " ".join(figure.get_suptitle().split())
     # A name is text, not mathematics.
