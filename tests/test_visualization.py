@@ -120,7 +120,6 @@ def test_transitions_are_drawn_like_the_fields_they_come_from() -> None:
     flag, obs = Scalar((), torch.bool), {"points": PaddedPointcloud((20, 3)), "x": Scalar()}
     fields = Fields(obs=obs, action=Vector(2), reward=Scalar(), terminated=flag, truncated=flag)
     rows = {"obs": {"points": clouds([3] * 6)[0], "x": torch.arange(6.0)}, "action": torch.zeros(6, 2)}
-    no = torch.zeros(6, dtype=torch.bool)
     dataset = dataset_of(
         fields, {**rows, "reward": torch.zeros(6), "terminated": torch.arange(6) == 5, "truncated": no}
     )
