@@ -120,9 +120,8 @@ def test_transitions_are_drawn_like_the_fields_they_come_from() -> None:
     flag, obs = Scalar((), torch.bool), {"points": PaddedPointcloud((20, 3)), "x": Scalar()}
     fields = Fields(obs=obs, action=Vector(2), reward=Scalar(), terminated=flag, truncated=flag)
     rows = {"obs": {"points": clouds([3] * 6)[0], "x": torch.arange(6.0)}, "action": torch.zeros(6, 2)}
-    dataset = dataset_of(
-        fields, {**rows, "reward": torch.zeros(6), "terminated": torch.arange(6) == 5, "truncated": no}
-    )
+    is_last = torch.arange(6) == 5
+    dataset = dataset_of(fields, {**rows, "reward": torch.zeros(6), "terminated": is_last, "truncated": is_last})
     batch = next(iter(dataset.get_loader(2, 6, include=("step", "is_first"), transform=to_transitions)))
     figure = MatplotlibVisualizer(dataset).visualize(batch)
     assert names(figure) == [*fields.names, "next_obs/points", "next_obs/x"]
