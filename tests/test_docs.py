@@ -36,7 +36,7 @@ def test_links_between_pages_are_not_broken() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_storage_that_is_shown_is_the_one_that_is_tested() -> None:
+def test_the_storage_in_the_docs_is_the_tested_one() -> None:
     shown = [code.values[0] for code in BLOCKS if code.id == "extending.md-0"]
     assert shown == [(ROOT / "tests" / "list_dataset.py").read_text()]
 

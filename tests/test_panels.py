@@ -60,7 +60,7 @@ def test_images_of_every_layout_are_the_right_side_up(channels: int, channels_fi
     assert "black" not in details(ax)
 
 
-def test_first_row_of_an_image_is_on_top_of_the_canvas() -> None:
+def test_first_row_of_an_image_is_on_top() -> None:
     image = torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8)
     image[0, 0, 0, :4] = torch.tensor([255, 0, 0])
     figure = draw({"image": image})
