@@ -74,7 +74,8 @@ class Windows:
                 mine[positions] = theirs
             columns.append(mine)
         oldest_step = min(self.oldest_step, others.oldest_step)
-        return Windows(self.length, *columns, self.is_checked and others.is_checked, oldest_step)
+        is_checked = self.is_checked and others.is_checked
+        return Windows(self.length, *columns, is_checked=is_checked, oldest_step=oldest_step)
 
     @property
     def are_within(self) -> bool:
