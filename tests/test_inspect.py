@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from buffers.__main__ import main
+from buffers.viewing.commands import main
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.individual_file import NumpyCompressedSerialization, TorchSerialization
 from buffers.viewing import inspection
@@ -270,7 +270,7 @@ def test_only_pictures_need_matplotlib(episodes: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules["matplotlib"] = None
-from buffers.__main__ import main
+from buffers.viewing.commands import main
 assert main(["inspect", {str(episodes)!r}]) == 0
 sys.exit(main(["inspect", {str(episodes)!r}, "--output", {str(tmp_path / "a.png")!r}]))
 """
