@@ -99,7 +99,7 @@ def state():
             multiprocessing.get_start_method(allow_none=True), torch.get_num_threads(), threading.active_count(),
             [signal.getsignal(number) for number in signal.valid_signals()])
 before = state()
-import buffers, buffers.dataset, buffers.loader, buffers.sampler
+import buffers, buffers.dataset, buffers.loading, buffers.sampler
 assert state() == before
 print([name for name in sys.modules if name.split(".")[0] in ("matplotlib", "gymnasium")])
 """
