@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from buffers.dataset.directory import DAMAGED, EpisodeDirectory, Listing
+from buffers.dataset.directory import DAMAGED, EpisodeDirectory
 from buffers.dataset.individual_file import IndividualFileDataset
 from buffers.dataset.lock import LOCK, NO_SURPRISES
-from buffers.dataset.opening import Verify, inspect
+from buffers.dataset.opening import Verify
 from buffers.drawing.tracks import as_array
 from buffers.utils import format_bytes
 
@@ -52,13 +52,13 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
         _check_output(path, output)
     with _opened(path, verify) as dataset:
         if dataset.is_empty:
-            findings = _look_around(path, dataset, verify)
+            findings = _look_around(path, dataset)
             if any(findings):
                 _print([path, *_describe_findings(findings)])
             raise InspectionError(f"{path} holds no whole episode of a known format.")
         if episode_id is None:
-            findings = _look_around(path, dataset, verify)
-            state = [f"Format: {dataset._strategy.suffix}", f"Writer: {_describe_writer(path)}"]
+            findings = _look_around(path, dataset)
+            state = [f"Format: {dataset.serialization_strategy.suffix}", f"Writer: {_describe_writer(path)}"]
             _print([path, *_describe_dataset(dataset), "", *state, *_describe_findings(findings)])
         if episode_id is not None:
             episode = _read_episode(dataset, episode_id)
@@ -120,15 +120,14 @@ class _Findings(NamedTuple):
     aside: list[tuple[str, str]]
 
 
-def _look_around(path: str, dataset: IndividualFileDataset, verify: Verify) -> _Findings:
-    directory = EpisodeDirectory(path, dataset._strategy.suffix, writable=False)
+def _look_around(path: str, dataset: IndividualFileDataset) -> _Findings:
+    directory = EpisodeDirectory(path, dataset.serialization_strategy.suffix, writable=False)
     try:
-        listing = directory.list()
-        damaged = _find_damaged(directory, listing, dataset, verify)
+        temporaries = sorted(directory.list().temporaries)
     finally:
         directory.close()
-    temporaries = [(name, _size_of(os.path.join(path, name))) for name in sorted(listing.temporaries)]
-    return _Findings(temporaries, damaged, _list_aside(path))
+    sizes = [(name, _size_of(os.path.join(path, name))) for name in temporaries]
+    return _Findings(sizes, sorted(dataset.damaged_files), _list_aside(path))
 
 
 def _describe_findings(findings: _Findings) -> list[str]:
@@ -146,22 +145,6 @@ def _some(title: str, found: Sequence[tuple[str, str]], what: str) -> list[str]:
     lines = [f"  {name}: {text}" for name, text in found[:_MAX_NAMES]]
     more = [f"  and {len(found) - _MAX_NAMES:,} more"] if len(found) > _MAX_NAMES else []
     return [f"{title}: {len(found):,} ({what})", *lines, *more]
-
-
-def _find_damaged(
-    directory: EpisodeDirectory, listing: Listing, dataset: IndividualFileDataset, verify: Verify
-) -> list[tuple[str, str]]:
-    """All that the dataset has left out, and why: what sizes give away, and of the rest what `verify` has found."""
-    strategy, fields = dataset._strategy, dataset.fields
-    damaged = inspect(directory, listing, strategy, fields, None, "size").damaged
-    known = {name for name, _ in damaged} | dataset._names.all()
-    others = [i for i, text in enumerate(listing.texts) if text not in known]
-    if others:
-        rest = Listing([listing.texts[i] for i in others])
-        for name in ("ids", "starts", "lengths", "sizes"):
-            setattr(rest, name, [getattr(listing, name)[i] for i in others])
-        damaged += inspect(directory, rest, strategy, fields, None, verify).damaged
-    return sorted(damaged)
 
 
 def _list_aside(path: str) -> list[tuple[str, str]]:

@@ -13,8 +13,8 @@ import pytest
 from buffers.dataset import IndividualFileDataset, shared
 from buffers.dataset.index import EpisodeIndex
 from buffers.dataset.shared import EpisodeLog, SharedArrays
+from tests.faults import fork
 from tests.file_helpers import add, numbers
-from tests.process_helpers import fork
 
 _KILLED = 9
 LIVE = 5
