@@ -69,7 +69,9 @@ def watched_calls(before: Callable[..., object] = nothing, after: Callable[..., 
 
 
 @contextlib.contextmanager
-def failing_calls(name: str, error: OSError, is_meant: Callable[..., bool] = lambda *_: True) -> Iterator[list[bool]]:
+def failing_calls(
+    name: str, error: BaseException, is_meant: Callable[..., bool] = lambda *_: True
+) -> Iterator[list[bool]]:
     """Let the calls of a name fail, those that are meant; what becomes of each is listed."""
     failed: list[bool] = []
 

@@ -136,6 +136,22 @@ def test_a_first_episode_that_cannot_be_written_settles_nothing(tmp_path) -> Non
     assert add(dataset, [3]) == [0]
 
 
+@pytest.mark.parametrize("name", ["open", "rename", "fsync"])
+def test_an_addition_that_ctrl_c_cuts_off_harms_no_other(tmp_path, name) -> None:
+    dataset = IndividualFileDataset(10, directory=tmp_path)
+    add(dataset, [5])
+
+    def is_meant(*arguments: object) -> bool:
+        return name != "fsync" or os.path.isdir(f"/proc/self/fd/{arguments[0]}")  # The file has its name by then.
+
+    with failing_calls(name, KeyboardInterrupt(), is_meant), pytest.raises(KeyboardInterrupt):
+        add(dataset, [2], 1)
+    assert add(dataset, [3, 1], 1) == [1, 2]
+    dataset.close()
+    with IndividualFileDataset(10, directory=tmp_path) as dataset:
+        assert numbers(dataset) == [(0, 5), (1, 3), (2, 1)]
+
+
 # What it costs.
 
 

@@ -51,6 +51,12 @@ class FileName(NamedTuple):
         """The name itself: names in their order are episodes in theirs."""
         return f"{self.id:010d}-{self.start:012d}-{self.length}{suffix}"
 
+    @classmethod
+    def parse(cls, text: str) -> FileName | None:
+        """What a name says, whatever its suffix; None for other names."""
+        match = _NAME.fullmatch(text)
+        return None if match is None else cls(int(match[1]), int(match[2]), int(match[3]))
+
 
 class Listing(NamedTuple):
     """What a directory holds.

@@ -162,10 +162,9 @@ class IndividualFileDataset(EpisodeDataset):
         seen = self._seen
         listing, damaged = self._scan(verify)
         self._seen = listing.all_names
-        for name in seen - listing.all_names:
-            digits = name.partition("-")[0]
-            if digits.isdecimal():
-                self._forget(int(digits))
+        for name in map(FileName.parse, seen - listing.all_names):
+            if name is not None:
+                self._forget(name)
         self._report_damage(damaged)
 
     def _scan(self, verify: Verify) -> tuple[Listing, list[tuple[str, str]]]:
@@ -317,7 +316,7 @@ class IndividualFileDataset(EpisodeDataset):
     def _lose(self, window: LostWindow) -> None:
         """The file of a window is gone, or damaged: its episode does not live any more."""
         with self._lock:
-            if not self._forget(window.name.id):
+            if not self._forget(window.name):
                 return
             if self._is_writer():
                 with contextlib.suppress(OSError):
@@ -325,15 +324,15 @@ class IndividualFileDataset(EpisodeDataset):
             if isinstance(window.error, DamagedEpisodeError):
                 self._report_damage([(window.name.text(self._directory.suffix), f"it {window.error}")])
 
-    def _forget(self, episode_id: int) -> bool:
+    def _forget(self, name: FileName) -> bool:
         """Forget an episode whose file is not there any more; False if it does not live."""
-        position = self.index.position(episode_id)
-        if position is None:
+        position = self.index.position(name.id)
+        if position is None or self.index.episode(position) != (name.start, name.length, name.id):
             return False
         self.index.remove(position)
-        self._reader.forget(episode_id)
+        self._reader.forget(name.id)
         if self._log is not None and self._is_writer():
-            self._log.remove(episode_id, self.index)
+            self._log.remove(name.id, self.index)
         return True
 
     # Closing, and who may do what.

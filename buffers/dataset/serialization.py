@@ -39,15 +39,7 @@ SCHEMA_KEY = "buffers"
 _Result = TypeVar("_Result")
 # What readers of files raise for bytes that are not what they should be. Of a format of the user's own, these mean that
 # the file is damaged, and nothing else does.
-_RAISED_BY_BYTES = (
-    ValueError,
-    LookupError,
-    EOFError,
-    RecursionError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
+_RAISED_BY_BYTES = (ValueError, LookupError, EOFError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile)
 _OUT_OF_MEMORY = "Error -4"  # How zlib's own error begins.
 _DTYPES = {
     name: getattr(torch, name)

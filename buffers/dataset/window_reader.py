@@ -37,7 +37,7 @@ class LostWindow(NamedTuple):
 
     position: int
     name: FileName
-    error: FileNotFoundError | DamagedEpisodeError
+    error: Exception
 
 
 class _Layout(NamedTuple):
@@ -49,13 +49,13 @@ class _Layout(NamedTuple):
 
 class _OpenFile(NamedTuple):
     file: io.FileIO
-    layout: _Layout | None
+    layout: _Layout
 
 
 class WindowReader:
     """Copies rows of episodes into a batch, and keeps some files open, or some episodes decoded.
 
-    Several threads may read; they take turns. Nothing here waits for a thread that reads, but `read` and `close`.
+    Several threads may read; they take turns. `forget` waits for none of them.
 
     Args:
         directory: Where the files are.
@@ -73,6 +73,7 @@ class WindowReader:
         # What was found once is not looked for again, except for the size. Most files share a layout with others.
         self._layouts: dict[int, _Layout] = {}
         self._shared_layouts: dict[_Layout, _Layout] = {}
+        self._waste = memoryview(bytearray(_MAX_GAP))
         weakref.finalize(self, _close_all, self._files).atexit = False
 
     def read(
@@ -82,20 +83,26 @@ class WindowReader:
 
         Raises:
             OSError: As the operating system says.
-            MemoryError: There is no room for an episode that must be decoded.
+            MemoryError: An episode that must be decoded does not fit the memory.
         """
         starts = (windows.start - windows.step).tolist()
         ids, lengths, steps = windows.episode.tolist(), windows.episode_length.tolist(), windows.step.tolist()
         num_rows = windows.num_rows.tolist()
+        # Bytes of a row, and the memory, of each field that is wanted and has any.
+        memory = {name: (fields[name].nbytes, bytes_of(out[name])) for name in out if fields[name].nbytes}
         lost = []
         with self._lock:
             self._drop_forgotten()
-            batch = _Batch(strategy, fields, out)
             # In the order of files, so that each is opened, or decoded, once.
             for b in windows.episode.argsort(kind="stable").tolist():
                 name = FileName(ids[b], starts[b], lengths[b])
                 try:
-                    self._read_window(batch, b, name, steps[b], num_rows[b])
+                    source = self._find(name, strategy, fields)
+                    if isinstance(source, _OpenFile):
+                        self._read_rows(source, memory, b * windows.length, steps[b], num_rows[b])
+                    else:
+                        for field, tensor in out.items():
+                            tensor[b, : num_rows[b]] = source[field][steps[b] : steps[b] + num_rows[b]]
                 except (FileNotFoundError, DamagedEpisodeError) as error:
                     lost.append(LostWindow(b, name, error))
         return lost
@@ -124,68 +131,62 @@ class WindowReader:
             self._layouts.pop(episode_id, None)
             self._decoded_bytes -= _num_bytes(self._decoded.pop(episode_id, {}))
 
-    def _read_window(self, batch: _Batch, b: int, name: FileName, step: int, num_rows: int) -> None:
-        episode = self._decoded.pop(name.id, None)
-        if episode is None:
-            opened = self._files.pop(name.id, None) or self._open(batch, name)
-            if opened.layout is not None:
-                self._files[name.id] = opened
-                batch.read_rows(b, opened.file, opened.layout, step, num_rows)
-                return
-            with opened.file as file:
-                episode = load_episode(batch.strategy, file, batch.fields, name.length)
-            self._decoded_bytes += _num_bytes(episode)
-        self._decoded[name.id] = episode
-        batch.copy_rows(b, episode, step, num_rows)
-        while self._decoded_bytes > MAX_DECODED_BYTES:
-            self._decoded_bytes -= _num_bytes(self._decoded.pop(next(iter(self._decoded))))
-
-    def _open(self, batch: _Batch, name: FileName) -> _OpenFile:
-        """Open the file of an episode, and find out where its rows lie."""
+    def _find(
+        self, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields
+    ) -> _OpenFile | Mapping[str, torch.Tensor]:
+        """The open file of an episode or, if its format has no ranges, the episode; now the last to be closed."""
+        if name.id in self._files:
+            self._files[name.id] = opened = self._files.pop(name.id)
+            return opened
+        if name.id in self._decoded:
+            self._decoded[name.id] = episode = self._decoded.pop(name.id)
+            return episode
         file = self._directory.open(name.text(self._directory.suffix))
         try:
-            size, layout = os.fstat(file.fileno()).st_size, self._layouts.get(name.id)
-            if layout is None:
-                offsets = read_with(batch.strategy.row_offsets, file, batch.fields, name.length)
-                if offsets is None:
-                    return _OpenFile(file, None)
-                layout = _Layout(size, tuple(sorted((offsets[field], field) for field in batch.fields)))
-                self._layouts[name.id] = layout = self._shared_layouts.setdefault(layout, layout)
-            if size != layout.size:
-                raise DamagedEpisodeError(f"has {size} bytes, and had {layout.size} before")
+            layout = self._find_layout(file, name, strategy, fields)
+            if layout is not None:
+                while len(self._files) >= self._max_open_files:
+                    self._files.pop(next(iter(self._files))).file.close()
+                self._files[name.id] = opened = _OpenFile(file, layout)
+                return opened
+            episode = load_episode(strategy, file, fields, name.length)
         except Exception:
             file.close()
             raise
-        while len(self._files) >= self._max_open_files:
-            self._files.pop(next(iter(self._files))).file.close()
-        return _OpenFile(file, layout)
+        file.close()
+        self._decoded[name.id] = episode
+        self._decoded_bytes += _num_bytes(episode)
+        while self._decoded_bytes > MAX_DECODED_BYTES:
+            self._decoded_bytes -= _num_bytes(self._decoded.pop(next(iter(self._decoded))))
+        return episode
 
+    def _find_layout(
+        self, file: io.FileIO, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields
+    ) -> _Layout | None:
+        size, layout = os.fstat(file.fileno()).st_size, self._layouts.get(name.id)
+        if layout is None:
+            offsets = read_with(strategy.row_offsets, file, fields, name.length)
+            if offsets is None:
+                return None
+            layout = _Layout(size, tuple(sorted((offsets[field], field) for field in fields)))
+            self._layouts[name.id] = layout = self._shared_layouts.setdefault(layout, layout)
+        if size != layout.size:
+            raise DamagedEpisodeError(f"has {size} bytes, and had {layout.size} before")
+        return layout
 
-class _Batch:
-    """A batch that is being filled."""
-
-    def __init__(self, strategy: EpisodeSerializationStrategy, fields: Fields, out: Mapping[str, torch.Tensor]) -> None:
-        self.strategy, self.fields, self._out = strategy, fields, out
-        self._length = next(iter(out.values())).shape[1]
-        # Bytes of a row, and the memory, of each field that is wanted and has any.
-        self._memory = {name: (fields[name].nbytes, bytes_of(out[name])) for name in out if fields[name].nbytes}
-        self._row_bytes = sum(fields[name].nbytes for name in out)
-        self._waste = memoryview(bytearray(_MAX_GAP))
-
-    def read_rows(self, b: int, file: io.FileIO, layout: _Layout, step: int, num_rows: int) -> None:
-        """Fill window b with the rows from `step` on, in as few calls as pay.
-
-        Raises:
-            DamagedEpisodeError: The file has been cut short.
-        """
-        descriptor, spare = file.fileno(), int(num_rows * self._row_bytes * _MAX_SHARE_OF_GAPS)
+    def _read_rows(
+        self, opened: _OpenFile, memory: Mapping[str, tuple[int, memoryview]], row: int, step: int, num_rows: int
+    ) -> None:
+        """Fill rows of a batch, from `row` on, with those from `step` on of an episode, in as few calls as pay."""
+        descriptor = opened.file.fileno()
+        spare = int(num_rows * sum(row_bytes for row_bytes, _ in memory.values()) * _MAX_SHARE_OF_GAPS)
         buffers: list[memoryview] = []
         begin = end = 0
-        for offset, name in layout.offsets:
-            if name not in self._memory:
+        for offset, field in opened.layout.offsets:
+            if field not in memory:
                 continue
-            row_bytes, memory = self._memory[name]
-            first, place = offset + step * row_bytes, b * self._length * row_bytes
+            row_bytes, view = memory[field]
+            first = offset + step * row_bytes
             gap = first - end
             if not buffers or gap > min(spare, _MAX_GAP) or len(buffers) > _MAX_BUFFERS:
                 _read_exactly(descriptor, buffers, begin, end)
@@ -194,13 +195,8 @@ class _Batch:
                 spare -= gap
                 buffers.append(self._waste[:gap])
             end = first + num_rows * row_bytes
-            buffers.append(memory[place : place + num_rows * row_bytes])
+            buffers.append(view[row * row_bytes : (row + num_rows) * row_bytes])
         _read_exactly(descriptor, buffers, begin, end)
-
-    def copy_rows(self, b: int, episode: Mapping[str, torch.Tensor], step: int, num_rows: int) -> None:
-        """Fill window b with the rows from `step` on of a decoded episode."""
-        for name, tensor in self._out.items():
-            tensor[b, :num_rows] = episode[name][step : step + num_rows]
 
 
 def load_episode(
