@@ -166,6 +166,19 @@ def test_files_are_not_set_aside_out_of_the_directory(tmp_path) -> None:
     assert os.listdir(outside) == [] and (path / "0000000001-000000000000-5.safetensors").exists()
 
 
+def test_a_file_with_false_numbers_costs_no_good_one(tmp_path) -> None:
+    with opened(tmp_path, 100) as dataset:
+        for number, length in zip(range(3), lengths(), strict=False):
+            dataset.add_episode(tagged.episode(length, number))
+    (second,) = tmp_path.glob("0000000001-*")
+    # It says to have a row more, which the next has, and is as large as if it did.
+    second.write_bytes(second.read_bytes() + bytes(dataset.fields.nbytes))
+    second.rename(tmp_path / "0000000001-000000000005-4.safetensors")
+    with pytest.warns(UserWarning, match="1 files .*: 0000000001-000000000005-4"):
+        dataset = IndividualFileDataset(100, directory=tmp_path)
+    assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (2, 9)]
+
+
 @pytest.mark.parametrize("put_there", [os.mkdir, os.mkfifo])
 def test_what_took_the_place_of_a_file_is_damage(tmp_path, put_there) -> None:
     with opened(tmp_path, 100) as dataset:

@@ -121,14 +121,6 @@ class TorchSerialization(EpisodeSerializationStrategy):
         with _opened(file, fields, length) as archive:
             _find_storages(archive, fields, length)
 
-    def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
-        """Read all of it, and compare all checksums in it."""
-        with _opened(file, fields, length) as archive:
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise DamagedEpisodeError(f"has a wrong checksum in {damaged!r:.60}")
-        self.load(file, fields, length)
-
 
 @contextmanager
 def _opened(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> Iterator[zipfile.ZipFile]:

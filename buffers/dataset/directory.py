@@ -104,34 +104,39 @@ class EpisodeDirectory:
 
     def list(self, known: Collection[str] = ()) -> Listing:
         """What there is; of the names that are `known`, nothing but that they are there."""
+        names: list[str] = []
+        numbers: list[int] = []
+        all_names, other_names, other_suffixes = set(), [], set()
         # A descriptor of its own: forked processes share the position up to which a directory has been read.
         descriptor = Descriptor(os.open(".", os.O_RDONLY | CLOSE_ON_EXEC, dir_fd=self._descriptor.number))
-        found: dict[str, os.DirEntry[str]] = {}
         with os.scandir(descriptor.number) as entries:
-            found.update((entry.name, entry) for entry in entries)
-            matches = [match for name in found if name not in known and (match := _NAME.fullmatch(name))]
-            names: list[str] = []
-            numbers: list[int] = []
-            for match in matches:
-                if match[4] == self.suffix:
-                    with contextlib.suppress(FileNotFoundError):  # Evicted meanwhile.
-                        status = found[match[0]].stat(follow_symlinks=False)
-                        size = status.st_size if stat.S_ISREG(status.st_mode) else -1
-                        numbers += [int(match[2]), int(match[3]), int(match[1]), size]
-                        names.append(match[0])
+            for entry in entries:
+                all_names.add(entry.name)
+                if entry.name in known:
+                    continue
+                match = _NAME.fullmatch(entry.name)
+                if match is None:
+                    other_names.append(entry.name)
+                elif match[4] != self.suffix:
+                    other_suffixes.add(match[4])
+                else:
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue  # Evicted meanwhile.
+                    names.append(entry.name)
+                    size = status.st_size if stat.S_ISREG(status.st_mode) else -1
+                    numbers += int(match[2]), int(match[3]), int(match[1]), size
         table = np.array(numbers, np.int64).reshape(-1, 4)
         order = np.lexsort((table[:, 0], table[:, 2]))
-        markers = [match for name in found if (match := _MARKER.fullmatch(name))]
+        temporaries = [
+            name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])
+        ]
+        markers = [match for name in other_names if (match := _MARKER.fullmatch(name))]
         self._markers = [match[0] for match in markers]
-        return Listing(
-            [names[i] for i in order.tolist()],
-            table[order, :3],
-            table[order, 3],
-            [name for name in found if name.startswith(TEMPORARY) and _NAME.fullmatch(name, len(TEMPORARY))],
-            {match[4] for match in matches if match[4] != self.suffix},
-            _next_numbers([(int(match[1]), int(match[2])) for match in markers], table),
-            set(found),
-        )
+        next_numbers = _next_numbers([(int(match[1]), int(match[2])) for match in markers], table)
+        names, table = [names[i] for i in order.tolist()], table[order]
+        return Listing(names, table[:, :3], table[:, 3], temporaries, other_suffixes, next_numbers, all_names)
 
     def modified_at(self) -> int:
         """When a name last came or went, in nanoseconds."""

@@ -92,6 +92,9 @@ class IndividualFileDataset(EpisodeDataset):
 
     # What tells workers of episodes that come and go; None in a reader that looks at the directory.
     _log: EpisodeLog | None = None
+    # The last file that was written. If an addition failed, its number is not counted, and is given again.
+    _written: FileName | None = None
+    _is_closed = False
     # An episode that cannot be written shall not cost another one.
     _evicts_before_writing = False
 
@@ -117,12 +120,9 @@ class IndividualFileDataset(EpisodeDataset):
         self.mode = one_of("mode", mode, get_args(Mode))
         one_of("verify", verify, get_args(Verify))
         self.damaged_files: list[tuple[str, str]] = []
-        self._is_closed = False
         # Until there is an episode, whose format and fields bind those that follow.
         self._is_format_open, self._are_fields_checked = serialization_strategy is None, False
         self._writer = os.getpid() if mode == "a" else None
-        # The last file that was written; if an addition failed, it has a number that is not counted.
-        self._written: FileName | None = None
         # Names in the directory that a reader need not look at again.
         self._seen: set[str] = set()
         self._directory = EpisodeDirectory(os.fspath(directory), strategy.suffix, mode == "a", durability == "fsync")

@@ -149,17 +149,24 @@ def _suspects(listing: Listing, strategy: EpisodeSerializationStrategy, fields: 
     bounds = strategy.overhead(fields)
     if bounds is None:
         return list(range(len(listing.names)))
-    starts, lengths, ids = listing.rows.T
-    overhead = listing.sizes - lengths * fields.nbytes
+    overhead = listing.sizes - listing.rows[:, 1] * fields.nbytes
     is_suspect = (overhead < bounds[0]) | (overhead > bounds[1])
-    clashes = (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])
+    clashes = _find_clashes(listing)
     is_suspect[1:] |= clashes
     is_suspect[:-1] |= clashes
     return np.flatnonzero(is_suspect).tolist()
 
 
+def _find_clashes(listing: Listing) -> npt.NDArray[np.bool_]:
+    """Whether a file has the id of the file before it, or step ids of any before it; bool `(n - 1,)`."""
+    starts, lengths, ids = listing.rows.T
+    return (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])
+
+
 def _find_overlaps(listing: Listing, errors: dict[str, Exception]) -> None:
     """Files of one id, or of step ids that another has, could not be told apart in a batch: the first stays."""
+    if not _find_clashes(listing).any():
+        return
     last_id, end = -1, 0
     for name, (start, length, episode_id) in zip(listing.names, listing.rows.tolist(), strict=True):
         if name in errors:
