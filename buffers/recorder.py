@@ -28,15 +28,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from buffers.dataset.fields import Fields, cast_if_kept
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.observations import as_flags, find_final_obs, leaves_of, put_final_obs, to_array, tree_of
-from buffers.replay_buffer import ReplayBuffer
 from buffers.utils import integer
+from buffers.writer import EpisodeWriter
 
 __all__ = ["Recorder"]
 
@@ -45,9 +45,18 @@ _MISSING = "final_obs_missing"
 _RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", "mask", "next_obs", _MISSING}
 
 
+class HasWriter(Protocol):
+    """A front-end of a writer: a `ReplayBuffer`."""
+
+    @property
+    def writer(self) -> EpisodeWriter:
+        """What takes the rows."""
+
+
 class Recorder:
     """Records the calls of an environment, or of N environments that step together, as whole episodes.
 
+        >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
         >>> buffer = ReplayBuffer(RingBufferDataset(capacity=1_000), batch_size=32)
         >>> recorder = Recorder(buffer, num_envs=None, autoreset_mode="disabled")
@@ -62,7 +71,8 @@ class Recorder:
     `is_first` is zero. dtypes are kept as they are delivered. Tuples become dicts with the keys "0", "1", ...
 
     Args:
-        buffer: Where the rows go. It takes the rows of one recorder at a time: the newest.
+        buffer: Where the rows go, a `ReplayBuffer` or an `EpisodeWriter`. It takes the rows of one recorder at a time:
+            the newest.
         num_envs: N; all that is passed has N as leading size, also for N = 1. None for a single environment, whose
             values have no such axis; its rewards, if they are plain numbers, are stored as float32.
         autoreset_mode: "next_step" (the call after the last one of an episode resets), "same_step" (the last call
@@ -78,33 +88,33 @@ class Recorder:
 
     def __init__(
         self,
-        buffer: ReplayBuffer,
+        buffer: HasWriter | EpisodeWriter,
         num_envs: int | None,
         autoreset_mode: str,
         *,
         final_obs_may_be_missing: bool = False,
     ) -> None:
-        if not isinstance(buffer, ReplayBuffer):
-            raise TypeError(f"`buffer` must be a ReplayBuffer, found {type(buffer).__name__}.")
+        writer = buffer if isinstance(buffer, EpisodeWriter) else getattr(buffer, "writer", None)
+        if not isinstance(writer, EpisodeWriter):
+            raise TypeError(f"`buffer` must be a ReplayBuffer or an EpisodeWriter, found {type(buffer).__name__}.")
         if autoreset_mode not in MODES:
             raise ValueError(f"`autoreset_mode` must be one of {MODES}, found {autoreset_mode!r}.")
-        self.buffer, self.autoreset_mode = buffer, autoreset_mode
+        self.writer, self.autoreset_mode = writer, autoreset_mode
         self.num_envs = 1 if num_envs is None else integer("num_envs", num_envs, 1)
         self._is_single = num_envs is None
-        known = buffer._stated_num_envs if buffer._accumulator is None else buffer._accumulator.num_envs
-        if known not in (None, self.num_envs):
+        if writer.num_envs not in (None, self.num_envs):
             raise ValueError(
-                f"`num_envs`={num_envs} here, but {known} in the ReplayBuffer, which does not change. Make another "
-                "ReplayBuffer; they may share one dataset."
+                f"`num_envs`={num_envs} here, but {writer.num_envs} in the ReplayBuffer, which does not change. Make "
+                "another ReplayBuffer; they may share one dataset."
             )
-        self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (buffer.fields or ())
-        self._token = buffer._recorder = object()
+        self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (writer.fields or ())
+        self._token = writer.owner = object()
         # A row in two parts, as the first observation comes before anything is known about the rest.
         self._obs_fields: Fields | None = None
         self._rest_fields: Fields | None = None
         # Observations that are not rows yet: where `_is_pending`, the first of an episode; elsewhere the last one known
         # if that may be needed.
-        self._held: list[np.ndarray] = []
+        self._kept: list[np.ndarray] = []
         self._first_rest: list[np.ndarray] = []
         self._arrived: list[np.ndarray] = []
         # Where each of the buffer's fields is among those of the two parts.
@@ -133,14 +143,15 @@ class Recorder:
         fields = Fields.from_rows(tree, 1) if self._obs_fields is None else self._obs_fields
         leaves = self._leaves(fields, tree)
         is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask)
-        self.buffer._truncate(bool(is_reset[0]) if self._is_single else is_reset)
+        self.writer.truncate(bool(is_reset[0]) if self._is_single else is_reset)
         if self._obs_fields is None:
             self._obs_fields = fields
-            self._held = [np.zeros_like(leaf) for leaf in leaves]
-        self._hold(leaves, is_reset)
+            self._kept = [np.zeros_like(leaf) for leaf in leaves]
+        self._keep(leaves, is_reset)
         self._is_pending = is_reset.copy() if self._is_pending is None else self._is_pending | is_reset
-        self._was_done = _but(self._was_done, is_reset)
-        self._needs_reset = _but(self._needs_reset, is_reset)
+        self._was_done = and_not(self._was_done, is_reset)
+        self._needs_reset = and_not(self._needs_reset, is_reset)
+        self.writer.check_stored()
 
     def step(
         self,
@@ -191,15 +202,16 @@ class Recorder:
         rest_leaves = self._leaves(fields, rest)
         first_rest = self._first_rest or _first_rest(fields, rest_leaves)
         if self._is_pending is not None:
-            self._hand_over(fields, self._held, first_rest, self._is_pending, None, self._is_pending)
+            self._write(fields, self._kept, first_rest, is_first=self._is_pending, mask=self._is_pending)
             self._rest_fields, self._first_rest = fields, first_rest
-            # At once: should what follows fail and be called again, the first rows must not come twice.
+            # At once: should what follows be refused and called again, the first rows must not come twice.
             self._is_pending = None
         is_last = is_done if any_done else None
-        self._hand_over(
-            fields, arrived, rest_leaves, None, is_last, None if self._was_done is None else ~self._was_done
+        self._write(
+            fields, arrived, rest_leaves, is_last=is_last, mask=None if self._was_done is None else ~self._was_done
         )
         self._move_on(obs_leaves, is_last)
+        self.writer.check_stored()
 
     def _move_on(self, obs: list[np.ndarray], is_done: np.ndarray | None) -> None:
         """What each environment is waiting for after a step."""
@@ -209,45 +221,48 @@ class Recorder:
         is_first = is_done
         if self.autoreset_mode == "next_step":
             # An episode may even end on the call that resets: it has no transition, so its first row is not kept.
-            is_first = _but(self._was_done, is_done)
+            is_first = and_not(self._was_done, is_done)
             self._was_done = is_done
         elif self._may_be_missing:
-            for held, leaf in zip(self._held, obs, strict=True):
-                np.copyto(held, leaf)
+            for kept, leaf in zip(self._kept, obs, strict=True):
+                np.copyto(kept, leaf)
         if is_first is not None:
-            self._hold(obs, is_first)
+            self._keep(obs, is_first)
         self._is_pending = is_first
 
-    def _hold(self, obs: list[np.ndarray], mask: np.ndarray) -> None:
+    def _keep(self, obs: list[np.ndarray], mask: np.ndarray) -> None:
         """Copy observations: environments use their arrays again."""
         envs = mask.nonzero()[0]
-        for held, leaf in zip(self._held, obs, strict=True):
-            held[envs] = leaf[envs]
+        for kept, leaf in zip(self._kept, obs, strict=True):
+            kept[envs] = leaf[envs]
 
-    def _hand_over(
+    def _write(
         self,
         rest_fields: Fields,
         obs: list[np.ndarray],
         rest: list[np.ndarray],
-        is_first: np.ndarray | None,
-        is_last: np.ndarray | None,
-        mask: np.ndarray | None,
+        *,
+        is_first: np.ndarray | None = None,
+        is_last: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
     ) -> None:
-        """One row of each environment under `mask`."""
-        if self._order:
-            leaves = [*obs, *rest]
-            self.buffer._add_known([leaves[i] for i in self._order], is_first, is_last, mask)
-            return
+        """Hand over one row of each environment under `mask`."""
+        if not self._order:
+            self._begin(rest_fields, obs, rest)
+        leaves = [*obs, *rest]
+        self.writer.add_rows([leaves[i] for i in self._order], is_first, is_last, mask)
+
+    def _begin(self, rest_fields: Fields, obs: list[np.ndarray], rest: list[np.ndarray]) -> None:
+        """Settle the fields of the writer, and find the order in which it has them."""
         row: dict[str, Any] = {}
         names: list[str] = []
         for fields, leaves in ((self._known_obs_fields, obs), (rest_fields, rest)):
-            values = [leaf[0] if self._is_single else leaf for leaf in leaves]
+            values = [leaf[0] for leaf in leaves] if self._is_single else leaves
             row.update(fields.unflatten(dict(zip(fields.names, values, strict=True))))
             names += fields.names
-        flags = [flag if flag is None or not self._is_single else bool(flag[0]) for flag in (is_first, is_last, mask)]
-        self.buffer.add(row, is_first=flags[0], is_last=flags[1], mask=flags[2])
-        assert self.buffer.fields is not None  # It has a row.
-        self._order = [names.index(name) for name in self.buffer.fields]
+        self.writer.begin(row, None if self._is_single else self.num_envs)
+        assert self.writer.fields is not None  # It has begun.
+        self._order = [names.index(name) for name in self.writer.fields]
 
     # What came in, as arrays that are known to fit.
 
@@ -309,7 +324,7 @@ class Recorder:
             for i, (_, dtype, shape) in enumerate(fields.layout):
                 if not shape and leaves[i].dtype != dtype and np.can_cast(leaves[i].dtype, dtype, "same_kind"):
                     leaves[i] = cast_if_kept(leaves[i], dtype)
-        check_rows(fields, leaves, (self.num_envs,), self.buffer.dataset.verification_mode)
+        check_rows(fields, leaves, (self.num_envs,), self.writer.sink.verification_mode)
         return leaves
 
     def _flag(self, name: str, value: Any) -> np.ndarray:
@@ -353,15 +368,15 @@ class Recorder:
             is_missing[put_final_obs(fields, self._arrived, envs, name, source, self._obs_leaves)] = False
         if is_missing.any():
             self._check_may_be_missing(is_missing)
-            for arrived, held in zip(self._arrived, self._held, strict=True):
-                arrived[is_missing] = held[is_missing]
-        if self.buffer.dataset.verification_mode is VerificationMode.ALL_CHECKS:
+            for arrived, kept in zip(self._arrived, self._kept, strict=True):
+                arrived[is_missing] = kept[is_missing]
+        if self.writer.sink.verification_mode is VerificationMode.ALL_CHECKS:
             check_rows(fields, self._arrived, (self.num_envs,), VerificationMode.ALL_CHECKS)
         return self._arrived, is_missing
 
     def _check_may_be_missing(self, is_missing: np.ndarray) -> None:
         # Before the first row is stored, its fields are still open.
-        if not self._may_be_missing and self._rest_fields is None and self.buffer.fields is None:
+        if not self._may_be_missing and self._rest_fields is None and self.writer.fields is None:
             self._may_be_missing = True
             warnings.warn(
                 "An environment ended without a final observation. From now on rows have `final_obs_missing`, and such "
@@ -386,7 +401,7 @@ class Recorder:
         return self._obs_fields
 
     def _check_owner(self) -> None:
-        if self.buffer._recorder is not self._token:
+        if self.writer.owner is not self._token:
             raise RuntimeError(
                 "Another recorder writes to this buffer by now; together they would mix their episodes. Give each its "
                 "own ReplayBuffer; they may share one dataset."
@@ -411,7 +426,7 @@ def _first_rest(fields: Fields, rest: list[np.ndarray]) -> list[np.ndarray]:
     return first
 
 
-def _but(mask: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+def and_not(mask: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
     """Those of `mask` that are not of `other`, None if there are none."""
     if mask is None or other is None:
         return mask

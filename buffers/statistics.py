@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.fields import Scalar, as_array, as_tensor
 from buffers.stream import SequenceStream
 
@@ -25,13 +26,14 @@ class Statistics:
         dataset: Where episodes live.
     """
 
-    def __init__(self, dataset: EpisodeDataset) -> None:
+    def __init__(self, dataset: EpisodeSource) -> None:
         self._dataset = dataset
         self._returns: deque[float] = deque(maxlen=_NUM_RETURNS)
 
-    def note_return(self, reward: Any) -> None:
-        """Remember the sum of an episode's rewards; None and what is no real scalar field are passed over."""
-        if reward is None:
+    def note(self, episode: Mapping[str, Any]) -> None:
+        """Remember an episode's return: the sum of `reward`, if that is one real number a step."""
+        reward = episode.get("reward")
+        if reward is None or isinstance(reward, Mapping):
             return
         rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
         if rewards.ndim != 1:

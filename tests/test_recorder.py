@@ -169,13 +169,14 @@ class _KeysOnReward(Recorder):
 class _StoresFirstRowsAlone(Recorder):
     def reset(self, obs: Any, mask: Any = None) -> None:
         if self._rest_fields is not None and self._is_pending is not None:
-            self._hand_over(self._rest_fields, self._held, self._first_rest, self._is_pending, None, self._is_pending)
+            rows = self._kept, self._first_rest
+            self._write(self._rest_fields, *rows, is_first=self._is_pending, mask=self._is_pending)
         super().reset(obs, mask)
 
 
 class _LeavesTheMiddleOpen(Recorder):
     def reset(self, obs: Any, mask: Any = None) -> None:
-        self.buffer.flush()
+        self.writer.flush()
         super().reset(obs, mask)
 
 

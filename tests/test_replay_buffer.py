@@ -435,7 +435,7 @@ def _number_of_fields(batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"dataset": [1]}, TypeError, "`dataset` must be an EpisodeDataset, found list"),
+        ({"dataset": [1]}, TypeError, "`dataset` must be an EpisodeSource, found list"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
         ({"sequence_length": -1}, ValueError, "`sequence_length` must be at least 1"),
         ({"chunk_size": 3}, ValueError, "does not divide"),

@@ -47,7 +47,7 @@ class EpisodeDataset(EpisodeSource):
     #: could not take.
     _evicts_before_writing = True
     #: Whether `_check` may refuse values for what they are, so that rows are shown to it before their episode ends.
-    _refuses_values = False
+    refuses_values = False
 
     def __init__(self, capacity: int, info: EpisodeDatasetInfo | None = None, evictor: Evictor | None = None) -> None:
         super().__init__(capacity)
@@ -60,7 +60,7 @@ class EpisodeDataset(EpisodeSource):
         self._extension: Extension | None = None
         self._is_behind = False
         if info is not None and info.fields is not None:
-            self._set_fields(info.fields)
+            self.settle_fields(info.fields)
 
     # What a store implements, beside `_read`.
 
@@ -85,7 +85,7 @@ class EpisodeDataset(EpisodeSource):
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, an episode that the store could not give back as it is. Refuses none by default."""
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         """Refuse, by a RuntimeError, changes where none can be made. Refuses none by default."""
 
     # Episodes in.
@@ -110,9 +110,15 @@ class EpisodeDataset(EpisodeSource):
                 fields = Fields.from_episode(episode)
             return self._take(fields, self._checked(fields, episode))
 
+    def add(self, episode: dict[str, np.ndarray]) -> int:
+        """`add_episode` for flat arrays that are known to fit the fields, which were settled before."""
+        with self._lock:
+            assert self._fields is not None
+            return self._take(self._fields, episode)
+
     def _take(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
         """`add_episode` for flat arrays that fit the fields, which are those of the dataset if it has any."""
-        self._check_writable()
+        self.check_writable()
         return self._add(fields, arrays) if self._extension is None else self._extension.add(self, fields, arrays)
 
     def _add(self, fields: Fields, arrays: dict[str, np.ndarray]) -> int:
@@ -122,7 +128,7 @@ class EpisodeDataset(EpisodeSource):
         if length > self.capacity:
             raise ValueError(f"An episode of {length} steps does not fit a `capacity` of {self.capacity} steps.")
         if self._fields is None:
-            self._set_fields(fields)
+            self.settle_fields(fields)
         if self._evicts_before_writing:
             self._make_room(length)
         start = self.index.next_start
@@ -157,15 +163,25 @@ class EpisodeDataset(EpisodeSource):
         check_episode(fields, arrays, self.verification_mode)
         return dict(zip(fields.names, arrays, strict=True))
 
-    def _check_everywhere(self, rows: dict[str, np.ndarray]) -> None:
+    def check(self, rows: dict[str, np.ndarray]) -> None:
         """`_check`, also by the dataset behind this one."""
         self._check(rows)
         if self._extension is not None:
-            self._extension.other._check_everywhere(rows)
+            self._extension.other.check(rows)
 
-    def _set_fields(self, fields: Fields) -> None:
-        self._allocate(fields)
-        self._fields = fields
+    def settle_fields(self, fields: Fields) -> None:
+        """Lay out storage. The same fields again are no error.
+
+        Raises:
+            ValueError: They are not those that are settled already.
+        """
+        if self._fields is None:
+            self._allocate(fields)
+            self._fields = fields
+            return
+        conflict = fields.conflict_with(self._fields)
+        if conflict is not None:
+            raise ValueError(f"The fields differ: {conflict}.")
 
     # Episodes that leave.
 
@@ -179,7 +195,7 @@ class EpisodeDataset(EpisodeSource):
             ValueError: There is no such episode.
         """
         with self._lock:
-            self._check_writable()
+            self.check_writable()
             self._evict(self._position(episode_index))
 
     def _evict(self, position: int) -> None:
@@ -241,7 +257,7 @@ class EpisodeDataset(EpisodeSource):
             # One for both, as an addition needs both: of two, Ctrl-C can leave one taken.
             self._extension, self._lock = extension, other._lock
             other._is_behind = True
-            self._refuses_values |= other._refuses_values
+            self.refuses_values |= other.refuses_values
 
     def refill(self) -> int:
         """Fill the room that is left with whole episodes of the dataset behind this one, its newest among them.
@@ -257,16 +273,16 @@ class EpisodeDataset(EpisodeSource):
         if self._extension is None:
             raise RuntimeError("There is nothing to refill from: call `extend(other)` first.")
         with self._lock:
-            self._check_writable()
+            self.check_writable()
             return self._extension.refill(self)
 
     @property
-    def largest_capacity(self) -> int:
+    def episode_capacity(self) -> int:
         """Steps of the longest episode that can be added: the capacity, or that of the dataset behind this one."""
-        behind = 0 if self._extension is None else self._extension.other.largest_capacity
+        behind = 0 if self._extension is None else self._extension.other.episode_capacity
         return max(self.capacity, behind)
 
-    def _end_workers(self) -> None:
+    def end_workers(self) -> None:
         """End the workers that read from the dataset behind this one; an addition that wants them starts others."""
         if self._extension is not None:
             self._extension.end_workers()

@@ -92,7 +92,7 @@ class Extension:
         if not self.other.is_empty or dataset.is_empty:
             return
         longest = int(dataset.index.lengths.max())
-        if longest > self.other.largest_capacity:
+        if longest > self.other.episode_capacity:
             raise ValueError(
                 f"An episode of {longest} steps is here, which does not fit the `capacity` of {self.other.capacity} "
                 "steps of `other`. Raise that."
@@ -111,9 +111,9 @@ class Extension:
         """Give the fields of one to the other; those of both, where there are some, must be the same."""
         mine, theirs = dataset._fields, self.other.fields
         if mine is None and theirs is not None:
-            dataset._set_fields(theirs)
+            dataset.settle_fields(theirs)
         elif mine is not None and theirs is None:
-            self.other._set_fields(mine)
+            self.other.settle_fields(mine)
         elif mine is not None and theirs is not None:
             conflict = mine.conflict_with(theirs)
             if conflict is not None:
@@ -124,7 +124,7 @@ class Extension:
         length = len(arrays[fields.names[0]])
         if length > dataset.capacity:
             if dataset.fields is None:
-                dataset._set_fields(fields)
+                dataset.settle_fields(fields)
             self._warn(
                 "too long",
                 f"An episode of {length} steps is longer than the `capacity` of {dataset.capacity} steps: it, and "
@@ -151,7 +151,7 @@ class Extension:
         there = [(member, member.index.next_id) for member in _chain(other)]
         try:
             if _may_fail(dataset) and not _may_fail(other):
-                other._check_everywhere(arrays)
+                other.check(arrays)
                 episode_id = dataset._add(fields, arrays)
                 other_id = other._take(fields, arrays)
             else:
@@ -360,8 +360,8 @@ def _check_pair(dataset: EpisodeDataset, other: EpisodeDataset) -> None:
         raise TypeError(f"`other` must be an EpisodeDataset, found {type(other).__name__}.")
     if dataset._extension is not None:
         raise RuntimeError(f"It is extended already, by a {type(dataset._extension.other).__name__}.")
-    dataset._check_writable()
-    other._check_writable()
+    dataset.check_writable()
+    other.check_writable()
     if any(behind is dataset for behind in _chain(other)):
         raise ValueError("`other` is the dataset itself, or leads back to it.")
     if dataset._is_behind:

@@ -183,7 +183,7 @@ class IndividualFileDataset(EpisodeDataset):
             return
         opening.check_stated_fields(self._directory, fields, self._fields)
         if self._fields is None:
-            self._set_fields(fields)
+            self.settle_fields(fields)
         self._allocate(fields)
 
     def _warn_of(self, damaged: list[tuple[str, str]], what_happened: str) -> None:
@@ -238,7 +238,7 @@ class IndividualFileDataset(EpisodeDataset):
         return was_read
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        self._check_writable()
+        self.check_writable()
         if episode_id == self.index.ids[-1] and self._names.get(self.index.next_id) is None:
             self._directory.keep_numbers(self.index.next_id, self.index.next_start, self.durability == "fsync")
         try:
@@ -392,7 +392,7 @@ class IndividualFileDataset(EpisodeDataset):
         if self._is_closed:
             raise RuntimeError(f"The dataset of {self._directory.path} is closed.")
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         self._check_open()
         if self._writer is None:
             raise RuntimeError(

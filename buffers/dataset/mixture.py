@@ -126,7 +126,7 @@ class MixtureDataset(EpisodeDataset):
                 if not member._settle(fields):
                     return False
             elif member.fields is None:
-                member._set_fields(fields)
+                member.settle_fields(fields)
         return True
 
     def check_drawable(self) -> None:
@@ -261,7 +261,7 @@ class MixtureDataset(EpisodeDataset):
 
     # Nothing is added to it.
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         raise RuntimeError(
             "A MixtureDataset holds no episodes of its own: add to one of its members, or evict from it."
         )
@@ -270,10 +270,10 @@ class MixtureDataset(EpisodeDataset):
         """Members lay out their own."""
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        self._check_writable()
+        self.check_writable()
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        self._check_writable()
+        self.check_writable()
 
 
 class _MixtureIndex(EpisodeIndex):

@@ -70,7 +70,7 @@ class RingBufferDataset(EpisodeDataset):
                 f"{type(evictor).__name__}. IndividualFileDataset takes any evictor."
             )
         self.device = _usable_device(device)
-        self.half_precision = self._refuses_values = bool(half_precision)
+        self.half_precision = self.refuses_values = bool(half_precision)
         self._memory: SharedArrays | None = None
         self._log: EpisodeLog | None = None
         # The process that adds. In every other, this dataset reads what that one publishes.
@@ -122,7 +122,7 @@ class RingBufferDataset(EpisodeDataset):
                     f"Field `{name}` holds numbers beyond {_LARGEST_HALF:.0f}, which half_precision=True cannot store."
                 )
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         # Of the kernel, once an episode: who writes where another does destroys what both have.
         if os.getpid() != self._writer:
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
