@@ -22,7 +22,8 @@ __all__ = ["Accumulator"]
 _INITIAL_ROOM = 64
 # Up to so many environments are written one by one; for more, one pass over all of them is faster.
 _FEW = 6
-# Records up to this size are put together in a small buffer before they are scattered, which saves cache misses.
+# Small records of many environments are put together before they are scattered, which saves cache misses.
+_MANY = 64
 _SMALL_RECORD = 1024
 _VIEWS = ("_columns", "_items", "_whole_rows", "_whole_packed")
 
@@ -50,13 +51,13 @@ class Accumulator:
         self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
         self._emit = emit
         self._limit = max_rows if cut_after is None else min(cut_after, max_rows)
-        self._lengths = np.zeros(num_envs, np.int64)
+        self._record = _record_of(fields, {})
+        self._is_packed = num_envs >= _MANY and self._record.itemsize <= _SMALL_RECORD
+        self._packed = np.empty(num_envs, self._record)
+        # Where the run of each environment begins, and where its next row goes.
+        self._begin = self._next = np.zeros(num_envs, np.int64)
         # No open episode is longer than this; the exact length is found only when it matters.
         self._longest = 0
-        self._record = _record_of(fields, {})
-        self._is_packed = self._record.itemsize <= _SMALL_RECORD
-        self._packed = np.empty(num_envs, self._record)
-        self._rows = np.empty(0, self._record)
         self._set_room(min(_INITIAL_ROOM, self._limit))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Accumulator:
     @property
     def num_open_rows(self) -> int:
         """Rows of all open episodes."""
-        return int(self._lengths.sum())
+        return int((self._next - self._begin).sum())
 
     def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
         """Append one row of the only environment.
@@ -85,12 +86,12 @@ class Accumulator:
         """
         if is_first:
             self._close(0)
-        length = int(self._lengths[0])
+        length = int(self._next[0])
         if length >= self._room:
             self._make_room(length)
-        for column, value in zip(self._columns.values(), row, strict=True):
+        for column, value in zip(self._columns, row, strict=True):
             column[length] = value
-        self._lengths[0] = self._longest = length + 1
+        self._next[0] = self._longest = length + 1
         if is_last or length + 1 == self.cut_after:
             self._close(0)
 
@@ -115,17 +116,18 @@ class Accumulator:
             ValueError: An episode would be longer than `max_rows`; nothing has changed.
         """
         if self._longest >= self._room:
-            staying = self._lengths if is_first is None else self._lengths * ~is_first
+            lengths = self._next - self._begin
+            staying = lengths if is_first is None else lengths * ~is_first
             self._make_room(int((staying if mask is None else staying * mask).max()))
         if is_first is not None:
             self._close_all(is_first, mask)
         self._write(rows, mask)
-        self._lengths += 1 if mask is None else mask
+        self._next += 1 if mask is None else mask
         self._longest += 1
         if is_last is not None:
             self._close_all(is_last, mask)
         if self.cut_after is not None and self._longest >= self.cut_after:
-            self._close_all(self._lengths == self.cut_after, None)
+            self._close_all(self._next - self._begin == self.cut_after, None)
 
     def amend(self, name: str, value: float, mask: np.ndarray | None = None) -> None:
         """Change a field of the last row of open episodes: what ended them may be known only after that row.
@@ -135,9 +137,8 @@ class Accumulator:
             value: Its new value.
             mask: bool `(N,)`, whose episodes; None for all.
         """
-        is_open = self._lengths > 0
-        envs = np.flatnonzero(is_open if mask is None else is_open & mask)
-        self._columns[name][self._first_places[envs] + self._lengths[envs] - 1] = value
+        is_open = self._next > self._begin
+        self._rows[name][self._next[is_open if mask is None else is_open & mask] - 1] = value
 
     def flush(self, mask: np.ndarray | None = None) -> None:
         """Complete open episodes as they stand.
@@ -145,28 +146,28 @@ class Accumulator:
         Args:
             mask: bool `(N,)`, whose episodes; None for all.
         """
-        self._close_all(self._lengths > 0, mask)
+        self._close_all(self._next > self._begin, mask)
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
         """Put a row behind each open episode; it does not belong to it before the lengths say so."""
-        places = self._first_places + self._lengths
         if mask is not None:
             envs = mask.nonzero()[0]
             if len(envs) <= _FEW:
                 for env in envs.tolist():
-                    for column, values in zip(self._columns.values(), rows, strict=True):
-                        column[places[env]] = values[env]
+                    place = self._next[env]
+                    for column, values in zip(self._columns, rows, strict=True):
+                        column[place] = values[env]
                 return
-            if self._longest >= self._room:
-                # There may be no room behind episodes that are not continued. Elsewhere, a row that no environment
-                # brought does no harm there.
-                rows, places = [array[envs] for array in rows], places[envs]
-        num_rows = len(places)
+        if mask is None or self._longest < self._room:
+            # There is room behind every episode: a row that no environment brought does no harm there.
+            places, packed = self._next, ...
+        else:
+            rows, places, packed = [array[envs] for array in rows], self._next[envs], slice(len(envs))
         for (items, item), array in zip(self._items, rows, strict=True):
             values = array if item is None else np.frombuffer(np.ascontiguousarray(array), item)
-            items[slice(num_rows) if self._is_packed else places] = values
+            items[packed if self._is_packed else places] = values
         if self._is_packed:
-            self._whole_rows[places] = self._whole_packed[:num_rows]
+            self._whole_rows[places] = self._whole_packed[packed]
 
     def _make_room(self, longest: int) -> None:
         """See to it that a row can follow an open episode of `longest` rows."""
@@ -175,23 +176,21 @@ class Accumulator:
                 f"An open episode has reached {longest} steps, the `capacity` of the dataset, and cannot take another. "
                 "End it, or cut endless streams into pieces with `max_episode_length`."
             )
-        self._longest = int(self._lengths.max())
+        self._longest = int((self._next - self._begin).max())
         if longest >= self._room:
             self._set_room(min(2 * self._room, self._limit))
 
     def _set_room(self, room: int) -> None:
+        lengths, begin = self._next - self._begin, np.arange(self.num_envs) * room
         rows = np.empty(self.num_envs * room, self._record)
-        for env, length in enumerate(self._lengths.tolist()):
+        for env in lengths.nonzero()[0].tolist():
             # Rows that hold nothing are left alone: memory that is never touched is never used.
-            if length:
-                begin = env * self._room
-                rows[env * room : env * room + length] = self._rows[begin : begin + length]
-        self._rows, self._room = rows, room
-        self._first_places = np.arange(self.num_envs) * room
+            rows[begin[env] : begin[env] + lengths[env]] = self._rows[self._begin[env] : self._next[env]]
+        self._rows, self._room, self._begin, self._next = rows, room, begin, begin + lengths
         self._make_views()
 
     def _make_views(self) -> None:
-        self._columns = {name: self._rows[name] for name in self.fields.names}
+        self._columns = [self._rows[name] for name in self.fields.names]
         whole = np.dtype((np.void, self._record.itemsize))
         self._whole_rows, self._whole_packed = self._rows.view(whole), self._packed.view(whole)
         # Where the values of N environments are written first, each as one opaque item, which is moved as a whole.
@@ -211,11 +210,10 @@ class Accumulator:
 
     def _close(self, env: int) -> None:
         """Complete the open episode of an environment, if it has one."""
-        length = int(self._lengths[env])
-        if length:
-            begin = env * self._room
-            self._lengths[env] = 0
-            self._emit({name: column[begin : begin + length] for name, column in self._columns.items()})
+        begin, end = int(self._begin[env]), int(self._next[env])
+        if end > begin:
+            self._next[env] = begin
+            self._emit({name: rows[begin:end] for name, rows in zip(self.fields.names, self._columns, strict=True)})
 
 
 def _record_of(fields: Fields, items: dict[str, np.dtype]) -> np.dtype:

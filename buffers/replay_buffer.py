@@ -135,8 +135,9 @@ class ReplayBuffer:
             Exception: Whatever the dataset raised for an episode that ends here or did before: an OSError of a full
                 disk. The step was taken, and the next call tries again to store what could not be stored.
         """
-        self._check_open()
-        self.writer.add_step(step_data, done)
+        if self._is_closed:
+            self._check_open()
+        (self._writer or self.writer).add_step(step_data, done)
 
     def add(self, step_data: Mapping[str, Any], *, is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
         """Add one row of the environment, or of each of N environments, and say where episodes begin and end.

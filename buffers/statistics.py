@@ -32,10 +32,11 @@ class Statistics:
 
     def note(self, episode: Mapping[str, Any]) -> None:
         """Remember an episode's return: the sum of `reward`, if that is one real number a step."""
-        reward = episode.get("reward")
-        if reward is None or isinstance(reward, Mapping):
-            return
-        rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
+        rewards = episode.get("reward")
+        if type(rewards) is not np.ndarray:
+            if rewards is None or isinstance(rewards, Mapping):
+                return
+            rewards = as_array("reward", rewards)
         if rewards.ndim != 1:
             return
         if rewards.dtype.kind in "fiub":

@@ -15,38 +15,10 @@ from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode
-from tests.logged_game import Game, Games, actions, assert_recorded, make_buffer, recorded
+from tests.logged_game import Game, Games, actions, assert_recorded, final_as_gymnasium, make_buffer, play, recorded
 
 N = 4
 MODES = ("next_step", "same_step", "disabled")
-
-
-def play(
-    games: Games,
-    recorder: Recorder,
-    num_steps: int = 60,
-    reset_at: dict[int, np.ndarray | None] | None = None,
-) -> None:
-    """Step games and record them; close what is open by a reset, before the steps in `reset_at` and at the end."""
-    recorder.reset(games.reset())
-    for step in range(num_steps):
-        if step in (reset_at or {}):
-            mask = (reset_at or {})[step]
-            recorder.reset(games.reset(mask), mask)
-        taken = actions(len(games.games), step)
-        obs, reward, terminated, truncated = games.step(taken)
-        recorder.step(taken, obs, reward, terminated, truncated, infos={"final_obs": final_as_gymnasium(games)})
-        if games.mode == "disabled" and games.is_over.any():
-            mask = games.is_over.copy()
-            recorder.reset(games.reset(mask), mask)
-    recorder.reset(games.reset())
-
-
-def final_as_gymnasium(games: Games) -> np.ndarray:
-    array = np.full(len(games.games), None, object)
-    for env, item in enumerate(games.final):
-        array[env] = item
-    return array
 
 
 def test_a_buffer_keeps_the_number_of_environments_that_its_rows_had() -> None:

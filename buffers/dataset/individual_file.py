@@ -359,7 +359,7 @@ class IndividualFileDataset(EpisodeDataset):
         """Give up the lock and close all files. Nothing is lost if this is never called."""
         self._is_closed = True
         if self._log is not None and self._is_writer():
-            self._end_workers()
+            self.end_workers()
             self._log.end()
         self._log = None
         if self._reader is not None:
