@@ -53,7 +53,7 @@ class Accumulator:
         self._limit = max_rows if cut_after is None else min(cut_after, max_rows)
         self._record = _record_of(fields, {})
         self._is_packed = num_envs >= _MANY and self._record.itemsize <= _SMALL_RECORD
-        self._packed = np.empty(num_envs, self._record)
+        self._packed, self._rows = np.empty(num_envs, self._record), np.empty(0, self._record)
         # Where the run of each environment begins, and where its next row goes.
         self._begin = self._next = np.zeros(num_envs, np.int64)
         # No open episode is longer than this; the exact length is found only when it matters.
@@ -74,16 +74,7 @@ class Accumulator:
         return int((self._next - self._begin).sum())
 
     def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
-        """Append one row of the only environment.
-
-        Args:
-            row: `(*shape)` a field, in the order of the fields.
-            is_first: The rows before are complete.
-            is_last: With this row, the episode is complete.
-
-        Raises:
-            ValueError: The episode would be longer than `max_rows`; nothing has changed.
-        """
+        """`add_rows` for the only environment, whose row is `(*shape)` a field."""
         if is_first:
             self._close(0)
         length = int(self._next[0])
@@ -130,22 +121,12 @@ class Accumulator:
             self._close_all(self._next - self._begin == self.cut_after, None)
 
     def amend(self, name: str, value: float, mask: np.ndarray | None = None) -> None:
-        """Change a field of the last row of open episodes: what ended them may be known only after that row.
-
-        Args:
-            name: The field.
-            value: Its new value.
-            mask: bool `(N,)`, whose episodes; None for all.
-        """
+        """Change a field of the last row of open episodes, of those under the mask: what ended them came after it."""
         is_open = self._next > self._begin
         self._rows[name][self._next[is_open if mask is None else is_open & mask] - 1] = value
 
     def flush(self, mask: np.ndarray | None = None) -> None:
-        """Complete open episodes as they stand.
-
-        Args:
-            mask: bool `(N,)`, whose episodes; None for all.
-        """
+        """Complete open episodes as they stand; those under the mask, bool `(N,)`, or all."""
         self._close_all(self._next > self._begin, mask)
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
@@ -160,7 +141,7 @@ class Accumulator:
                 return
         if mask is None or self._longest < self._room:
             # There is room behind every episode: a row that no environment brought does no harm there.
-            places, packed = self._next, ...
+            places, packed = self._next, slice(None)
         else:
             rows, places, packed = [array[envs] for array in rows], self._next[envs], slice(len(envs))
         for (items, item), array in zip(self._items, rows, strict=True):

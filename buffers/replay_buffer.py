@@ -166,7 +166,9 @@ class ReplayBuffer:
             ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
         """
         self._check_open()
-        episode_id = self.writer.sink.add_episode(episode)
+        dataset = self.writer.sink
+        assert isinstance(dataset, EpisodeDataset)  # It has a writer.
+        episode_id = dataset.add_episode(episode)
         self._statistics.note(episode)
         return episode_id
 
@@ -226,8 +228,8 @@ class ReplayBuffer:
             finally:
                 self._batches = None
                 self.dataloader.end_workers()
-                if self._writer is not None:
-                    self._writer.sink.end_workers()
+                if isinstance(self.dataset, EpisodeDataset):
+                    self.dataset.end_workers()
 
     def __enter__(self) -> ReplayBuffer:
         return self

@@ -159,13 +159,7 @@ class EpisodeWriter:
     def begin(self, step_data: Mapping[str, Any], num_envs: int | None) -> None:
         """Settle N and the fields by rows that are not added; or, where they are settled, check that the rows fit.
 
-        Args:
-            step_data: As in `add_step`.
-            num_envs: N; None for a single environment, whose rows have no axis for it.
-
-        Raises:
-            TypeError: As in `add_step`.
-            ValueError: As in `add_step`.
+        For a single environment whose rows have no axis for it, `num_envs` is None. The errors are those of `add_step`.
         """
         if self._accumulator is None:
             self._settle(step_data, () if num_envs is None else (num_envs,))
@@ -174,11 +168,8 @@ class EpisodeWriter:
     def add_rows(self, rows: Sequence[np.ndarray], is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
         """`add` of rows that are known to fit, after `begin`; the sink's errors are left to `check_stored`.
 
-        Args:
-            rows: `(N, *shape)` a field, in the order of `fields`; N = 1 also where rows have no environment axis.
-            is_first: As for `add`, but bool `(N,)` or None; so are the others.
-            is_last: The same.
-            mask: The same.
+        Rows are `(N, *shape)` a field, in the order of `fields`, with N = 1 also where they have no environment axis;
+        flags are bool `(N,)` or None.
         """
         self._check_open()
         if self.sink.refuses_values:
@@ -192,13 +183,8 @@ class EpisodeWriter:
     def truncate(self, mask: bool | np.ndarray) -> None:
         """Complete open episodes that a reset cut off, with `truncated` set on their last rows if there is that field.
 
-        The sink's errors are left to `check_stored`.
-
-        Args:
-            mask: bool, or bool `(N,)`: whose episodes.
-
-        Raises:
-            ValueError: The mask is of another N; nothing has changed.
+        The sink's errors are left to `check_stored`. The mask, bool or bool `(N,)`, says whose episodes; ValueError for
+        another N.
         """
         self._check_open()
         accumulator = self._accumulator
@@ -380,7 +366,7 @@ class _Outbox:
 
 
 def _exact_rows(fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """The values as they are, if all are arrays that fit as they are, which most are; None if there is more to check."""
+    """The values, if all are arrays that fit as they are, which most are; None if there is more to look at."""
     if type(step_data) is not dict or len(step_data) != len(fields.layout):
         return None
     rows = []
