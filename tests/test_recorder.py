@@ -142,7 +142,7 @@ class _StoresFirstRowsAlone(Recorder):
     def reset(self, obs: Any, mask: Any = None) -> None:
         if self._rest_fields is not None and self._is_pending is not None:
             rows = self._kept, self._first_rest
-            self._write(self._rest_fields, *rows, is_first=self._is_pending, mask=self._is_pending)
+            self._write(self._rest_fields, *rows, self._is_pending, None, self._is_pending)
         super().reset(obs, mask)
 
 
