@@ -75,13 +75,6 @@ def test_a_single_environment_is_recorded_as_its_log_says() -> None:
     assert recorded(buffer)[0]["reward"].dtype == torch.float32
 
 
-def test_rewards_paid_by_the_call_that_resets_are_dropped() -> None:
-    games, buffer = Games(N, "next_step", reset_reward=7.0), make_buffer()
-    play(games, Recorder(buffer, N, "next_step"))
-    assert_recorded(recorded(buffer), games.logs)
-    assert not any((episode["reward"] == 7.0).any() for episode in recorded(buffer))
-
-
 def test_an_episode_that_ends_on_the_call_that_resets_has_no_transition_and_is_dropped() -> None:
     buffer = make_buffer()
     recorder = Recorder(buffer, 1, "next_step")
@@ -289,19 +282,6 @@ def test_a_missing_final_observation_is_an_error_that_changes_nothing_if_it_was_
 
 
 # Stand-ins for simulators: each gives what that library gives.
-
-
-def test_envpool_is_next_step() -> None:
-    games, buffer = Games(N, "next_step"), make_buffer()
-    recorder = Recorder(buffer, N, "next_step")
-    recorder.reset(games.reset())
-    for step in range(60):
-        taken = actions(N, step)
-        obs, reward, terminated, truncated = games.step(taken)
-        infos = {"env_id": np.arange(N, dtype=np.int32), "elapsed_step": np.zeros(N, np.int32)}
-        recorder.step(taken, obs, reward, terminated, truncated, infos=infos)
-    recorder.reset(games.reset())
-    assert_recorded(recorded(buffer), games.logs)
 
 
 def test_isaac_gym_is_next_step_with_rewards_at_resets_and_dones_of_int64() -> None:

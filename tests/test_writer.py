@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from buffers import Recorder, ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.verification import VerificationMode
 from buffers.writer import EpisodeWriter
 from tests import tagged
 from tests.logged_game import FlakyRing, Games, assert_recorded, play, recorded
@@ -121,10 +123,11 @@ def test_an_equal_row_after_a_failure_is_a_row_of_its_own(ends_by: str) -> None:
 
 
 @pytest.mark.parametrize("is_stored", [False, True])
-def test_an_episode_that_ctrl_c_cuts_off_comes_once_at_most(is_stored: bool) -> None:
+@pytest.mark.parametrize("has_waited", [False, True])
+def test_an_episode_that_ctrl_c_cuts_off_comes_once_at_most(is_stored: bool, has_waited: bool) -> None:
     class CutOff(FlakyRing):
         def add(self, episode: dict[str, np.ndarray]) -> int:
-            is_cut = self.num_calls == 2
+            is_cut = self.num_calls == 1 + has_waited
             if is_cut and not is_stored:
                 self.num_calls += 1
                 raise KeyboardInterrupt
@@ -133,14 +136,14 @@ def test_an_episode_that_ctrl_c_cuts_off_comes_once_at_most(is_stored: bool) -> 
                 raise KeyboardInterrupt
             return added
 
-    # The first try fails, so that the second finds it waiting.
-    ring = CutOff(100, fails_at={1})
+    ring = CutOff(100, fails_at={1} if has_waited else ())
     writer = EpisodeWriter(ring, num_envs=2)
     is_last = np.ones(2, bool)
-    with pytest.raises(OSError, match="disk full"):
-        writer.add(tagged.rows(np.arange(2), 0, 0), is_last=is_last)
+    if has_waited:
+        with pytest.raises(OSError, match="disk full"):
+            writer.add(tagged.rows(np.arange(2), 0, 0), is_last=is_last)
     with pytest.raises(KeyboardInterrupt):
-        writer.flush()
+        writer.flush() if has_waited else writer.add(tagged.rows(np.arange(2), 0, 0), is_last=is_last)
     writer.truncate(True)
     for number in (1, 2):
         writer.add(tagged.rows(np.arange(2), number, 0), is_last=is_last)
@@ -166,18 +169,43 @@ def test_bad_rows_change_nothing_while_an_episode_waits() -> None:
     assert stored(ring) == [(0, 1, list(range(6)))], "the older episode had to leave"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": np.zeros(2)}, "`x` has dtype float64"),
+        ({"x": np.zeros((2, 1), np.float32)}, r"`x` .* shape \(2, 1\)"),
+        ({"z": np.zeros(2)}, r"unexpected \['z'\]"),
+        ({"x": np.array([0, np.nan], np.float32)}, "`x` holds NaN"),
+    ],
+)
+def test_flat_arrays_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    mode = VerificationMode.ALL_CHECKS if "NaN" in message else VerificationMode.BASIC_CHECKS
+    writer = EpisodeWriter(RingBufferDataset(10, EpisodeDatasetInfo(verification_mode=mode)))
+    row, flags = {"x": np.zeros(2, np.float32), "y": np.zeros((2, 3))}, np.zeros(2, bool)
+    writer.add_step(row, flags)
+    with pytest.raises(ValueError, match=message):
+        writer.add_step({**row, **changes}, flags)
+    assert writer.num_open_rows == 2
+
+
 def test_a_closed_writer_takes_nothing() -> None:
     writer = EpisodeWriter(RingBufferDataset(10), num_envs=1)
     assert (writer.fields, writer.num_envs) == (None, 1)
-    writer.add_step({"x": 1.0}, False)
     recorder = Recorder(writer, None, "disabled")
+    recorder.reset(0.0)
+    recorder.step(1, 0.5, 1.0, False, False)
     writer.close()
     writer.close()
-    uses = (lambda: writer.add_step({"x": 1.0}, False), writer.flush, lambda: recorder.reset(0.0))
+    uses = (
+        lambda: writer.add_step({"x": 1.0}, False),
+        writer.flush,
+        lambda: recorder.step(1, 0.5, 1.0, False, False),
+        lambda: recorder.reset(0.0),
+    )
     for use in uses:
         with pytest.raises(RuntimeError, match=r"The writer is closed\."):
             use()
-    assert writer.sink.episode_lengths == [1]
+    assert writer.sink.episode_lengths == [2]
 
 
 def test_a_copy_of_a_writer_has_what_waits() -> None:
@@ -190,6 +218,18 @@ def test_a_copy_of_a_writer_has_what_waits() -> None:
         assert stored(one.sink) == [(0, 0, [0])]
 
 
+def test_a_recorders_step_raises_what_the_sink_raised() -> None:
+    ring = FlakyRing(100, fails_at={0, 1})
+    recorder = Recorder(ReplayBuffer(ring, 4), None, "disabled")
+    recorder.reset(0.0)
+    with pytest.raises(OSError, match="disk full"):
+        recorder.step(1, 0.5, 1.0, True, False)
+    with pytest.raises(OSError, match="disk full"):
+        recorder.reset(0.0)
+    recorder.step(1, 0.5, 1.0, True, False)
+    assert ring.episode_lengths == [2, 2]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(["next_step", "same_step", "disabled"]), st.integers(1, 5), st.integers(0, 2**32), st.booleans())
 def test_recorders_steps_are_taken_whole_when_the_sink_fails(mode: str, num_envs: int, seed: int, front: bool) -> None:
@@ -200,7 +240,7 @@ def test_recorders_steps_are_taken_whole_when_the_sink_fails(mode: str, num_envs
     some = np.arange(num_envs) % 2 == 0
     play(games, recorder, 30, {7: None, 8: some, 20: ~some}, ignored=OSError)
     ring.rate = 0.0
-    recorder.writer.flush()
+    recorder.reset(games.reset())
     assert_recorded(recorded(ring), games.logs)
 
 
