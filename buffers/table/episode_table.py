@@ -120,6 +120,13 @@ class EpisodeTable:
         position = int(ids.searchsorted(episode_id))
         return position if position < len(ids) and ids[position] == episode_id else None
 
+    def num_steps_after(self, step_id: int) -> int:
+        """Steps that were added after one; if its episode has left, with the step ids that were skipped."""
+        position = int(self.starts.searchsorted(step_id, "right")) - 1
+        if position < 0:
+            return self.next_start - 1 - step_id
+        return int(self.lengths[position:].sum() - (step_id - self.starts[position]) - 1)
+
     # Episodes that come.
 
     def append(self, length: int, start: int | None = None) -> int:
