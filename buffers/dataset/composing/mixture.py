@@ -209,12 +209,7 @@ class MixtureDataset(EpisodeSource):
     # What there is: all members together, in their order.
 
     def get_episode(self, episode_index: int) -> dict[str, Any]:
-        """A copy of an episode of a member, `field -> (L, *shape)`, counted through the members in their order.
-
-        Raises:
-            ValueError: There is no such episode.
-            RuntimeError: It is gone (a file that someone has removed).
-        """
+        """As `EpisodeSource.get_episode`, counted through the members in their order."""
         position = self._position(episode_index)
         for leaf in self._leaves:
             if position < leaf.num_episodes:

@@ -168,7 +168,7 @@ class IndividualFileDataset(EpisodeDataset):
             if self._fields is None:
                 self.settle_fields(fields)
             self._bind(strategy)
-            self.table.insert(rows)
+            self.table.extend(rows)
         return listing, damaged
 
     def _bind(self, strategy: EpisodeSerializationStrategy) -> None:
