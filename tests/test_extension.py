@@ -25,7 +25,7 @@ from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDatase
 from buffers.dataset.fields import Fields, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sampler import UniformEpisodeSampler
-from buffers.utils import LocksOf, ThreadLock
+from buffers.utils import ThreadLock
 from tests import tagged
 from tests.list_dataset import ListDataset
 
