@@ -1,85 +1,8 @@
 """`python -m buffers demo` and `python -m buffers inspect DIRECTORY`."""
 
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from collections.abc import Sequence
-from typing import get_args
 
-from buffers.dataset.opening import Verify
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        status = _demo(options) if options.command == "demo" else _inspect(options)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # Whoever read the output has seen enough (`| head`). Python would flush once more at its end, and fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m buffers", description="Experience replay that keeps episodes whole."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="record CartPole and Pendulum, draw batches, train a predictor")
-    demo.add_argument("--seconds", type=float, default=15.0, help="how long to train (default 15)")
-    demo.add_argument("--seed", type=int, default=0)
-    inspect = commands.add_parser(
-        "inspect",
-        help="say what is in a directory of episodes",
-        description="Say what is in a directory of episodes (see IndividualFileDataset). Nothing in it is changed, "
-        "and another process may be writing to it.",
-    )
-    inspect.add_argument("directory", metavar="DIRECTORY")
-    inspect.add_argument(
-        "--episode",
-        type=int,
-        metavar="N",
-        help="say what is in the episode of this id (the first number of its file's name), field by field",
-    )
-    inspect.add_argument(
-        "--output",
-        metavar="FILE",
-        help="draw the episode, or without --episode the dataset, into a .png, .pdf or .svg file elsewhere",
-    )
-    inspect.add_argument(
-        "--verify",
-        choices=get_args(Verify),
-        default="size",
-        help="look at the size of each file (the default), at its header too, or at all of it",
-    )
-    return parser
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from buffers.demo import demo
-
-    try:
-        demo(options.seconds, options.seed)
-    except ImportError as error:
-        print(f"The demo needs gymnasium and tqdm ({error}): pip install 'buffers[extras]'", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from buffers.inspection import InspectionError, inspect_directory
-
-    try:
-        inspect_directory(options.directory, options.episode, options.output, options.verify)
-    except InspectionError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
+from buffers.viewing.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

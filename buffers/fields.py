@@ -14,21 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["ColorImage", "Fields", "PaddedPointcloud", "Scalar", "TensorType", "Vector"]
+from buffers.conversion import TO_NUMPY, TO_TORCH, as_array, number_as, tensor_to_array, torch_dtype
 
-_TORCH_NAMES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"] + [
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-    "complex128",
-]
-_TO_TORCH: dict[np.dtype, torch.dtype] = {np.dtype(name): getattr(torch, name) for name in _TORCH_NAMES}
-_TO_NUMPY: dict[torch.dtype, np.dtype] = {dtype: key for key, dtype in _TO_TORCH.items()}
-# numpy has no bfloat16: its two bytes travel as an opaque item, which no other dtype is equal to.
-_BFLOAT16 = np.dtype("V2")
-_TO_TORCH[_BFLOAT16] = torch.bfloat16
-_TO_NUMPY[torch.bfloat16] = _BFLOAT16
+__all__ = ["ColorImage", "Fields", "PaddedPointcloud", "Scalar", "TensorType", "Vector"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class TensorType:
         if any(size < 0 for size in shape):
             raise ValueError(f"`shape` must not have negative sizes, found {shape}.")
         object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "dtype", _torch_dtype(self.dtype))
+        object.__setattr__(self, "dtype", torch_dtype(self.dtype))
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -62,7 +50,7 @@ class TensorType:
     @property
     def numpy_dtype(self) -> np.dtype:
         """The numpy dtype with the same bytes (an opaque two-byte item for bfloat16)."""
-        return _TO_NUMPY[self.dtype]
+        return TO_NUMPY[self.dtype]
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
@@ -133,106 +121,6 @@ def _is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and (shape[2] in (1, 3, 4) or shape[0] in (1, 3, 4))
 
 
-def _torch_dtype(dtype: Any) -> torch.dtype:
-    """The torch dtype for a torch or numpy dtype, or a name of one."""
-    if isinstance(dtype, torch.dtype):
-        if dtype not in _TO_NUMPY:
-            raise TypeError(f"dtype {dtype} cannot be stored; convert it, to torch.float32 for example.")
-        return dtype
-    try:
-        return _TO_TORCH[np.dtype(dtype).newbyteorder("=")]
-    except (KeyError, TypeError):
-        raise TypeError(f"dtype {dtype} has no torch counterpart; convert it to a number type.") from None
-
-
-def as_array(name: str, value: Any) -> np.ndarray:
-    """A numpy view of what the caller gave, copied only where it has to be (GPU, lists, byte order).
-
-    Python floats become float32 (lists of them too), ints int64, bools bool; all else keeps its dtype.
-
-    Raises:
-        TypeError: Not a tensor, array or number, or of a dtype that torch has not.
-        ValueError: A ragged list.
-    """
-    if isinstance(value, torch.Tensor):
-        try:
-            return value.numpy()
-        except (RuntimeError, TypeError):
-            return _tensor_to_array(name, value)
-    if isinstance(value, (list, tuple)):
-        array = _list_to_array(name, value)
-    elif isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"Field `{name}` is a masked array, whose mask would be lost: use `.filled(value)`.")
-    elif isinstance(value, (np.ndarray, np.generic, bool, int)):
-        array = np.asarray(value)
-    elif isinstance(value, float):
-        array = np.asarray(value, dtype=np.float32)
-    elif isinstance(value, complex):
-        array = np.asarray(value, dtype=np.complex64)
-    else:
-        raise TypeError(
-            f"Field `{name}` must be a tensor, an array or a number, found {type(value).__name__}: {value!r:.60}."
-        )
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    if array.dtype not in _TO_TORCH or array.dtype == _BFLOAT16:
-        raise TypeError(f"Field `{name}` has dtype {array.dtype}, which torch cannot hold: {value!r:.60}.")
-    return array
-
-
-def dtype_name(dtype: np.dtype) -> str:
-    """What the dtype of an array is called."""
-    return "bfloat16" if dtype == _BFLOAT16 else str(dtype)
-
-
-def _number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
-    """The array of a single number in the field's dtype, where that is of its kind; any other array as it is."""
-    if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
-        return array
-    if type(value) is int and dtype.kind in "iufc":
-        return cast_if_kept(array, dtype)
-    return cast_if_kept(array, dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
-
-
-def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in another dtype; as it is if an integer would change or a finite number become infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(dtype)
-    if dtype.kind in "iub":
-        return cast if (cast == array).all() else array
-    return cast if (np.isfinite(cast) | ~np.isfinite(array)).all() else array
-
-
-def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
-    """Of a tensor that has no array as it is: it is on a GPU, has a gradient, is bfloat16, ..."""
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided or tensor.dtype not in _TO_NUMPY:
-        raise TypeError(
-            f"Field `{name}` must be a dense tensor of bfloat16 or a dtype that numpy has, found {tensor.layout}, "
-            f"{tensor.dtype}."
-        )
-    if tensor.device.type != "cpu":
-        tensor = tensor.cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16)
-    return tensor.resolve_conj().resolve_neg().numpy()
-
-
-def _list_to_array(name: str, value: list | tuple) -> np.ndarray:
-    if len(value) > 0 and isinstance(value[0], torch.Tensor):
-        value = [as_array(name, item) if isinstance(item, torch.Tensor) else item for item in value]
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(f"Field `{name}` is a ragged list: its members differ in shape.") from None
-    item: Any = value
-    while isinstance(item, (list, tuple)) and len(item) > 0:
-        item = item[0]
-    if array.dtype == np.float64 and not isinstance(item, (np.ndarray, np.generic)):
-        array = array.astype(np.float32)
-    return array
-
-
 def as_tensor(array: np.ndarray, tensor_type: TensorType) -> torch.Tensor:
     """The tensor over an array of `tensor_type.numpy_dtype`, sharing its memory."""
     if tensor_type.dtype == torch.bfloat16:
@@ -291,7 +179,7 @@ class Fields(Mapping[str, TensorType]):
                     f"Field `{name}` has shape {array.shape}, expected an axis before its own: that of the "
                     "environments, or of an episode's rows."
                 )
-            return TensorType.infer(array.shape[num_leading_axes:], _TO_TORCH[array.dtype])
+            return TensorType.infer(array.shape[num_leading_axes:], TO_TORCH[array.dtype])
 
         return cls(_unwalk((path, infer("/".join(path), leaf)) for path, leaf in _walk(rows)))
 
@@ -351,9 +239,9 @@ class Fields(Mapping[str, TensorType]):
                 try:
                     leaves[i] = leaf.numpy()
                 except (RuntimeError, TypeError):
-                    leaves[i] = _tensor_to_array(name, leaf)
+                    leaves[i] = tensor_to_array(name, leaf)
             else:
-                leaves[i] = _number_as(dtype, as_array(name, leaf), leaf)
+                leaves[i] = number_as(dtype, as_array(name, leaf), leaf)
         return leaves
 
     def unflatten(self, leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.fields import Fields, as_array
+from buffers.conversion import as_array
+from buffers.fields import Fields
 
 __all__ = ["as_flags", "find_final_obs", "leaves_of", "put_final_obs", "to_array", "tree_of"]
 

@@ -32,8 +32,9 @@ from typing import Any
 
 import numpy as np
 
+from buffers.conversion import cast_if_kept
 from buffers.dataset.verification import VerificationMode, check_rows
-from buffers.fields import Fields, cast_if_kept
+from buffers.fields import Fields
 from buffers.observations import as_flags, find_final_obs, leaves_of, put_final_obs, to_array, tree_of
 from buffers.replay_buffer import ReplayBuffer
 from buffers.utils import integer

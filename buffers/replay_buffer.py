@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from buffers.accumulator import Accumulator
+from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.verification import check_rows
-from buffers.fields import Fields, as_array
+from buffers.fields import Fields
 from buffers.sampler import Sampler
 from buffers.statistics import Statistics
 from buffers.utils import integer

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.fields import Scalar, as_array, as_tensor
+from buffers.fields import Scalar, as_tensor
 from buffers.loading.stream import SequenceStream
 
 __all__ = ["Statistics"]

@@ -17,7 +17,7 @@ except ImportError as error:
         "`buffers.Recorder` does without it."
     ) from error
 
-from buffers.fields import cast_if_kept
+from buffers.conversion import cast_if_kept
 from buffers.observations import to_array
 from buffers.recorder import MODES, Recorder
 from buffers.replay_buffer import ReplayBuffer

@@ -12,6 +12,26 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
+# Together under a minute: what fits in the pause after an edit. `pytest -m quick` runs their tests.
+QUICK = {
+    "test_accumulator.py",
+    "test_architecture.py",
+    "test_fields.py",
+    "test_index.py",
+    "test_list_dataset.py",
+    "test_randomness.py",
+    "test_recorder.py",
+    "test_serialization.py",
+    "test_transforms.py",
+    "test_utils.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker(pytest.mark.quick)
+
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Callable[[bytes], io.FileIO]]:

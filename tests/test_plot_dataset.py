@@ -1,4 +1,4 @@
-"""What `plot_dataset` draws, told from the artists of its figures."""
+"""What `plot_dataset` draws, read from the artists of its figures."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
-from buffers.drawing import overview
+from buffers.viewing import overview
 from buffers.visualization import MatplotlibVisualizer, plot_dataset
-from tests.figure_helpers import dataset_of, rendered, texts_drawn
+from tests.figure_helpers import assert_texts_are_apart, dataset_of, rendered
 
 
 def titles(figure: Any) -> list[str]:
     return [ax.get_title(loc="left") for ax in figure.axes]
 
 
-def test_a_dataset_is_drawn_with_lengths_returns_fill_and_bytes() -> None:
+def test_lengths_returns_fill_and_bytes_are_drawn() -> None:
     dataset = dataset_of()
     for i, length in enumerate([5, 9, 2, 7]):
         dataset.add_episode({"obs": {"x": np.zeros((length, 3), np.float32)}, "reward": np.full(length, float(i))})
@@ -35,13 +35,13 @@ def test_a_dataset_is_drawn_with_lengths_returns_fill_and_bytes() -> None:
     assert figure.get_suptitle() == "RingBufferDataset: 4 episodes, 23 steps"
 
 
-def test_stored_bytes_are_those_of_how_fields_are_kept() -> None:
+def test_bytes_are_those_of_the_stored_types() -> None:
     dataset = RingBufferDataset(100, half_precision=True)
     dataset.add_episode({"x": np.zeros((10, 3), np.float32)})
     assert plot_dataset(dataset).axes[-1].patches[0].get_width() == 10 * 3 * 2
 
 
-def test_a_line_is_the_mean_of_neighbouring_episodes_where_there_are_many() -> None:
+def test_many_episodes_have_a_moving_mean() -> None:
     dataset = RingBufferDataset(10_000)
     for i in range(60):
         dataset.add_episode({"reward": np.full(10 + i, 1.0, np.float32)})
@@ -53,7 +53,7 @@ def test_a_line_is_the_mean_of_neighbouring_episodes_where_there_are_many() -> N
         assert "mean of 5 (line)" in ax.get_title(loc="left")
 
 
-def test_only_so_many_episodes_are_read_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limited_number_of_episodes_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = dataset_of()
     for i in range(30):
         dataset.add_episode({"reward": np.array([float(i)]), "image": np.zeros((1, 10, 10, 3), np.uint8)})
@@ -77,7 +77,7 @@ def test_datasets_without_rewards_or_episodes_are_drawn() -> None:
     assert len(figure.axes) == 3
 
 
-def test_a_reader_of_files_has_no_fill(tmp_path: Path) -> None:
+def test_a_reader_of_files_shows_no_fill(tmp_path: Path) -> None:
     with IndividualFileDataset(100, directory=tmp_path) as writer:
         writer.add_episode({"reward": np.ones(60, np.float32)})
     reader: EpisodeDataset = IndividualFileDataset(10, directory=tmp_path, mode="r")
@@ -86,7 +86,7 @@ def test_a_reader_of_files_has_no_fill(tmp_path: Path) -> None:
     assert [patch.get_width() for patch in figure.axes[2].patches] == [60, 60]
 
 
-def test_episodes_that_are_gone_when_they_are_to_be_read_are_left_out(tmp_path: Path) -> None:
+def test_episodes_that_vanish_are_left_out(tmp_path: Path) -> None:
     with IndividualFileDataset(100, directory=tmp_path) as dataset:
         for i in range(3):
             dataset.add_episode({"reward": [float(i)]})
@@ -95,11 +95,7 @@ def test_episodes_that_are_gone_when_they_are_to_be_read_are_left_out(tmp_path: 
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0, 2]
 
 
-def test_labels_of_a_dataset_do_not_overlap() -> None:
+def test_texts_of_fourteen_fields_do_not_overlap() -> None:
     fields = {f"a_field_with_a_rather_long_name_{i}/that_goes_on": np.zeros((5, i + 1)) for i in range(14)}
     figure = plot_dataset(dataset_of(None, {**fields, "reward": np.zeros(5)}))
-    rendered(figure)
-    boxes = [text.get_window_extent() for text in texts_drawn(figure)]
-    assert len(boxes) > 40
-    assert all(box.x0 >= 0 and box.x1 <= 900 for box in boxes)
-    assert not any(one.padded(-1).overlaps(two.padded(-1)) for i, one in enumerate(boxes) for two in boxes[i + 1 :])
+    assert_texts_are_apart(figure, at_least=40)

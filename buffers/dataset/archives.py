@@ -18,6 +18,7 @@ from typing import IO, Any, final
 import numpy as np
 import torch
 
+from buffers.conversion import as_array
 from buffers.dataset.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
@@ -27,7 +28,7 @@ from buffers.dataset.serialization import (
     parse_schema,
     schema_text,
 )
-from buffers.fields import Fields, TensorType, as_array
+from buffers.fields import Fields, TensorType
 
 __all__ = ["NumpyCompressedSerialization", "TorchSerialization"]
 

@@ -147,7 +147,7 @@ class EpisodeDataset(EpisodeSource):
             return
         conflict = fields.conflict_with(self._fields)
         if conflict is not None:
-            raise ValueError(f"The dataset has other fields: {conflict}.")
+            raise ValueError(f"The fields differ from those of the dataset: {conflict}.")
 
     def check(self, rows: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, rows that this dataset, or one behind it, could not give back as they are."""

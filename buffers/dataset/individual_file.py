@@ -348,6 +348,17 @@ class IndividualFileDataset(EpisodeDataset):
         if self._reader is not None:
             self._reader.forget(episode_id)
 
+    # What is in the directory.
+
+    @property
+    def serialization_strategy(self) -> EpisodeSerializationStrategy:
+        """The format in use: the one that was given, or else the one found in the directory."""
+        return self._strategy
+
+    def file_names(self) -> set[str]:
+        """The names of the files of all live episodes."""
+        return self._names.all()
+
     # Closing, and who may do what.
 
     def close(self) -> None:

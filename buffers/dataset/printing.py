@@ -1,44 +1,48 @@
-"""A dataset as a table, for people."""
+"""A dataset as text."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from buffers.utils import format_bytes
+from buffers.utils import aligned, format_bytes
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
 
-__all__ = ["counts_line", "fields_table"]
+__all__ = ["bytes_per_step", "counts_line", "fields_table"]
 
 
-def counts_line(dataset: EpisodeSource) -> str:
-    """What a dataset holds, in a line."""
-    share = dataset.num_timesteps / dataset.capacity
+def counts_line(source: EpisodeSource) -> str:
+    """Type, episodes, steps, fill and lengths, on one line."""
+    share = source.num_timesteps / source.capacity
     line = (
-        f"{type(dataset).__name__}: {dataset.num_episodes:,} episodes, "
-        f"{dataset.num_timesteps:,} of {dataset.capacity:,} steps ({share:.0%})"
+        f"{type(source).__name__}: {source.num_episodes:,} episodes, "
+        f"{source.num_timesteps:,} of {source.capacity:,} steps ({share:.0%})"
     )
-    if not dataset.is_empty:
-        lengths = dataset.table.lengths
-        line += f", length {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
+    if not source.is_empty:
+        lengths = source.table.lengths
+        line += f", length {lengths.min()} to {lengths.max()}, mean {source.average_episode_length:.1f}"
     return line
 
 
-def fields_table(dataset: EpisodeSource) -> str:
-    """The fields of a dataset, a line each."""
-    if dataset.fields is None:
+def fields_table(source: EpisodeSource) -> str:
+    """A table of the fields, one line each: type, dtype, shape, and the bytes that they take."""
+    if source.fields is None:
         return "(no fields yet: the first episode decides)"
+    sizes = bytes_per_step(source)
     rows = [("field", "type", "dtype", "shape", "bytes a step", "bytes stored")]
-    for name, field in dataset.fields.items():
-        stored = dataset.stored_type(field)
+    for name, field in source.fields.items():
+        stored = source.stored_type(field)
         dtype = str(field.dtype).removeprefix("torch.")
         if stored.dtype != field.dtype:
             dtype += f" as {str(stored.dtype).removeprefix('torch.')}"
-        num_bytes = format_bytes(stored.nbytes * dataset.num_timesteps)
-        rows.append((name, type(field).__name__, dtype, str(field.shape), f"{stored.nbytes:,}", num_bytes))
-    total = sum(dataset.stored_type(field).nbytes for field in dataset.fields.values())
-    rows.append(("total", "", "", "", f"{total:,}", format_bytes(total * dataset.num_timesteps)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+        num_bytes = format_bytes(sizes[name] * source.num_timesteps)
+        rows.append((name, type(field).__name__, dtype, str(field.shape), f"{sizes[name]:,}", num_bytes))
+    total = sum(sizes.values())
+    rows.append(("total", "", "", "", f"{total:,}", format_bytes(total * source.num_timesteps)))
+    return "\n".join(aligned(rows))
+
+
+def bytes_per_step(source: EpisodeSource) -> dict[str, int]:
+    """The bytes that each field takes for a stored step, by the field's name."""
+    return {name: source.stored_type(field).nbytes for name, field in (source.fields or {}).items()}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from buffers.fields import Fields, TensorType, as_tensor, dtype_name
+from buffers.conversion import dtype_name
+from buffers.fields import Fields, TensorType, as_tensor
 
 __all__ = ["VerificationMode"]
 

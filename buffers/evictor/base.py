@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.table import EpisodeTable
 
-__all__ = ["Evictor"]
+__all__ = ["Evictable", "Evictor"]
+
+
+class Evictable(Protocol):
+    """What an evictor sees of a dataset."""
+
+    capacity: int
+    table: EpisodeTable
+
+    @property
+    def num_episodes(self) -> int:
+        """Live episodes."""
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of all live episodes."""
+
+    @property
+    def episode_lengths(self) -> list[int]:
+        """Steps of each live episode, oldest first."""
 
 
 class Evictor(ABC):
-    """Chooses which episode leaves when another needs its room."""
+    """Chooses the episode that leaves when another needs its room."""
 
     @abstractmethod
-    def evict(self, dataset: EpisodeDataset) -> int:
+    def evict(self, dataset: Evictable) -> int:
         """Choose an episode; called as often as it takes to make room.
 
         Args:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from buffers.evictor.base import Evictor
-
-if TYPE_CHECKING:
-    from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.evictor.base import Evictable, Evictor
 
 __all__ = ["FIFOEvictor"]
 
@@ -15,6 +10,6 @@ __all__ = ["FIFOEvictor"]
 class FIFOEvictor(Evictor):
     """The oldest episode leaves first."""
 
-    def evict(self, dataset: EpisodeDataset) -> int:
+    def evict(self, dataset: Evictable) -> int:
         """Choose the oldest episode, index 0."""
         return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from buffers.sampler import Sampler, UniformSampler
 from buffers.table import Windows
 from buffers.utils import ThreadLock, integer
 
+if TYPE_CHECKING:
+    from buffers.dataset.episode_source import EpisodeSource
+
 __all__ = ["SequenceStream"]
 
 # Single sequences are drawn and read so many at a time.
@@ -33,28 +36,6 @@ _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
 
 Rows = dict[str, torch.Tensor]
-
-
-class Source(Protocol):
-    """What a stream needs of an `EpisodeSource`, which see."""
-
-    device: torch.device
-    max_sampling_attempts: int
-    has_members: bool
-
-    @property
-    def fields(self) -> Fields | None: ...
-    @property
-    def longest_window(self) -> int: ...
-    def draw(
-        self, sampler: Sampler, num_windows: int, length: int | None, rng: np.random.Generator, again: Windows | None
-    ) -> Windows: ...
-    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]: ...
-    def empty_batch(self, windows: Windows) -> Rows: ...
-    def has_news(self) -> bool: ...
-    def sources_of(self, windows: Windows) -> np.ndarray: ...
-    def check_workers(self) -> None: ...
-    def check_drawable(self) -> None: ...
 
 
 class SequenceStream(IterableDataset):
@@ -81,7 +62,7 @@ class SequenceStream(IterableDataset):
 
     def __init__(
         self,
-        source: Source,
+        source: EpisodeSource,
         batch_size: int | None,
         sequence_length: int | None = 1,
         chunk_size: int | None = None,

@@ -66,15 +66,15 @@ class Windows:
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others of the same length."""
-        columns = []
+        copied = self[:]
         for name in ("start", "step", "episode", "episode_length", "weight", "source"):
-            mine, theirs = getattr(self, name), getattr(others, name)
-            if mine is not None:
-                mine = mine.copy()
-                mine[positions] = theirs
-            columns.append(mine)
-        oldest_step = min(self.oldest_step, others.oldest_step)
-        return Windows(self.length, *columns, self.is_checked and others.is_checked, oldest_step)
+            column = getattr(self, name)
+            if column is not None:
+                setattr(copied, name, column.copy())
+                getattr(copied, name)[positions] = getattr(others, name)
+        copied.is_checked = self.is_checked and others.is_checked
+        copied.oldest_step = min(self.oldest_step, others.oldest_step)
+        return copied
 
     @property
     def are_within(self) -> bool:

@@ -17,51 +17,26 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from buffers.evictor import Evictor, FIFOEvictor
-from buffers.fields import Fields, as_array
+from buffers.conversion import as_array
+from buffers.evictor import FIFOEvictor
+from buffers.fields import Fields
 from buffers.loading import SequenceLoader, SequenceStream
-from buffers.table import EpisodeTable, Windows
+from buffers.table import Windows
 from buffers.utils import integer
+
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
 
 __all__ = ["Extension"]
 
 _SPARE_IDS = 64
 # An item that crosses from a worker has a cost of its own, however little it holds.
 _EPISODES_PER_ITEM = 8
-
-
-class Extendable(Protocol):
-    """What an extension needs of its two datasets."""
-
-    capacity: int
-    table: EpisodeTable
-    evictor: Evictor
-    evicts_before_writing: bool
-    extension: Extension | None
-    is_behind: bool
-
-    @property
-    def is_full(self) -> bool: ...
-    @property
-    def fields(self) -> Fields | None: ...
-    @property
-    def episode_capacity(self) -> int: ...
-    def settle_fields(self, fields: Fields) -> None: ...
-    def check(self, rows: dict[str, np.ndarray]) -> None: ...
-    def refuse(self, episode: dict[str, np.ndarray]) -> str | None: ...
-    def add(self, episode: dict[str, np.ndarray]) -> int: ...
-    def add_episode(self, episode: Any) -> int: ...
-    def store(self, episode: dict[str, np.ndarray]) -> int: ...
-    def start_of_next(self, length: int) -> int: ...
-    def lacks_room(self, start: int, length: int) -> bool: ...
-    def make_room(self, start: int, length: int, keep: int | None = None) -> bool: ...
-    def evict(self, position: int) -> None: ...
-    def episode_of_id(self, episode_id: int) -> dict[str, Any] | None: ...
 
 
 class Extension:
@@ -83,15 +58,15 @@ class Extension:
 
     def __init__(
         self,
-        dataset: Extendable,
-        other: Any,
+        dataset: EpisodeDataset,
+        other: EpisodeDataset,
         batch_size: int,
         num_workers: int | None,
         every: int,
         seed: int | None,
     ) -> None:
         _check_chain(dataset, other)
-        self.other: Extendable = other
+        self.other = other
         self._batch_size = integer("other_batch_size", batch_size, 1)
         self._every = integer("fetch_from_other_every", every, 1)
         num_workers = 0 if num_workers is None else integer("other_num_workers", num_workers, 0)
@@ -109,7 +84,7 @@ class Extension:
         # A copy of the dataset, or one in a worker, is not extended.
         return _nothing, ()
 
-    def begin(self, dataset: Extendable) -> None:
+    def begin(self, dataset: EpisodeDataset) -> None:
         """Agree on the fields; copy what is here to an empty `other`."""
         self.agree(dataset, dataset.fields)
         if len(self.other.table) or not len(dataset.table):
@@ -130,19 +105,15 @@ class Extension:
                 self.other.evict(0)
             raise
 
-    def agree(self, dataset: Extendable, mine: Fields | None) -> None:
+    def agree(self, dataset: EpisodeDataset, mine: Fields | None) -> None:
         """Give the fields of one to the other; those of both, where there are some, must be the same."""
         theirs = self.other.fields
-        if mine is None and theirs is not None:
+        if theirs is not None:
             dataset.settle_fields(theirs)
-        elif mine is not None and theirs is None:
+        elif mine is not None:
             self.other.settle_fields(mine)
-        elif mine is not None and theirs is not None:
-            conflict = mine.conflict_with(theirs)
-            if conflict is not None:
-                raise ValueError(f"The fields differ from those of `other`: {conflict}. Episodes must fit both.")
 
-    def add(self, dataset: Extendable, episode: dict[str, np.ndarray]) -> int:
+    def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> int:
         """Store an episode in both; its id here, -1 if it is too long to be here."""
         length = len(next(iter(episode.values())))
         if length > dataset.capacity:
@@ -157,16 +128,12 @@ class Extension:
         evicts = dataset.is_full or dataset.lacks_room(dataset.start_of_next(length), length)
         is_due = evicts and (self._num_additions + 1) % self._every == 0
         drawn = self._draw(dataset, dataset.capacity - length) if is_due else []
-        try:
-            newest = self._add_to_both(dataset, episode)
-        except Exception:
-            self._waiting.extendleft(reversed(drawn))
-            raise
+        newest = self._add_to_both(dataset, episode)
         self._num_additions += evicts
         self._bring_all(dataset, drawn, newest)
         return newest
 
-    def _add_to_both(self, dataset: Extendable, episode: dict[str, np.ndarray]) -> int:
+    def _add_to_both(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> int:
         other = self.other
         there = [(member, member.table.next_id) for member in _chain(other)]
         if _may_fail(dataset) and not _may_fail(other):
@@ -185,7 +152,7 @@ class Extension:
 
     # What comes back.
 
-    def _draw(self, dataset: Extendable, room: int) -> list[_Episode]:
+    def _draw(self, dataset: EpisodeDataset, room: int) -> list[_Episode]:
         """Draw episodes; those of them that are not here and have room, all together, beside the newest."""
         chosen: dict[int, _Episode] = {}
         for _ in range(self._batch_size):
@@ -220,25 +187,24 @@ class Extension:
             self._waiting.append(_Episode(episode_id, {name: array[b, :length] for name, array in arrays.items()}))
         return self._waiting.popleft()
 
-    def _can_store(self, dataset: Extendable, episode: _Episode) -> bool:
+    def _can_store(self, dataset: EpisodeDataset, episode: _Episode) -> bool:
         reason = dataset.refuse(episode.arrays)
         if reason is not None:
             self._warn("refused", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {reason}")
         return reason is None
 
-    def _bring_all(self, dataset: Extendable, drawn: list[_Episode], newest: int) -> None:
+    def _bring_all(self, dataset: EpisodeDataset, drawn: list[_Episode], newest: int) -> None:
         """Store what was drawn. The addition is done, so what cannot be stored is no error of it."""
-        for number, episode in enumerate(drawn):
-            try:
-                if dataset.make_room(dataset.start_of_next(episode.length), episode.length, keep=newest):
-                    self._note(dataset, episode.id, dataset.store(episode.arrays))
-                    continue
-            except Exception as error:
-                self._warn("failed", f"Episodes of the {type(self.other).__name__} cannot be brought back: {error!r}")
-            self._waiting.extendleft(reversed(drawn[number:]))
-            return
+        try:
+            for number, episode in enumerate(drawn):
+                if not dataset.make_room(dataset.start_of_next(episode.length), episode.length, keep=newest):
+                    self._waiting.extendleft(reversed(drawn[number:]))
+                    return
+                self._note(dataset, episode.id, dataset.store(episode.arrays))
+        except Exception as error:
+            self._warn("failed", f"Episodes of the {type(self.other).__name__} cannot be brought back: {error!r}")
 
-    def refill(self, dataset: Extendable) -> int:
+    def refill(self, dataset: EpisodeDataset) -> int:
         """Fill what room there is with episodes of `other`, its newest among them, in the order of their ids."""
         self.agree(dataset, dataset.fields)
         lengths, ids = self.other.table.lengths, self.other.table.ids
@@ -255,7 +221,7 @@ class Extension:
             room -= length
         return sum(self._refill_with(dataset, other_id) for other_id in sorted(chosen))
 
-    def _refill_with(self, dataset: Extendable, other_id: int) -> bool:
+    def _refill_with(self, dataset: EpisodeDataset, other_id: int) -> bool:
         """Bring an episode if it is still there and has room."""
         found, fields = self.other.episode_of_id(other_id), dataset.fields
         if found is None or fields is None:
@@ -269,11 +235,11 @@ class Extension:
 
     # Which episodes are here.
 
-    def _is_here(self, dataset: Extendable, other_id: int) -> bool:
+    def _is_here(self, dataset: EpisodeDataset, other_id: int) -> bool:
         episode_id = self._ids_here.get(other_id)
         return episode_id is not None and dataset.table.position(episode_id) is not None
 
-    def _note(self, dataset: Extendable, other_id: int, episode_id: int) -> None:
+    def _note(self, dataset: EpisodeDataset, other_id: int, episode_id: int) -> None:
         if other_id < 0:  # Too long for `other`, which has passed it on.
             return
         self._ids_here[other_id] = episode_id
@@ -302,20 +268,20 @@ class _Episode(NamedTuple):
         return len(next(iter(self.arrays.values())))
 
 
-def _may_fail(dataset: Extendable) -> bool:
+def _may_fail(dataset: EpisodeDataset) -> bool:
     """Whether an episode that fits may be refused all the same: by a full disk, or an evictor of the user's own."""
     return any(not d.evicts_before_writing or type(d.evictor) is not FIFOEvictor for d in _chain(dataset))
 
 
-def _chain(dataset: Extendable) -> Iterator[Extendable]:
+def _chain(dataset: EpisodeDataset) -> Iterator[EpisodeDataset]:
     """A dataset, and what is behind it."""
-    behind: Extendable | None = dataset
+    behind: EpisodeDataset | None = dataset
     while behind is not None:
         yield behind
         behind = None if behind.extension is None else behind.extension.other
 
 
-def _evicted(dataset: Extendable, episode_id: int) -> bool:
+def _evicted(dataset: EpisodeDataset, episode_id: int) -> bool:
     """Remove an episode that was just added, if it was; whether it is gone."""
     # Whatever comes of it, the error that made it necessary is the one to be seen.
     with contextlib.suppress(Exception):
@@ -325,7 +291,7 @@ def _evicted(dataset: Extendable, episode_id: int) -> bool:
     return dataset.table.position(episode_id) is None
 
 
-def _check_chain(dataset: Extendable, other: Extendable) -> None:
+def _check_chain(dataset: EpisodeDataset, other: EpisodeDataset) -> None:
     if dataset.extension is not None:
         raise RuntimeError(f"It is extended already, by a {type(dataset.extension.other).__name__}.")
     if any(behind is dataset for behind in _chain(other)):
@@ -336,7 +302,7 @@ def _check_chain(dataset: Extendable, other: Extendable) -> None:
         )
 
 
-def _episode_loader(other: Any, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
+def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
     """A loader of a few whole episodes at a time."""
     stream = SequenceStream(other, min(batch_size, _EPISODES_PER_ITEM), None, seed=seed)
     stream.assemble = _episodes_of

@@ -1,4 +1,4 @@
-"""Panels against the step: lines, heat maps and marks, with padding shaded and the ends of episodes marked."""
+"""Panels over time: lines, heat maps and marks. Padding is shaded, first and last steps of episodes are marked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import numpy.typing as npt
 
-from buffers.drawing.tracks import Timeline, Track, spread
+from buffers.viewing.tracks import Timeline, Track, evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLORS",
+    "EmptyField",
     "HeatMap",
     "Lines",
     "Marks",
-    "Nothing",
     "Panel",
     "TimePanel",
     "mark_ends",
     "set_title",
-    "shortened",
+    "shorten",
 ]
 
-# Okabe and Ito's palette, which colour-blind people can tell apart; without yellow, too pale for a line on white, and
-# with grey for black, so that it shows on a dark background as well.
+# The palette of Okabe and Ito, which colour-blind people can tell apart. Yellow is left out (too pale on white), and
+# grey replaces black (visible on dark backgrounds).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#7F7F7F")
-# A line for every component where there are colours to tell them apart.
+# One line per component, as long as there is a colour for each.
 MAX_LINES = len(COLORS)
-# More could not be told apart on any screen, and would take memory that grows with a field's size.
+# No screen shows more rows, and memory must not grow with the size of a field.
 MAX_HEAT_ROWS = 1024
 _MAX_MARKERS = 64
 NAME_SIZE, TEXT_SIZE, TICK_SIZE = 9, 8, 7
@@ -44,7 +44,7 @@ PADDING_STYLE: dict[str, Any] = {
     "linewidth": 0,
     "edgecolor": "#666666",
 }
-# Handed to the legend of the figure.
+# Labels that go into the legend of the figure.
 PADDING, START, END, NOT_FINITE = "padding", "first step of an episode", "last step of an episode", "NaN or infinite"
 
 
@@ -52,9 +52,9 @@ class Panel(ABC):
     """One row of the figure: a field of one sequence.
 
     Attributes:
-        height: Of its axes, in inches.
-        margin: What it needs beside them for its title, and for what else stands above or below.
-        axes: What it has drawn on.
+        height: Height of its axes, in inches.
+        margin: Additional height for its title and for texts below it, in inches.
+        axes: The axes that it has drawn on.
     """
 
     height: float = 0.9
@@ -66,19 +66,19 @@ class Panel(ABC):
 
     @abstractmethod
     def draw(self, figure: Figure, cell: SubplotSpec) -> None:
-        """Draw everything into a cell of the figure's grid."""
+        """Draw the panel into a cell of the figure's grid."""
 
     @abstractmethod
     def show(self, t: int) -> None:
-        """Point at step t of the sequence: the time slider has moved."""
+        """Highlight step t of the sequence: the slider has moved."""
 
 
 class TimePanel(Panel):
-    """A panel whose axis is the step."""
+    """A panel whose horizontal axis is time."""
 
     @final
     def draw(self, figure: Figure, cell: SubplotSpec) -> None:
-        """Draw the values, and what the timeline says, on one pair of axes."""
+        """Draw the values, the ends of episodes and the padding on one pair of axes."""
         ax = figure.add_subplot(cell)
         self.axes = [ax]
         x = self.timeline.x
@@ -105,30 +105,30 @@ class TimePanel(Panel):
 
     @abstractmethod
     def _plot(self, figure: Figure, ax: Axes) -> list[str]:
-        """Draw the values; returns what is to be said of them."""
+        """Draw the values; returns notes for the title."""
 
     def _values(self) -> np.ndarray:
-        """`(T, n)`, one column a component."""
+        """The values as `(T, n)`, one column per component."""
         rows = self.track.rows()
         return rows.reshape(len(rows), -1)
 
 
 @final
 class Lines(TimePanel):
-    """Scalars and small vectors: a line for each component, in steps for integers."""
+    """Scalars and small vectors: one line per component, stepped for integers."""
 
     def _plot(self, figure: Figure, ax: Axes) -> list[str]:
         rows = self._values()
         x, is_real = self.timeline.x, self.timeline.is_real
         values = rows.astype(np.float64)
-        is_odd = ~np.isfinite(values) & is_real[:, None]
+        is_not_finite = ~np.isfinite(values) & is_real[:, None]
         values[~(np.isfinite(values) & is_real[:, None])] = np.nan
         is_integer = rows.dtype.kind in "iu"
         drawstyle = "steps-mid" if is_integer else "default"
         if is_integer:
             ax.locator_params(axis="y", integer=True, min_n_ticks=1)
         for i, column in enumerate(values.T):
-            # Points without a neighbour make no line.
+            # A point without neighbours needs a marker to be visible.
             is_gap = np.pad(np.isnan(column), 1, constant_values=True)
             is_alone = ~is_gap[1:-1] & is_gap[:-2] & is_gap[2:]
             markers = np.flatnonzero(is_alone | (len(x) <= _MAX_MARKERS))
@@ -140,23 +140,23 @@ class Lines(TimePanel):
                 loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=TICK_SIZE, frameon=False, ncols=columns,
                 handlelength=1.0, labelspacing=0.2, columnspacing=0.8, borderaxespad=0.3,
             )  # fmt: skip
-        odd = x[is_odd.any(1)]
-        if len(odd):
+        bad = x[is_not_finite.any(1)]
+        if len(bad):
             style = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 3}
-            ax.plot(odd, np.zeros(len(odd)), "x", color=ink(ax), markersize=5, label=NOT_FINITE, **style)
-        return [count_odd(rows[is_real])]
+            ax.plot(bad, np.zeros(len(bad)), "x", color=foreground_of(ax), markersize=5, label=NOT_FINITE, **style)
+        return [count_not_finite(rows[is_real])]
 
 
 @final
 class HeatMap(TimePanel):
-    """Wide vectors, and everything of more dimensions, flattened: components downwards, steps to the right."""
+    """Large vectors and flattened arrays: one row per component, one column per step."""
 
     height = 1.0
 
     def _plot(self, figure: Figure, ax: Axes) -> list[str]:
         rows = self._values()
         num_components = rows.shape[1]
-        components = spread(np.arange(num_components), MAX_HEAT_ROWS)
+        components = evenly_spaced(np.arange(num_components), MAX_HEAT_ROWS)
         x, is_real = self.timeline.x, self.timeline.is_real
         values = rows[:, components].astype(np.float64)
         shown = np.ma.masked_array(values, ~(np.isfinite(values) & is_real[:, None]))
@@ -170,12 +170,12 @@ class HeatMap(TimePanel):
         bar.ax.tick_params(labelsize=TICK_SIZE)
         flattened = f"flattened to {num_components:,}" if len(self.track.kind.shape) > 1 else ""
         some = f"{len(components):,} of {num_components:,} shown" if len(components) < num_components else ""
-        return [flattened, some, count_odd(rows[is_real])]
+        return [flattened, some, count_not_finite(rows[is_real])]
 
 
 @final
 class Marks(TimePanel):
-    """Flags: a mark at each step where they are True."""
+    """Flags: a mark at each step where the value is True."""
 
     height = 0.35
 
@@ -196,63 +196,63 @@ class Marks(TimePanel):
 
 
 @final
-class Nothing(Panel):
-    """A field without numbers: one of its sizes is zero."""
+class EmptyField(Panel):
+    """A field without values: one of its dimensions is 0."""
 
     height = 0.2
 
     def draw(self, figure: Figure, cell: SubplotSpec) -> None:
-        """Say so."""
+        """Draw the title only."""
         ax = figure.add_subplot(cell)
         self.axes = [ax]
         ax.set_axis_off()
         set_title(ax, self.track.name, self.track.describe("nothing to draw"))
 
     def show(self, t: int) -> None:
-        """There is nothing to point at."""
+        """There is nothing to highlight."""
 
 
 def set_title(ax: Axes, name: str, details: str) -> None:
-    """The field's name above the axes, from their left edge on, and behind it what it is."""
-    title = ax.set_title(shortened(name), loc="left", fontsize=NAME_SIZE, fontweight="bold", pad=4, parse_math=False)
+    """Write the field's name above the axes, on the left, followed by its details."""
+    title = ax.set_title(shorten(name), loc="left", fontsize=NAME_SIZE, fontweight="bold", pad=4, parse_math=False)
     text = ax.annotate(
-        shortened(details, 90), (1, 0), (6, 0), xycoords=title, textcoords="offset points",
+        shorten(details, 90), (1, 0), (6, 0), xycoords=title, textcoords="offset points",
         fontsize=TEXT_SIZE, color="#7F7F7F", parse_math=False, annotation_clip=False, va="bottom",
     )  # fmt: skip
-    # It would count as part of the axes, which would become narrower for it.
+    # Else the layout would make the axes narrower by its width.
     text.set_in_layout(False)
 
 
-def shortened(text: str, size: int = 60) -> str:
-    """The text, with its middle left out if it is long, and on one line."""
+def shorten(text: str, size: int = 60) -> str:
+    """The text on one line; the middle of a long one is left out."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if len(text) <= size else f"{text[: size // 2 - 1]}…{text[len(text) - size // 2 :]}"
 
 
 def mark_ends(ax: Axes, starts: np.ndarray, ends: np.ndarray) -> list[Any]:
-    """Vertical lines: solid before the first step of an episode, dashed behind its last."""
+    """Draw vertical lines: solid before the first step of an episode, dashed after its last."""
     kinds = ((starts, START, "-"), (ends, END, "--"))
     return [
-        ax.axvline(position, color=ink(ax), linewidth=1.6, linestyle=style, label=label, clip_on=False)
+        ax.axvline(position, color=foreground_of(ax), linewidth=1.6, linestyle=style, label=label, clip_on=False)
         for positions, label, style in kinds
         for position in positions
     ]
 
 
 def runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """The stretches `[begin, end)` in which flags are True."""
+    """The intervals `[begin, end)` in which flags are True."""
     changes = np.flatnonzero(np.diff(np.pad(flags.astype(np.int8), 1)))
     return list(zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True))
 
 
-def count_odd(values: np.ndarray) -> str:
-    """How many numbers are NaN or infinite, in words; nothing if none are."""
+def count_not_finite(values: np.ndarray) -> str:
+    """How many values are NaN or infinite, as text; empty if none are."""
     if values.dtype.kind != "f":
         return ""
     counts = ((np.isnan(values).sum(), "NaN"), (np.isinf(values).sum(), "infinite"))
     return ", ".join(f"{count:,} {what}" for count, what in counts if count)
 
 
-def ink(ax: Axes) -> Any:
-    """The colour of axes, which shows on the figure's background whatever the style."""
+def foreground_of(ax: Axes) -> Any:
+    """The colour of the axes' frame, which is visible in any style."""
     return ax.spines["left"].get_edgecolor()

@@ -1,6 +1,6 @@
-"""`python -m buffers inspect`: what is in a directory of episodes. Nothing in it is changed.
+"""`python -m buffers inspect`: what a directory of episodes holds. Nothing in it is changed.
 
-Whoever writes to it is not disturbed, either: no lock is taken where the system lists locks.
+A process that writes to it is not disturbed: where the system lists its locks, none is taken.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from buffers.dataset.directory import DAMAGED, EpisodeDirectory, Listing
 from buffers.dataset.individual_file import IndividualFileDataset
 from buffers.dataset.lock import LOCK, NO_SURPRISES
 from buffers.dataset.opening import Verify, inspect
-from buffers.drawing.tracks import as_array
-from buffers.utils import format_bytes
+from buffers.dataset.printing import fields_table
+from buffers.utils import aligned, format_bytes
+from buffers.viewing.tracks import to_numpy
 
 __all__ = ["InspectionError", "inspect_directory"]
 
-# A reader sees all there is, whatever its capacity; nothing that is printed speaks of it.
+# A reader sees every episode, whatever its capacity.
 _CAPACITY = 2**62
 _MAX_BINS = 10
 _MAX_BAR = 40
 _MAX_NAMES = 20
-# Linux lists there who has locked what.
+# Where Linux lists all file locks.
 _LOCKS = "/proc/locks"
 
 
 class InspectionError(Exception):
-    """Why there is nothing to say, in one line."""
+    """Why a directory or episode cannot be inspected, in one line."""
 
 
 def inspect_directory(path: str, episode_id: int | None, output: str | None, verify: Verify) -> None:
@@ -41,26 +42,26 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
 
     Args:
         path: The directory.
-        episode_id: Of the episode; None for the whole directory.
-        output: File for a picture; None for none.
-        verify: How closely files are looked at.
+        episode_id: The episode to print; None for the whole directory.
+        output: The file of the picture; None for no picture.
+        verify: How much of each file is checked.
 
     Raises:
-        InspectionError: No directory, no such episode, or a picture that cannot be written.
+        InspectionError: There is no such directory or episode, or the picture cannot be written.
     """
     if output is not None:
         _check_output(path, output)
-    with _opened(path, verify) as dataset:
+    with _open(path, verify) as dataset:
         if dataset.is_empty:
-            findings = _look_around(path, dataset, verify)
+            findings = _find_other_files(path, dataset, verify)
             if any(findings):
                 _print([path, *_describe_findings(findings)])
             raise InspectionError(f"{path} holds no whole episode of a known format.")
         if episode_id is None:
-            findings = _look_around(path, dataset, verify)
-            state = [f"Format: {dataset._strategy.suffix}", f"Writer: {_describe_writer(path)}"]
+            findings = _find_other_files(path, dataset, verify)
+            state = [f"Format: {dataset.serialization_strategy.suffix}", f"Writer: {_describe_writer(path)}"]
             _print([path, *_describe_dataset(dataset), "", *state, *_describe_findings(findings)])
-        if episode_id is not None:
+        else:
             episode = _read_episode(dataset, episode_id)
             _print(_describe_episode(dataset, episode_id, episode))
         if output is not None:
@@ -68,10 +69,10 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
             _print([f"Drawn: {output}"])
 
 
-def _opened(path: str, verify: Verify) -> IndividualFileDataset:
+def _open(path: str, verify: Verify) -> IndividualFileDataset:
     try:
         with warnings.catch_warnings():
-            # Damaged files are listed below, all of them.
+            # The warning names some damaged files. All of them are printed later.
             warnings.simplefilter("ignore", UserWarning)
             return IndividualFileDataset(_CAPACITY, directory=path, mode="r", verify=verify)
     except FileNotFoundError:
@@ -86,18 +87,17 @@ def _opened(path: str, verify: Verify) -> IndividualFileDataset:
 
 
 def _describe_dataset(dataset: IndividualFileDataset) -> list[str]:
-    """The table that the dataset prints, under a line without a capacity, and a histogram."""
+    """A summary, the table of fields, and a histogram of lengths."""
     lengths, ids = dataset.table.lengths, dataset.table.ids
     head = (
         f"{dataset.num_episodes:,} episodes, {dataset.num_timesteps:,} steps, ids {ids[0]} to {ids[-1]}, "
         f"length {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
     )
-    _, _, table = repr(dataset).partition("\n")
-    return [head, "", table, "", *_histogram(lengths)]
+    return [head, "", fields_table(dataset), "", *_histogram(lengths)]
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:
-    """Lengths in bins of equal width, a bar for each."""
+    """A table of episode lengths, in bins of equal width, with bars."""
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // _MAX_BINS)
     counts = np.bincount((lengths - low) // width)
@@ -106,65 +106,62 @@ def _histogram(lengths: np.ndarray) -> list[str]:
         first, last = low + i * width, min(low + (i + 1) * width - 1, high)
         bar = "#" * -(-count * _MAX_BAR // int(counts.max()))
         rows.append((str(first) if first == last else f"{first}-{last}", f"{count:,}", bar))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 # The directory.
 
 
 class _Findings(NamedTuple):
-    """What lies in a directory beside its episodes: (file name, what is to be said of it)."""
+    """What else is in the directory, as pairs of a file name and its size or damage."""
 
     temporaries: list[tuple[str, str]]
     damaged: list[tuple[str, str]]
-    aside: list[tuple[str, str]]
+    set_aside: list[tuple[str, str]]
 
 
-def _look_around(path: str, dataset: IndividualFileDataset, verify: Verify) -> _Findings:
-    directory = EpisodeDirectory(path, dataset._strategy.suffix, writable=False)
+def _find_other_files(path: str, dataset: IndividualFileDataset, verify: Verify) -> _Findings:
+    directory = EpisodeDirectory(path, dataset.serialization_strategy.suffix, writable=False)
     try:
         listing = directory.list()
         damaged = _find_damaged(directory, listing, dataset, verify)
     finally:
         directory.close()
     temporaries = [(name, _size_of(os.path.join(path, name))) for name in sorted(listing.temporaries)]
-    return _Findings(temporaries, damaged, _list_aside(path))
+    return _Findings(temporaries, damaged, _find_set_aside(path))
 
 
 def _describe_findings(findings: _Findings) -> list[str]:
+    unfinished = "being written, or left by a killed process; the next writer removes them"
     return [
-        *_some("Temporaries", findings.temporaries, "on their way, or left by a kill; the next writer removes them"),
-        *_some("Damaged", findings.damaged, "left out"),
-        *_some("Set aside", findings.aside, "found to be damaged, and moved there by a writer"),
+        *_describe_files("Temporaries", findings.temporaries, unfinished),
+        *_describe_files("Damaged", findings.damaged, "left out"),
+        *_describe_files("Set aside", findings.set_aside, "found damaged by a writer, and moved"),
     ]
 
 
-def _some(title: str, found: Sequence[tuple[str, str]], what: str) -> list[str]:
-    """How many, what that means, and the first of them."""
-    if not found:
+def _describe_files(title: str, files: Sequence[tuple[str, str]], meaning: str) -> list[str]:
+    """The number of files, what it means, and the first names."""
+    if not files:
         return [f"{title}: none"]
-    lines = [f"  {name}: {text}" for name, text in found[:_MAX_NAMES]]
-    more = [f"  and {len(found) - _MAX_NAMES:,} more"] if len(found) > _MAX_NAMES else []
-    return [f"{title}: {len(found):,} ({what})", *lines, *more]
+    lines = [f"  {name}: {text}" for name, text in files[:_MAX_NAMES]]
+    more = [f"  and {len(files) - _MAX_NAMES:,} more"] if len(files) > _MAX_NAMES else []
+    return [f"{title}: {len(files):,} ({meaning})", *lines, *more]
 
 
 def _find_damaged(
     directory: EpisodeDirectory, listing: Listing, dataset: IndividualFileDataset, verify: Verify
 ) -> list[tuple[str, str]]:
-    """All that the dataset has left out, and why: what sizes give away, and of the rest what `verify` has found."""
-    strategy, fields = dataset._strategy, dataset.fields
+    """The files that the dataset left out, each with the reason."""
+    strategy, fields = dataset.serialization_strategy, dataset.fields
     damaged = inspect(directory, listing, strategy, fields, None, "size").damaged
-    known = {name for name, _ in damaged} | dataset._names.all()
-    others = [i for i, text in enumerate(listing.texts) if text not in known]
-    if others:
-        rest = Listing([listing.texts[i] for i in others])
-        for name in ("ids", "starts", "lengths", "sizes"):
-            setattr(rest, name, [getattr(listing, name)[i] for i in others])
-        damaged += inspect(directory, rest, strategy, fields, None, verify).damaged
+    # Sizes explain most of them. Of the others, only `verify` can tell what is wrong.
+    known = {name for name, _ in damaged} | dataset.file_names()
+    damaged += inspect(directory, directory.list(known), strategy, fields, None, verify).damaged
     return sorted(damaged)
 
 
-def _list_aside(path: str) -> list[tuple[str, str]]:
+def _find_set_aside(path: str) -> list[tuple[str, str]]:
     found = []
     with os.scandir(path) as entries:
         folders = [entry.name for entry in entries if re.fullmatch(rf"{DAMAGED}(-\d+)?", entry.name)]
@@ -181,28 +178,28 @@ def _size_of(path: str) -> str:
     try:
         return format_bytes(os.stat(path, follow_symlinks=False).st_size)
     except OSError:
-        return "gone meanwhile"
+        return "just removed"
 
 
 def _describe_writer(path: str) -> str:
-    """Who has the right to write, or had it last."""
+    """The process that holds the lock for writing, or held it last."""
     try:
         descriptor = os.open(os.path.join(path, LOCK), os.O_RDONLY | NO_SURPRISES)
     except FileNotFoundError:
         return "none so far"
     except OSError as error:
-        return f"not known ({error.strerror})"
+        return f"unknown ({error.strerror})"
     try:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         if _is_locked(descriptor, holder):
-            return holder or "a process that has not said which"
-        return f"none seen (the last was {holder or 'not said'})"
+            return holder or "an unknown process"
+        return f"none seen (the last was {holder or 'an unknown process'})"
     finally:
         os.close(descriptor)
 
 
 def _is_locked(descriptor: int, holder: str) -> bool:
-    """Whether somebody has an exclusive flock on the file."""
+    """Whether a process holds an exclusive flock on the file."""
     try:
         with open(_LOCKS) as file:
             locks = [line.split() for line in file]
@@ -214,14 +211,14 @@ def _is_locked(descriptor: int, holder: str) -> bool:
             continue
         major, minor, inode = words[4].split(":")
         is_same_device = (int(major, 16), int(minor, 16)) == (os.major(status.st_dev), os.minor(status.st_dev))
-        # Some file systems give another device there than `stat`: then the process tells.
+        # Some file systems report another device than `stat` does. Then the process identifies the lock.
         if int(inode) == status.st_ino and (is_same_device or holder.startswith(f"process {words[3]} ")):
             return True
     return False
 
 
 def _can_share(descriptor: int) -> bool:
-    """Whether a shared lock can be had, which is given back at once: where the system does not list its locks."""
+    """Whether a shared lock is granted; it is released at once."""
     import fcntl
 
     try:
@@ -238,40 +235,40 @@ def _can_share(descriptor: int) -> bool:
 def _read_episode(dataset: IndividualFileDataset, episode_id: int) -> dict[str, torch.Tensor]:
     """An episode by its id, `name -> (L, *shape)`."""
     ids, fields = dataset.table.ids, dataset.fields
-    assert fields is not None  # There is an episode.
+    assert fields is not None  # There is an episode, so there are fields.
     position = dataset.table.position(episode_id)
     if position is None:
         raise InspectionError(f"There is no episode {episode_id}: {len(ids):,} have ids from {ids[0]} to {ids[-1]}.")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             episode = dataset.get_episode(position)
         except (RuntimeError, OSError) as error:
-            reason = str(told[0].message) if told else str(error)
+            reason = str(caught[0].message) if caught else str(error)
             raise InspectionError(f"Episode {episode_id} cannot be read: {reason}") from error
     return dict(zip(fields, fields.flatten(episode), strict=True))
 
 
 def _describe_episode(dataset: IndividualFileDataset, episode_id: int, episode: dict[str, torch.Tensor]) -> list[str]:
     fields = dataset.fields
-    assert fields is not None  # There is an episode.
+    assert fields is not None  # There is an episode, so there are fields.
     length = len(next(iter(episode.values())))
     rows = [("field", "type", "dtype", "shape", "min", "max", "mean", "not finite")]
     for name, field in fields.items():
         dtype = str(field.dtype).removeprefix("torch.")
-        rows.append((name, type(field).__name__, dtype, str(field.shape), *_summary(as_array(episode[name]))))
-    return [f"Episode {episode_id}: {length:,} steps, {format_bytes(fields.nbytes * length)}", "", *_aligned(rows)]
+        rows.append((name, type(field).__name__, dtype, str(field.shape), *_summary(to_numpy(episode[name]))))
+    return [f"Episode {episode_id}: {length:,} steps, {format_bytes(fields.nbytes * length)}", "", *aligned(rows)]
 
 
 def _summary(values: np.ndarray) -> tuple[str, str, str, str]:
-    """Least, largest and mean of the finite values, and how many are not."""
+    """Minimum, maximum and mean of the finite values, and the number of others."""
     finite = values if values.dtype.kind in "biu" else values[np.isfinite(values)]
-    num_odd = f"{values.size - finite.size:,}" if values.size > finite.size else ""
+    num_not_finite = f"{values.size - finite.size:,}" if values.size > finite.size else ""
     if finite.size == 0:
-        return "-", "-", "-", num_odd
+        return "-", "-", "-", num_not_finite
     low, high = finite.min(), finite.max()
     exact = [f"{number:.6g}" if values.dtype.kind == "f" else str(number) for number in (low, high)]
-    return exact[0], exact[1], f"{finite.mean(dtype=np.float64):.6g}", num_odd
+    return exact[0], exact[1], f"{finite.mean(dtype=np.float64):.6g}", num_not_finite
 
 
 # The picture.
@@ -280,12 +277,12 @@ def _summary(values: np.ndarray) -> tuple[str, str, str, str]:
 def _check_output(path: str, output: str) -> None:
     inside, target = os.path.realpath(path), os.path.realpath(output)
     if target == inside or target.startswith(os.path.join(inside, "")):
-        raise InspectionError(f"{output} lies in the directory that is inspected, which is not written to.")
+        raise InspectionError(f"{output} is in the inspected directory, which must not change.")
 
 
 def _draw(dataset: IndividualFileDataset, drawn: tuple[int, dict[str, torch.Tensor]] | None) -> Any:
     try:
-        from buffers.visualization import MatplotlibVisualizer, plot_dataset
+        from buffers.viewing.visualizer import MatplotlibVisualizer, plot_dataset
     except ImportError as error:
         raise InspectionError(f"A picture needs matplotlib: {error}") from error
     if drawn is None:
@@ -294,7 +291,7 @@ def _draw(dataset: IndividualFileDataset, drawn: tuple[int, dict[str, torch.Tens
     step = torch.arange(len(next(iter(episode.values()))))
     batch: dict[str, Any] = {name: rows[None] for name, rows in episode.items()}
     known = {"step": step, "is_first": step == 0, "is_last": step == len(step) - 1, "episode": torch.tensor(episode_id)}
-    # A field of such a name is the episode's own.
+    # Fields of the episode with such a name win.
     batch = {**{name: value[None] for name, value in known.items()}, **batch}
     return MatplotlibVisualizer(dataset).visualize(batch)
 
@@ -311,14 +308,7 @@ def _save(figure: Any, output: str) -> None:
 # Text.
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows in columns, with a line under the first."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
-
-
 def _print(lines: Sequence[str]) -> None:
-    """To standard output; names come from files, so nothing that a terminal would obey gets through."""
+    """Print lines. Names come from files, so control characters are escaped."""
     for line in "\n".join(lines).split("\n"):
         print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))

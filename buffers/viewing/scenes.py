@@ -1,4 +1,4 @@
-"""Panels of what a step looks like: images as a filmstrip, point clouds in 3-D."""
+"""Panels of single steps: images as a filmstrip, point clouds in 3-D."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.dataset.fields import ColorImage
-from buffers.drawing.panels import (
+from buffers.fields import ColorImage
+from buffers.viewing.panels import (
     COLORS,
     PADDING,
     PADDING_STYLE,
     TEXT_SIZE,
     TICK_SIZE,
     Panel,
-    count_odd,
+    count_not_finite,
     mark_ends,
     set_title,
 )
-from buffers.drawing.tracks import Timeline, Track, spread
+from buffers.viewing.tracks import Timeline, Track, evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
 
-__all__ = ["Clouds", "Filmstrip"]
+__all__ = ["Filmstrip", "PointClouds"]
 
 Positions = npt.NDArray[np.int64]
 MAX_FRAMES = 10
 MAX_CLOUDS = 4
 MAX_MERGED = 12
-# Of one cloud.
+# Per cloud.
 MAX_POINTS = 4000
-# What the axes have of the figure's width, about, in inches.
+# Approximate width of the axes, in inches.
 _WIDTH = 8.3
-# Pixels are square, but for pictures that are that many times as wide as they are high, or the other way round.
+# Images that are wider or higher than this ratio are stretched; the pixels of all others are square.
 _MAX_RATIO = 5.0
-# Okabe and Ito's reddish purple, for pixels that are NaN or infinite.
-_ODD_PIXEL = (0.8, 0.475, 0.655)
+# The reddish purple of Okabe and Ito, for pixels that are NaN or infinite.
+_NOT_FINITE_COLOR = (0.8, 0.475, 0.655)
 
 
 @final
 class Filmstrip(Panel):
-    """Images in a row, evenly spaced over the real steps; the slider shows those around a step.
+    """Images side by side, evenly spaced over the real steps; the slider shows the images around a step.
 
-    All frames lie on one pair of axes, which is laid out in a tenth of the time of ten.
+    All frames share one pair of axes, since the time for the layout grows with the number of axes.
     """
 
     margin = 0.36
@@ -54,18 +54,18 @@ class Filmstrip(Panel):
     def __init__(self, track: Track, timeline: Timeline) -> None:
         super().__init__(track, timeline)
         kind = track.kind
-        assert isinstance(kind, ColorImage)  # It is what chooses this panel.
+        assert isinstance(kind, ColorImage)  # Only such fields get this panel.
         self._channels_first = kind.channels_first
         self._height, self._width = kind.shape[1:] if kind.channels_first else kind.shape[:2]
         self._real = np.flatnonzero(timeline.is_real)
-        self._frames = spread(self._real, MAX_FRAMES)
+        self._frames = evenly_spaced(self._real, MAX_FRAMES)
         self._low, self._high, self._note = _range_of(track, self._real)
-        # Padding shows as one more frame, whatever it holds.
+        # All padding together is one shaded frame.
         self._has_padding = len(self._real) < len(timeline)
-        num_slots = len(self._frames) + self._has_padding
+        num_columns = len(self._frames) + self._has_padding
         self._gap = max(1.0, 0.06 * self._width)
         self._ratio = float(np.clip(self._height / self._width, 1 / _MAX_RATIO, _MAX_RATIO))
-        self.height = float(np.clip(_WIDTH / num_slots * self._ratio, 0.5, 1.5))
+        self.height = float(np.clip(_WIDTH / num_columns * self._ratio, 0.5, 1.5))
         self._marks: list[Any] = []
         self._outline: Any = None
 
@@ -78,24 +78,24 @@ class Filmstrip(Panel):
         ax.tick_params(length=0, labelsize=TICK_SIZE, pad=2)
         self._images = [
             ax.imshow(
-                picture, origin="upper", extent=(self._left(slot), self._left(slot) + self._width, 0, self._height)
+                picture, origin="upper", extent=(self._left(column), self._left(column) + self._width, 0, self._height)
             )
-            for slot, picture in enumerate(self._pictures(self._frames))
+            for column, picture in enumerate(self._pictures(self._frames))
         ]
-        num_slots = len(self._images)
+        num_columns = len(self._images)
         if self._has_padding:
-            left = self._left(num_slots)
+            left = self._left(num_columns)
             ax.fill_between([left, left + self._width], 0, self._height, label=PADDING, **PADDING_STYLE)
-            num_slots += 1
+            num_columns += 1
         self._annotate(self._frames)
-        # Room at the edges for the lines that mark the ends of an episode.
-        ax.set(xlim=(-self._gap, self._left(num_slots)), ylim=(0, self._height), anchor="NW")
+        # Space at the edges for the lines at the ends of an episode.
+        ax.set(xlim=(-self._gap, self._left(num_columns)), ylim=(0, self._height), anchor="NW")
         ax.set_aspect(self._ratio * self._width / self._height)
         stretched = "" if np.isclose(self._ratio, self._height / self._width) else "pixels are not square"
         set_title(ax, self.track.name, self.track.describe(self._note, stretched))
 
     def show(self, t: int) -> None:
-        """Show the frames around step t, and frame its own."""
+        """Show the frames around step t, with an outline around its own."""
         num = len(self._images)
         if not num:
             return
@@ -112,17 +112,17 @@ class Filmstrip(Panel):
         height = self._height
         self._outline.set_data([left - gap, right, right, left - gap, left - gap], [0, 0, height, height, 0])
 
-    def _left(self, slot: int) -> float:
-        return slot * (self._width + self._gap)
+    def _left(self, column: int) -> float:
+        return column * (self._width + self._gap)
 
     def _annotate(self, frames: Positions) -> None:
-        """The steps below the frames, and the marks beside those at the ends of an episode."""
+        """Write the steps below the frames, and mark the ends of an episode."""
         ax, timeline = self.axes[0], self.timeline
-        lefts = np.array([self._left(slot) for slot in range(len(frames))])
+        lefts = np.array([self._left(column) for column in range(len(frames))])
         labels = [str(step) for step in timeline.x[frames]]
         if self._has_padding:
             labels.append("padding")
-        ax.set_xticks([self._left(slot) + self._width / 2 for slot in range(len(labels))], labels=labels)
+        ax.set_xticks([self._left(column) + self._width / 2 for column in range(len(labels))], labels=labels)
         for mark in self._marks:
             mark.remove()
         begins = lefts[timeline.is_first[frames]] - self._gap / 2
@@ -130,7 +130,7 @@ class Filmstrip(Panel):
         self._marks = mark_ends(ax, begins, ends)
 
     def _pictures(self, frames: Positions) -> np.ndarray:
-        """The frames `(n, H, W, 3 or 4)`, uint8 or from 0 to 1."""
+        """The frames as `(n, H, W, 3 or 4)`, uint8, or floats between 0 and 1."""
         pixels = self.track.rows(frames)
         if self._channels_first:
             pixels = np.moveaxis(pixels, 1, -1)
@@ -139,17 +139,17 @@ class Filmstrip(Panel):
         if pixels.dtype == np.uint8:
             return pixels
         pixels = pixels.astype(np.float64)
-        is_odd = ~np.isfinite(pixels).all(-1)
-        pixels[is_odd] = 1.0
+        is_not_finite = ~np.isfinite(pixels).all(-1)
+        pixels[is_not_finite] = 1.0
         pixels = ((pixels - self._low) / (self._high - self._low)).clip(0.0, 1.0)
-        pixels[is_odd, :3] = _ODD_PIXEL
+        pixels[is_not_finite, :3] = _NOT_FINITE_COLOR
         return pixels
 
 
 def _range_of(track: Track, real: Positions) -> tuple[float, float, str]:
-    """Which values are black and white, and what is to be said of it.
+    """The values that are drawn black and white, and a note for the title.
 
-    Those are 0 and 255 for integers that are in this range, 0 and 1 for other numbers that are, else the extremes.
+    They are 0 and 255 for integers in this range, 0 and 1 for floats in this range, else the extremes.
     """
     if track.kind.dtype == torch.uint8:
         return 0.0, 255.0, ""
@@ -158,20 +158,20 @@ def _range_of(track: Track, real: Positions) -> tuple[float, float, str]:
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     is_integer = pixels.dtype.kind in "iu"
     if low >= 0.0 and high <= (255.0 if is_integer else 1.0):
-        return 0.0, 255.0 if is_integer else 1.0, count_odd(pixels)
+        return 0.0, 255.0 if is_integer else 1.0, count_not_finite(pixels)
     note = f"{low:.3g} is black and {high:.3g} white"
-    return low, high if high > low else low + 1.0, ", ".join(filter(None, (note, count_odd(pixels))))
+    return low, high if high > low else low + 1.0, ", ".join(filter(None, (note, count_not_finite(pixels))))
 
 
 @final
-class Clouds(Panel):
-    """Point clouds in 3-D: at some steps side by side, or those of several steps in one.
+class PointClouds(Panel):
+    """Point clouds in 3-D: of some steps side by side, or of several steps in one picture.
 
     Args:
-        track: Its rows of NaN are no points.
-        timeline: Only real steps are drawn.
-        merge: Several steps in one, coloured by the step.
-        single: One cloud, for the slider to choose.
+        track: The field. Points with NaN coordinates are padding.
+        timeline: Only its real steps are drawn.
+        merge: Draw several steps in one picture, coloured by step.
+        single: Draw one step, chosen by the slider.
     """
 
     margin = 0.5
@@ -181,11 +181,11 @@ class Clouds(Panel):
         self._merge, self._single = merge, single
         self.height = 2.6 if merge or single else 1.9
         self._real = np.flatnonzero(timeline.is_real)
-        self._steps = spread(self._real, MAX_MERGED if merge else 1 if single else MAX_CLOUDS)
+        self._steps = evenly_spaced(self._real, MAX_MERGED if merge else 1 if single else MAX_CLOUDS)
         self._scatters: dict[Any, Any] = {}
         self._captions: dict[Any, Any] = {}
         self._is_thinned = False
-        # The feature behind x, y and z, or the height.
+        # The colour shows the first feature after x, y and z, or else z.
         self._hue = 3 if track.kind.shape[1] > 3 else 2
 
     def draw(self, figure: Figure, cell: SubplotSpec) -> None:
@@ -213,20 +213,20 @@ class Clouds(Panel):
             bar.ax.tick_params(labelsize=TICK_SIZE)
 
     def show(self, t: int) -> None:
-        """Show the cloud of step t; merged, those up to it."""
+        """Show the cloud of step t; if merged, the clouds of all steps up to t."""
         if len(self._real):
             at = nearest(self._real, t)
-            steps = spread(self._real[: at + 1], MAX_MERGED) if self._merge else self._real[at : at + 1]
+            steps = evenly_spaced(self._real[: at + 1], MAX_MERGED) if self._merge else self._real[at : at + 1]
             self._fill(self.axes[0], steps)
 
     def _find_limits(self) -> None:
-        """The box that holds all clouds that are, or can be, shown."""
-        steps = spread(self._real, 64) if self._single or self._merge else self._steps
+        """Find the box that holds all clouds that are drawn or can be chosen."""
+        steps = evenly_spaced(self._real, 64) if self._single or self._merge else self._steps
         points = np.concatenate([self._points(step) for step in steps])
         points = points if len(points) else np.zeros((1, self.track.kind.shape[1]))
         low, high = points.min(0), points.max(0)
         self._center, self._reach = (low[:3] + high[:3]) / 2, (high[:3] - low[:3]) / 2
-        # A flat cloud has some depth, too.
+        # A flat cloud still needs a box with some depth.
         self._reach = np.maximum(self._reach, 0.05 * self._reach.max() or 1.0)
         self._hues = float(low[self._hue]), float(high[self._hue])
 
@@ -236,7 +236,7 @@ class Clouds(Panel):
         ax.set_box_aspect(tuple(self._reach))
         ax.tick_params(labelsize=TICK_SIZE - 1, pad=-3)
         for axis, name, reach in zip((ax.xaxis, ax.yaxis, ax.zaxis), "xyz", self._reach, strict=True):
-            # On a short side, more numbers would run into each other.
+            # More numbers would overlap on a short side.
             share = reach / self._reach.max()
             num = 3 if share > 0.6 else 2 if share > 0.4 else 1
             axis.get_major_locator().set_params(nbins=num, min_n_ticks=1)
@@ -244,7 +244,7 @@ class Clouds(Panel):
             axis.labelpad = -5
 
     def _fill(self, ax: Any, steps: Positions) -> None:
-        """Show the clouds of some steps, in place of what was there."""
+        """Draw the clouds of some steps, and remove those drawn before."""
         if ax in self._scatters:
             self._scatters.pop(ax).remove()
         clouds = [self._points(step) for step in steps]
@@ -265,13 +265,13 @@ class Clouds(Panel):
         self._captions[ax].set_text(caption)
 
     def _points(self, step: int) -> np.ndarray:
-        """The points of a step, float64 `(n, 3 + k)`, some of them if there are very many."""
+        """The points of a step, float64 `(n, 3 + k)`; at most MAX_POINTS of them."""
         rows = self.track.rows(np.array([step]))[0].astype(np.float64)
         rows = rows[np.isfinite(rows[:, :3]).all(1)]
         self._is_thinned |= len(rows) > MAX_POINTS
-        return np.nan_to_num(rows[spread(np.arange(len(rows)), MAX_POINTS)])
+        return np.nan_to_num(rows[evenly_spaced(np.arange(len(rows)), MAX_POINTS)])
 
 
 def nearest(positions: Positions, t: int) -> int:
-    """Which of the ascending positions is nearest to t."""
+    """Which of the ascending positions is closest to t."""
     return int(np.abs(positions - t).argmin())

@@ -1,4 +1,4 @@
-"""From a batch to what is drawn: one sequence of it, a track for every field and the timeline that they share."""
+"""Prepare a sequence of a batch for drawing: a track for each field, and the timeline that they share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.dataset.fields import Fields, TensorType
+from buffers.fields import Fields, TensorType
 from buffers.loading.include import INCLUDABLE
 from buffers.utils import integer, to_torch
 
-__all__ = ["DrawnSequence", "Timeline", "Track", "as_array", "read_sequence", "spread"]
+__all__ = ["DrawnSequence", "Timeline", "Track", "evenly_spaced", "read_sequence", "to_numpy"]
 
 BoolArray = npt.NDArray[np.bool_]
-# What `to_transitions` and `n_step_returns` make of a field has its type.
+# `to_transitions` and `n_step_returns` make these out of fields, whose types they keep.
 _DERIVED_FROM = {"next_obs": "obs", "bootstrap_obs": "obs"}
 
 
@@ -27,11 +27,11 @@ class Timeline:
     """The T steps of a sequence.
 
     Attributes:
-        x: int64 `(T,)`, ascending by 1: where step t stands on the axis.
-        label: What x counts.
+        x: int64 `(T,)`, ascending by 1: the position of step t on the axis.
+        label: What x counts: steps of the episode or of the sequence.
         is_real: bool `(T,)`, False for padding.
-        is_first: bool `(T,)`, True where an episode begins; nowhere if the batch does not say.
-        is_last: bool `(T,)`, the same for its last step.
+        is_first: bool `(T,)`, True for the first step of an episode; all False if the batch does not say.
+        is_last: bool `(T,)`, the same for the last step.
     """
 
     x: npt.NDArray[np.int64]
@@ -50,8 +50,8 @@ class Track:
 
     Attributes:
         name: Its path.
-        kind: Shape and dtype of a step as the batch has them, and what it stands for.
-        values: `(T, *shape)`, the batch's own memory, on any device.
+        kind: Shape and dtype of a row in the batch, as the type that decides on the panel.
+        values: `(T, *shape)` on any device; it shares the memory of the batch.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Track:
     values: torch.Tensor
 
     def rows(self, positions: npt.NDArray[np.int64] | slice = slice(None)) -> np.ndarray:
-        """A copy of some steps on the CPU, `(n, *shape)`; half precision as float32, complex numbers as their size."""
+        """A copy of some steps, `(n, *shape)`, in dtypes that numpy can calculate with (see `to_numpy`)."""
         picked = slice(None) if isinstance(positions, slice) else torch.from_numpy(positions).to(self.values.device)
-        return as_array(self.values[picked])
+        return to_numpy(self.values[picked])
 
     def describe(self, *notes: str) -> str:
-        """What it is, and what else there is to say, in one line."""
+        """Type, dtype, shape, and some notes, on one line."""
         kind = "" if type(self.kind) is TensorType else type(self.kind).__name__ + " "
         dtype = str(self.values.dtype).removeprefix("torch.")
         return ", ".join([f"{kind}{dtype} {self.kind.shape}", *(note for note in notes if note)])
@@ -75,9 +75,9 @@ class DrawnSequence:
     """One sequence of a batch.
 
     Attributes:
-        tracks: What is drawn, in the order of the batch.
+        tracks: The fields to draw, in the order of the batch.
         timeline: Its steps.
-        facts: What the title says of it.
+        facts: Parts of the title.
     """
 
     tracks: list[Track]
@@ -86,16 +86,16 @@ class DrawnSequence:
 
 
 def read_sequence(batch: Any, batch_index: int, fields: Fields | None) -> DrawnSequence:
-    """Take one sequence out of a batch, which is left as it is.
+    """Take one sequence out of a batch, without changing it.
 
     Args:
-        batch: `field -> (B, T, *shape)`, nested as the steps are, with or without what `include` adds; tensors or
-            arrays. Values that have no such shape are named in the facts.
-        batch_index: Which one; negative numbers count from the last.
-        fields: Those of the dataset: what is named like them has their types.
+        batch: `field -> (B, T, *shape)`, tensors or arrays, nested like the steps, with or without what `include` adds.
+            Values of other shapes are named in the facts.
+        batch_index: Which sequence; negative numbers count from the end.
+        fields: The fields of the dataset; keys of the same name have the same type.
 
     Raises:
-        TypeError: Not a batch.
+        TypeError: `batch` is not a batch.
         ValueError: `batch_index` is out of range, or sequences have no steps.
     """
     if not isinstance(batch, Mapping):
@@ -121,8 +121,8 @@ def read_sequence(batch: Any, batch_index: int, fields: Fields | None) -> DrawnS
     return DrawnSequence(tracks, timeline, _facts(b, num_sequences, included, timeline, rest))
 
 
-def spread(positions: npt.NDArray[np.int64], num: int) -> npt.NDArray[np.int64]:
-    """At most `num` of the positions, evenly spaced, the first and the last among them."""
+def evenly_spaced(positions: npt.NDArray[np.int64], num: int) -> npt.NDArray[np.int64]:
+    """At most `num` of the positions, evenly spaced, including the first and the last."""
     if len(positions) <= num:
         return positions
     return positions[np.linspace(0, len(positions) - 1, num).round().astype(np.int64)]
@@ -137,19 +137,19 @@ def _walk(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _leading_sizes(tensors: Mapping[str, torch.Tensor], known: Mapping[str, TensorType]) -> tuple[int, int]:
-    """B and T: what most tensors have, those of the dataset's fields before all others."""
+    """B and T: the leading sizes of most of the dataset's fields, or of most tensors if it has none of them."""
     for name, value in tensors.items():
         if name in known and value.dim() == len(known[name].shape) + 1:
             expected = ", ".join(["B", "T", *map(str, known[name].shape)])
             raise TypeError(
-                f"`batch` is no batch: `{name}` has shape {tuple(value.shape)}, expected ({expected}). "
-                "Give each value of a single sequence or episode an axis for the batch: value[None]."
+                f"`batch` is not a batch: `{name}` has shape {tuple(value.shape)}, expected ({expected}). "
+                "Add a batch axis to each value of a single sequence or episode: value[None]."
             )
     whole = [tuple(value.shape[:2]) for name, value in tensors.items() if _has_shape_of(value, known.get(name))]
     shapes = whole or [tuple(value.shape[:2]) for value in tensors.values() if value.dim() >= 2]
     if not shapes:
         raise TypeError(
-            f"`batch` is no batch: it has no tensor of shape (B, T, ...). Its keys: {list(tensors)!r:.200}."
+            f"`batch` is not a batch: it has no tensor of shape (B, T, ...). Its keys: {list(tensors)!r:.200}."
         )
     num_sequences, length = Counter(shapes).most_common(1)[0][0]
     return num_sequences, length
@@ -160,7 +160,7 @@ def _has_shape_of(value: torch.Tensor, kind: TensorType | None) -> bool:
 
 
 def _kind_of(name: str, value: torch.Tensor, known: Mapping[str, TensorType]) -> TensorType:
-    """What the dataset says a field is, also where a transform changed its dtype or size; else what it looks like."""
+    """The type that the dataset states, with the dtype and shape found; inferred from these if they do not fit it."""
     shape, dtype = tuple(value.shape[2:]), _drawn_dtype(value.dtype)
     first, _, rest = name.partition("/")
     stated = known.get(name, known.get("/".join(filter(None, (_DERIVED_FROM.get(first, first), rest)))))
@@ -178,8 +178,8 @@ def _drawn_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """A copy on the CPU that numpy can calculate with: half precision as float32, complex numbers as their size."""
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy on the CPU: floats of less than 32 bits as float32, complex numbers as their absolute values."""
     tensor = tensor.detach().cpu()
     if tensor.dtype.is_complex:
         tensor = tensor.abs()
@@ -189,7 +189,7 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 def _read_timeline(
     tensors: Mapping[str, torch.Tensor], included: Mapping[str, torch.Tensor], b: int, leading: tuple[int, int]
 ) -> Timeline:
-    # `is_first` may be a field as well (a Recorder stores it); a field named `mask` or `step` is the user's own.
+    # `is_first` means the same as a field (a Recorder stores it). A field named `mask` or `step` may mean anything.
     is_first, is_last = (_flags(tensors.get(name), b, leading) for name in ("is_first", "is_last"))
     is_real = _flags(included.get("mask"), b, leading)
     length = leading[1]
@@ -197,8 +197,8 @@ def _read_timeline(
     is_real = np.ones(length, np.bool_) if is_real is None else is_real
     x, label = np.arange(length), "step of the sequence"
     if "step" in included and tuple(included["step"].shape) == leading and is_real.any():
-        # In padding `step` is -1; the axis just goes on there. Where a transform has left steps out, it cannot.
-        shifts = (as_array(included["step"][b]).astype(np.int64) - x)[is_real]
+        # `step` is -1 in padding, where the axis continues. A transform that drops steps makes gaps it cannot show.
+        shifts = (to_numpy(included["step"][b]).astype(np.int64) - x)[is_real]
         if (shifts == shifts[0]).all():
             x, label = x + shifts[0], "step of the episode"
     return Timeline(x, label, is_real, *(none if flags is None else flags for flags in (is_first, is_last)))
@@ -207,7 +207,7 @@ def _read_timeline(
 def _flags(value: torch.Tensor | None, b: int, leading: tuple[int, int]) -> BoolArray | None:
     if value is None or tuple(value.shape) != leading:
         return None
-    return as_array(value[b]).astype(np.bool_)
+    return to_numpy(value[b]).astype(np.bool_)
 
 
 def _facts(
@@ -225,13 +225,13 @@ def _facts(
         facts.append(f"{len(timeline) - len(real)} of {len(timeline)} rows are padding")
     if "weight" in included and included["weight"].shape == (num_sequences,):
         facts.append(f"weight {float(included['weight'][b]):.3g}")
-    undrawn = []
+    ignored = []
     for name, value in rest.items():
         if isinstance(value, torch.Tensor) and value.shape == (num_sequences,):
             facts.append(f"{name} {value[b].item():.4g}")
         else:
-            undrawn.append(f"{name} {tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}")
-    if undrawn:
-        more = f" and {len(undrawn) - 3} more" if len(undrawn) > 3 else ""
-        facts.append(f"not drawn, as they have no (B, T, ...): {', '.join(undrawn[:3])}{more}")
+            ignored.append(f"{name} {tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}")
+    if ignored:
+        more = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
+        facts.append(f"not drawn, as their shapes are not (B, T, ...): {', '.join(ignored[:3])}{more}")
     return facts

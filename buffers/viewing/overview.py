@@ -1,4 +1,4 @@
-"""A dataset at a glance: lengths and returns of its episodes, its fill, and bytes by field."""
+"""The picture of a whole dataset: lengths and returns of its episodes, its fill, and bytes by field."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from buffers.drawing.panels import COLORS, NAME_SIZE, TEXT_SIZE, TICK_SIZE, shortened
-from buffers.drawing.tracks import spread
+from buffers.dataset.printing import bytes_per_step
 from buffers.utils import format_bytes
+from buffers.viewing.panels import COLORS, NAME_SIZE, TEXT_SIZE, TICK_SIZE, shorten
+from buffers.viewing.tracks import evenly_spaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from buffers.dataset.episode_dataset import EpisodeDataset
+    from buffers.dataset.episode_source import EpisodeSource
 
 __all__ = ["draw_overview", "has_returns"]
 
+# Read from the dataset at most.
 MAX_BYTES = 256e6
-# Fewer points speak for themselves.
+# With fewer points, a moving mean adds nothing.
 _MIN_FOR_MEAN = 40
 
 
-def has_returns(dataset: EpisodeDataset) -> bool:
-    """Whether there is a scalar reward."""
+def has_returns(dataset: EpisodeSource) -> bool:
+    """Whether the dataset has a scalar field `reward`."""
     return dataset.fields is not None and "reward" in dataset.fields and dataset.fields["reward"].shape == ()
 
 
-def draw_overview(figure: Figure, dataset: EpisodeDataset, max_episodes: int) -> None:
-    """Draw everything on a figure that is still empty.
+def draw_overview(figure: Figure, dataset: EpisodeSource, max_episodes: int) -> None:
+    """Draw everything on an empty figure, one plot below the other.
 
     Args:
-        figure: Is given its axes, one below the other.
-        dataset: Any.
-        max_episodes: How many are read at most, for their returns.
+        figure: The figure.
+        dataset: A dataset or a mixture.
+        max_episodes: How many episodes are read at most, for their returns.
     """
     num_fields = 0 if dataset.fields is None else len(dataset.fields)
     heights = [1.2] + [1.2] * has_returns(dataset) + [0.25] + [0.17 * num_fields] * bool(num_fields)
@@ -45,7 +47,7 @@ def draw_overview(figure: Figure, dataset: EpisodeDataset, max_episodes: int) ->
         ax.tick_params(labelsize=TICK_SIZE)
         ax.spines[["top", "right"]].set_visible(False)
     rest = iter(axes)
-    # A copy, as others may add episodes meanwhile.
+    # A copy: another thread may add episodes.
     lengths = np.array(dataset.episode_lengths)
     _draw_points(next(rest), "length", "steps of each episode", np.arange(len(lengths)), lengths)
     if has_returns(dataset):
@@ -60,7 +62,7 @@ def draw_overview(figure: Figure, dataset: EpisodeDataset, max_episodes: int) ->
 
 
 def _draw_points(ax: Axes, name: str, what: str, positions: np.ndarray, values: np.ndarray) -> None:
-    """A point for each episode, and the mean of its neighbours where there are many."""
+    """A point for each episode, and a moving mean if there are many."""
     ax.plot(positions, values, ".", color=COLORS[0], markersize=4, alpha=1.0 if len(values) < 1000 else 0.3)
     if len(values) >= _MIN_FOR_MEAN:
         window = max(5, len(values) // 20)
@@ -77,15 +79,15 @@ def _draw_points(ax: Axes, name: str, what: str, positions: np.ndarray, values: 
         ax.set_ylim(0, 1.1 * max(values, default=1))
 
 
-def _read_returns(dataset: EpisodeDataset, max_episodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and returns of episodes that are read: evenly spaced ones, if all are too many."""
+def _read_returns(dataset: EpisodeSource, max_episodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and returns of all episodes, or of evenly spaced ones if all are too many."""
     fields, ids = dataset.fields, dataset.table.ids.copy()
-    assert fields is not None  # There is a reward among them.
+    assert fields is not None  # `has_returns` was True.
     bytes_each = fields.nbytes * dataset.average_episode_length
     affordable = math.inf if bytes_each == 0 else MAX_BYTES / bytes_each
     num = min(len(ids), max_episodes, max(affordable, 1))
     positions, returns = [], []
-    for position in spread(np.arange(len(ids)), int(num)).tolist():
+    for position in evenly_spaced(np.arange(len(ids)), int(num)).tolist():
         episode = _episode(dataset, int(ids[position]))
         if episode is not None:
             positions.append(position)
@@ -93,8 +95,8 @@ def _read_returns(dataset: EpisodeDataset, max_episodes: int) -> tuple[np.ndarra
     return np.array(positions, np.int64), np.array(returns, np.float64)
 
 
-def _episode(dataset: EpisodeDataset, episode_id: int) -> dict[str, Any] | None:
-    """A whole episode by its id; None if it is evicted meanwhile."""
+def _episode(dataset: EpisodeSource, episode_id: int) -> dict[str, Any] | None:
+    """A whole episode by its id; None if it has been evicted."""
     position = dataset.table.position(episode_id)
     try:
         return None if position is None else dataset.get_episode(position)
@@ -102,9 +104,9 @@ def _episode(dataset: EpisodeDataset, episode_id: int) -> dict[str, Any] | None:
         return None
 
 
-def _draw_fill(ax: Axes, dataset: EpisodeDataset) -> None:
+def _draw_fill(ax: Axes, dataset: EpisodeSource) -> None:
     stored, capacity = dataset.num_timesteps, dataset.capacity
-    # A reader of files sees all there is, whatever its own capacity.
+    # A read-only dataset sees every episode, so its own capacity says nothing.
     if getattr(dataset, "mode", "a") == "r":
         _set_title(ax, f"fill: {stored:,} steps, opened read-only")
         capacity = max(stored, 1)
@@ -117,17 +119,17 @@ def _draw_fill(ax: Axes, dataset: EpisodeDataset) -> None:
     ax.set_xlabel("steps", fontsize=TEXT_SIZE)
 
 
-def _draw_bytes(ax: Axes, dataset: EpisodeDataset) -> None:
+def _draw_bytes(ax: Axes, dataset: EpisodeSource) -> None:
     fields = dataset.fields
-    assert fields is not None  # There is a bar for each.
-    sizes = [dataset.stored_type(field).nbytes * dataset.num_timesteps for field in fields.values()]
+    assert fields is not None  # The caller checked.
+    sizes = [num_bytes * dataset.num_timesteps for num_bytes in bytes_per_step(dataset).values()]
     _set_title(ax, f"bytes by field: {format_bytes(sum(sizes))}")
     bars = ax.barh(range(len(sizes)), sizes, color=COLORS[4], height=0.8)
     ax.bar_label(bars, labels=[format_bytes(size) for size in sizes], padding=3, fontsize=TICK_SIZE)
-    names = [shortened(name, 32) for name in fields]
+    names = [shorten(name, 32) for name in fields]
     ax.set_yticks(range(len(sizes)), labels=names, parse_math=False)
     ax.set_ylim(len(sizes) - 0.5, -0.5)
-    # Room for the label of the longest bar.
+    # Space for the label of the longest bar.
     ax.set_xlim(0, max(sizes) * 1.12 or 1.0)
     ax.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
 

@@ -1,13 +1,16 @@
-"""The demo: record, look, draw, train."""
+"""The demo: record, print, sample, train."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import torch
+from tqdm import tqdm
 
 from buffers.dataset import RingBufferDataset
 from buffers.replay_buffer import ReplayBuffer
+from buffers.wrappers import RecordEpisodes, VectorRecordEpisodes
 
 __all__ = ["demo"]
 
@@ -16,10 +19,10 @@ _BAR = "{desc} |{bar}| {n:.0f}/{total} s{postfix}"
 
 
 def demo(seconds: float, seed: int) -> None:
-    """Record one environment and eight, print what is stored, and train on what is drawn."""
+    """Record one environment and eight, print what is stored, and train on batches of it."""
     print("A single CartPole, with random actions:\n")
     print(record_single(seed), "\n")
-    print(f"{NUM_ENVS} Pendulums that are stepped together:\n")
+    print(f"{NUM_ENVS} Pendulums stepped together:\n")
     buffer = record_vectorized(seed)
     print(buffer, "\n")
     batch = buffer.sample()
@@ -29,11 +32,7 @@ def demo(seconds: float, seed: int) -> None:
 
 
 def record_single(seed: int) -> ReplayBuffer:
-    """Random episodes of CartPole."""
-    import gymnasium
-
-    from buffers.wrappers import RecordEpisodes
-
+    """A buffer with random episodes of one CartPole."""
     buffer = ReplayBuffer(RingBufferDataset(capacity=10_000), batch_size=32, sequence_length=8)
     env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
     env.action_space.seed(seed)
@@ -48,11 +47,7 @@ def record_single(seed: int) -> ReplayBuffer:
 
 
 def record_vectorized(seed: int) -> ReplayBuffer:
-    """Random episodes of Pendulum."""
-    import gymnasium
-
-    from buffers.wrappers import VectorRecordEpisodes
-
+    """A buffer with random episodes of eight Pendulums."""
     buffer = ReplayBuffer(RingBufferDataset(capacity=20_000), batch_size=64, sequence_length=16, seed=seed)
     envs = VectorRecordEpisodes(gymnasium.make_vec("Pendulum-v1", num_envs=NUM_ENVS), buffer)
     envs.action_space.seed(seed)
@@ -64,7 +59,7 @@ def record_vectorized(seed: int) -> ReplayBuffer:
 
 
 class Predictor(torch.nn.Module):
-    """Predicts how an observation will change from the actions and what has been seen."""
+    """Predicts the next observation from the action and the observations so far."""
 
     def __init__(self, obs_size: int, action_size: int, hidden_size: int = 64) -> None:
         super().__init__()
@@ -72,15 +67,13 @@ class Predictor(torch.nn.Module):
         self.head = torch.nn.Linear(hidden_size, obs_size)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Next observations `(B, T, obs)` from observations and the actions taken on them."""
+        """Next observations `(B, T, obs)`, given observations and the actions that follow them."""
         hidden, _ = self.rnn(torch.cat([obs, action], -1))
         return obs + self.head(hidden)
 
 
 def train_predictor(buffer: ReplayBuffer, seconds: float, seed: int) -> tuple[float, float]:
-    """Train for some time; returns the error on a batch set aside, before and after."""
-    from tqdm import tqdm
-
+    """Train for some seconds; returns the error on one fixed batch, before and after."""
     torch.manual_seed(seed)
     test = buffer.sample()
     model = Predictor(test["obs"].shape[-1], test["action"].shape[-1])

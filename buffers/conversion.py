@@ -1,0 +1,133 @@
+"""Between torch and numpy: dtypes, and arrays of whatever a caller gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = [
+    "TO_NUMPY",
+    "TO_TORCH",
+    "as_array",
+    "cast_if_kept",
+    "dtype_name",
+    "number_as",
+    "tensor_to_array",
+    "torch_dtype",
+]
+
+_TORCH_NAMES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"] + [
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+]
+TO_TORCH: dict[np.dtype, torch.dtype] = {np.dtype(name): getattr(torch, name) for name in _TORCH_NAMES}
+TO_NUMPY: dict[torch.dtype, np.dtype] = {dtype: key for key, dtype in TO_TORCH.items()}
+# numpy has no bfloat16: its two bytes travel as an opaque item, which no other dtype is equal to.
+_BFLOAT16 = np.dtype("V2")
+TO_TORCH[_BFLOAT16] = torch.bfloat16
+TO_NUMPY[torch.bfloat16] = _BFLOAT16
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch dtype for a torch or numpy dtype, or a name of one."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in TO_NUMPY:
+            raise TypeError(f"dtype {dtype} cannot be stored; convert it, to torch.float32 for example.")
+        return dtype
+    try:
+        return TO_TORCH[np.dtype(dtype).newbyteorder("=")]
+    except (KeyError, TypeError):
+        raise TypeError(f"dtype {dtype} has no torch counterpart; convert it to a number type.") from None
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """A numpy view of what the caller gave, copied only where it has to be (GPU, lists, byte order).
+
+    Python floats become float32 (lists of them too), ints int64, bools bool; all else keeps its dtype.
+
+    Raises:
+        TypeError: Not a tensor, array or number, or of a dtype that torch has not.
+        ValueError: A ragged list.
+    """
+    if isinstance(value, torch.Tensor):
+        try:
+            return value.numpy()
+        except (RuntimeError, TypeError):
+            return tensor_to_array(name, value)
+    if isinstance(value, (list, tuple)):
+        array = _list_to_array(name, value)
+    elif isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"Field `{name}` is a masked array, whose mask would be lost: use `.filled(value)`.")
+    elif isinstance(value, (np.ndarray, np.generic, bool, int)):
+        array = np.asarray(value)
+    elif isinstance(value, float):
+        array = np.asarray(value, dtype=np.float32)
+    elif isinstance(value, complex):
+        array = np.asarray(value, dtype=np.complex64)
+    else:
+        raise TypeError(
+            f"Field `{name}` must be a tensor, an array or a number, found {type(value).__name__}: {value!r:.60}."
+        )
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype not in TO_TORCH or array.dtype == _BFLOAT16:
+        raise TypeError(f"Field `{name}` has dtype {array.dtype}, which torch cannot hold: {value!r:.60}.")
+    return array
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """What the dtype of an array is called."""
+    return "bfloat16" if dtype == _BFLOAT16 else str(dtype)
+
+
+def number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
+    """The array of a single number in the field's dtype, where that is of its kind; any other array as it is."""
+    if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
+        return array
+    if type(value) is int and dtype.kind in "iufc":
+        return cast_if_kept(array, dtype)
+    return cast_if_kept(array, dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
+
+
+def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in another dtype; as it is if an integer would change or a finite number become infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if dtype.kind in "iub":
+        return cast if (cast == array).all() else array
+    return cast if (np.isfinite(cast) | ~np.isfinite(array)).all() else array
+
+
+def tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
+    """Of a tensor that has no array as it is: it is on a GPU, has a gradient, is bfloat16, ..."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.dtype not in TO_NUMPY:
+        raise TypeError(
+            f"Field `{name}` must be a dense tensor of bfloat16 or a dtype that numpy has, found {tensor.layout}, "
+            f"{tensor.dtype}."
+        )
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
+def _list_to_array(name: str, value: list | tuple) -> np.ndarray:
+    if len(value) > 0 and isinstance(value[0], torch.Tensor):
+        value = [as_array(name, item) if isinstance(item, torch.Tensor) else item for item in value]
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"Field `{name}` is a ragged list: its members differ in shape.") from None
+    item: Any = value
+    while isinstance(item, (list, tuple)) and len(item) > 0:
+        item = item[0]
+    if array.dtype == np.float64 and not isinstance(item, (np.ndarray, np.generic)):
+        array = array.astype(np.float32)
+    return array

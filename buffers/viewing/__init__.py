@@ -1,0 +1,1 @@
+"""Pictures, tables, `inspect` and the demo."""

@@ -1,0 +1,357 @@
+"""What each kind of field looks like in the figures of MatplotlibVisualizer, told from their artists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from buffers.dataset.fields import ColorImage, Fields
+from buffers.visualization import MatplotlibVisualizer
+from tests.figure_helpers import (
+    axes_of,
+    caption,
+    cloud_fields,
+    clouds,
+    clouds_of,
+    curves,
+    dataset_of,
+    details,
+    draw,
+    drawn_points,
+    film,
+    labels,
+    legend_of,
+    names,
+    panel,
+    rendered,
+    spans,
+    verticals,
+)
+
+# Images.
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_images_of_every_layout_are_the_right_side_up(channels: int, channels_first: bool, dtype: Any) -> None:
+    # It differs from each of its reflections, and by channel.
+    row, column, channel = np.indices((6, 9, channels))
+    image = (row * 20 + column * 7 + channel * 3).astype(np.uint8)
+    frames = np.stack([image, image[::-1], image[:, ::-1]])[None]
+    if dtype != np.uint8:
+        frames = (frames / 255).astype(dtype)
+    expected = frames[0].repeat(3, -1) if channels == 1 else frames[0]
+    if channels_first:
+        frames = frames.transpose(0, 1, 4, 2, 3)
+    ax = panel(torch.from_numpy(np.ascontiguousarray(frames)))
+    assert len(ax.images) == 3
+    for drawn, pixels in zip(ax.images, expected, strict=True):
+        assert drawn.origin == "upper"
+        left, right, bottom, top = drawn.get_extent()
+        assert left < right and bottom < top
+        np.testing.assert_allclose(np.asarray(drawn.get_array()), pixels.astype(drawn.get_array().dtype))
+    assert not ax.yaxis_inverted() and not ax.xaxis_inverted()
+    assert "black" not in details(ax)
+
+
+def test_first_row_of_an_image_is_on_top() -> None:
+    image = torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8)
+    image[0, 0, 0, :4] = torch.tensor([255, 0, 0])
+    figure = draw({"image": image})
+    canvas = rendered(figure)
+    box = axes_of(figure, "image").images[0].get_window_extent()
+    rows, columns = np.nonzero((canvas[..., :3] == (255, 0, 0)).all(-1))
+    from_top = len(canvas) - box.y1
+    assert rows.min() == pytest.approx(from_top, abs=2) and rows.max() < from_top + box.height / 6
+    assert columns.min() == pytest.approx(box.x0, abs=2) and columns.max() < box.x0 + box.width * 0.55
+
+
+def test_at_most_ten_frames_are_evenly_spaced_with_their_steps() -> None:
+    ax = panel(film(100))
+    assert labels(ax) == ["0", "11", "22", "33", "44", "55", "66", "77", "88", "99"]
+    assert [int(image.get_array()[0, 0, 0]) for image in ax.images] == [int(label) for label in labels(ax)]
+    lefts = [image.get_extent()[0] for image in ax.images]
+    assert len(set(np.diff(lefts).round(6))) == 1
+    assert labels(panel(film(3))) == ["0", "1", "2"]
+
+
+def test_frames_are_real_rows_and_padding_is_one_shaded_frame() -> None:
+    figure = draw({"image": film(8), "mask": torch.arange(8)[None] < 5})
+    ax = axes_of(figure, "image")
+    assert labels(ax) == ["0", "1", "2", "3", "4", "padding"]
+    assert len(ax.images) == 5
+    (shade,) = ax.collections
+    assert shade.get_datalim(ax.transData).x0 > ax.images[-1].get_extent()[1]
+    assert legend_of(figure) == ["padding"]
+
+
+def test_images_of_unusual_ranges_are_scaled_with_a_note() -> None:
+    frames = torch.linspace(-2.0, 6.0, 2 * 4 * 5 * 3).view(1, 2, 4, 5, 3)
+    ax = panel(frames)
+    assert "-2 is black and 6 white" in details(ax)
+    np.testing.assert_allclose(np.asarray(ax.images[1].get_array()), ((frames[0, 1] + 2) / 8).numpy(), atol=1e-6)
+    fields, whole = (
+        Fields(image=ColorImage((4, 5, 3), torch.int32)),
+        torch.full((1, 1, 4, 5, 3), 255, dtype=torch.int32),
+    )
+    ax = axes_of(draw({"image": whole}, fields), "image")
+    assert "black" not in details(ax) and float(ax.images[0].get_array().min()) == 1.0
+    assert "2.55e+03 is black" in details(axes_of(draw({"image": whole * 10 - 1}, fields), "image"))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixels_that_are_not_finite_have_their_own_colour(channels: int) -> None:
+    frames = torch.full((1, 1, 4, 5, channels), 0.5)
+    frames[0, 0, 1, 2, 0], frames[0, 0, 3, 4, -1] = torch.nan, torch.inf
+    ax = panel(frames)
+    pixels = np.asarray(ax.images[0].get_array())
+    assert {to_hex(pixels[1, 2]), to_hex(pixels[3, 4])} == {"#cc79a7"}
+    assert to_hex(pixels[0, 0]) == "#808080"
+    assert "1 NaN, 1 infinite" in details(ax)
+
+
+def test_very_wide_images_keep_some_height_with_a_note() -> None:
+    ax = panel(torch.zeros(1, 3, 2, 200, 3, dtype=torch.uint8))
+    box = ax.images[0].get_window_extent()
+    assert box.height > 0.15 * box.width and "not square" in details(ax)
+    box = panel(torch.zeros(1, 3, 20, 30, 3, dtype=torch.uint8)).images[0].get_window_extent()
+    assert box.height / box.width == pytest.approx(20 / 30, rel=0.01)
+
+
+def test_ends_of_an_episode_are_marked_beside_their_frames() -> None:
+    figure = draw({"image": film(4), "is_first": torch.arange(4)[None] == 0, "is_last": torch.arange(4)[None] == 3})
+    ax = axes_of(figure, "image")
+    (start,), (end,) = verticals(ax, "-"), verticals(ax, "--")
+    assert start < ax.images[0].get_extent()[0] and end > ax.images[3].get_extent()[1]
+    assert legend_of(figure) == ["first step of an episode", "last step of an episode"]
+
+
+# Point clouds.
+
+
+def test_point_clouds_are_drawn_at_four_steps_without_padding() -> None:
+    cloud = clouds([5, 6, 7, 0, 9, 10, 11])
+    figure = draw({"points": cloud}, cloud_fields())
+    found = clouds_of(figure)
+    sizes = {0: 5, 2: 7, 4: 9, 6: 11}
+    assert [caption(ax) for ax in found] == [f"step {t}: {num} points" for t, num in sizes.items()]
+    for ax, (t, num) in zip(found, sizes.items(), strict=True):
+        np.testing.assert_allclose(drawn_points(ax), cloud[0, t, :num].numpy())
+        assert (ax.get_xlim(), ax.get_zlim()) == (found[0].get_xlim(), found[0].get_zlim())
+    assert names(figure) == ["points"] and "coloured by z" in details(found[0])
+
+
+def test_merged_clouds_hold_real_steps_in_their_colours() -> None:
+    batch = {"points": clouds([5, 6, 7, 8]), "mask": torch.tensor([[True, True, True, False]])}
+    (ax,) = clouds_of(draw(batch, cloud_fields(), merge_pointclouds=True))
+    points = drawn_points(ax)
+    assert len(points) == 5 + 6 + 7
+    np.testing.assert_array_equal(ax.collections[0].get_array(), points[:, 0])
+    assert caption(ax) == "step 0 to 2: 18 points" and "coloured by step" in details(ax)
+
+
+def test_point_clouds_in_padding_are_left_out() -> None:
+    mask = torch.tensor([[False, True, True, False]])
+    figure = draw({"points": clouds([5, 6, 7, 8]), "mask": mask}, cloud_fields())
+    assert [caption(ax) for ax in clouds_of(figure)] == ["step 1: 6 points", "step 2: 7 points"]
+    nothing = draw({"points": clouds([5, 6]), "mask": torch.zeros(1, 2, dtype=torch.bool)}, cloud_fields())
+    assert clouds_of(nothing) == [] and details(axes_of(nothing, "points")).endswith("all rows are padding")
+
+
+def test_coloured_huge_empty_and_flat_clouds_are_drawn() -> None:
+    cloud = clouds([4], features=2)
+    (ax,) = clouds_of(draw({"points": cloud}, cloud_fields(features=2)))
+    np.testing.assert_allclose(ax.collections[0].get_array(), cloud[0, 0, :4, 3].numpy())
+    assert "coloured by feature 3" in details(ax)
+    (huge,) = clouds_of(draw({"points": clouds([9000], size=9000)}, cloud_fields(9000)))
+    assert len(drawn_points(huge)) == 4000 and "at most 4,000 points" in details(huge)
+    (empty,) = clouds_of(draw({"points": clouds([0])}, cloud_fields()))
+    assert len(drawn_points(empty)) == 0
+    flat = clouds([6])
+    flat[..., 1:] = 0.0
+    (ax,) = clouds_of(draw({"points": flat}, cloud_fields()))
+    assert len(drawn_points(ax)) == 6
+
+
+# Panels over time.
+
+
+def test_scalars_and_small_vectors_are_lines_over_time() -> None:
+    reward, action = torch.randn(2, 12), torch.randn(2, 12, 7)
+    figure = draw({"reward": reward, "action": action}, b=1)
+    (line,) = curves(axes_of(figure, "reward"))
+    np.testing.assert_allclose(line.get_xdata(), np.arange(12))
+    np.testing.assert_allclose(line.get_ydata(), reward[1].numpy(), rtol=1e-6)
+    assert axes_of(figure, "reward").get_legend() is None
+    ax = axes_of(figure, "action")
+    for i, line in enumerate(curves(ax)):
+        np.testing.assert_allclose(line.get_ydata(), action[1, :, i].numpy(), rtol=1e-6)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list("0123456")
+    assert len({to_hex(line.get_color()) for line in curves(ax)}) == 7
+    assert ax.get_xlabel() == "step of the sequence"
+    assert details(ax) == "Vector float32 (7,)"
+
+
+@pytest.mark.parametrize("shape", [(8,), (30,), (2, 3), (2, 3, 4, 5)])
+def test_larger_values_are_heat_maps_with_time_rightwards(shape: tuple[int, ...]) -> None:
+    values = torch.randn(1, 12, *shape)
+    ax = panel(values)
+    (image,) = ax.images
+    np.testing.assert_allclose(np.asarray(image.get_array()), values[0].flatten(1).T.numpy(), rtol=1e-6)
+    assert tuple(image.get_extent()) == (-0.5, 11.5, int(np.prod(shape)) - 0.5, -0.5)
+    assert image.origin == "upper" and image.get_cmap().name == "viridis"
+    assert image.get_clim() == pytest.approx((float(values.min()), float(values.max())))
+    assert ("flattened" in details(ax)) == (len(shape) > 1)
+
+
+def test_some_components_of_a_huge_field_are_shown() -> None:
+    ax = panel(torch.arange(5000.0).expand(1, 3, 5000))
+    (image,) = ax.images
+    assert image.get_array().shape == (1024, 3)
+    assert float(image.get_array()[0, 0]) == 0 and float(image.get_array()[-1, 0]) == 4999
+    assert "1,024 of 5,000 shown" in details(ax)
+
+
+def test_flags_are_marks_where_they_are_true() -> None:
+    contact = torch.tensor([[[1, 0], [0, 1], [0, 1], [0, 0]]], dtype=torch.bool)
+    figure = draw({"done": contact[..., 1], "contact": contact})
+    (marks,) = axes_of(figure, "done").lines
+    assert marks.get_xdata().tolist() == [1, 2] and marks.get_linestyle() == "None" and marks.get_marker() != ""
+    assert details(axes_of(figure, "done")) == "Scalar bool (), True 2 of 4 times"
+    first, second = axes_of(figure, "contact").lines
+    assert (first.get_xdata().tolist(), set(first.get_ydata())) == ([0], {0})
+    assert (second.get_xdata().tolist(), set(second.get_ydata())) == ([1, 2], {1})
+
+
+def test_padding_is_shaded_and_its_values_are_not_drawn() -> None:
+    mask = torch.tensor([[False] + [True] * 3 + [False] * 2])
+    reward, state = torch.arange(6.0)[None], torch.arange(60.0).view(1, 6, 10)
+    figure = draw({"reward": reward, "state": state, "flag": torch.ones(1, 6, dtype=torch.bool), "mask": mask})
+    for name in ("reward", "state", "flag"):
+        assert spans(axes_of(figure, name)) == [(-0.5, 0.5), (3.5, 5.5)], name
+    (line,) = curves(axes_of(figure, "reward"))
+    np.testing.assert_array_equal(line.get_ydata(), [np.nan, 1, 2, 3, np.nan, np.nan])
+    image = axes_of(figure, "state").images[0]
+    assert np.ma.getmaskarray(image.get_array()).all(0).tolist() == (~mask[0]).tolist()
+    assert image.get_clim() == (10.0, 39.0)
+    assert axes_of(figure, "flag").lines[0].get_xdata().tolist() == [1, 2, 3]
+    assert legend_of(figure) == ["padding"] and "mask" not in names(figure)
+    assert "3 of 6 rows are padding" in figure.get_suptitle()
+
+
+def test_ends_of_episodes_are_marked_in_every_panel() -> None:
+    is_first, is_last = torch.tensor([[[0, 0, 1, 0, 0, 0]], [[0, 1, 0, 0, 0, 1]]]).bool()
+    values = {"reward": torch.zeros(1, 6), "state": torch.zeros(1, 6, 10)}
+    figure = draw({**values, "is_first": is_first, "is_last": is_last})
+    for name in ("reward", "state"):
+        assert verticals(axes_of(figure, name), "-") == [1.5]
+        assert verticals(axes_of(figure, name), "--") == [1.5, 5.5]
+    assert names(figure) == ["reward", "state"]
+
+
+def test_a_stored_is_first_is_a_panel_and_marks() -> None:
+    dataset = dataset_of(None, {"obs": np.zeros((6, 2), np.float32), "is_first": np.arange(6) == 0})
+    batch = next(iter(dataset.get_loader(1, 6, include=("is_last", "step"))))
+    figure = MatplotlibVisualizer(dataset).visualize(batch)
+    assert names(figure) == ["obs", "is_first"]
+    assert verticals(axes_of(figure, "obs"), "-") == [-0.5] and verticals(axes_of(figure, "obs"), "--") == [5.5]
+
+
+def test_axis_counts_steps_of_the_episode_if_known() -> None:
+    dataset = dataset_of(None, {"x": np.arange(50.0)})
+    batch = next(iter(dataset.get_loader(4, 5, include=("step", "episode", "index", "weight"), seed=0)))
+    figure = MatplotlibVisualizer(dataset).visualize(batch, 2)
+    rendered(figure)
+    ax = axes_of(figure, "x")
+    first = int(batch["step"][2, 0])
+    assert first > 0
+    (line,) = curves(ax)
+    np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+    assert ax.get_xlabel() == "step of the episode"
+    steps = f"steps {first} to {first + 4} of the episode"
+    assert figure.get_suptitle().split("  ·  ") == ["sequence 2 of 4", "episode 0", steps, "weight 1"]
+    assert names(figure) == ["x"]
+
+
+def test_axis_counts_on_in_padding_but_not_across_gaps() -> None:
+    ax = panel(torch.zeros(1, 4), step=torch.tensor([[7, 8, -1, -1]]), mask=torch.tensor([[1, 1, 0, 0]]).bool())
+    assert curves(ax)[0].get_xdata().tolist() == [7, 8, 9, 10] and spans(ax) == [(8.5, 10.5)]
+    ax = panel(torch.zeros(1, 3), step=torch.tensor([[0, 4, 8]]))
+    assert ax.get_xlabel() == "step of the sequence"
+    assert curves(ax)[0].get_xdata().tolist() == [0, 1, 2]
+
+
+def test_adjacent_time_panels_share_their_axis_and_its_numbers() -> None:
+    figure = draw({"a": torch.zeros(1, 9), "b": torch.randn(1, 9, 20), "image": film(9), "c": torch.randn(1, 9, 3)})
+    boxes = [axes_of(figure, name).get_position() for name in "abc"]
+    assert len({(round(box.x0, 4), round(box.x1, 4)) for box in boxes}) == 1
+    assert [axes_of(figure, name).get_xlabel() for name in "abc"] == ["", *["step of the sequence"] * 2]
+    axes_of(figure, "a").set_xlim(2, 3)
+    assert axes_of(figure, "c").get_xlim() == (2, 3)
+
+
+def test_values_that_are_not_finite_are_marked_and_counted() -> None:
+    values = torch.tensor([[0.0, torch.nan, 2.0, torch.inf, -torch.inf, 5.0]])
+    figure = draw({"x": values, "wide": values[..., None].expand(1, 6, 9)})
+    ax = axes_of(figure, "x")
+    np.testing.assert_array_equal(curves(ax)[0].get_ydata(), [0, np.nan, 2, np.nan, np.nan, 5])
+    (crosses,) = [line for line in ax.lines if line.get_label() == "NaN or infinite"]
+    assert crosses.get_xdata().tolist() == [1, 3, 4]
+    assert "1 NaN, 2 infinite" in details(ax) and legend_of(figure) == ["NaN or infinite"]
+    assert ax.get_ylim()[1] < 10
+    assert axes_of(figure, "wide").images[0].get_clim() == (0.0, 5.0)
+
+
+def test_a_point_without_neighbours_has_a_marker() -> None:
+    values = torch.full((1, 500), torch.nan)
+    values[0, :100], values[0, 300] = 1.0, 2.0
+    (line,) = curves(panel(values))
+    assert line.get_markevery() == [300]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
+    + ["float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e5m2"],
+)
+def test_every_dtype_is_drawn_in_every_shape(dtype: str) -> None:
+    shapes = [(), (3,), (20,), (4, 5), (6, 7, 3)]
+    batch = {
+        str(shape): (torch.arange(5 * int(np.prod(shape))).view(1, 5, *shape) % 100).to(getattr(torch, dtype))
+        for shape in shapes
+    }
+    figure = draw(batch, b=-1)
+    assert names(figure) == list(batch)
+    assert all(dtype in details(axes_of(figure, name)) for name in batch)
+    if dtype != "bool":
+        values = batch["()"].abs() if batch["()"].is_complex() else batch["()"]
+        (line,) = curves(axes_of(figure, "()"))
+        assert line.get_ydata().tolist() == values[0].double().tolist()
+        assert line.get_drawstyle() == ("steps-mid" if "int" in dtype else "default")
+
+
+def test_fields_without_values_have_an_empty_row() -> None:
+    empty = {str(shape): torch.zeros(2, 5, *shape) for shape in [(0,), (3, 0), (0, 64, 3), (0, 3)]}
+    figure = draw({**empty, "x": torch.zeros(2, 5)})
+    assert all(details(axes_of(figure, name)).endswith("nothing to draw") for name in empty)
+    assert names(figure) == [*empty, "x"]
+
+
+def test_arrays_that_are_read_only_and_gradients_are_drawn() -> None:
+    values = np.arange(3.0).reshape(1, 3)
+    values.setflags(write=False)
+    for x in (values, torch.arange(3.0, requires_grad=True)[None]):
+        assert curves(panel(x))[0].get_ydata().tolist() == [0, 1, 2]
+
+
+def test_a_dark_style_shows_the_marks_of_episodes() -> None:
+    with matplotlib.rc_context({"figure.facecolor": "black", "axes.edgecolor": "white", "axes.facecolor": "black"}):
+        ax = panel(torch.zeros(1, 3), is_first=torch.tensor([[True, False, False]]))
+    (start,) = [line for line in ax.lines if line.get_label() == "first step of an episode"]
+    assert to_hex(start.get_color()) == "#ffffff"
