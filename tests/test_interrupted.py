@@ -17,8 +17,9 @@ import pytest
 
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from tests import tagged
+from tests.tagged import numbers
 
-CUT, LATER = 100, (101, 102)
+BEFORE, CUT, LATER = range(8), 100, (101, 102)
 
 
 def is_cut_off(function: Callable[[], object], num_events: int) -> bool:
@@ -67,7 +68,7 @@ class Drawing:
     """Draws from a source, and remembers which episode had which id."""
 
     def __init__(self, source: Any) -> None:
-        self.stream, self.ids = source.get_loader(32, 3, include=("episode", "step"), seed=0).stream, {}
+        self.stream, self.ids = source.get_loader(8, 3, include=("episode", "step"), seed=0).stream, {}
 
     def check(self) -> set[int]:
         """The numbers of the episodes drawn, after checking that each sequence is whole and of the episode it says."""
@@ -86,13 +87,15 @@ def make_dataset(kind: str, capacity: int, directory: Path) -> EpisodeDataset:
     return IndividualFileDataset(capacity, directory=directory, durability="rename")
 
 
-def numbers(dataset: EpisodeDataset) -> list[int]:
-    return [tagged.number_and_length(episode)[0] for episode in dataset.episodes()]
-
-
 def add(dataset: EpisodeDataset, *numbers: int) -> None:
     for number in numbers:
         dataset.add_episode(tagged.episode(3 + number % 5, number))
+
+
+def close(datasets: list[EpisodeDataset]) -> None:
+    for dataset in datasets:
+        if isinstance(dataset, IndividualFileDataset):
+            dataset.close()
 
 
 # What was cut off while it opened a file is closed by the collector, which says so.
@@ -123,39 +126,34 @@ def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since,
         close([dataset])
 
 
-def close(datasets: list[EpisodeDataset]) -> None:
-    for dataset in datasets:
-        if isinstance(dataset, IndividualFileDataset):
-            dataset.close()
-
-
 @FILES_STAY_OPEN
 @pytest.mark.parametrize("kinds", ["ring", "file", "ring+file", "file+ring", "ring+file+ring"])
 def test_an_addition_cut_off_anywhere_harms_no_other_episode(kinds, tmp_path) -> None:
-    before = list(range(8))
-
-    def make(num_events: int) -> tuple[list[EpisodeDataset], list[Drawing]]:
+    def make(num_events: int) -> tuple[list[EpisodeDataset], list[Drawing], list[int]]:
         directory = tmp_path / str(num_events)
         datasets = [
             make_dataset(kind, 23 if n == 0 else 400, directory / str(n)) for n, kind in enumerate(kinds.split("+"))
         ]
         for front, behind in reversed(list(itertools.pairwise(datasets))):
             front.extend(behind, other_batch_size=2, seed=0)
-        add(datasets[0], *before)
+        add(datasets[0], *BEFORE)
         readers = [pickle.loads(pickle.dumps(dataset)) for dataset in datasets]
         drawings = [Drawing(source) for source in (*datasets, *readers)]
         for drawing in drawings:
             drawing.check()
-        return datasets, drawings
+        return datasets, drawings, numbers(datasets[-1])
 
-    for datasets, drawings in each_cut(make, lambda made: add(made[0][0], CUT)):
+    for datasets, drawings, stored in each_cut(make, lambda made: add(made[0][0], CUT)):
         front, last = datasets[0], datasets[-1]
-        live = before[-3:] if front is last else before
-        assert numbers(last) in [live[k:] + new for k in range(2) for new in ([], [CUT])][: None if live != before else 2]
-        assert set(numbers(front)) <= {*before, CUT}
+        found = numbers(last)
+        others = [number for number in found if number != CUT]
+        assert found in (others, [*others, CUT]), "it is there once, as the newest, or it is not"
+        num_evicted = len(stored) - len(others)
+        assert others == stored[num_evicted:] and num_evicted <= (front is last)
+        assert set(numbers(front)) <= {*BEFORE, CUT}
         in_a_thread(lambda front=front: add(front, *LATER))
         for drawing in drawings:
-            assert drawing.check() <= {*before, CUT, *LATER}
+            assert drawing.check() <= {*BEFORE, CUT, *LATER}
         assert set(LATER) <= set(numbers(front)) and numbers(last)[-2:] == list(LATER)
         close(datasets)
-    assert CUT in numbers(last) and CUT in numbers(front)
+    assert CUT in numbers(front) and CUT in numbers(last)
