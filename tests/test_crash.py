@@ -11,22 +11,18 @@ import itertools
 import os
 import random
 import shutil
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from buffers.dataset import directory, opening
 from buffers.dataset.individual_file import SafetensorsSerialization
 from tests import tagged
 from tests.contract import fifo_model
-from tests.process_helpers import CAPACITY, in_child, lengths, opened
-
-CHANGES = ("open", "fdopen", "fsync", "rename", "unlink", "mkdir", "ftruncate", "pwrite", "close", "makedirs")
+from tests.faults import CAPACITY, in_child, kill, killed_before_call, lengths, opened, watched_calls
 
 
 def write_for_ever(path: Path, acknowledge: int, durability: str, capacity: int) -> None:
@@ -37,16 +33,16 @@ def write_for_ever(path: Path, acknowledge: int, durability: str, capacity: int)
             os.write(acknowledge, b"%d\n" % (dataset.table.next_id - 1))
 
 
-def acknowledged_before_the_kill(path: Path, durability: str, capacity: int, seconds: float) -> int:
-    """Kill a writer after so many seconds; the last number that it acknowledged, -1 if none."""
+def acknowledged_before_the_kill(path: Path, durability: str, capacity: int, num: int, seconds: float) -> int:
+    """Kill a writer some time after so many acknowledgements; the last number that it acknowledged, -1 if none."""
     receive, send = os.pipe()
     pid = in_child(lambda: write_for_ever(path, send, durability, capacity))
     os.close(send)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
     with os.fdopen(receive) as pipe:
-        lines = pipe.read().split()
+        lines = [pipe.readline() for _ in range(num)]
+        time.sleep(seconds)
+        kill(pid)
+        lines += pipe.read().split()
     return int(lines[-1]) if lines else -1
 
 
@@ -74,7 +70,8 @@ def kill_in_a_loop(path: Path, num_kills: int, seed: int) -> None:
         # A capacity that changes lets recovery evict, and be killed at that.
         capacity = rng.choice([12, CAPACITY])
         durability = rng.choice(["fsync", "rename"])
-        acknowledged = acknowledged_before_the_kill(path, durability, capacity, rng.uniform(0.0, 0.04))
+        num, seconds = rng.choice([0, 1, 3]), rng.uniform(0.0, 0.02)
+        acknowledged = acknowledged_before_the_kill(path, durability, capacity, num, seconds)
         assert acknowledged in (-1, *range(newest + 1, newest + 100_000))
         newest = assert_recovers(path, max(newest, acknowledged), capacity)
     assert newest > num_kills / 4
@@ -88,38 +85,6 @@ def test_killed_dozens_of_times_at_random_it_loses_nothing(tmp_path) -> None:
 def test_killed_hundreds_of_times_at_random_it_loses_nothing(tmp_path) -> None:
     for seed in range(4):
         kill_in_a_loop(tmp_path / str(seed), 200, seed=seed + 1)
-
-
-class DyingOS:
-    """The os module, in a process that kills itself before its n-th call that changes something."""
-
-    def __init__(self, num_calls: int) -> None:
-        self.remaining = num_calls
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(os, name)
-        if name not in CHANGES:
-            return found
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if self.remaining == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.remaining -= 1
-            return found(*arguments, **options)
-
-        return call
-
-
-def killed_before_call(num_calls: int, action: Callable[[], object]) -> bool:
-    """Run it in a process that dies before its n-th change; whether it got so far."""
-
-    def run() -> None:
-        directory.os = DyingOS(num_calls)  # type: ignore[attr-defined]
-        action()
-
-    status = os.waitpid(in_child(run), 0)[1]
-    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
-    return status != 0
 
 
 @pytest.mark.parametrize("durability", ["fsync", "rename"])
@@ -172,51 +137,32 @@ def test_killed_before_each_call_of_recovery_it_recovers_the_next_time(tmp_path)
 # Power.
 
 
-class Recorder:
-    """The os module, which writes down what becomes of files."""
+def record(path: Path, durability: str, num_episodes: int = 5) -> list[Any]:
+    """What becomes of files in a run that adds, and evicts, with ("acknowledged", number) between."""
+    calls: list[tuple[Any, ...]] = []
+    folder = path.resolve()
 
-    def __init__(self, path: Path) -> None:
-        self.folder = path
-        self.calls: list[tuple[Any, ...]] = []
+    def before(kind: str, *arguments: Any) -> None:
+        if kind == "open" and arguments[1] & os.O_CREAT and arguments[0] != ".lock":
+            calls.append(("create", arguments[0]))
+        elif kind == "rename":
+            calls.append(("rename", *arguments, (folder / arguments[0]).read_bytes()))
+        elif kind == "fsync":
+            synced = Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+            if synced == folder:
+                calls.append(("sync directory",))
+            else:
+                calls.extend((kind, synced.name, synced.read_bytes()) for kind in ("write", "sync"))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
+    def after(kind: str, *arguments: Any) -> None:
+        if kind == "unlink":
+            calls.append(("unlink", arguments[0]))
 
-    def content(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
-
-    def open(self, name: str, flags: int, *arguments: Any, **options: Any) -> int:
-        if flags & os.O_CREAT and name != ".lock" and not (self.folder / name).exists():
-            self.calls.append(("create", name))
-        return os.open(name, flags, *arguments, **options)
-
-    def fsync(self, descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if path == self.folder:
-            self.calls.append(("sync directory",))
-        else:
-            self.calls.append(("write", path.name, path.read_bytes()))
-            self.calls.append(("sync", path.name, path.read_bytes()))
-
-    def rename(self, old: str, new: str, **options: Any) -> None:
-        self.calls.append(("rename", old, new, self.content(old)))
-        os.rename(old, new, **options)
-
-    def unlink(self, name: str, **options: Any) -> None:
-        os.unlink(name, **options)
-        self.calls.append(("unlink", name))
-
-
-def record(path: Path, monkeypatch: pytest.MonkeyPatch, durability: str, num_episodes: int = 5) -> list[Any]:
-    """The calls of a run that adds, and evicts, with ("acknowledged", number) between them."""
-    recorder = Recorder(path.resolve())
-    with monkeypatch.context() as patch:
-        patch.setattr(directory, "os", recorder)
-        with opened(path, 13, durability=durability) as dataset:
-            for number, length in zip(range(num_episodes), lengths(), strict=False):
-                dataset.add_episode(tagged.episode(length, number))
-                recorder.calls.append(("acknowledged", number))
-    return recorder.calls
+    with watched_calls(before, after), opened(path, 13, durability=durability) as dataset:
+        for number, length in zip(range(num_episodes), lengths(), strict=False):
+            dataset.add_episode(tagged.episode(length, number))
+            calls.append(("acknowledged", number))
+    return calls
 
 
 class Disk:
@@ -333,8 +279,8 @@ def what_is_wrong(path: Path, calls: list[Any], **options: Any) -> set[str]:
     return wrong
 
 
-def test_no_power_loss_loses_an_acknowledged_episode_or_lets_a_partial_one_be_served(tmp_path, monkeypatch) -> None:
-    calls = record(tmp_path / "run", monkeypatch, "fsync")
+def test_no_power_loss_loses_an_acknowledged_episode_or_lets_a_partial_one_be_served(tmp_path) -> None:
+    calls = record(tmp_path / "run", "fsync")
     kinds = [call[0] for call in calls if call[0] != "unlink"]
     assert kinds == ["create", "write", "sync", "rename", "sync directory", "acknowledged"] * 5
     assert sum(call[0] == "unlink" for call in calls) == 3
@@ -343,10 +289,8 @@ def test_no_power_loss_loses_an_acknowledged_episode_or_lets_a_partial_one_be_se
 
 
 @pytest.mark.parametrize("verify", ["size", "full"])
-def test_without_fsync_only_the_checksum_keeps_partial_episodes_from_being_served(
-    tmp_path, monkeypatch, verify
-) -> None:
-    calls = record(tmp_path / "run", monkeypatch, "rename", num_episodes=3)
+def test_without_fsync_only_the_checksum_keeps_partial_episodes_from_being_served(tmp_path, verify) -> None:
+    calls = record(tmp_path / "run", "rename", num_episodes=3)
     assert not any(call[0].startswith("sync") for call in calls)
     wrong = what_is_wrong(tmp_path, calls, verify=verify)
     assert wrong == {"lost an acknowledged episode"} | (
@@ -384,13 +328,13 @@ def directly(calls: list[Any]) -> list[Any]:
     ],
     ids=["no fsync: serves", "no fsync: loses", "no fsync of the directory", "no rename"],
 )
-def test_without_one_of_its_steps_the_commit_is_found_wanting(tmp_path, monkeypatch, mutant, expected) -> None:
-    calls = mutant(record(tmp_path / "run", monkeypatch, "fsync", num_episodes=3))
+def test_without_one_of_its_steps_the_commit_is_found_wanting(tmp_path, mutant, expected) -> None:
+    calls = mutant(record(tmp_path / "run", "fsync", num_episodes=3))
     assert expected in what_is_wrong(tmp_path, calls)
 
 
-def test_counting_before_the_commit_is_found_wanting(tmp_path, monkeypatch) -> None:
-    calls = record(tmp_path / "run", monkeypatch, "fsync", num_episodes=2)
+def test_counting_before_the_commit_is_found_wanting(tmp_path) -> None:
+    calls = record(tmp_path / "run", "fsync", num_episodes=2)
     position = calls.index(("acknowledged", 1))
     renamed = max(i for i in range(position) if calls[i][0] == "rename")
     calls.insert(renamed, calls.pop(position))
@@ -398,8 +342,7 @@ def test_counting_before_the_commit_is_found_wanting(tmp_path, monkeypatch) -> N
 
 
 def test_without_the_checks_partial_files_are_served(tmp_path, monkeypatch) -> None:
-    calls = record(tmp_path / "run", monkeypatch, "rename", num_episodes=2)
+    calls = record(tmp_path / "run", "rename", num_episodes=2)
     assert "served what was never written" not in what_is_wrong(tmp_path, calls, verify="full")
-    monkeypatch.setattr(opening, "_error_of", lambda *_: None)
     monkeypatch.setattr(SafetensorsSerialization, "verify", lambda *_: None)
     assert "served what was never written" in what_is_wrong(tmp_path, calls, verify="full")

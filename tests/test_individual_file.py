@@ -4,7 +4,6 @@ import copy
 import itertools
 import os
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset
-from buffers.dataset.fields import Fields, Scalar
+from buffers.dataset.fields import Fields, Scalar, as_tensor
 from buffers.dataset.individual_file import (
     EpisodeSerializationStrategy,
     NumpyCompressedSerialization,
@@ -135,7 +134,7 @@ def test_it_agrees_with_a_list_of_episodes(operations, choices, read_by) -> None
 # Opening again.
 
 
-def test_ids_and_step_ids_go_on_after_opening_again_even_if_the_newest_are_gone(tmp_path) -> None:
+def test_ids_go_on_though_the_newest_episodes_are_gone(tmp_path) -> None:
     for round_ in range(3):
         with IndividualFileDataset(100, directory=tmp_path) as dataset:
             assert add(dataset, [5, 3], 2 * round_) == [2 * round_, 2 * round_ + 1]
@@ -146,7 +145,7 @@ def test_ids_and_step_ids_go_on_after_opening_again_even_if_the_newest_are_gone(
     assert files(tmp_path) == ["0000000006-000000000024.next"]
 
 
-def test_a_capacity_that_would_delete_all_is_refused_and_deletes_nothing(tmp_path) -> None:
+def test_a_capacity_that_would_delete_all_is_refused(tmp_path) -> None:
     with IndividualFileDataset(30, directory=tmp_path) as dataset:
         for number, length in enumerate((3, 9, 10)):
             dataset.add_episode(tagged.episode(length, number))
@@ -204,7 +203,7 @@ def test_the_fields_of_a_directory_bind_and_keep_their_types(tmp_path) -> None:
         assert dataset.num_episodes == 1
 
 
-def test_the_format_of_a_directory_is_found_out_and_another_one_is_refused(tmp_path) -> None:
+def test_the_format_of_a_directory_is_found_out(tmp_path) -> None:
     with IndividualFileDataset(30, None, None, tmp_path, NumpyCompressedSerialization()) as dataset:
         add(dataset, [4])
     reader = IndividualFileDataset(30, directory=tmp_path, mode="r")
@@ -234,8 +233,8 @@ class Raw(EpisodeSerializationStrategy):
     def load(self, file, fields, length):
         episode = {}
         for name, field in fields.items():
-            data = bytearray(file.read(length * field.nbytes))
-            episode[name] = torch.frombuffer(data, dtype=field.dtype).view(length, *field.shape)
+            data = np.frombuffer(file.read(length * field.nbytes), field.numpy_dtype)
+            episode[name] = as_tensor(data.reshape(length, *field.shape).copy(), field)
         return episode
 
 
@@ -251,7 +250,7 @@ class RawRanges(Raw):
 
 
 @pytest.mark.parametrize("strategy", [Raw(), RawRanges()])
-def test_a_format_of_ones_own_works_and_asks_for_the_fields_it_does_not_keep(tmp_path, strategy) -> None:
+def test_a_format_of_ones_own_works(tmp_path, strategy) -> None:
     with IndividualFileDataset(30, None, None, tmp_path, strategy) as dataset:
         add(dataset, [4, 6])
         assert numbers(dataset) == [(0, 4), (1, 6)]
@@ -284,21 +283,7 @@ def test_arguments_are_checked(tmp_path) -> None:
         IndividualFileDataset(9, directory="/proc/no/such")
 
 
-def test_files_are_not_closed_while_another_thread_reads_them(tmp_path) -> None:
-    dataset = IndividualFileDataset(30, directory=tmp_path)
-    add(dataset, [4])
-    dataset.get_loader(2, 1, seed=0).stream.take()
-    assert dataset._reader is not None
-    closing = threading.Thread(target=dataset.close)
-    with dataset._lock:
-        closing.start()
-        closing.join(0.2)
-        assert len(dataset._reader._files) == 1
-    closing.join()
-    assert not dataset._reader._files
-
-
-def test_after_closing_everything_says_so_and_the_directory_is_free(tmp_path) -> None:
+def test_after_closing_the_directory_is_free(tmp_path) -> None:
     dataset = IndividualFileDataset(30, directory=tmp_path)
     add(dataset, [4])
     batches = iter(dataset.get_loader(2, 1))
@@ -334,7 +319,7 @@ def test_episodes_of_a_single_field_and_of_any_length_are_read(tmp_path: Path) -
         assert dataset.num_episodes == 5
 
 
-def test_the_first_episode_binds_the_rest_also_when_a_stranger_is_newer(tmp_path: Path) -> None:
+def test_the_first_episode_binds_a_newer_stranger(tmp_path: Path) -> None:
     directory, other = tmp_path / "mine", tmp_path / "other"
     with IndividualFileDataset(1000, directory=directory) as dataset:
         for _ in range(5):
@@ -350,7 +335,7 @@ def test_the_first_episode_binds_the_rest_also_when_a_stranger_is_newer(tmp_path
         assert dataset.num_episodes == 5 and list(dataset.fields or ()) == ["obs"]
 
 
-def test_numbers_that_no_name_can_have_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_numbers_that_no_name_can_have_do_not_count(tmp_path: Path) -> None:
     with IndividualFileDataset(1000, directory=tmp_path) as dataset:
         dataset.add_episode({"x": np.zeros(5)})
     (tmp_path / "0000000001-999999999999990-20.safetensors").write_bytes(b"junk")
@@ -358,45 +343,16 @@ def test_numbers_that_no_name_can_have_are_refused_before_anything_is_written(tm
         dataset.add_episode({"x": np.ones(5)})
     with IndividualFileDataset(1000, directory=tmp_path) as dataset:
         assert [episode["x"][0].item() for episode in dataset.episodes()] == [0.0, 1.0]
-        dataset.table.next_start = 10**15 - 2
-        with pytest.raises(RuntimeError, match="beyond the last number"):
-            dataset.add_episode({"x": np.ones(5)})
-        assert dataset.num_episodes == 2
 
 
 @pytest.mark.parametrize("suffix", ["half", "", ".lock", ".next", ".a/b", None, 5, "."])
 def test_a_suffix_that_could_not_be_found_again_is_refused(tmp_path: Path, suffix: Any) -> None:
-    class Odd(SafetensorsLike):
+    class Odd(Raw):
         pass
 
     Odd.suffix = suffix
     with pytest.raises(ValueError, match="`suffix`"):
         IndividualFileDataset(10, directory=tmp_path, serialization_strategy=Odd())
-
-
-def test_a_format_whose_code_is_at_fault_moves_no_file(tmp_path: Path) -> None:
-    with IndividualFileDataset(100, directory=tmp_path, serialization_strategy=SafetensorsLike()) as dataset:
-        dataset.add_episode({"x": np.zeros(5)})
-
-    class Broken(SafetensorsLike):
-        def load(self, file: Any, fields: Any, length: int) -> Any:
-            import no_such_codec  # noqa: F401
-
-    info = EpisodeDatasetInfo(Fields(x=Scalar(dtype=torch.float64)))
-    with IndividualFileDataset(100, info, directory=tmp_path, serialization_strategy=Broken()) as dataset:
-        with pytest.raises(ImportError, match="no_such_codec"):
-            dataset.get_episode(0)
-        assert dataset.num_episodes == 1
-
-
-class SafetensorsLike(EpisodeSerializationStrategy):
-    suffix = ".own"
-
-    def save(self, episode: Any, fields: Any, file: Any) -> None:
-        torch.save(dict(episode), file)
-
-    def load(self, file: Any, fields: Any, length: int) -> Any:
-        return torch.load(file, weights_only=True)
 
 
 def test_other_peoples_temporaries_and_folders_are_left_alone(tmp_path: Path) -> None:

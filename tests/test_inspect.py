@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from buffers.viewing.commands import main
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.individual_file import NumpyCompressedSerialization, TorchSerialization
 from buffers.viewing import inspection
+from buffers.viewing.commands import main
 from tests.file_helpers import add, files
 
 ROOT = Path(__file__).parent.parent

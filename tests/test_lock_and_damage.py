@@ -12,42 +12,37 @@ from typing import Any
 
 import pytest
 
-from buffers.dataset import IndividualFileDataset, directory, lock
+from buffers.dataset import IndividualFileDataset, lock
 from tests import tagged
-from tests.process_helpers import CAPACITY, in_child, lengths, opened
+from tests.faults import CAPACITY, in_child, kill, lengths, opened, status_of, watched_calls
 
 # The lock.
 
 
-def hold(path: Path) -> tuple[int, int]:
-    """A process that has the directory open for writing, and something to read until it has."""
+def told_by_child(action: Any) -> tuple[int, int]:
+    """A process that is given a pipe, and the number that it has sent."""
     receive, send = os.pipe()
-
-    def run() -> None:
-        dataset = opened(path)
-        dataset.add_episode(tagged.episode(3, dataset.table.next_id))
-        os.write(send, b"x")
-        signal.pause()
-
-    pid = in_child(run)
+    pid = in_child(lambda: action(send))
     os.close(send)
-    assert os.read(receive, 1) == b"x"
-    os.close(receive)
-    return pid, receive
+    with os.fdopen(receive) as pipe:
+        return pid, int(pipe.readline())
 
 
-def end(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+def hold(path: Path, send: int, forks: bool = False) -> None:
+    """Hold the directory open for writing, with a forked child if that is asked for, and tell of it."""
+    dataset = opened(path)
+    dataset.add_episode(tagged.episode(3, dataset.table.next_id))
+    os.write(send, b"%d\n" % (in_child(signal.pause) if forks else 0))
+    signal.pause()
 
 
-def test_a_second_writer_is_told_who_is_there_and_admitted_after_its_death(tmp_path) -> None:
-    pid, _ = hold(tmp_path)
+def test_a_second_writer_waits_for_the_death_of_the_first(tmp_path) -> None:
+    pid, _ = told_by_child(lambda send: hold(tmp_path, send))
     message = rf"is being written to by process {pid} on {socket.gethostname()}.*mode='r'"
     with pytest.raises(RuntimeError, match=message):
         IndividualFileDataset(CAPACITY, directory=tmp_path)
     assert opened(tmp_path, mode="r").num_episodes == 1
-    end(pid)
+    kill(pid)
     with opened(tmp_path) as dataset:
         assert dataset.num_episodes == 1
         with pytest.raises(RuntimeError, match=f"process {os.getpid()} on"):
@@ -57,18 +52,8 @@ def test_a_second_writer_is_told_who_is_there_and_admitted_after_its_death(tmp_p
 
 def kept_by_a_forked_child(path: Path) -> bool:
     """Whether a child that was forked keeps the lock after its parent was killed."""
-    receive, send = os.pipe()
-
-    def run() -> None:
-        dataset = opened(path)
-        child = in_child(signal.pause)
-        os.write(send, b"%d" % child)
-        signal.pause()
-        dataset.close()
-
-    pid = in_child(run)
-    child = int(os.read(receive, 20))
-    end(pid)
+    pid, child = told_by_child(lambda send: hold(path, send, forks=True))
+    kill(pid)
     try:
         opened(path).close()
         return False
@@ -76,8 +61,6 @@ def kept_by_a_forked_child(path: Path) -> bool:
         return True
     finally:
         os.kill(child, signal.SIGKILL)
-        os.close(receive)
-        os.close(send)
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path, monkeypatch) -> None:
@@ -87,7 +70,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path, monkeypatch) -> None:
     assert kept_by_a_forked_child(tmp_path)
 
 
-def test_a_forked_child_reads_what_its_parent_adds_and_cannot_write(tmp_path) -> None:
+def test_a_forked_child_follows_its_parent_and_cannot_write(tmp_path) -> None:
     dataset = opened(tmp_path)
     dataset.add_episode(tagged.episode(5, 0))
     receive, send = os.pipe()
@@ -105,32 +88,23 @@ def test_a_forked_child_reads_what_its_parent_adds_and_cannot_write(tmp_path) ->
     pid = in_child(run)
     dataset.add_episode(tagged.episode(5, 1))
     os.write(send, b"x")
-    assert os.waitpid(pid, 0)[1] == 0
+    assert status_of(pid) == 0
     # Its closing has not given up the parent's lock.
     with pytest.raises(RuntimeError, match="is being written to"):
         IndividualFileDataset(CAPACITY, directory=tmp_path)
     dataset.close()
 
 
-def test_a_lock_file_that_is_removed_lets_nobody_in_beside_its_successor(tmp_path, monkeypatch) -> None:
-    real = directory.os
+def test_a_lock_file_removed_meanwhile_lets_in_nobody_else(tmp_path) -> None:
+    removed = []
 
-    class Racing:
-        """Another process opens, and removes the file, between our opening it and our locking it."""
+    def remove_once(kind: str, *arguments: Any) -> None:
+        if kind == "open" and arguments[0] == ".lock" and not removed:
+            removed.append(os.unlink(tmp_path / ".lock"))
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-        def open(self, name: str, *arguments: Any, **options: Any) -> int:
-            descriptor = real.open(name, *arguments, **options)
-            if name == ".lock":
-                monkeypatch.setattr(directory, "os", real)
-                real.unlink(tmp_path / ".lock")
-            return descriptor
-
-    monkeypatch.setattr(directory, "os", Racing())
-    with opened(tmp_path):
-        assert (tmp_path / ".lock").exists()
+    # Another process opens, and removes the file, between our opening it and our locking it.
+    with watched_calls(after=remove_once), opened(tmp_path):
+        assert removed and (tmp_path / ".lock").exists()
         with pytest.raises(RuntimeError, match="is being written to"):
             opened(tmp_path)
 
@@ -138,7 +112,7 @@ def test_a_lock_file_that_is_removed_lets_nobody_in_beside_its_successor(tmp_pat
 # Setting aside.
 
 
-def test_what_is_no_episode_is_set_aside_with_one_warning_and_nothing_outside_is_touched(tmp_path) -> None:
+def test_what_is_no_episode_is_set_aside_with_one_warning(tmp_path) -> None:
     path = tmp_path / "episodes"
     outside = tmp_path / "outside"
     outside.write_bytes(b"precious")
@@ -156,12 +130,14 @@ def test_what_is_no_episode_is_set_aside_with_one_warning_and_nothing_outside_is
     (path / "0000000012-000000000300-5.safetensors").mkdir()
     (path / "00000000013-000000000400-5.safetensors").write_bytes(content)
     (path / "notes.txt").write_text("mine")
-    with pytest.warns(UserWarning, match="8 files in .* are no whole episodes and were moved .*; and 3 more") as found:
+    with pytest.warns(UserWarning, match="6 files in .* are no whole episodes and were moved .*; and 1 more") as found:
         dataset = IndividualFileDataset(100, directory=path)
     assert len(found) == 1
     assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (1, 3), (2, 9)]
-    assert len(os.listdir(path / "damaged")) == 8
-    assert outside.read_bytes() == b"precious" and (path / "notes.txt").exists()
+    assert len(os.listdir(path / "damaged")) == len(dataset.damaged_files) == 6
+    assert outside.read_bytes() == b"precious"
+    # Files that are not named like episodes are nobody's business.
+    assert {"notes.txt", "model.safetensors", "00000000013-000000000400-5.safetensors"} <= set(os.listdir(path))
     assert dataset.add_episode(tagged.episode(2, 13)) == 13
     dataset.close()
     with warnings.catch_warnings():
@@ -169,28 +145,42 @@ def test_what_is_no_episode_is_set_aside_with_one_warning_and_nothing_outside_is
         IndividualFileDataset(100, directory=path).close()
 
 
-def test_files_are_set_aside_over_no_other_and_not_out_of_the_directory(tmp_path) -> None:
+def test_files_are_set_aside_over_no_other(tmp_path) -> None:
+    opened(tmp_path).close()
+    name = "0000000001-000000000000-5.safetensors"
+    for content in (b"one", b"two"):
+        (tmp_path / name).write_bytes(content)
+        opened(tmp_path).close()
+    found = [(tmp_path / "damaged" / other).read_bytes() for other in (name, f"{name}.1")]
+    assert found == [b"one", b"two"]
+
+
+def test_files_are_not_set_aside_out_of_the_directory(tmp_path) -> None:
     path, outside = tmp_path / "episodes", tmp_path / "outside"
     outside.mkdir()
     opened(path).close()
     (path / "damaged").symlink_to(outside)
-    for content in (b"one", b"two"):
-        (path / "0000000001-000000000000-5.safetensors").write_bytes(content)
-        opened(path).close()
-    assert os.listdir(outside) == []
-    found = [next((path / folder).iterdir()).read_bytes() for folder in ("damaged-1", "damaged-2")]
-    assert found == [b"one", b"two"]
+    (path / "0000000001-000000000000-5.safetensors").write_bytes(b"one")
+    with pytest.warns(UserWarning, match="and it could not be moved"):
+        IndividualFileDataset(CAPACITY, directory=path).close()
+    assert os.listdir(outside) == [] and (path / "0000000001-000000000000-5.safetensors").exists()
 
 
-def test_in_a_directory_that_was_never_ours_other_peoples_files_stay(tmp_path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"theirs")
-    with opened(tmp_path) as dataset:
-        dataset.add_episode(tagged.episode(3, 0))
-    assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
+def test_a_file_with_false_numbers_costs_no_good_one(tmp_path) -> None:
+    with opened(tmp_path, 100) as dataset:
+        for number, length in zip(range(3), lengths(), strict=False):
+            dataset.add_episode(tagged.episode(length, number))
+    (second,) = tmp_path.glob("0000000001-*")
+    # It says to have a row more, which the next has, and is as large as if it did.
+    second.write_bytes(second.read_bytes() + bytes(dataset.fields.nbytes))
+    second.rename(tmp_path / "0000000001-000000000005-4.safetensors")
+    with pytest.warns(UserWarning, match="1 files .*: 0000000001-000000000005-4"):
+        dataset = IndividualFileDataset(100, directory=tmp_path)
+    assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (2, 9)]
 
 
 @pytest.mark.parametrize("put_there", [os.mkdir, os.mkfifo])
-def test_what_has_taken_the_place_of_a_file_is_damage_that_drawing_passes_over(tmp_path, put_there) -> None:
+def test_what_took_the_place_of_a_file_is_damage(tmp_path, put_there) -> None:
     with opened(tmp_path, 100) as dataset:
         for number in range(3):
             dataset.add_episode(tagged.episode(6, number))
@@ -204,7 +194,7 @@ def test_what_has_taken_the_place_of_a_file_is_damage_that_drawing_passes_over(t
 
 
 @pytest.mark.parametrize("mode", ["a", "r"])
-def test_damage_that_is_found_while_drawing_is_warned_of_and_not_served(tmp_path, mode) -> None:
+def test_damage_found_while_drawing_is_not_served(tmp_path, mode) -> None:
     with opened(tmp_path, 100) as dataset:
         for number in range(3):
             dataset.add_episode(tagged.episode(6, number))

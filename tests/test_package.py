@@ -99,7 +99,7 @@ def state():
             multiprocessing.get_start_method(allow_none=True), torch.get_num_threads(), threading.active_count(),
             [signal.getsignal(number) for number in signal.valid_signals()])
 before = state()
-import buffers, buffers.dataset, buffers.loader, buffers.sampler
+import buffers, buffers.dataset, buffers.loading, buffers.sampler
 assert state() == before
 print([name for name in sys.modules if name.split(".")[0] in ("matplotlib", "gymnasium")])
 """
@@ -117,7 +117,8 @@ print(len([name for name in set(sys.modules) - before if not name.startswith("bu
 
 
 def test_the_demo_without_gymnasium_names_the_extra() -> None:
-    code = "import sys; sys.modules['gymnasium'] = None; from buffers.viewing.commands import main; sys.exit(main(['demo']))"
+    command = "from buffers.viewing.commands import main; sys.exit(main(['demo']))"
+    code = f"import sys; sys.modules['gymnasium'] = None; {command}"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (1, "")
     assert "pip install 'buffers[demo]'" in found.stderr

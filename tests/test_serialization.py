@@ -15,38 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers.dataset import IndividualFileDataset, serialization
+from buffers.dataset import IndividualFileDataset, archives, serialization
 from buffers.dataset.fields import ColorImage, Fields, PaddedPointcloud, Scalar, TensorType, Vector
 from buffers.dataset.individual_file import (
     DamagedEpisodeError,
     EpisodeSerializationStrategy,
     NumpyCompressedSerialization,
     SafetensorsSerialization,
+    TorchSerialization,
     UnknownVersionError,
 )
 from tests import tagged
 from tests.format_helpers import FIELDS, STRATEGIES, each_strategy, made, same, saved
 
 SHAPES = st.lists(st.integers(0, 12), max_size=3).map(tuple)
-DTYPES = st.sampled_from(
-    [
-        "bool",
-        "uint8",
-        "int8",
-        "int16",
-        "uint16",
-        "int32",
-        "uint32",
-        "int64",
-        "uint64",
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-        "complex64",
-        "complex128",
-    ]
-)
+DTYPES = st.sampled_from(sorted(serialization._DTYPES))
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
 TYPES = st.builds(lambda shape, dtype: TensorType(shape, getattr(torch, dtype)), SHAPES, DTYPES)
 ALL_FIELDS = st.dictionaries(NAMES, TYPES, min_size=1, max_size=5).map(Fields)
@@ -71,26 +54,21 @@ def test_whatever_can_be_a_field_comes_back(strategy, fields, length) -> None:
     assert list(stated.items()) == list(fields.items()) and stated.paths == fields.paths
 
 
-@given(fields=ALL_FIELDS, lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=4))
+@given(fields=ALL_FIELDS, length=st.one_of(st.integers(1, 9), st.integers(9_990, 10_010)))
 @settings(max_examples=60, deadline=None)
-def test_the_size_of_a_safetensors_file_is_known_beforehand_and_its_header_expected(fields, lengths) -> None:
+def test_the_size_of_a_safetensors_file_is_within_its_bounds(fields, length) -> None:
     strategy = SafetensorsSerialization()
-    sizes = strategy.sizes(fields, np.array(lengths))
-    assert sizes is not None
-    for length, size in zip(lengths, sizes.tolist(), strict=True):
-        content = saved(strategy, made(fields, length), fields)
-        assert len(content) == size
-        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-        assert strategy._layout(fields).matches(header, length)
+    least, most = strategy.overhead(fields)
+    assert least <= len(saved(strategy, made(fields, length), fields)) - length * fields.nbytes <= most
 
 
-def test_a_library_that_writes_headers_in_another_way_is_read_all_the_same(tmp_path, monkeypatch) -> None:
+def test_a_library_with_other_headers_is_read_all_the_same(tmp_path, monkeypatch) -> None:
     real = safetensors.torch.save
 
     def spaced(tensors: Any, metadata: Any) -> bytes:
         content = real(tensors, metadata)
         size = int.from_bytes(content[:8], "little")
-        header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
+        header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, indent=50).encode()
         return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
     with IndividualFileDataset(30, directory=tmp_path) as dataset:
@@ -98,10 +76,18 @@ def test_a_library_that_writes_headers_in_another_way_is_read_all_the_same(tmp_p
     monkeypatch.setattr(safetensors.torch, "save", spaced)
     for number in (1, 2):
         with IndividualFileDataset(30, directory=tmp_path) as dataset:
-            assert SafetensorsSerialization().sizes(dataset.fields, np.array([1])) is None  # type: ignore[arg-type]
             dataset.add_episode(tagged.episode(5, number))
             found = [tagged.number_and_length(episode) for episode in dataset.episodes()]
             assert found == [(0, 4), (1, 5), (2, 5)][: number + 1]
+
+
+def test_a_torch_that_writes_something_else_is_found_out_when_adding(tmp_path, monkeypatch) -> None:
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: real({**content, "more": 1}, file))
+    with IndividualFileDataset(30, None, None, tmp_path, TorchSerialization()) as dataset:
+        with pytest.raises(ValueError, match="holds more than its schema says"):
+            dataset.add_episode(tagged.episode(4, 0))
+        assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == []
 
 
 def test_other_tools_read_the_files(tmp_path) -> None:
@@ -115,7 +101,7 @@ def test_other_tools_read_the_files(tmp_path) -> None:
     assert same(torch.load(tmp_path / "episode.pt")["episode"], episode)
 
 
-def test_types_of_fields_are_kept_and_a_users_own_become_their_base() -> None:
+def test_a_users_own_types_become_their_base() -> None:
     class Lidar(Vector):
         pass
 
@@ -141,7 +127,7 @@ def served(strategy: EpisodeSerializationStrategy, file: io.FileIO, length: int,
 
 
 @each_strategy
-def test_a_file_that_is_cut_short_at_any_length_is_refused(strategy, opened) -> None:
+def test_a_file_cut_short_at_any_length_is_refused(strategy, opened) -> None:
     content = saved(strategy, made(FIELDS, 5))
     for size in range(len(content)):
         assert served(strategy, opened(content[:size]), 5, is_verified=False) is None, size
@@ -182,15 +168,15 @@ def test_every_bit_of_a_header_may_flip() -> None:
 
 
 @each_strategy
-def test_a_flipped_bit_anywhere_is_found_by_the_checksum(strategy, opened, monkeypatch) -> None:
+def test_a_flipped_bit_anywhere_is_found_by_the_checksum(strategy, opened) -> None:
     bits = [(position, position % 8) for position in range(0, 20_000, 3)]
     assert wrong_flips(strategy, opened, iter(bits), is_verified=True) == []
-    if not isinstance(strategy, NumpyCompressedSerialization):  # There, loading alone finds it.
+    if isinstance(strategy, SafetensorsSerialization):  # In archives, loading alone finds it.
         assert wrong_flips(strategy, opened, iter(bits), is_verified=False) != []
 
 
 @each_strategy
-def test_lies_about_shapes_dtypes_and_fields_are_refused(strategy, opened) -> None:
+def test_lies_about_shapes_dtypes_and_fields_are_refused(strategy, opened, monkeypatch) -> None:
     def refused(content: bytes, length: int = 4, fields: Fields = FIELDS) -> None:
         for action in (strategy.load, strategy.verify):
             with pytest.raises(DamagedEpisodeError):
@@ -208,7 +194,10 @@ def test_lies_about_shapes_dtypes_and_fields_are_refused(strategy, opened) -> No
     for fields in others:
         refused(saved(strategy, made(fields, 4), fields))
         # A schema that says what is expected, over rows that are something else.
-        refused(saved(strategy, made(fields, 4), FIELDS))
+        with monkeypatch.context() as patch:
+            patch.setattr(archives, "_find_storages", lambda *_: None)  # Writing such a file is refused, too.
+            lie = saved(strategy, made(fields, 4), FIELDS)
+        refused(lie)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", "file", "C:\\x", ".", "x.npy", "buffers", 'é\n"'])
@@ -233,7 +222,7 @@ def test_names_of_fields_never_become_paths(strategy, name, tmp_path) -> None:
         (SafetensorsSerialization(), "\ud800", "surrogates not allowed"),
     ],
 )
-def test_a_name_that_a_format_cannot_hold_is_refused_and_nothing_is_left(strategy, name, message, tmp_path) -> None:
+def test_a_name_that_a_format_cannot_hold_is_refused(strategy, name, message, tmp_path) -> None:
     with IndividualFileDataset(9, None, None, tmp_path, strategy) as dataset:
         with pytest.raises(ValueError, match=message):
             dataset.add_episode({name: np.arange(4)})
@@ -248,7 +237,7 @@ def as_version(content: bytes, version: int) -> bytes:
     return content.replace(b'{\\"version\\":1,', b'{\\"version\\":%d,' % version)
 
 
-def test_a_directory_of_a_later_version_is_an_error_and_a_single_file_of_it_is_set_aside(tmp_path) -> None:
+def test_a_directory_of_a_later_version_is_an_error(tmp_path) -> None:
     with IndividualFileDataset(90, directory=tmp_path) as dataset:
         for number in range(2):
             dataset.add_episode(tagged.episode(4, number))

@@ -1,25 +1,12 @@
-"""A directory of episode files that is its own index: names, the commit, the lock, and setting aside.
+"""A directory of episode files that is its own index: names, the commit, and setting aside.
 
     0000000012-000000002400-200.safetensors     episode 12: step ids 2400 to 2599
     0000000013-000000002600.next                the next episode's id and start, where no file says so (empty)
     .tmp-0000000013-000000002600-87.safetensors an episode on its way
-    .lock                                       who writes
+    .lock                                       names the process that writes
     damaged/                                    files that were no whole episodes
 
-How an episode comes, and what a crash after each step leaves (power: the machine's; a killed process loses nothing
-that it has written):
-
-| step | after a kill | after a power loss | on opening |
-|---|---|---|---|
-| 1 create the temporary | temporary | temporary, or nothing | swept |
-| 2 write all | temporary | temporary, of any length and content | swept |
-| 3 fsync it | temporary | temporary, whole, or nothing | swept |
-| 4 rename | episode | temporary or episode, whole, or nothing | swept, or there |
-| 5 fsync the directory | episode | episode | there |
-| 6 count it: acknowledged | episode | episode | there |
-
-With `durability="rename"`, steps 3 and 5 are left out: a kill still loses nothing, a power loss may take the newest
-episodes, or leave files with wrong content, which the size, the header, or (`verify="full"`) the checksum gives away.
+`docs/format.md` has a table of what a crash leaves after each step of a commit.
 """
 
 from __future__ import annotations
@@ -30,23 +17,27 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
-from buffers.dataset.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, DirectoryLock
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["EpisodeDirectory", "FileName", "Listing", "explained"]
+from buffers.dataset.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, DirectoryLock
+from buffers.dataset.serialization import DamagedEpisodeError
+
+__all__ = ["EpisodeDirectory", "FileName", "Listing", "with_advice"]
 
 TEMPORARY = ".tmp-"
-_LARGEST_NUMBER = 10**15
 DAMAGED = "damaged"
-NEXT = ".next"
+_LARGEST_NUMBER = 10**15
 # Numbers below 10**15, each in the one way in which it is written.
 _NUMBERS = r"([0-9]{10}|[1-9][0-9]{10,14})-([0-9]{12}|[1-9][0-9]{12,14})"
 _NAME = re.compile(_NUMBERS + r"-([1-9][0-9]{0,8})(\.[^/]+)")
-_NEXT_NAME = re.compile(_NUMBERS + r"\.next")
+_MARKER = re.compile(_NUMBERS + r"\.next")
+# What opening a link, a directory or a socket says.
+_NOT_REGULAR = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
 class FileName(NamedTuple):
@@ -57,160 +48,124 @@ class FileName(NamedTuple):
     length: int
 
     def text(self, suffix: str) -> str:
-        """The name itself: names in their order are episodes in theirs.
-
-        Raises:
-            RuntimeError: Numbers have run out: the name would not be taken for an episode's when it is read.
-        """
-        if max(self.id, self.start + self.length) >= _LARGEST_NUMBER:
-            raise RuntimeError(
-                f"Episode {self.id}, from step {self.start} on, is beyond the last number, {_LARGEST_NUMBER}."
-            )
+        """The name itself: names in their order are episodes in theirs."""
         return f"{self.id:010d}-{self.start:012d}-{self.length}{suffix}"
 
+    @classmethod
+    def parse(cls, text: str) -> FileName | None:
+        """What a name says, whatever its suffix; None for other names."""
+        match = _NAME.fullmatch(text)
+        return None if match is None else cls(int(match[1]), int(match[2]), int(match[3]))
 
-@dataclass
-class Listing:
+
+class Listing(NamedTuple):
     """What a directory holds.
 
     Attributes:
-        texts: Names of regular files with an episode's name and the right suffix, unsorted.
-        ids: What they say. As lists of numbers: for 100,000 files, a tuple each takes twice the time.
-        starts: The same.
-        lengths: The same.
-        sizes: In bytes.
-        misfits: (file name, what is wrong) of others that are in the way.
+        names: Of episodes with the right suffix, in the order of their ids and starts.
+        rows: int64 `(n, 3)`, the start, length and id that each name states.
+        sizes: int64 `(n,)`, bytes of each; -1 for what is no regular file.
         temporaries: Names of episodes on their way.
         other_suffixes: Suffixes of files with an episode's name and another suffix.
-        next_numbers: The largest (id, start) that a `.next` file or a name of any kind leaves for the next episode.
-        markers: Names of `.next` files.
-        names: Every name that there is.
+        next_numbers: The least (id, start) that no file, and no `.next` file, has given to an episode.
+        all_names: Every name in the directory.
     """
 
-    texts: list[str] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    misfits: list[tuple[str, str]] = field(default_factory=list)
-    temporaries: list[str] = field(default_factory=list)
-    other_suffixes: set[str] = field(default_factory=set)
-    next_numbers: tuple[int, int] = (0, 0)
-    markers: list[str] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
-
-    def count(self, next_id: int, next_start: int) -> None:
-        """These numbers, and all before them, have been given; not those that this library never gives."""
-        if max(next_id, next_start) >= _LARGEST_NUMBER:
-            return
-        if next_id > self.next_numbers[0] or next_start > self.next_numbers[1]:
-            self.next_numbers = max(next_id, self.next_numbers[0]), max(next_start, self.next_numbers[1])
+    names: list[str]
+    rows: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    temporaries: list[str]
+    other_suffixes: set[str]
+    next_numbers: tuple[int, int]
+    all_names: set[str]
 
 
 class EpisodeDirectory:
-    """The files of a dataset; it knows nothing of what is in them.
+    """The files of a dataset, whatever their format.
 
     Args:
         path: Created, with its parents, if `writable`.
         suffix: Of episode files.
-        writable: Take the lock, sweep temporaries.
+        writable: Take the lock.
+        durable: Let changes reach the disk before going on.
 
     Raises:
         OSError: The directory is not there, or must not be read or written; the message says what to do.
         RuntimeError: Another process writes to it.
     """
 
-    def __init__(self, path: str, suffix: str, writable: bool) -> None:
+    def __init__(self, path: str, suffix: str, writable: bool, durable: bool = True) -> None:
         self.path = os.path.abspath(path)
         self.suffix = suffix
-        self.lock: DirectoryLock | None = None
+        self._is_durable = durable
         self._markers: list[str] = []
         self._descriptor = Descriptor(_open_directory(self.path, writable))
-        if writable:
-            self.lock = DirectoryLock(self.path, self._descriptor.number)
-
-    @property
-    def is_new(self) -> bool:
-        """Whether nobody has written to it before."""
-        return self.lock is not None and self.lock.is_first
+        self._lock = DirectoryLock(self.path, self._descriptor.number) if writable else None
 
     def list(self, known: Collection[str] = ()) -> Listing:
         """What there is; of the names that are `known`, nothing but that they are there."""
-        listing = Listing()
-        # A descriptor of its own: forked processes share the place where a directory is being read.
+        names: list[str] = []
+        numbers: list[int] = []
+        all_names, other_names, other_suffixes = set(), [], set()
+        # A descriptor of its own: forked processes share the position up to which a directory has been read.
         descriptor = Descriptor(os.open(".", os.O_RDONLY | CLOSE_ON_EXEC, dir_fd=self._descriptor.number))
         with os.scandir(descriptor.number) as entries:
             for entry in entries:
-                listing.names.add(entry.name)
-                if entry.name not in known:
-                    self._classify(entry, listing)
-        self._markers = listing.markers
-        return listing
-
-    def _classify(self, entry: os.DirEntry[str], listing: Listing) -> None:
-        match = _NAME.fullmatch(entry.name)
-        if match is None:
-            marker = _NEXT_NAME.fullmatch(entry.name)
-            if marker is not None:
-                listing.markers.append(entry.name)
-                listing.count(int(marker[1]), int(marker[2]))
-            elif entry.name.startswith(TEMPORARY) and _NAME.fullmatch(entry.name, len(TEMPORARY)):
-                listing.temporaries.append(entry.name)
-            elif entry.name.endswith(self.suffix):
-                listing.misfits.append((entry.name, "its name is no episode's"))
-            return
-        if match[4] != self.suffix:
-            listing.other_suffixes.add(match[4])
-            return
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except FileNotFoundError:
-            return  # Evicted while we looked.
-        number, start, length = int(match[1]), int(match[2]), int(match[3])
-        listing.count(number + 1, start + length)
-        if stat.S_ISREG(status.st_mode):
-            listing.texts.append(entry.name)
-            listing.ids.append(number)
-            listing.starts.append(start)
-            listing.lengths.append(length)
-            listing.sizes.append(status.st_size)
-        else:
-            listing.misfits.append((entry.name, "it is no regular file"))
+                all_names.add(entry.name)
+                if entry.name in known:
+                    continue
+                match = _NAME.fullmatch(entry.name)
+                if match is None:
+                    other_names.append(entry.name)
+                elif match[4] != self.suffix:
+                    other_suffixes.add(match[4])
+                else:
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue  # Evicted meanwhile.
+                    names.append(entry.name)
+                    size = status.st_size if stat.S_ISREG(status.st_mode) else -1
+                    numbers += int(match[2]), int(match[3]), int(match[1]), size
+        table = np.array(numbers, np.int64).reshape(-1, 4)
+        order = np.lexsort((table[:, 0], table[:, 2]))
+        temporaries = [
+            name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])
+        ]
+        markers = [match for name in other_names if (match := _MARKER.fullmatch(name))]
+        self._markers = [match[0] for match in markers]
+        next_numbers = _next_numbers([(int(match[1]), int(match[2])) for match in markers], table)
+        names, table = [names[i] for i in order.tolist()], table[order]
+        return Listing(names, table[:, :3], table[:, 3], temporaries, other_suffixes, next_numbers, all_names)
 
     def modified_at(self) -> int:
         """When a name last came or went, in nanoseconds."""
         return os.fstat(self._descriptor.number).st_mtime_ns
 
-    # Changing it.
-
-    def commit(self, name: str, write: Callable[[io.BufferedWriter], None], durable: bool) -> None:
-        """Let a file appear under its name, whole, or not at all: the steps of the table above.
+    def commit(self, name: str, write: Callable[[io.BufferedWriter], None]) -> None:
+        """Let a file appear under its name, whole, or not at all.
 
         Raises:
             OSError: As the operating system says; nothing is left behind.
         """
-        temporary = TEMPORARY + name
-        descriptor = self._descriptor.number
-        # Whatever Ctrl-C finds open belongs to a file, which closes it.
-        opener = partial(os.open, mode=0o666, dir_fd=descriptor)
-        is_renamed = False
+        directory, appeared = self._descriptor.number, TEMPORARY + name
         with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=descriptor)  # What lies there, a link even, is nobody's.
+            os.unlink(appeared, dir_fd=directory)  # Left by an addition that was cut off.
         try:
-            with _written(open(temporary, "xb", opener=opener)) as file:
+            with open(appeared, "xb", opener=partial(os.open, mode=0o666, dir_fd=directory)) as file:
                 write(file)
                 file.flush()
-                if durable:
+                if self._is_durable:
                     os.fsync(file.fileno())
-            os.rename(temporary, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
-            is_renamed = True
-            if durable:
-                os.fsync(descriptor)
-        except BaseException:
-            # After a failed fsync nobody knows what is on the disk, and a second one may succeed without having
+            os.rename(appeared, name, src_dir_fd=directory, dst_dir_fd=directory)
+            appeared = name
+            if self._is_durable:
+                os.fsync(directory)
+        except Exception:
+            # After a failed fsync it is unknown what is on the disk, and a second one may succeed without having
             # written anything: the file is given up.
             with contextlib.suppress(OSError):
-                os.unlink(name if is_renamed else temporary, dir_fd=descriptor)
+                os.unlink(appeared, dir_fd=directory)
             raise
 
     def remove(self, name: str) -> None:
@@ -218,99 +173,90 @@ class EpisodeDirectory:
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             os.unlink(name, dir_fd=self._descriptor.number)
 
-    def keep_numbers(self, next_id: int, next_start: int, durable: bool) -> None:
+    def keep_numbers(self, next_id: int, next_start: int) -> None:
         """Leave a `.next` file, and no other, so that numbers of episodes that are gone are not given again."""
-        name = f"{next_id:010d}-{next_start:012d}{NEXT}"
+        name = f"{next_id:010d}-{next_start:012d}.next"
         if name in self._markers:
             return
-        flags = os.O_WRONLY | os.O_CREAT | NO_SURPRISES
-        os.close(os.open(name, flags, 0o666, dir_fd=self._descriptor.number))
-        if durable:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | NO_SURPRISES, 0o666, dir_fd=self._descriptor.number))
+        if self._is_durable:
             os.fsync(self._descriptor.number)
         for other in self._markers:
             self.remove(other)
         self._markers = [name]
 
     def set_aside(self, name: str) -> bool:
-        """Move a file into the folder of damaged ones, over no other; False if that cannot be."""
-        descriptor = self._descriptor.number
-        try:
-            for folder in (DAMAGED, *(f"{DAMAGED}-{n}" for n in range(1, 100))):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(folder, dir_fd=descriptor)
-                # A link could lead out of the directory.
-                is_folder = stat.S_ISDIR(os.stat(folder, dir_fd=descriptor, follow_symlinks=False).st_mode)
-                if is_folder and not _exists(f"{folder}/{name}", descriptor):
-                    os.rename(name, f"{folder}/{name}", src_dir_fd=descriptor, dst_dir_fd=descriptor)
-                    return True
-        except OSError:
-            pass
+        """Move a file into the folder of damaged ones, over no other; False if that fails."""
+        directory = self._descriptor.number
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(DAMAGED, dir_fd=directory)
+            # Not through a link, which could lead out of the directory.
+            folder = Descriptor(os.open(DAMAGED, os.O_RDONLY | os.O_DIRECTORY | NO_SURPRISES, dir_fd=directory))
+            taken = set(os.listdir(folder.number))
+            target = next(other for n in range(len(taken) + 1) if (other := f"{name}.{n}" if n else name) not in taken)
+            os.rename(name, target, src_dir_fd=directory, dst_dir_fd=folder.number)
+            return True
         return False
 
-    # Reading it.
-
     def open(self, name: str) -> io.FileIO:
-        """A file for reading. Links are not followed, and nothing is waited for.
+        """A file for reading. Links are not followed, and opening a pipe does not wait.
 
         Raises:
             FileNotFoundError: It is gone.
+            DamagedEpisodeError: It is no regular file.
             OSError: As the operating system says.
         """
-        return io.FileIO(name, opener=self._opened)
+        try:
+            file = io.FileIO(name, opener=self._open)
+        except OSError as error:
+            if error.errno in _NOT_REGULAR:
+                raise DamagedEpisodeError("is no regular file") from None
+            raise
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise DamagedEpisodeError("is no regular file")
+        return file
 
-    def _opened(self, name: str, flags: int) -> int:
+    def _open(self, name: str, flags: int) -> int:
         return os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
 
     def close(self) -> None:
         """Give up the lock."""
-        if self.lock is not None:
-            self.lock.release()
+        if self._lock is not None:
+            self._lock.release()
         self._descriptor.close()
 
 
-def explained(error: OSError, path: str, what: str) -> OSError:
+def with_advice(error: OSError, path: str, what: str) -> OSError:
     """The error of a write, of the same kind, that says what it was for and what to do."""
-    if error.errno is None:
-        return error
-    return OSError(
-        error.errno,
-        f"{what}: {error.strerror or error}. Make room or permission, or lower the `capacity`, and try again",
-        path,
-    )
+    advice = "Make room or permission, or lower the `capacity`, and try again"
+    return OSError(error.errno, f"{what}: {error.strerror or error}. {advice}", path)
 
 
-def _exists(name: str, directory: int) -> bool:
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+def _next_numbers(markers: list[tuple[int, int]], table: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """The least id and start that neither `.next` files nor rows of start, length, id and size have given."""
+    ends = np.stack([table[:, 2] + 1, table[:, 0] + table[:, 1]], 1)
+    given = np.concatenate([np.array(markers, np.int64).reshape(-1, 2), ends])
+    # This library never gives larger numbers: what has them is a stranger's.
+    next_id, next_start = given[(given < _LARGEST_NUMBER).all(1)].max(0, initial=0).tolist()
+    return next_id, next_start
 
 
 def _open_directory(path: str, writable: bool) -> int:
     try:
         if writable:
             os.makedirs(path, exist_ok=True)
-        return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | CLOSE_ON_EXEC)
-    except FileNotFoundError as error:
-        what = "It cannot be made: choose another" if writable else "There is no directory to read; mode='a' makes one"
-        raise FileNotFoundError(error.errno, f"{what} ({error.strerror})", path) from error
-    except FileExistsError as error:
-        what = "Episodes need a directory, and this is a file, or a link that leads nowhere"
-        raise NotADirectoryError(errno.ENOTDIR, what, path) from error
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | CLOSE_ON_EXEC)
     except OSError as error:
-        raise OSError(
-            error.errno, f"The directory cannot be opened ({error.strerror}). Choose another `directory`", path
-        ) from error
-
-
-@contextlib.contextmanager
-def _written(file: io.BufferedWriter) -> Iterator[io.BufferedWriter]:
-    """A new file, closed in any case, also where closing writes, and fails, once more."""
-    try:
-        yield file
-    except BaseException:
-        with contextlib.suppress(OSError, ValueError):
-            file.close()
-        raise
-    file.close()
+        number, reason = error.errno, f"The directory cannot be opened ({error.strerror}). Choose another `directory`"
+        if isinstance(error, FileExistsError):
+            number, reason = (
+                errno.ENOTDIR,
+                "Episodes need a directory, and this is a file, or a link that leads nowhere",
+            )
+        elif isinstance(error, FileNotFoundError) and writable:
+            reason = "It cannot be made: choose another `directory`"
+        elif isinstance(error, FileNotFoundError):
+            reason = "There is no directory to read; mode='a' makes one"
+        raise OSError(number, reason, path) from error

@@ -67,7 +67,10 @@ class EpisodeDataset(EpisodeSource):
 
     @abstractmethod
     def _allocate(self, fields: Fields) -> None:
-        """Make room for the fields. Nothing else has been called before, and it is called once."""
+        """Make room for the fields. Nothing else has been called before.
+
+        It is called once, and again only if the first episode could not be stored.
+        """
 
     @abstractmethod
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
@@ -128,10 +131,19 @@ class EpisodeDataset(EpisodeSource):
             check_episode(fields, arrays, self.verification_mode)
             rows = dict(zip(fields.names, arrays, strict=True))
             if self._fields is None:
-                self._check_length(len(arrays[0]))
-                self.check(rows)
-                self.settle_fields(fields)
+                return self._add_first(fields, rows)
             return self.store(rows) if self.extension is None else self.extension.add(self, rows)
+
+    def _add_first(self, fields: Fields, rows: dict[str, np.ndarray]) -> int:
+        """Settle the fields by an episode; one that cannot be stored does not."""
+        self._check_length(len(rows[fields.names[0]]))
+        self.check(rows)
+        self.settle_fields(fields)
+        try:
+            return self.add(rows)
+        except Exception:
+            self._fields = None
+            raise
 
     def add(self, episode: dict[str, np.ndarray]) -> int:
         """`add_episode` for flat arrays, `name -> (L, *shape)`, that fit the fields, which are settled."""

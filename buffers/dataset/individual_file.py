@@ -14,14 +14,14 @@ import torch
 
 from buffers.dataset import opening, serialization
 from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.directory import DAMAGED, EpisodeDirectory, FileName, Listing, explained
+from buffers.dataset.directory import DAMAGED, EpisodeDirectory, FileName, Listing, with_advice
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.following import DirectoryWatch, EpisodeNames, handed_on, new_log, opened_log
+from buffers.dataset.following import DirectoryWatch, attach_log, new_log, share_log
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.opening import Inspection, Verify
+from buffers.dataset.opening import Verify
 from buffers.dataset.safetensors_format import SafetensorsSerialization
 from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, UnknownVersionError
-from buffers.dataset.window_reader import WindowReader
+from buffers.dataset.window_reader import LostWindow, WindowReader
 from buffers.evictor import Evictor
 from buffers.fields import Fields
 from buffers.sharing import PublishedTable
@@ -58,7 +58,11 @@ class IndividualFileDataset(EpisodeDataset):
     layout.
 
     One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come. A dataset that
-    was sent to another process, or forked, is a reader there; a writer's knows at once what comes and goes.
+    was sent to another process, or forked, is a reader there; one that came from the writer knows at once what comes
+    and goes. Threads may add, evict and read at the same time: reading does not hold up the others.
+
+    A file is called damaged only for what its own bytes say. Any trouble of the process (memory, descriptors, an
+    exception out of a signal handler) reaches the caller, and the file stays.
 
     Args:
         capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees all there is.
@@ -71,8 +75,11 @@ class IndividualFileDataset(EpisodeDataset):
         durability: "fsync": an episode survives a power loss once it is added. "rename": it survives the death of
             the process; after a power loss, open with `verify="full"`. It saves some milliseconds an episode.
         mode: "a" reads and writes, "r" only reads; it works in a directory that must not be written to.
-        verify: What opening looks at: the "size" of each file, with its name (0.5 s for 100,000), its "header" too,
-            or its checksums ("full", all is read). The header is checked in any case before rows are read.
+        verify: What opening looks at: the "size" of each file, with its name, its "header" too, or its checksums
+            ("full", all is read). The header is checked in any case before rows are read.
+
+    Attributes:
+        damaged_files: (file name, what is wrong) of the files that were found to be no whole episodes.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -83,11 +90,13 @@ class IndividualFileDataset(EpisodeDataset):
         MemoryError: There is no shared memory for what workers are told.
     """
 
-    # Of a copy in a worker, the trainer's has told already what there is to tell.
-    _warns = True
-    # What a writer tells its workers, here and there; None in any other reader. With it comes what they are to bind.
+    # What tells workers of episodes that come and go; None in a reader that looks at the directory.
     _log: PublishedTable | None = None
-    _told_fields: Fields | None = None
+    # The last file that was written. If an addition failed, its number is not counted, and is given again.
+    _written: FileName | None = None
+    _is_closed = False
+    # An episode that cannot be written shall not cost another one.
+    evicts_before_writing = False
 
     def __init__(
         self,
@@ -105,188 +114,174 @@ class IndividualFileDataset(EpisodeDataset):
         super().__init__(capacity, info, evictor)
         strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
         serialization.check_strategy(strategy)
+        self.serialization_strategy = strategy
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
         one_of("verify", verify, get_args(Verify))
-        self._is_format_open = serialization_strategy is None
-        self._strategy = strategy
-        # The fields as the files have them: they may be named by other types than in `info`.
-        self._stored_fields: Fields | None = None
-        self._reader: WindowReader | None = None
-        self._is_closed = False
+        self.damaged_files: list[tuple[str, str]] = []
+        # Until there is an episode, whose format and fields bind those that follow.
+        self._is_format_open, self._are_fields_checked = serialization_strategy is None, False
         self._writer = os.getpid() if mode == "a" else None
-        self._directory = EpisodeDirectory(os.fspath(directory), self._strategy.suffix, mode == "a")
-        self._names, self._watch = EpisodeNames(self.table, self._directory), DirectoryWatch(self._directory)
+        # Names in the directory that a reader need not look at again.
+        self._seen: set[str] = set()
+        self._directory = EpisodeDirectory(os.fspath(directory), strategy.suffix, mode == "a", durability == "fsync")
+        self._reader, self._watch = WindowReader(self._directory), DirectoryWatch(self._directory)
         try:
-            if self._writer is not None:
+            if self._writer is None:
+                self._refresh() if self._log is not None else self._find_episodes(verify)
+            else:
                 self._log = new_log(capacity)
-            self._load(verify)
-        except BaseException:
+                self._open_for_writing(verify)
+        except Exception:
             self.close()
             raise
 
-    # An episode that cannot be written shall not cost another one.
-    evicts_before_writing = False
-
     # Opening.
 
-    def _load(self, verify: Verify) -> None:
-        if self._told_fields is not None:
-            self._bind(self._told_fields)
-            self._refresh()
-        else:
-            self._look_first(verify)
-        if len(self.table):
-            # Who could not take another of its episodes has been full: there is no other trace of it.
-            has_lost = self.table.next_start > self.num_timesteps
-            self._has_evicted |= has_lost and self.num_timesteps + int(self.table.lengths.max()) > self.capacity
+    def _open_for_writing(self, verify: Verify) -> None:
+        listing, damaged = self._scan(verify)
+        longest = int(self.table.lengths[-1]) if len(self.table) else 0
+        if longest > self.capacity:
+            raise ValueError(
+                f"The newest episode in {self._directory.path} has {longest} steps, and `capacity`={self.capacity}: "
+                "all episodes would be deleted. Raise it, or open with mode='r' to read."
+            )
+        for name in listing.temporaries:
+            self._directory.remove(name)
+        self.table.skip_to(*listing.next_numbers)
+        # Before files go that say which numbers have been given.
+        self._keep_numbers()
+        self._report_damage(damaged)
+        self.make_room(self.table.next_start, 0)
+        assert self._log is not None  # A writer has one.
+        self._log.add_all(self.table)
 
-    def _look_first(self, verify: Verify) -> None:
-        listing, inspection = self._scan(verify)
-        if self._writer is None:
-            self._warn_of(inspection.damaged, "left out")
-        else:
-            opening.check_capacity(self._directory, self.table, self.capacity)
-            for name in listing.temporaries:
-                self._directory.remove(name)
-            self.table.skip_to(*listing.next_numbers)
-            # Before files go that say which numbers have been given.
-            self._keep_numbers()
-            damaged = opening.set_aside(self._directory, listing, inspection.damaged)
-            self._warn_of(damaged, f"moved into the folder `{DAMAGED}`")
-            self.make_room(self.table.next_start, 0)
-            assert self._log is not None  # A writer has one.
-            self._log.add_all(self.table)
+    def _find_episodes(self, verify: Verify = "size") -> None:
+        """Look at the directory as a reader: what is new, and what has gone."""
+        seen = self._seen
+        listing, damaged = self._scan(verify)
+        self._seen = listing.all_names
+        for name in map(FileName.parse, seen - listing.all_names):
+            if name is not None:
+                self._forget(name)
+        self._report_damage(damaged)
 
-    def _scan(self, verify: Verify = "size") -> tuple[Listing, Inspection]:
-        """Look for what is new, and add what is good of it to the index."""
-        listing, kind = opening.list_episodes(self._directory, self._watch.seen, self._is_format_open)
-        if kind is not None:
-            self._strategy = kind()
-        if self._stored_fields is None:
-            opening.check_format(self._directory, listing)
-        inspection = opening.inspect(
-            self._directory, listing, self._strategy, self._stored_fields, self._fields, verify
-        )
-        if inspection.fields is not None:
-            self._bind(inspection.fields)
-        if inspection.texts:
-            self._is_format_open = False
-            self.table.insert(inspection.numbers[[1, 2, 0]].T)
-        if not self._is_writer():
-            self._watch.seen = listing.names
-        return listing, inspection
+    def _scan(self, verify: Verify) -> tuple[Listing, list[tuple[str, str]]]:
+        """Add the whole episodes that have not been seen to the index; also returns the damaged files."""
+        given = None if self._is_format_open else self.serialization_strategy
+        listing, strategy = opening.list_episodes(self._directory, self._seen, given)
+        known = self._fields if self._are_fields_checked else None
+        fields, rows, damaged = opening.inspect(self._directory, listing, strategy, known, self._fields, verify)
+        if fields is not None:
+            if self._fields is None:
+                self.settle_fields(fields)
+            self._bind(strategy)
+            self.table.insert(rows)
+        return listing, damaged
 
-    def _bind(self, fields: Fields) -> None:
-        if self._stored_fields is not None:
-            return
-        opening.check_stated_fields(self._directory, fields, self._fields)
-        if self._fields is None:
-            self.settle_fields(fields)
-        self._allocate(fields)
+    def _bind(self, strategy: EpisodeSerializationStrategy) -> None:
+        """There is an episode: its format and fields are those of all that follow."""
+        self.serialization_strategy, self._is_format_open, self._are_fields_checked = strategy, False, True
 
-    def _warn_of(self, damaged: list[tuple[str, str]], what_happened: str) -> None:
-        if damaged and self._warns:
-            warnings.warn(opening.damage_message(self._directory.path, damaged, what_happened), stacklevel=4)
+    def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
+        """Warn of files that are no whole episodes; a writer sets them aside."""
+        what_happened = "left out"
+        if self._is_writer():
+            what_happened = f"moved into the folder `{DAMAGED}`"
+            damaged = [
+                (name, reason if self._directory.set_aside(name) else f"{reason} (and it could not be moved)")
+                for name, reason in damaged
+            ]
+        self.damaged_files += damaged
+        if damaged:
+            named = "; ".join(f"{name}: {reason}" for name, reason in damaged[:5])
+            more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            warnings.warn(
+                f"{len(damaged)} files in {self._directory.path} are no whole episodes and were {what_happened}: "
+                f"{named}{more}.",
+                stacklevel=4,
+            )
 
     # What a store implements.
 
     def _allocate(self, fields: Fields) -> None:
-        if hasattr(self, "_directory"):
-            self._stored_fields = fields
-            self._reader = WindowReader(self._strategy, fields, self._directory, self._names)
+        """Files need no room beforehand."""
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        if self._stored_fields is None:
-            assert self._fields is not None  # They were set before anything is written.
-            self._allocate(self._fields)
-        fields = self._stored_fields
-        assert fields is not None  # They were set just now, if not before.
+        fields, strategy = self._fields, self.serialization_strategy
+        assert fields is not None  # They were set before anything is written.
+        self._remove_uncounted()
         tensors = serialization.tensors_to_store(episode, fields)
-        length = len(next(iter(episode.values())))
-        text = self._names.note(episode_id, start, length)
+        name = FileName(episode_id, start, len(next(iter(episode.values()))))
+        text = name.text(self._directory.suffix)
 
         def write(file: io.BufferedWriter) -> None:
-            self._strategy.save(tensors, fields, file)
+            strategy.save(tensors, fields, file)
 
+        self._written = name
         try:
-            self._directory.commit(text, write, self.durability == "fsync")
+            self._directory.commit(text, write)
         except OSError as error:
-            size = format_bytes(fields.nbytes * length)
-            raise explained(
-                error,
-                self._directory.path,
-                f"An episode of {length} steps ({size}) could not be written, those before it are kept",
-            ) from error
+            size = format_bytes(fields.nbytes * name.length)
+            what = f"An episode of {name.length} steps ({size}) could not be written, those before it are kept"
+            raise with_advice(error, self._directory.path, what) from error
+        self._bind(strategy)
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         self._check_open()
-        assert self._reader is not None  # Windows are drawn from episodes, so there are fields.
-        batch = self._reader.batch(out)
-        was_read = None
-        ids, lengths = windows.episode.tolist(), windows.episode_length.tolist()
-        steps, num_rows = windows.step.tolist(), windows.num_rows.tolist()
-        # In the order of files, so that each is opened, or decoded, once.
-        for b in windows.episode.argsort(kind="stable").tolist():
-            try:
-                batch.read(b, ids[b], lengths[b], steps[b], num_rows[b])
-            except (FileNotFoundError, DamagedEpisodeError) as error:
-                self._lose(ids[b], error)
-                was_read = np.ones(len(windows), np.bool_) if was_read is None else was_read
-                was_read[b] = False
+        assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
+        lost = self._reader.read(self.serialization_strategy, self._fields, windows, out)
+        if not lost:
+            return None
+        was_read = np.ones(len(windows), np.bool_)
+        for window in lost:
+            was_read[window.position] = False
+            self._lose(window)
         return was_read
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self.check_writable()
-        if episode_id == self.table.ids[-1] and self._names.get(self.table.next_id) is None:
-            self._directory.keep_numbers(self.table.next_id, self.table.next_start, self.durability == "fsync")
+        name = FileName(episode_id, start, length).text(self._directory.suffix)
+        if episode_id == self.table.ids[-1]:
+            self._directory.keep_numbers(self.table.next_id, self.table.next_start)
         try:
-            self._directory.remove(FileName(episode_id, start, length).text(self._directory.suffix))
+            self._directory.remove(name)
         except OSError as error:
-            raise explained(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
-        self._forget_file(episode_id)
+            raise with_advice(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
+        self._reader.forget(episode_id)
         if self._log is not None:
             self._log.remove(episode_id, self.table)
 
     # Episodes in.
 
     def store(self, episode: dict[str, np.ndarray]) -> int:
-        """`EpisodeDataset.store`; after an error, the episode is not there, nor its file.
+        """`EpisodeDataset.store`; after an error the episode is not there, nor its file.
 
         Others are where they were, unless an evictor failed at a second choice: its first is carried out.
         """
-        episode_id, start = self.table.next_id, self.table.next_start
         try:
             return super().store(episode)
         except Exception:
-            if self.table.next_id == episode_id:
-                self._take_back(episode_id, start)
+            with contextlib.suppress(OSError):
+                self._remove_uncounted()
             raise
 
     def _publish(self, start: int, length: int, episode_id: int) -> None:
         assert self._log is not None  # A writer has one.
         self._log.add(start, length, episode_id, self.table)
 
-    def _take_back(self, episode_id: int, start: int) -> None:
-        """Remove the file of an episode that is not counted: its evictor has failed, say."""
-        text = self._names.get(episode_id)
-        if text is None:
-            return
-        self._forget_file(episode_id)
-        with contextlib.suppress(OSError):
-            self._directory.remove(text)
-            self._keep_numbers()
-            return
-        # It cannot be removed, and the next one must not have its numbers.
-        length = int(text.removesuffix(self._strategy.suffix).rpartition("-")[2])
-        self.table.skip_to(episode_id + 1, start + length)
+    def _remove_uncounted(self) -> None:
+        """Remove the file of an addition that failed, or was cut off, after writing it: its numbers are given again."""
+        if self._written is not None and self._written.id >= self.table.next_id:
+            self._directory.remove(self._written.text(self._directory.suffix))
+        self._written = None
 
     def _keep_numbers(self) -> None:
-        """See to it that the numbers of episodes that are gone are not given again, also after the next opening."""
+        """Do not give the numbers of episodes that are gone again, also after the next opening."""
         index = self.table
         if index.next_id and (not len(index) or int(index.ids[-1]) != index.next_id - 1):
-            self._directory.keep_numbers(index.next_id, index.next_start, self.durability == "fsync")
+            self._directory.keep_numbers(index.next_id, index.next_start)
 
     # Files that come and go.
 
@@ -302,75 +297,55 @@ class IndividualFileDataset(EpisodeDataset):
         self._check_open()
         if self._is_writer():
             return
-        # Without fields, there is nothing to tell of, or the first episode has just come, and its file has them.
-        if self._log is not None and self._stored_fields is not None:
+        # A log says nothing of fields: until they are known, the directory is looked at.
+        if self._log is not None and self._fields is not None:
             for episode_id in self._log.follow(self.table):
-                self._forget_file(episode_id)
+                self._reader.forget(episode_id)
             if not self._log.has_ended:
                 return
             # Others may write from now on.
             self._log = None
-            self._watch.seen |= self._names.all()
-        self._watch.look(self._look_again, is_urgent)
+            suffix = self._directory.suffix
+            self._seen |= {
+                FileName(number, start, rows).text(suffix) for start, rows, number in self.table.rows.tolist()
+            }
+        self._watch.look(self._find_episodes, is_urgent)
 
-    def _look_again(self) -> None:
-        seen = self._watch.seen
-        listing, inspection = self._scan()
-        for episode_id in self._names.live_among(seen - listing.names):
-            self._forget(episode_id)
-        self._warn_of(inspection.damaged, "left out")
+    def _lose(self, window: LostWindow) -> None:
+        """The file of a window is gone, or damaged: its episode does not live any more."""
+        # The table changes, which drawing threads of a reader change, too.
+        with self._lock, self._draw_lock:
+            if not self._forget(window.name):
+                return
+            if self._is_writer():
+                with contextlib.suppress(OSError):
+                    self._keep_numbers()
+            if isinstance(window.error, DamagedEpisodeError):
+                self._report_damage([(window.name.text(self._directory.suffix), f"it {window.error}")])
 
-    def _lose(self, episode_id: int, error: FileNotFoundError | DamagedEpisodeError) -> None:
-        """An episode's file is gone, or damaged: it does not live any more."""
-        text = self._names.get(episode_id)
-        if text is None:
-            return
-        self._forget(episode_id)
-        if self._is_writer():
-            with contextlib.suppress(OSError):
-                self._keep_numbers()
-        if isinstance(error, DamagedEpisodeError):
-            self._watch.seen.add(text)
-            is_moved = self._is_writer() and self._directory.set_aside(text)
-            self._warn_of([(text, f"it {error}")], f"moved into the folder `{DAMAGED}`" if is_moved else "left out")
-
-    def _forget(self, episode_id: int) -> None:
-        self._forget_file(episode_id)
-        position = self.table.position(episode_id)
-        if position is not None:
-            self.table.remove(position)
-            if self._log is not None and self._is_writer():
-                self._log.remove(episode_id, self.table)
-
-    def _forget_file(self, episode_id: int) -> None:
-        self._watch.seen.discard(self._names.get(episode_id) or "")
-        self._names.forget(episode_id)
-        if self._reader is not None:
-            self._reader.forget(episode_id)
-
-    # What is in the directory.
-
-    @property
-    def serialization_strategy(self) -> EpisodeSerializationStrategy:
-        """The format in use: the one that was given, or else the one found in the directory."""
-        return self._strategy
-
-    def file_names(self) -> set[str]:
-        """The names of the files of all live episodes."""
-        return self._names.all()
+    def _forget(self, name: FileName) -> bool:
+        """Forget an episode whose file is not there any more; False if it does not live."""
+        position = self.table.position(name.id)
+        if position is None or self.table.episode(position) != (name.start, name.length, name.id):
+            return False
+        self.table.remove(position)
+        self._reader.forget(name.id)
+        if self._log is not None and self._is_writer():
+            self._log.remove(name.id, self.table)
+        return True
 
     # Closing, and who may do what.
 
     def close(self) -> None:
         """Give up the lock and close all files. Nothing is lost if this is never called."""
         self._is_closed = True
-        if self._log is not None and self._is_writer():
-            self.end_workers()
-            self._log.end()
-        self._log = None
-        if self._reader is not None:
-            with self._lock:  # Another thread may be reading.
-                self._reader.close()
+        # An addition in progress is finished first.
+        with self._lock:
+            if self._log is not None and self._is_writer():
+                self.end_workers()
+                self._log.end()
+            self._log = None
+        self._reader.close()
         self._directory.close()
 
     def __enter__(self) -> IndividualFileDataset:
@@ -380,14 +355,14 @@ class IndividualFileDataset(EpisodeDataset):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is sent to another process: it finds the episodes by itself, by the log if this is their writer.
-        memory = handed_on(self._log) if self._is_writer() else None
-        arguments = self.capacity, self.info, None, self._directory.path, self._strategy, self.max_sampling_attempts
-        return _follower, (self._stored_fields, memory, *arguments)
+        # A reader, which follows the log if this is the writer.
+        log = share_log(self._log) if self._is_writer() else None
+        arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
+        return _open_as_reader, (log, *arguments, self.max_sampling_attempts)
 
     @property
     def longest_window(self) -> int:
-        """As of any dataset; who only reads does not know."""
+        """The capacity; a reader does not know it."""
         return sys.maxsize if self._writer is None else self.capacity
 
     def _is_writer(self) -> bool:
@@ -399,6 +374,7 @@ class IndividualFileDataset(EpisodeDataset):
             raise RuntimeError(f"The dataset of {self._directory.path} is closed.")
 
     def check_writable(self) -> None:
+        """Refuse changes in a reader, in a process that does not write, and once the dataset is closed."""
         self._check_open()
         if self._writer is None:
             raise RuntimeError(
@@ -409,11 +385,10 @@ class IndividualFileDataset(EpisodeDataset):
             raise RuntimeError(f"Process {self._writer} writes to {self._directory.path}; this one can only read.")
 
 
-def _follower(stored_fields: Fields | None, memory: dict[str, Any] | None, *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(log: dict[str, Any] | None, *arguments: Any) -> IndividualFileDataset:
     """A reader of a directory, as it arrives in another process."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
-    dataset._warns, dataset._log = False, opened_log(memory)
-    if dataset._log is not None:
-        dataset._told_fields = stored_fields
+    # Before its constructor, which looks at the directory if there is no log.
+    dataset._log = attach_log(log)
     dataset.__init__(*arguments, mode="r")
     return dataset

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import re
+import struct
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from buffers import fields as field_types
@@ -25,12 +29,25 @@ __all__ = [
     "EpisodeSerializationStrategy",
     "UnknownVersionError",
     "check_strategy",
+    "read_with",
     "tensors_to_store",
 ]
 
 FORMAT_VERSION = 1
 # Where each format keeps the text of `schema_text`.
 SCHEMA_KEY = "buffers"
+_Result = TypeVar("_Result")
+# What readers of files raise for bytes that are not what they should be. Of a format of the user's own, these mean that
+# the file is damaged, and nothing else does.
+_RAISED_BY_BYTES = (ValueError, LookupError, EOFError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile)
+_OUT_OF_MEMORY = "Error -4"  # How zlib's own error begins.
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    )
+}
 
 
 class DamagedEpisodeError(ValueError):
@@ -44,8 +61,12 @@ class UnknownVersionError(DamagedEpisodeError):
 class EpisodeSerializationStrategy(ABC):
     """How an episode becomes a file. A format of one's own needs a `suffix`, `save` and `load`.
 
-    A file is read by someone who did not write it, so `load` and all that follows it must run no code from the file,
-    and must check what the file says before room is made for it. The arguments say what to expect.
+    A file may come from anyone, so `load` and all that follows it must run no code from the file, and must check what
+    the file says before allocating for it. The arguments say what to expect.
+
+    A file is set aside as damaged if reading it raises, twice, a DamagedEpisodeError, ValueError, LookupError,
+    EOFError, RecursionError, or an error of `struct`, `zlib` or `zipfile`. Anything else (MemoryError, OSError,
+    RuntimeError, ...) is the process's trouble or a mistake in the format: it reaches the caller, and the file stays.
 
     Attributes:
         suffix: Ends the names of files, ".safetensors" for example.
@@ -79,13 +100,13 @@ class EpisodeSerializationStrategy(ABC):
             `name -> (L, *shape)` tensors.
 
         Raises:
-            DamagedEpisodeError: The file is something else. Any other exception but an OSError means the same.
+            DamagedEpisodeError: The file is something else. See the class for other exceptions.
         """
 
     def load_fields(self, file: io.FileIO) -> Fields | None:
         """The fields that a file says it holds; None (the default) if the format does not keep them.
 
-        Without them, who opens a directory that has episodes must give the fields.
+        Without them, opening a directory that has episodes takes `info` with the fields.
 
         Raises:
             DamagedEpisodeError: The file is no episode of this format.
@@ -100,20 +121,66 @@ class EpisodeSerializationStrategy(ABC):
         """Refuse, by a DamagedEpisodeError, a file of which any byte that matters has changed. Reads all of it."""
         self.load(file, fields, length)
 
-    def sizes(self, fields: Fields, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
-        """Bytes of whole files of these lengths; None (the default) if they depend on the data."""
+    def overhead(self, fields: Fields) -> tuple[int, int] | None:
+        """The fewest and the most bytes of a file beyond its rows; None (the default) if sizes depend on the data.
+
+        On opening a directory, files of a size within these bounds are taken for whole until they are first read.
+        """
         return None
 
     def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int] | None:
         """Where ranges of rows can be read: `name -> offset of its first row`; None (the default) if nowhere.
 
-        A format whose rows lie one behind the other, as they are in memory (little endian), says so here. Then a
-        window costs its own bytes; otherwise whole episodes are loaded, and a bounded number of them is kept.
+        For formats whose rows lie one behind the other, as they are in memory (little endian). A window then costs its
+        own bytes; otherwise whole episodes are loaded, and a bounded number of them is kept.
 
         Raises:
             DamagedEpisodeError: The file is not what was expected.
         """
         return None
+
+
+# What damage is.
+
+
+@contextlib.contextmanager
+def as_damage(*others: type[Exception]) -> Iterator[None]:
+    """Turn what damaged bytes raise, `others` too, into a DamagedEpisodeError."""
+    kinds: tuple[type[Exception], ...] = (*_RAISED_BY_BYTES, *others)
+    try:
+        yield
+    except DamagedEpisodeError:
+        raise
+    except kinds as error:
+        if isinstance(error, zlib.error) and str(error).startswith(_OUT_OF_MEMORY):
+            raise MemoryError(str(error)) from error
+        raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def read_with(method: Callable[..., _Result], file: io.FileIO, *arguments: Any) -> _Result:
+    """Call a method of a format on a file, which is damaged only if that fails twice.
+
+    An exception of another origin may look like one of damaged bytes: one that a signal handler raised, or a
+    RecursionError deep in the caller's stack. So the file is read again by a new thread, which has a stack of its own
+    and runs no signal handlers.
+
+    Raises:
+        DamagedEpisodeError: The file's own bytes are at fault.
+    """
+
+    def read() -> _Result:
+        file.seek(0)
+        with as_damage():
+            return method(file, *arguments)
+
+    try:
+        return read()
+    except DamagedEpisodeError as error:
+        with ThreadPoolExecutor(1) as thread:
+            result = thread.submit(read).result()
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
+        return result
 
 
 # The text that says what a file holds.
@@ -140,7 +207,7 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
         UnknownVersionError: Another version of the format.
         DamagedEpisodeError: Anything else.
     """
-    try:
+    with as_damage(TypeError, AttributeError):
         schema = json.loads(text)
         version = schema["version"]
         if version != FORMAT_VERSION:
@@ -157,10 +224,6 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
                 raise DamagedEpisodeError(f"names the field {last!r:.60} twice")
             node[last] = _parsed_type(described)
         return Fields(tree), schema
-    except DamagedEpisodeError:
-        raise
-    except Exception as error:
-        raise DamagedEpisodeError(f"has no readable schema ({type(error).__name__})") from error
 
 
 def _parsed_type(described: Mapping[str, Any]) -> TensorType:
@@ -170,7 +233,7 @@ def _parsed_type(described: Mapping[str, Any]) -> TensorType:
         raise DamagedEpisodeError(f"has a field of the unknown type {name!r:.60}")
     if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or math.prod(shape) >= 2**48:
         raise DamagedEpisodeError(f"has a field of shape {shape!r:.60}")
-    return kind(tuple(shape), np.dtype(described["dtype"]) if described["dtype"] != "bfloat16" else torch.bfloat16)
+    return kind(tuple(shape), _DTYPES[described["dtype"]])
 
 
 def _type_name(tensor_type: TensorType) -> str:
@@ -200,10 +263,10 @@ def check_strategy(strategy: object) -> None:
             f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
         )
     suffix: object = strategy.suffix
-    if not isinstance(suffix, str) or not re.fullmatch(r"\.[A-Za-z0-9_.-]*[A-Za-z0-9_-]", suffix):
-        raise ValueError(f"The `suffix` of a format must be like `.name`, found {suffix!r}.")
-    if suffix in (".lock", ".next"):
-        raise ValueError(f"The `suffix` {suffix!r} is kept for the directory's own files.")
+    if not isinstance(suffix, str) or not re.fullmatch(r"(?!\.(lock|next)$)\.[A-Za-z0-9_.-]*[A-Za-z0-9_-]", suffix):
+        raise ValueError(
+            f"The `suffix` of a format must be like `.name`, other than .lock and .next; found {suffix!r}."
+        )
 
 
 def tensors_to_store(episode: Mapping[str, np.ndarray], fields: Fields) -> dict[str, torch.Tensor]:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from buffers.dataset.directory import DAMAGED, EpisodeDirectory, Listing
+from buffers.dataset.directory import DAMAGED, EpisodeDirectory
 from buffers.dataset.individual_file import IndividualFileDataset
 from buffers.dataset.lock import LOCK, NO_SURPRISES
-from buffers.dataset.opening import Verify, inspect
+from buffers.dataset.opening import Verify
 from buffers.dataset.printing import fields_table
 from buffers.utils import aligned, format_bytes
 from buffers.viewing.tracks import to_numpy
@@ -53,12 +53,12 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
         _check_output(path, output)
     with _open(path, verify) as dataset:
         if dataset.is_empty:
-            findings = _find_other_files(path, dataset, verify)
+            findings = _find_other_files(path, dataset)
             if any(findings):
                 _print([path, *_describe_findings(findings)])
             raise InspectionError(f"{path} holds no whole episode of a known format.")
         if episode_id is None:
-            findings = _find_other_files(path, dataset, verify)
+            findings = _find_other_files(path, dataset)
             state = [f"Format: {dataset.serialization_strategy.suffix}", f"Writer: {_describe_writer(path)}"]
             _print([path, *_describe_dataset(dataset), "", *state, *_describe_findings(findings)])
         else:
@@ -120,15 +120,14 @@ class _Findings(NamedTuple):
     set_aside: list[tuple[str, str]]
 
 
-def _find_other_files(path: str, dataset: IndividualFileDataset, verify: Verify) -> _Findings:
+def _find_other_files(path: str, dataset: IndividualFileDataset) -> _Findings:
     directory = EpisodeDirectory(path, dataset.serialization_strategy.suffix, writable=False)
     try:
-        listing = directory.list()
-        damaged = _find_damaged(directory, listing, dataset, verify)
+        temporaries = sorted(directory.list().temporaries)
     finally:
         directory.close()
-    temporaries = [(name, _size_of(os.path.join(path, name))) for name in sorted(listing.temporaries)]
-    return _Findings(temporaries, damaged, _find_set_aside(path))
+    sizes = [(name, _size_of(os.path.join(path, name))) for name in temporaries]
+    return _Findings(sizes, sorted(dataset.damaged_files), _find_set_aside(path))
 
 
 def _describe_findings(findings: _Findings) -> list[str]:
@@ -147,18 +146,6 @@ def _describe_files(title: str, files: Sequence[tuple[str, str]], meaning: str) 
     lines = [f"  {name}: {text}" for name, text in files[:_MAX_NAMES]]
     more = [f"  and {len(files) - _MAX_NAMES:,} more"] if len(files) > _MAX_NAMES else []
     return [f"{title}: {len(files):,} ({meaning})", *lines, *more]
-
-
-def _find_damaged(
-    directory: EpisodeDirectory, listing: Listing, dataset: IndividualFileDataset, verify: Verify
-) -> list[tuple[str, str]]:
-    """The files that the dataset left out, each with the reason."""
-    strategy, fields = dataset.serialization_strategy, dataset.fields
-    damaged = inspect(directory, listing, strategy, fields, None, "size").damaged
-    # Sizes explain most of them. Of the others, only `verify` can tell what is wrong.
-    known = {name for name, _ in damaged} | dataset.file_names()
-    damaged += inspect(directory, directory.list(known), strategy, fields, None, verify).damaged
-    return sorted(damaged)
 
 
 def _find_set_aside(path: str) -> list[tuple[str, str]]:

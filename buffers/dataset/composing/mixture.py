@@ -12,7 +12,7 @@ A mixture may have mixtures as members. What is drawn from are their leaves, the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol, final, runtime_checkable
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
@@ -110,21 +110,16 @@ class MixtureDataset(EpisodeSource):
 
     def _find_fields(self) -> None:
         fields = common_fields([(str(n), member.fields) for n, member in enumerate(self._members)], self._choice)
-        # Where all have the same, who does not know them yet can lay out its storage, so that workers find it.
-        if fields is None or self._choice is not None or self._settle(fields):
+        # Members that do not know theirs lay out their storage, so that workers find it.
+        if fields is None or self._choice is not None or self.settle_fields(fields):
             self._fields = fields
 
-    def _settle(self, fields: Fields) -> bool:
+    def settle_fields(self, fields: Fields) -> bool:
         """Tell members the fields that do not know theirs; False if one cannot be told."""
         if self._choice is not None:
             return False
-        for member in self._members:
-            if member.fields is None and isinstance(member, MixtureDataset):
-                if not member._settle(fields):
-                    return False
-            elif member.fields is None and isinstance(member, Settleable):
-                member.settle_fields(fields)
-        return True
+        unknown = [member for member in self._members if member.fields is None]
+        return all(member.settle_fields(fields) is not False for member in unknown)  # type: ignore[attr-defined]
 
     def check_drawable(self) -> None:
         """Refuse, by a RuntimeError, to draw while the fields are not known."""
@@ -201,18 +196,15 @@ class MixtureDataset(EpisodeSource):
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         assert windows.source is not None  # It was drawn here.
-        ends = [*(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]
-        was_read, begin = None, 0
-        for end in ends:
-            part = slice(begin, end)
-            found = _read_part(
-                self._leaves[windows.source[begin]], windows[part], {name: tensor[part] for name, tensor in out.items()}
-            )
-            if found is not None:
-                was_read = np.ones(len(windows), np.bool_) if was_read is None else was_read
-                was_read[part] = found
+        whole = np.ones(len(windows), np.bool_)
+        begin = 0
+        for end in [*(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]:
+            part, leaf = slice(begin, end), self._leaves[windows.source[begin]]
+            was_read = _read_part(leaf, windows[part], {name: tensor[part] for name, tensor in out.items()})
+            if was_read is not None:
+                whole[part] = was_read
             begin = end
-        return was_read
+        return whole
 
     # What there is: all members together, in their order.
 
@@ -256,14 +248,6 @@ class MixtureDataset(EpisodeSource):
             for number, (member, weight) in enumerate(zip(self._members, self.weights.tolist(), strict=True))
         ]
         return "\n".join([counts_line(self), *lines])
-
-
-@runtime_checkable
-class Settleable(Protocol):
-    """A source that can be told its fields."""
-
-    def settle_fields(self, fields: Fields) -> None:
-        """Lay out the storage."""
 
 
 class _MixtureTable(EpisodeTable):
