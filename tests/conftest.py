@@ -17,11 +17,11 @@ QUICK = {
     "test_accumulator.py",
     "test_architecture.py",
     "test_fields.py",
-    "test_index.py",
     "test_list_dataset.py",
     "test_randomness.py",
     "test_recorder.py",
     "test_serialization.py",
+    "test_table.py",
     "test_transforms.py",
     "test_utils.py",
 }

@@ -89,6 +89,11 @@ def number_and_length(found: Mapping[str, Any]) -> tuple[int, int]:
     return number, length
 
 
+def numbers(dataset: Any) -> list[int]:
+    """The numbers of the episodes that live, each checked whole, oldest first."""
+    return [number_and_length(found)[0] for found in dataset.episodes()]
+
+
 def chi_square_is_plausible(counts: np.ndarray, probabilities: np.ndarray) -> bool:
     """Whether counts look drawn with these probabilities: within six standard deviations of the statistic's mean."""
     expected = probabilities / probabilities.sum() * counts.sum()

@@ -9,12 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from buffers.dataset import EpisodeDataset, RingBufferDataset
-from buffers.loading.stream import SequenceStream
 from buffers.sampler import UniformEpisodeSampler
-from buffers.table import Windows
 from tests import tagged
 from tests.contract import assert_same_batch
-from tests.list_dataset import ListDataset
+from tests.list_dataset import Forgetful
 
 
 def filled(dataset: EpisodeDataset | None = None) -> EpisodeDataset:
@@ -66,20 +64,15 @@ def test_an_error_in_a_worker_reaches_the_trainer() -> None:
 
 
 def test_options_of_the_dataloader_are_passed_on() -> None:
-    loader = filled().get_loader(2, 3, num_workers=2, prefetch_factor=5, multiprocessing_context="spawn", timeout=60)
+    dataset = filled()
+    options: dict[str, Any] = {"prefetch_factor": 5, "multiprocessing_context": "spawn", "timeout": 60}
+    loader = dataset.get_loader(4, 3, num_workers=1, seed=2, **options)
     assert isinstance(loader, DataLoader)
     assert loader.prefetch_factor == 5 and loader.timeout == 60
-    with pytest.raises(ValueError, match="shuffle"):
-        filled().get_loader(2, 3, shuffle=True)
-    with pytest.raises(TypeError, match="no argument `surprise`, neither here nor of torch's DataLoader"):
-        filled().get_loader(2, 3, surprise=True)
-
-
-def test_spawned_workers_draw_the_same() -> None:
-    dataset = filled()
-    loader = dataset.get_loader(4, 3, num_workers=1, seed=2, multiprocessing_context="spawn")
     for one, two in zip(take(dataset.get_loader(4, 3, seed=2), 2), take(loader, 2), strict=True):
         assert_same_batch(one, two)
+    with pytest.raises(TypeError, match="no argument `surprise`, neither here nor of torch's DataLoader"):
+        dataset.get_loader(2, 3, surprise=True)
 
 
 # Single sequences.
@@ -94,7 +87,7 @@ def test_workers_of_a_plain_dataloader_draw_different_sequences() -> None:
         assert not torch.equal(one["t"], two["t"])
 
 
-def test_a_seeded_sequence_stream_goes_on_and_repeats_from_its_start() -> None:
+def test_a_seeded_stream_of_sequences_repeats() -> None:
     dataset = filled()
     stream, again = dataset.sequences(3, seed=1), dataset.sequences(3, seed=1)
     first = take(stream, 80)
@@ -104,23 +97,6 @@ def test_a_seeded_sequence_stream_goes_on_and_repeats_from_its_start() -> None:
 
 
 # Windows whose episode is gone.
-
-
-class Forgetful(ListDataset):
-    """Says of windows of some episodes that they are gone."""
-
-    gone: frozenset[int] = frozenset()
-    num_reads = 0
-
-    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
-        self.num_reads += 1
-        was_read = ~np.isin(windows.episode, list(self.gone))
-        present = np.flatnonzero(was_read)
-        part = {name: tensor[present].contiguous() for name, tensor in out.items()}
-        super()._read(windows[present], part)
-        for name, tensor in out.items():
-            tensor[present] = part[name]
-        return None if was_read.all() else was_read
 
 
 @pytest.mark.parametrize("length", [3, None])
@@ -150,16 +126,7 @@ def test_drawing_again_is_bounded() -> None:
     assert dataset.num_reads == 8
 
 
-def test_a_stream_of_a_changed_position_draws_from_there() -> None:
-    dataset = filled()
-    stream = SequenceStream(dataset, 4, 2, seed=0)
-    expected = stream.batch(41)
-    stream.position = 41
-    assert_same_batch(expected, stream.take())
-    assert stream.position == 42
-
-
-def test_options_that_a_random_endless_loader_has_no_use_for_say_so() -> None:
+def test_options_of_no_use_say_so() -> None:
     ring = RingBufferDataset(10)
     for name in ("shuffle", "drop_last"):
         with pytest.raises(ValueError, match=f"drawn at random, and every batch is full: leave out `{name}`"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.dataset.composing.weights import SharedWeights, shares
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.sampler import Sampler, UniformEpisodeSampler
+from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Windows
 from tests import tagged
-from tests.list_dataset import ListDataset
+from tests.list_dataset import Forgetful, ListDataset
 
 
 def member(number: int, dataset: EpisodeDataset, lengths: list[int]) -> EpisodeDataset:
@@ -52,19 +54,13 @@ def sources(batch: dict[str, Any], mask: torch.Tensor | None = None) -> list[int
 # Shares.
 
 
-def test_half_and_half_is_32_and_32_in_every_batch(members) -> None:
-    mixture = MixtureDataset(members[:2], [0.5, 0.5])
-    for batch in itertools.islice(mixture.get_loader(64, 4, include=("source",)), 50):
-        assert sources(batch) == [0] * 32 + [1] * 32
-
-
 @given(
     st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 10)), min_size=1, max_size=6).filter(any),
     st.integers(1, 200),
     st.integers(0, 10_000),
 )
-@settings(max_examples=300)
-def test_shares_are_off_by_less_than_one_and_sum_up(weights, num, seed) -> None:
+@settings(max_examples=150)
+def test_shares_are_rounded_up_or_down(weights, num, seed) -> None:
     exact = np.array(weights) / sum(weights) * num
     found = shares(np.array(weights) / sum(weights), num, np.random.default_rng(seed))
     assert found.sum() == num and found.dtype == np.int64
@@ -77,7 +73,7 @@ def test_shares_are_off_by_less_than_one_and_sum_up(weights, num, seed) -> None:
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.3, 0.7], [1 / 3, 1 / 3, 1 / 3], [0.05, 0.05, 0.9], [0.1] * 10])
 def test_shares_are_unbiased(weights) -> None:
-    rng, num, num_draws = np.random.default_rng(1), 7, 20_000
+    rng, num, num_draws = np.random.default_rng(1), 7, 5_000
     counts = sum(shares(np.array(weights), num, rng) for _ in range(num_draws))
     exact = np.array(weights) * num
     # Each draw rounds up with a probability: the sum of roundings is binomial.
@@ -90,16 +86,6 @@ def test_a_share_that_is_whole_but_for_rounding_errors_is_exact() -> None:
     for seed in range(200):
         assert shares(np.full(10, 0.1), 10, np.random.default_rng(seed)).tolist() == [1] * 10
         assert shares(np.array([1 / 3, 2 / 3]), 9, np.random.default_rng(seed)).tolist() == [3, 6]
-
-
-def test_shares_of_batches_are_unbiased_too(members) -> None:
-    mixture = MixtureDataset(members, [1, 2, 3])
-    counts = np.zeros(3)
-    for batch in itertools.islice(mixture.get_loader(5, 3, seed=0), 1200):
-        found = np.bincount(sources(batch), minlength=3)
-        assert (np.abs(found - np.array([5 / 6, 10 / 6, 15 / 6])) < 1).all()
-        counts += found
-    assert tagged.chi_square_is_plausible(counts, np.array([1, 2, 3]))
 
 
 def test_within_a_member_every_window_is_equally_likely(members) -> None:
@@ -166,17 +152,12 @@ def test_chunks_and_seeds_do_as_with_any_dataset(members) -> None:
 class LastWindow(Sampler):
     """The last window of the newest episode, with a weight."""
 
-    def draw(self, index: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
-        position = np.full(num_windows, len(index) - 1)
-        drawn = index.windows(position, index.lengths[position] - (length or 0), length or 0)
-        return Windows(
-            drawn.length,
-            drawn.start,
-            drawn.step,
-            drawn.episode,
-            drawn.episode_length,
-            np.full(num_windows, 2.0, np.float32),
-        )
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        assert length is not None
+        position = np.full(num_windows, len(table) - 1)
+        windows = table.windows(position, table.lengths[position] - length, length)
+        windows.weight = np.full(num_windows, 2.0, np.float32)
+        return windows
 
 
 def test_the_sampler_draws_within_each_member(members) -> None:
@@ -186,8 +167,8 @@ def test_the_sampler_draws_within_each_member(members) -> None:
     assert batch["is_last"][:, -1].all() and (batch["weight"] == 2).all()
 
 
-@pytest.mark.parametrize(("method", "num_workers"), [("fork", 1), ("fork", 2), ("spawn", 2)])
-def test_workers_draw_the_same_and_see_new_episodes_and_weights(members, method, num_workers) -> None:
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_see_new_episodes_and_weights(members, method, num_workers) -> None:
     mixture = MixtureDataset(members, [2, 1, 1])
     options = {"seed": 3, "include": ("source",)}
     alone = itertools.islice(mixture.get_loader(10, 4, **options), 6)
@@ -205,18 +186,13 @@ def test_workers_draw_the_same_and_see_new_episodes_and_weights(members, method,
 
 
 def test_windows_that_are_gone_are_drawn_again_from_their_member(members) -> None:
-    files = members[1]
-    mixture = MixtureDataset([members[0], files], [0.5, 0.5])
-    loader = mixture.get_loader(16, 3, include=("source",), seed=0)
-    assert sources(loader.stream.take()) == [0] * 8 + [1] * 8
-    # Somebody removes a file behind the dataset's back.
-    assert isinstance(files, IndividualFileDataset)
-    for name in sorted(files._names.all())[:1]:
-        files._directory.remove(name)
-        files._reader.close()  # type: ignore[union-attr]
-    for batch in itertools.islice(loader, 5):
+    forgetful = Forgetful(100)
+    member(1, forgetful, [9, 8])
+    forgetful.gone = frozenset({0})
+    mixture = MixtureDataset([members[0], forgetful], [0.5, 0.5])
+    for batch in itertools.islice(mixture.get_loader(16, 3, include=("source",), seed=0), 6):
         assert sources(batch) == [0] * 8 + [1] * 8
-    assert files.num_episodes == 1
+        assert {number for env, number, _, _ in tagged.origins(batch) if env == 1} == {1}
 
 
 def test_weights_can_be_changed_while_iterating(members) -> None:
@@ -229,8 +205,6 @@ def test_weights_can_be_changed_while_iterating(members) -> None:
 
 
 def test_a_change_of_weights_is_seen_whole_or_not_at_all() -> None:
-    import threading
-
     weights, stop = SharedWeights(64), threading.Event()
     weights.set([1.0] * 64)
 
@@ -272,44 +246,23 @@ def test_it_counts_all_members_together(members) -> None:
     assert mixture.datasets == tuple(members)
 
 
-def test_it_can_be_drawn(members) -> None:
-    pytest.importorskip("matplotlib")
-    from buffers.visualization import MatplotlibVisualizer
-
-    visualizer = MatplotlibVisualizer(MixtureDataset(members, [1, 1, 1]))
-    assert len(visualizer.plot_dataset().axes[1].lines[0].get_xdata()) == 10
-    batch = visualizer.dataset.get_loader(6, 3, include=("source",)).stream.take()
-    figure = visualizer.visualize(batch, 5)
-    assert any(
-        "member 2 of the mixture" in text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text"))
-    )
-
-
 def to_numpy(tree: Any) -> Any:
     return {k: to_numpy(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.numpy()
 
 
-def test_members_go_on_with_their_own_lives(members) -> None:
-    mixture = MixtureDataset(members, [1, 1, 1])
-    batches = iter(mixture.get_loader(30, 4, seed=0))
-    for number in range(20, 60):
-        members[0].add_episode(tagged.episode(10, number, env=0))
-        assert len(set(sources(next(batches)))) == 3
-        assert number in {tagged.number_and_length(episode)[0] for episode in members[0].episodes()}
-
-
-def test_a_buffer_draws_from_it_and_says_what_it_can(members) -> None:
+def test_a_buffer_draws_from_it(members) -> None:
     with ReplayBuffer(MixtureDataset(members, [1, 1, 1]), 6, 3, seed=0) as buffer:
-        buffer.sample()
-        found = buffer.stats()
-        assert found["num_episodes"] == 10 and found["num_batches"] == 1 and "newest_age" not in found
-        with pytest.raises(RuntimeError, match="holds no episodes of its own: add to one of its members"):
-            buffer.add_step(tagged.rows(0, 0, 0), True)
-        with pytest.raises(RuntimeError, match="add to one of its members"):
-            buffer.add_episode(tagged.episode(3, 0))
+        tagged.origins(buffer.sample())
+        assert buffer.stats()["num_episodes"] == 10
 
 
-def test_a_pickled_mixture_draws_the_same_and_a_copy_goes_on_by_itself(members) -> None:
+def test_it_is_a_source_and_takes_no_episodes(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 1])
+    assert isinstance(mixture, EpisodeSource) and not isinstance(mixture, EpisodeDataset)
+    assert not any(hasattr(mixture, name) for name in ("add_episode", "evict_episode", "extend", "settle_fields"))
+
+
+def test_a_pickled_one_draws_the_same_and_a_copy_goes_on(members) -> None:
     mixture = MixtureDataset(members[::2], [1, 3])
     expected = mixture.get_loader(8, 3, seed=1).stream.batch(0)["code"]
     assert len(pickle.dumps(MixtureDataset(members[:2], [1, 1]))) < 65_536
@@ -318,8 +271,11 @@ def test_a_pickled_mixture_draws_the_same_and_a_copy_goes_on_by_itself(members) 
     copied = copy.deepcopy(mixture)
     mixture.weights = [1, 0]
     assert copied.weights.tolist() == [0.25, 0.75] and clone.weights.tolist() == [1, 0]
-    copied.datasets[1].add_episode(tagged.episode(5, 9, env=2))
+    for number in range(4, 30):  # It was drawn from before it was copied.
+        copied.datasets[1].add_episode(tagged.episode(5, number, env=2))
     assert members[2].num_episodes == 4
+    drawn = tagged.origins(copied.get_loader(2048, 3, seed=0).stream.take())
+    assert len({number for env, number, _, _ in drawn if env == 2}) == copied.datasets[1].num_episodes
 
 
 # Fields.
@@ -370,28 +326,7 @@ def test_batches_can_be_restricted_to_common_or_named_fields(tmp_path) -> None:
     assert (restricted.get_loader(4, 2).stream.take()["obs"]["b"][2:] == 1).all()
 
 
-def test_files_of_every_format_give_some_of_their_fields(tmp_path) -> None:
-    from buffers.dataset.individual_file import (
-        NumpyCompressedSerialization,
-        SafetensorsSerialization,
-        TorchSerialization,
-    )
-
-    for kind in (NumpyCompressedSerialization, SafetensorsSerialization, TorchSerialization):
-        files = IndividualFileDataset(50, directory=tmp_path / kind.__name__, serialization_strategy=kind())
-        for number in range(3):
-            files.add_episode(tagged.episode(8, number))
-        mixture = MixtureDataset([files], [1], fields=("code", "obs/pixels"))
-        batch = mixture.get_loader(6, 4, include=("episode", "step"), seed=0).stream.take()
-        expected = tagged.rows(0, batch["episode"][:, None].numpy(), batch["step"].numpy())
-        assert batch.keys() == {"obs", "code", "episode", "step"} and batch["obs"].keys() == {"pixels"}
-        np.testing.assert_array_equal(batch["code"].numpy(), expected["code"])
-        np.testing.assert_array_equal(batch["obs"]["pixels"].numpy(), expected["obs"]["pixels"])
-        tagged.origins(files.get_loader(6, 4).stream.take())
-        files.close()
-
-
-def test_a_member_that_knows_no_fields_takes_those_of_the_others_if_all_agree() -> None:
+def test_a_member_without_fields_takes_those_of_the_others() -> None:
     full, empty = member(0, RingBufferDataset(40), [9]), RingBufferDataset(40)
     mixture = MixtureDataset([full, empty], [1, 0])
     assert empty.fields == full.fields == mixture.fields
@@ -416,7 +351,7 @@ def test_a_member_that_knows_no_fields_takes_those_of_the_others_if_all_agree() 
 # Bad input.
 
 
-def test_an_empty_or_short_member_is_an_error_that_says_which_in_every_batch(members) -> None:
+def test_an_empty_or_short_member_is_an_error_in_every_batch(members) -> None:
     inner = MixtureDataset([members[0], RingBufferDataset(20)], [1, 1])
     mixture = MixtureDataset([members[2], inner], [0.999, 0.001])
     for _ in range(5):
@@ -429,19 +364,6 @@ def test_an_empty_or_short_member_is_an_error_that_says_which_in_every_batch(mem
         mixture.get_loader(4, 9).stream.take()
     with pytest.raises(RuntimeError, match="Member 1 .* longer than every"):
         next(iter(mixture.get_loader(4, 9, num_workers=1)))
-
-
-def test_adding_and_evicting_are_refused(members) -> None:
-    mixture = MixtureDataset(members, [1, 1, 1])
-    for change in (
-        lambda: mixture.add_episode(tagged.episode(3, 0)),
-        lambda: mixture.evict_episode(0),
-        lambda: mixture.extend(ListDataset(100)),
-        lambda: ListDataset(10).extend(mixture),
-    ):
-        with pytest.raises(RuntimeError, match="add to one of its members"):
-            change()
-    assert mixture.num_episodes == 10
 
 
 @pytest.mark.parametrize(
@@ -479,12 +401,3 @@ def test_bad_members_and_includes_are_refused(members) -> None:
         MixtureDataset(["ring"], [1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="'source' .* a RingBufferDataset has none"):
         members[0].get_loader(4, 3, include=("source",))
-
-
-def test_episode_sampler_over_members(members) -> None:
-    mixture = MixtureDataset(members, [1, 1, 1])
-    batch = mixture.get_loader(300, 5, sampler=UniformEpisodeSampler(), seed=0).stream.take()
-    found = [(env, number) for env, number, _, _ in tagged.origins(batch)]
-    assert {pair for pair in found if pair[0] == 1} == {(1, 0), (1, 1)}
-    counts = np.array([found.count((1, 0)), found.count((1, 1))])
-    assert tagged.chi_square_is_plausible(counts, np.ones(2))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from buffers.dataset import RingBufferDataset
+from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.dataset.fields import ColorImage, Fields, Scalar
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sharing import PublishedTable, SharedArrays
@@ -49,11 +52,11 @@ def lap(method: str, num_readers: int, num_batches: int, capacity: int = 128) ->
     return sum(num for num, _, _ in found), sum(bad for _, bad, _ in found), ring.table.next_start // capacity
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_no_window_is_torn_under_a_writer_that_laps_the_ring(method: str) -> None:
-    windows, inconsistent, laps = lap(method, num_readers=2, num_batches=4000)
-    assert (windows, inconsistent) == (2 * 4000 * reading.BATCH_SIZE, 0)
-    assert laps > 100
+    windows, inconsistent, laps = lap(method, num_readers=2, num_batches=1500)
+    assert (windows, inconsistent) == (2 * 1500 * reading.BATCH_SIZE, 0)
+    assert laps > 20
 
 
 @pytest.mark.slow
@@ -117,13 +120,13 @@ def write_forever(ring_info: EpisodeDatasetInfo, connection: Any) -> None:
 
 def test_a_reader_survives_its_writer_killed_in_the_middle() -> None:
     context = multiprocessing.get_context("fork")
-    for attempt in range(10):
+    for attempt in range(4):
         mine, theirs = context.Pipe()
         writer = context.Process(target=write_forever, args=(EpisodeDatasetInfo(reading.WIDE), theirs), daemon=True)
         writer.start()
         ring = pickle.loads(mine.recv())
         stream = ring.get_loader(64, 3, include=("index", "step"), seed=attempt).stream
-        time.sleep(0.01 + 0.003 * attempt)
+        time.sleep(0.01 + 0.005 * attempt)
         assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
@@ -155,7 +158,7 @@ def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
     ring = reading.tiny_ring(128)
     ring.add_episode(reading.tagged_episode(ring, 5))
     with reading.adding(ring):
-        for n in range(100):
+        for n in range(40):
             child = os.fork()
             if child == 0:
                 status = 1
@@ -168,7 +171,7 @@ def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
             assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_forked_child_does_not_use_what_a_change_had_half_done_in_its_parent() -> None:
+def test_a_forked_child_uses_nothing_that_was_half_done() -> None:
     ring = reading.tiny_ring(128)
     ring.add_episode(reading.tagged_episode(ring, 5))
     reader = pickle.loads(pickle.dumps(ring))
@@ -198,14 +201,19 @@ def test_pickling_ten_gigabytes_of_ring_takes_kilobytes() -> None:
     assert reader.get_episode(0)["reward"].tolist() == list(range(10))
     ring.add_episode({"obs": np.zeros((3, 64, 64, 3), np.uint8), "reward": np.ones(3, np.float32)})
     assert reader.num_episodes == 1
-    reader._refresh()
-    assert reader.episode_lengths == [10, 3]
+    reader.get_loader(1).stream.take()
+    assert reader.episode_lengths == [10, 3], "it looks before it draws"
 
 
-def test_memory_that_its_owner_has_released_is_an_error() -> None:
-    shared = SharedArrays({"x": ((10,), np.dtype(np.int64))})
-    handle = pickle.dumps(shared)
+def test_memory_that_is_not_there_any_more_is_refused() -> None:
+    layout = {"x": ((10,), np.dtype(np.int64))}
+    shared, other = SharedArrays(layout), SharedArrays(layout)
+    handle, state = pickle.dumps(shared), shared.__getstate__()
     assert (pickle.loads(handle)["x"] == 0).all()
+    # On another machine, say, all numbers may happen to be those of something else.
+    state["handle"] = other.__getstate__()["handle"]
+    with pytest.raises(RuntimeError, match="does not have the memory that it shared"):
+        SharedArrays.__new__(SharedArrays).__setstate__(state)
     del shared
     gc.collect()
     with pytest.raises(RuntimeError, match="does not have the memory that it shared"):
@@ -235,6 +243,73 @@ def test_a_copy_of_a_ring_has_readers_of_its_own() -> None:
     reader = pickle.loads(pickle.dumps(other))
     ring.add_episode(tagged.episode(4, 6))
     other.add_episode(tagged.episode(3, 7))
-    reader._refresh()
-    assert [tagged.number_and_length(episode)[0] for episode in reader.episodes()] == [2, 3, 4, 5, 7]
-    assert [tagged.number_and_length(episode)[0] for episode in ring.episodes()] == [2, 3, 4, 5, 6]
+    drawn = tagged.origins(reader.get_loader(64, 3).stream.take())
+    assert {number for _, number, _, _ in drawn} == {2, 3, 4, 5, 7}
+    assert tagged.numbers(ring) == [2, 3, 4, 5, 6]
+
+
+# A reader that finds nothing between two episodes.
+
+
+@pytest.mark.parametrize("kind", ["ring", "mixture"])
+@pytest.mark.parametrize("lengths", [[8], [12, 2]])
+def test_a_reader_waits_for_an_episode_that_is_coming(kind, lengths, monkeypatch) -> None:
+    ring = RingBufferDataset(sum(lengths) + 1)
+    for number, length in enumerate(lengths):
+        ring.add_episode(tagged.episode(length, number))
+    dataset = ring if kind == "ring" else MixtureDataset([ring], [1.0])
+    stream = pickle.loads(pickle.dumps(dataset)).get_loader(4, 5, seed=0).stream
+    stream.take()
+    has_left, may_come, write = threading.Event(), threading.Event(), ring._write
+
+    def write_later(*arguments: Any) -> None:
+        has_left.set()
+        assert may_come.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(ring, "_write", write_later)
+    # It comes once the reader has begun to wait.
+    monkeypatch.setattr("buffers.loading.stream.time.sleep", lambda seconds: may_come.set())
+    writer = threading.Thread(target=ring.add_episode, args=(tagged.episode(lengths[0], 7),))
+    writer.start()
+    assert has_left.wait(30)
+    origins = tagged.origins(stream.take())
+    writer.join()
+    assert {number for _, number, _, _ in origins} == {7} and may_come.is_set()
+
+
+def test_a_reader_does_not_wait_where_nothing_is_to_come(monkeypatch) -> None:
+    def never(seconds: float) -> None:
+        raise AssertionError("It waits for nothing.")
+
+    monkeypatch.setattr("buffers.loading.stream.time.sleep", never)
+    ring = RingBufferDataset(10)
+    for number in range(4):  # Each leaves for the next.
+        ring.add_episode(tagged.episode(8, number))
+    stream = pickle.loads(pickle.dumps(ring)).get_loader(4, 5, seed=0).stream
+    stream.take()
+    ring.evict_episode(0)
+    for own in (ring.get_loader(4, 5).stream, stream):
+        with pytest.raises(RuntimeError, match="The dataset is empty"):
+            own.take()
+    ring.add_episode(tagged.episode(4, 5))
+    with pytest.raises(RuntimeError, match="longer than every stored episode"):
+        stream.take()
+
+
+def test_a_reader_waits_no_longer_than_writing_takes(monkeypatch) -> None:
+    ring = RingBufferDataset(10)
+    ring.add_episode(tagged.episode(8, 0))
+    stream = pickle.loads(pickle.dumps(ring)).get_loader(4, 5, seed=0).stream
+    monkeypatch.setattr(ring, "_write", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ring.add_episode(tagged.episode(8, 1))
+    clock = itertools.count()
+    monkeypatch.setattr(
+        "buffers.loading.stream.time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
+    )
+    with pytest.raises(RuntimeError, match="The dataset is empty"):
+        stream.take()
+    monkeypatch.undo()
+    ring.add_episode(tagged.episode(8, 2))
+    assert {number for _, number, _, _ in tagged.origins(stream.take())} == {2}

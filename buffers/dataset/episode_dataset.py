@@ -148,7 +148,9 @@ class EpisodeDataset(EpisodeSource):
             return self.store(episode) if self.extension is None else self.extension.add(self, episode)
 
     def settle_fields(self, fields: Fields) -> None:
-        """Lay out the storage; the fields that it has already are no error, others are a ValueError."""
+        """Lay out the storage, here and behind; the same fields again are no error, others are a ValueError."""
+        if self.extension is not None:
+            self.extension.other.settle_fields(fields)
         if self._fields is None:
             self._allocate(fields)
             self._fields = fields

@@ -194,6 +194,8 @@ class Extension:
         """Fill what room there is with episodes of `other`, its newest among them, in the order of their ids."""
         self.agree(dataset, dataset.fields)
         lengths, ids = self.other.table.lengths, self.other.table.ids
+        if not len(ids):
+            return 0
         newest = len(ids) - 1
         positions = self._rng.permutation(len(ids))
         chosen, room = [], dataset.capacity - dataset.table.num_steps

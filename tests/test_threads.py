@@ -1,0 +1,178 @@
+"""Threads of one process: they draw and read while another adds, wait for nobody, and get nothing torn."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from buffers.dataset import MixtureDataset, RingBufferDataset
+from buffers.dataset.ring.column import Column
+from buffers.sampler import UniformSampler
+from buffers.table import EpisodeTable, Windows
+from tests import reading, tagged
+from tests.list_dataset import ListDataset
+
+INCLUDE = ("index", "step")
+
+
+def wide_ring(num_episodes: int = 12) -> RingBufferDataset:
+    ring = reading.tiny_ring(64)
+    for _ in range(num_episodes):
+        ring.add_episode(reading.tagged_episode(ring, 5))
+    return ring
+
+
+# By numpy, and, from 4 MB on or for two threads of torch, by torch, which lets other threads go on meanwhile.
+@pytest.mark.parametrize("batch_size", [16, 192])
+def test_what_threads_draw_while_another_adds_is_whole(batch_size, threads) -> None:
+    ring = wide_ring()
+    streams = [ring.get_loader(batch_size, 3, include=INCLUDE, seed=seed).stream for seed in range(2)]
+
+    def num_torn(stream: Any) -> int:
+        return sum(reading.count_inconsistent(stream.take()) for _ in range(3000 // batch_size))
+
+    with reading.adding(ring), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(num_torn, streams)) == [0, 0]
+    assert ring.num_evicted > 12
+
+
+# The same with the other side at work between any two fields, where mutants cannot hide.
+
+
+def between_fields(patch: pytest.MonkeyPatch, methods: tuple[str, ...], function: Callable[[], None]) -> None:
+    """Call a function before and after each call of these methods of a column, but not within itself."""
+    is_inside = False
+
+    def call() -> None:
+        nonlocal is_inside
+        if not is_inside:
+            is_inside = True
+            function()
+            is_inside = False
+
+    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+        def around(*arguments: Any) -> Any:
+            call()
+            found = method(*arguments)
+            call()
+            return wrapped(found) if callable(found) else found
+
+        return around
+
+    for name in methods:
+        patch.setattr(Column, name, wrapped(getattr(Column, name)))
+
+
+def num_torn_while_adding(patch: pytest.MonkeyPatch, batch_size: int) -> int:
+    """Windows that were drawn before, read at each moment of some additions."""
+    ring, num_torn = wide_ring(), 0
+    windows = ring.draw(UniformSampler(), batch_size, 3, np.random.default_rng(0))
+
+    def look() -> None:
+        nonlocal num_torn
+        rows, was_read = ring.read(windows)
+        kept = windows if was_read is None else windows[was_read]
+        steps = np.arange(3)
+        batch = {name: tensor if was_read is None else tensor[was_read] for name, tensor in rows.items()}
+        batch |= {"index": kept.start[:, None] + steps, "step": kept.step[:, None] + steps}
+        num_torn += reading.count_inconsistent({name: np.asarray(value) for name, value in batch.items()})
+
+    with patch.context() as inner:
+        between_fields(inner, ("write",), look)
+        for length in (5, 7, 3, 12):
+            ring.add_episode(reading.tagged_episode(ring, length))
+    return num_torn
+
+
+def num_torn_while_reading(patch: pytest.MonkeyPatch, batch_size: int) -> int:
+    """Batches, with additions at each moment of reading them."""
+    ring, num_torn = wide_ring(), 0
+    stream = ring.get_loader(batch_size, 3, include=INCLUDE, seed=0).stream
+    lengths = iter([4, 9, 2, 5] * 3)
+
+    def add() -> None:
+        length = next(lengths, None)
+        if length is not None:
+            ring.add_episode(reading.tagged_episode(ring, length))
+
+    with patch.context() as inner:
+        between_fields(inner, ("gather", "items"), add)
+        for _ in range(4):
+            num_torn += reading.count_inconsistent(stream.take())
+    assert next(lengths, None) is None
+    return num_torn
+
+
+@pytest.mark.parametrize("batch_size", [16, 192])
+@pytest.mark.parametrize("play", [num_torn_while_adding, num_torn_while_reading])
+def test_nothing_is_torn_wherever_the_other_side_comes_in(play, batch_size, monkeypatch) -> None:
+    assert play(monkeypatch, batch_size) == 0
+
+
+def no_check_after_the_copy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RingBufferDataset, "_which_are_whole", lambda self, windows: None)
+
+
+def retire_after_the_write(patch: pytest.MonkeyPatch) -> None:
+    write, retired = RingBufferDataset._write, []
+    patch.setattr(RingBufferDataset, "_erase", lambda ring, number, start, length: retired.append(start + length))
+
+    def write_first(ring: RingBufferDataset, *arguments: Any) -> None:
+        write(ring, *arguments)
+        ring._oldest_step = max([ring._oldest_step, *retired])
+
+    patch.setattr(RingBufferDataset, "_write", write_first)
+
+
+@pytest.mark.parametrize("mutant", [no_check_after_the_copy, retire_after_the_write])
+def test_every_mutant_of_the_order_gives_torn_windows(mutant, monkeypatch) -> None:
+    mutant(monkeypatch)
+    assert any(play(monkeypatch, 16) for play in (num_torn_while_adding, num_torn_while_reading))
+
+
+# Who waits for whom.
+
+
+class Blocked(UniformSampler):
+    """A user's own, which waits for something."""
+
+    def __init__(self) -> None:
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        self.has_begun.set()
+        assert self.may_go_on.wait(60)
+        return super().draw(table, num_windows, length, rng)
+
+
+@pytest.mark.parametrize("kind", ["ring", "list", "mixture"])
+def test_a_draw_that_takes_its_time_holds_up_no_addition(kind) -> None:
+    dataset = ListDataset(100) if kind == "list" else RingBufferDataset(100)
+    dataset.add_episode(tagged.episode(9, 0))
+    source = MixtureDataset([dataset], [1]) if kind == "mixture" else dataset
+    sampler = Blocked()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        batch = pool.submit(source.get_loader(8, 3, sampler=sampler).stream.take)
+        assert sampler.has_begun.wait(60)
+        pool.submit(dataset.add_episode, tagged.episode(9, 1)).result(60)
+        assert not batch.done() and dataset.num_episodes == 2
+        sampler.may_go_on.set()
+        origins = tagged.origins(batch.result(60))
+    assert {number for _, number, _, _ in origins} == {0}, "it draws from what there was when it began"
+
+
+def test_threads_that_draw_from_one_stream_share_its_batches() -> None:
+    ring = RingBufferDataset(1000)
+    for number in range(20):
+        ring.add_episode(tagged.episode(30, number))
+    stream, reference = (ring.get_loader(4, 3, seed=0).stream for _ in range(2))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = [tuple(batch["code"].flatten().tolist()) for batch in pool.map(lambda _: stream.take(), range(400))]
+    expected = [tuple(reference.take()["code"].flatten().tolist()) for _ in range(400)]
+    assert sorted(found) == sorted(expected) and len(set(expected)) == 400
+    assert stream.position == 400
