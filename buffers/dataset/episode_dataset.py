@@ -159,6 +159,11 @@ class EpisodeDataset(EpisodeSource):
         if conflict is not None:
             raise ValueError(f"The fields differ from those of the dataset: {conflict}.")
 
+    def tell_fields(self, fields: Fields) -> bool:
+        """Settle the fields before there is an episode."""
+        self.settle_fields(fields)
+        return True
+
     def check(self, rows: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, rows that this dataset, or one behind it, could not give back as they are."""
         self._check(rows)

@@ -270,6 +270,10 @@ class EpisodeSource(IterableDataset, ABC):
     def _find_fields(self) -> None:
         """Settle the fields, if they can be known without an episode."""
 
+    def tell_fields(self, fields: Fields) -> bool:
+        """Tell a source its fields before there is an episode; whether it can be told."""
+        return False
+
     @property
     def num_episodes(self) -> int:
         """Live episodes."""
