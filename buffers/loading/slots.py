@@ -18,10 +18,11 @@ import os
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from buffers.fields import Fields
 from buffers.sharing import SharedArrays
@@ -44,11 +45,7 @@ class _Leaf:
 
 
 class Slots:
-    """The worker's side.
-
-    Args:
-        num_slots: Batches that can be under way or in use at a time.
-    """
+    """The worker's side, for `num_slots` batches that can be under way or in use at a time."""
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
@@ -97,15 +94,15 @@ class Slots:
         if self._current is None:
             return batch
         self._make_room_for(batch)
-        tree = _map(batch, torch.Tensor, self._leaf)
+        tree = tree_map_only(torch.Tensor, self._leaf, batch)
         arguments = (os.getpid(), self._current.__getstate__(), self._current is not self._shared, self._slot, tree)
         self._current = None
-        return _Packed(_unpack, arguments)
+        return _Packed(arguments)
 
     def _make_room_for(self, batch: Any) -> None:
         """Change to memory of its own for a batch that a transform has made too large for its slot."""
         tensors: list[torch.Tensor] = []
-        _map(batch, torch.Tensor, tensors.append)
+        tree_map_only(torch.Tensor, tensors.append, batch)
         tensors = [tensor for tensor in tensors if _can_share(tensor)]
         needed = self._used + sum(_aligned(tensor.nbytes) for tensor in tensors if self._offset(tensor) is None)
         if needed <= len(self._memory):
@@ -156,14 +153,13 @@ def _make(num_slots: int, num_bytes: int) -> SharedArrays:
     return SharedArrays({"flags": ((num_slots,), uint8), "slots": ((num_slots, size), uint8)})
 
 
-class _Packed:
+class _Packed(NamedTuple):
     """Pickles as a call that makes the batch."""
 
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self._call = function, arguments
+    arguments: tuple[Any, ...]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self._call
+        return _unpack, self.arguments
 
 
 # The trainer's side.
@@ -190,7 +186,7 @@ def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tre
         shared["flags"][slot] = _FREE  # It is mapped, so the worker need not keep it, and will not use it again.
     else:
         weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
-    return _map(tree, _Leaf, lambda leaf: _tensor_at(memory, leaf))
+    return tree_map_only(_Leaf, lambda leaf: _tensor_at(memory, leaf), tree)
 
 
 def _map_memory(state: dict[str, Any]) -> SharedArrays:
@@ -216,16 +212,3 @@ def _free(shared: SharedArrays, slot: int, trainer: int) -> None:
 def _tensor_at(memory: np.ndarray, leaf: _Leaf) -> torch.Tensor:
     num_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
     return torch.from_numpy(memory[leaf.offset : leaf.offset + num_bytes]).view(leaf.dtype).view(leaf.shape)
-
-
-def _map(tree: Any, leaf_type: type, function: Callable[[Any], Any]) -> Any:
-    """The same structure of dicts, lists and tuples with `function` applied to leaves of a type."""
-    if isinstance(tree, leaf_type):
-        return function(tree)
-    if type(tree) is dict:
-        return {key: _map(value, leaf_type, function) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map(value, leaf_type, function) for value in tree))
-    if type(tree) in (list, tuple):
-        return type(tree)(_map(value, leaf_type, function) for value in tree)
-    return tree

@@ -1,4 +1,4 @@
-"""The contract of evictors."""
+"""Evictors: which episode leaves when another needs its room."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from buffers.table import EpisodeTable
 
-__all__ = ["Evictable", "Evictor"]
+__all__ = ["Evictable", "Evictor", "FIFOEvictor"]
 
 
 class Evictable(Protocol):
@@ -21,10 +21,6 @@ class Evictable(Protocol):
         """Live episodes."""
 
     @property
-    def num_timesteps(self) -> int:
-        """Steps of all live episodes."""
-
-    @property
     def episode_lengths(self) -> list[int]:
         """Steps of each live episode, oldest first."""
 
@@ -34,11 +30,16 @@ class Evictor(ABC):
 
     @abstractmethod
     def evict(self, dataset: Evictable) -> int:
-        """Choose an episode; called as often as it takes to make room.
-
-        Args:
-            dataset: The dataset, not empty. It must not be changed.
+        """Choose an episode of the dataset, which is not empty and must not be changed; called until there is room.
 
         Returns:
             Episode index, 0 for the oldest to `dataset.num_episodes - 1` for the newest.
         """
+
+
+class FIFOEvictor(Evictor):
+    """The oldest episode leaves first."""
+
+    def evict(self, dataset: Evictable) -> int:
+        """Choose the oldest episode, index 0."""
+        return 0
