@@ -76,7 +76,8 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
         self.num += 1
-        if isinstance(found, torch.Tensor) and not func.is_view:
+        # What is written into memory that is there already makes none.
+        if isinstance(found, torch.Tensor) and not func.is_view and "out" not in (kwargs or {}):
             self.num_bytes += found.nbytes
         return found
 

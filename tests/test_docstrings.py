@@ -33,10 +33,10 @@ def test_examples_print_what_they_show(
 # What users meet first, relative to `buffers`.
 NEED_EXAMPLES = """
 recorder.Recorder replay_buffer.ReplayBuffer transforms.n_step_returns transforms.to_transitions utils.to_torch
-dataset.episode_source.EpisodeSource.get_loader dataset.episode_source.EpisodeSource.sequences dataset.fields.Fields
-dataset.individual_file.IndividualFileDataset dataset.info.EpisodeDatasetInfo dataset.mixture.MixtureDataset
-dataset.ring_buffer.RingBufferDataset sampler.uniform.UniformEpisodeSampler sampler.uniform.UniformSampler
-wrappers.RecordEpisodes wrappers.VectorRecordEpisodes
+dataset.episode_source.EpisodeSource.get_loader dataset.episode_source.EpisodeSource.sequences fields.Fields
+dataset.files.individual_file.IndividualFileDataset dataset.info.EpisodeDatasetInfo writer.EpisodeWriter
+dataset.composing.mixture.MixtureDataset dataset.ring.ring_buffer.RingBufferDataset
+sampler.uniform.UniformEpisodeSampler sampler.uniform.UniformSampler wrappers.RecordEpisodes wrappers.VectorRecordEpisodes
 """
 
 
