@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from buffers.sharing import PublishedTable, SharedArrays, published_table
 from buffers.table import EpisodeTable
-from tests.process_helpers import fork
+from tests.faults import fork
 
 Rows = list[tuple[int, int, int]]
 # Small, so that the tail moves all the time.
