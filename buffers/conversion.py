@@ -48,11 +48,8 @@ def torch_dtype(dtype: Any) -> torch.dtype:
 def as_array(name: str, value: Any) -> np.ndarray:
     """A numpy view of what the caller gave, copied only where it has to be (GPU, lists, byte order).
 
-    Python floats become float32 (lists of them too), ints int64, bools bool; all else keeps its dtype.
-
-    Raises:
-        TypeError: Not a tensor, array or number, or of a dtype that torch has not.
-        ValueError: A ragged list.
+    Python floats become float32 (lists of them too), ints int64, bools bool; all else keeps its dtype. A TypeError for
+    what is no tensor, array or number, or of a dtype that torch has not; a ValueError for a ragged list.
     """
     if isinstance(value, torch.Tensor):
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.conversion import TO_NUMPY, TO_TORCH, as_array, number_as, tensor_to_array, torch_dtype
+from buffers.conversion import TO_NUMPY, TO_TORCH, as_array, number_as, torch_dtype
 
 __all__ = ["ColorImage", "Fields", "PaddedPointcloud", "Scalar", "TensorType", "Vector"]
 
@@ -63,10 +63,8 @@ class TensorType:
         pixels than channels) a `ColorImage`. A `PaddedPointcloud` looks like any matrix: state it.
         """
         shape = tuple(shape)
-        if len(shape) == 0:
-            return Scalar(shape, dtype)
-        if len(shape) == 1:
-            return Vector(shape, dtype)
+        if len(shape) < 2:
+            return Vector(shape, dtype) if shape else Scalar(shape, dtype)
         if _is_image(shape) and (dtype == torch.uint8 or dtype.is_floating_point):
             return ColorImage(shape, dtype)
         return TensorType(shape, dtype)
@@ -139,10 +137,6 @@ class Fields(Mapping[str, TensorType]):
 
     Args:
         tree: Nested dict of types; or give the top level as keywords.
-
-    Raises:
-        TypeError: A key is not a string, or a leaf not a `TensorType`.
-        ValueError: No field, an empty name, or two fields of one name.
     """
 
     def __init__(self, tree: Mapping[str, Any] | None = None, /, **types: Any) -> None:
@@ -185,12 +179,7 @@ class Fields(Mapping[str, TensorType]):
 
     @classmethod
     def from_episode(cls, episode: Mapping[str, Any]) -> Fields:
-        """Infer the fields from an episode: `field -> (L, *shape)`, or lists of L rows.
-
-        Raises:
-            TypeError: A value that cannot become a tensor.
-            ValueError: A value without a time axis, or a ragged list.
-        """
+        """Infer the fields from an episode: `field -> (L, *shape)`, or lists of L rows."""
         return cls.from_rows(episode, num_leading_axes=1)
 
     @property
@@ -199,12 +188,7 @@ class Fields(Mapping[str, TensorType]):
         return sum(tensor_type.nbytes for tensor_type in self._types.values())
 
     def flatten(self, tree: Any) -> list[Any]:
-        """The leaves of a nested dict in the order of the fields.
-
-        Raises:
-            TypeError: Not a dict.
-            ValueError: Keys are missing or unexpected.
-        """
+        """The leaves of a nested dict in the order of the fields; ValueError for missing or unexpected keys."""
         # To ask an abstract class takes as long as all the rest.
         if self.is_flat and (type(tree) is dict or isinstance(tree, Mapping)) and len(tree) == len(self.names):
             try:
@@ -224,10 +208,7 @@ class Fields(Mapping[str, TensorType]):
         """The leaves in the order of the fields, as arrays of native byte order, views where that is possible.
 
         A single number takes the dtype of its field if that is of its kind: a reward may be 0.0 once, np.float64 then.
-
-        Raises:
-            TypeError: A value that cannot become an array.
-            ValueError: Keys are missing or unexpected.
+        TypeError for a value that cannot become an array, ValueError for other keys.
         """
         leaves = self.flatten(tree)
         for i, (name, dtype, _) in enumerate(self.layout):
@@ -235,11 +216,6 @@ class Fields(Mapping[str, TensorType]):
             if type(leaf) is np.ndarray:
                 if leaf.dtype is not dtype and not leaf.dtype.isnative:
                     leaves[i] = as_array(name, leaf)
-            elif type(leaf) is torch.Tensor:
-                try:
-                    leaves[i] = leaf.numpy()
-                except (RuntimeError, TypeError):
-                    leaves[i] = tensor_to_array(name, leaf)
             else:
                 leaves[i] = number_as(dtype, as_array(name, leaf), leaf)
         return leaves

@@ -11,7 +11,17 @@ import torch
 from buffers.conversion import as_array
 from buffers.fields import Fields
 
-__all__ = ["as_flags", "find_final_obs", "leaves_of", "put_final_obs", "to_array", "tree_of"]
+__all__ = [
+    "and_not",
+    "as_flags",
+    "find_final_obs",
+    "first_rest",
+    "leaves_of",
+    "put_final_obs",
+    "split_dones",
+    "to_array",
+    "tree_of",
+]
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
@@ -146,3 +156,33 @@ def _item_leaves(fields: Fields, name: str, env: int, item: Any) -> list[np.ndar
                 f"{leaf.shape} for field `{field}`, expected {dtype} and {shape}."
             )
     return leaves
+
+
+def split_dones(is_done: np.ndarray, infos: Any) -> tuple[np.ndarray, np.ndarray]:
+    """SB3's dones `(N,)` as terminated and truncated, by the "TimeLimit.truncated" of its infos.
+
+    Raises:
+        ValueError: The infos are not a list of one dict an environment.
+    """
+    if not isinstance(infos, (list, tuple)) or len(infos) != len(is_done):
+        raise ValueError(
+            "`truncated` is None, which needs `infos` to be a list of one dict an environment with "
+            f"'TimeLimit.truncated' in it (SB3), found {type(infos).__name__}. Pass `truncated`."
+        )
+    is_truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos], np.bool_) & is_done
+    return is_done & ~is_truncated, is_truncated
+
+
+def first_rest(fields: Fields, rest: list[np.ndarray]) -> list[np.ndarray]:
+    """What first rows have besides an observation."""
+    first = [np.zeros_like(leaf) for leaf in rest]
+    first[fields.names.index("is_first")][:] = True
+    return first
+
+
+def and_not(mask: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+    """Those of `mask` that are not of `other`, None if there are none."""
+    if mask is None or other is None:
+        return mask
+    left = mask & ~other
+    return left if left.any() else None

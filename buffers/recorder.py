@@ -28,27 +28,38 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from buffers import observations
 from buffers.conversion import cast_if_kept
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.fields import Fields
-from buffers.observations import as_flags, find_final_obs, leaves_of, put_final_obs, to_array, tree_of
-from buffers.replay_buffer import ReplayBuffer
 from buffers.utils import integer
+from buffers.writer import EpisodeWriter
 
 __all__ = ["Recorder"]
 
+Arrays = list[np.ndarray]
+Mask = np.ndarray | None
 MODES = ("next_step", "same_step", "disabled")
 _MISSING = "final_obs_missing"
 _RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", "mask", "next_obs", _MISSING}
 
 
+class HasWriter(Protocol):
+    """A front-end of a writer: a `ReplayBuffer`."""
+
+    @property
+    def writer(self) -> EpisodeWriter:
+        """What takes the rows."""
+
+
 class Recorder:
     """Records the calls of an environment, or of N environments that step together, as whole episodes.
 
+        >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
         >>> buffer = ReplayBuffer(RingBufferDataset(capacity=1_000), batch_size=32)
         >>> recorder = Recorder(buffer, num_envs=None, autoreset_mode="disabled")
@@ -63,7 +74,8 @@ class Recorder:
     `is_first` is zero. dtypes are kept as they are delivered. Tuples become dicts with the keys "0", "1", ...
 
     Args:
-        buffer: Where the rows go. It takes the rows of one recorder at a time: the newest.
+        buffer: Where the rows go, a `ReplayBuffer` or an `EpisodeWriter`. It takes the rows of one recorder at a time:
+            the newest.
         num_envs: N; all that is passed has N as leading size, also for N = 1. None for a single environment, whose
             values have no such axis; its rewards, if they are plain numbers, are stored as float32.
         autoreset_mode: "next_step" (the call after the last one of an episode resets), "same_step" (the last call
@@ -79,41 +91,41 @@ class Recorder:
 
     def __init__(
         self,
-        buffer: ReplayBuffer,
+        buffer: HasWriter | EpisodeWriter,
         num_envs: int | None,
         autoreset_mode: str,
         *,
         final_obs_may_be_missing: bool = False,
     ) -> None:
-        if not isinstance(buffer, ReplayBuffer):
-            raise TypeError(f"`buffer` must be a ReplayBuffer, found {type(buffer).__name__}.")
+        writer = buffer if isinstance(buffer, EpisodeWriter) else getattr(buffer, "writer", None)
+        if not isinstance(writer, EpisodeWriter):
+            raise TypeError(f"`buffer` must be a ReplayBuffer or an EpisodeWriter, found {type(buffer).__name__}.")
         if autoreset_mode not in MODES:
             raise ValueError(f"`autoreset_mode` must be one of {MODES}, found {autoreset_mode!r}.")
-        self.buffer, self.autoreset_mode = buffer, autoreset_mode
+        self.writer, self.autoreset_mode = writer, autoreset_mode
         self.num_envs = 1 if num_envs is None else integer("num_envs", num_envs, 1)
         self._is_single = num_envs is None
-        known = buffer._stated_num_envs if buffer._accumulator is None else buffer._accumulator.num_envs
-        if known not in (None, self.num_envs):
+        if writer.num_envs not in (None, self.num_envs):
             raise ValueError(
-                f"`num_envs`={num_envs} here, but {known} in the ReplayBuffer, which does not change. Make another "
-                "ReplayBuffer; they may share one dataset."
+                f"`num_envs`={num_envs} here, but {writer.num_envs} in the ReplayBuffer, which does not change. Make "
+                "another ReplayBuffer; they may share one dataset."
             )
-        self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (buffer.fields or ())
-        self._token = buffer._recorder = object()
+        self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (writer.fields or ())
+        self._token = writer.owner = object()
         # A row in two parts, as the first observation comes before anything is known about the rest.
         self._obs_fields: Fields | None = None
         self._rest_fields: Fields | None = None
         # Observations that are not rows yet: where `_is_pending`, the first of an episode; elsewhere the last one known
         # if that may be needed.
-        self._held: list[np.ndarray] = []
-        self._first_rest: list[np.ndarray] = []
-        self._arrived: list[np.ndarray] = []
+        self._kept: Arrays = []
+        self._first_rest: Arrays = []
+        self._arrived: Arrays = []
         # Where each of the buffer's fields is among those of the two parts.
         self._order: list[int] = []
         # An environment is in one of these states, or in the middle of an episode. None stands for no environment.
-        self._needs_reset: np.ndarray | None = np.ones(self.num_envs, np.bool_)
-        self._is_pending: np.ndarray | None = None
-        self._was_done: np.ndarray | None = None
+        self._needs_reset: Mask = np.ones(self.num_envs, np.bool_)
+        self._is_pending: Mask = None
+        self._was_done: Mask = None
 
     def reset(self, obs: Any, mask: Any = None) -> None:
         """Take the first observations after a reset of the environments, or of some.
@@ -130,18 +142,19 @@ class Recorder:
             RuntimeError: Another recorder has taken over the buffer.
         """
         self._check_owner()
-        tree = {"obs": self._tree("obs", obs)}
+        tree = {"obs": observations.tree_of("obs", obs, self._array)}
         fields = Fields.from_rows(tree, 1) if self._obs_fields is None else self._obs_fields
         leaves = self._leaves(fields, tree)
         is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask)
-        self.buffer._truncate(bool(is_reset[0]) if self._is_single else is_reset)
+        self.writer.truncate(bool(is_reset[0]) if self._is_single else is_reset)
         if self._obs_fields is None:
             self._obs_fields = fields
-            self._held = [np.zeros_like(leaf) for leaf in leaves]
-        self._hold(leaves, is_reset)
+            self._kept = [np.zeros_like(leaf) for leaf in leaves]
+        self._keep(leaves, is_reset)
         self._is_pending = is_reset.copy() if self._is_pending is None else self._is_pending | is_reset
-        self._was_done = _but(self._was_done, is_reset)
-        self._needs_reset = _but(self._needs_reset, is_reset)
+        self._was_done = observations.and_not(self._was_done, is_reset)
+        self._needs_reset = observations.and_not(self._needs_reset, is_reset)
+        self.writer.check_stored()
 
     def step(
         self,
@@ -190,19 +203,18 @@ class Recorder:
         rest = self._rest(action, reward, is_terminated, is_truncated, is_missing, extras)
         fields = Fields.from_rows(rest, 1) if self._rest_fields is None else self._rest_fields
         rest_leaves = self._leaves(fields, rest)
-        first_rest = self._first_rest or _first_rest(fields, rest_leaves)
+        rest_of_first = self._first_rest or observations.first_rest(fields, rest_leaves)
         if self._is_pending is not None:
-            self._hand_over(fields, self._held, first_rest, self._is_pending, None, self._is_pending)
-            self._rest_fields, self._first_rest = fields, first_rest
-            # At once: should what follows fail and be called again, the first rows must not come twice.
+            self._write(fields, self._kept, rest_of_first, self._is_pending, None, self._is_pending)
+            self._rest_fields, self._first_rest = fields, rest_of_first
+            # At once: should what follows be refused and called again, the first rows must not come twice.
             self._is_pending = None
-        is_last = is_done if any_done else None
-        self._hand_over(
-            fields, arrived, rest_leaves, None, is_last, None if self._was_done is None else ~self._was_done
-        )
+        is_last, mask = is_done if any_done else None, None if self._was_done is None else ~self._was_done
+        self._write(fields, arrived, rest_leaves, None, is_last, mask)
         self._move_on(obs_leaves, is_last)
+        self.writer.check_stored()
 
-    def _move_on(self, obs: list[np.ndarray], is_done: np.ndarray | None) -> None:
+    def _move_on(self, obs: Arrays, is_done: Mask) -> None:
         """What each environment is waiting for after a step."""
         if self.autoreset_mode == "disabled":
             self._needs_reset = is_done
@@ -210,63 +222,51 @@ class Recorder:
         is_first = is_done
         if self.autoreset_mode == "next_step":
             # An episode may even end on the call that resets: it has no transition, so its first row is not kept.
-            is_first = _but(self._was_done, is_done)
+            is_first = observations.and_not(self._was_done, is_done)
             self._was_done = is_done
         elif self._may_be_missing:
-            for held, leaf in zip(self._held, obs, strict=True):
-                np.copyto(held, leaf)
+            for kept, leaf in zip(self._kept, obs, strict=True):
+                np.copyto(kept, leaf)
         if is_first is not None:
-            self._hold(obs, is_first)
+            self._keep(obs, is_first)
         self._is_pending = is_first
 
-    def _hold(self, obs: list[np.ndarray], mask: np.ndarray) -> None:
+    def _keep(self, obs: Arrays, mask: np.ndarray) -> None:
         """Copy observations: environments use their arrays again."""
         envs = mask.nonzero()[0]
-        for held, leaf in zip(self._held, obs, strict=True):
-            held[envs] = leaf[envs]
+        for kept, leaf in zip(self._kept, obs, strict=True):
+            kept[envs] = leaf[envs]
 
-    def _hand_over(
-        self,
-        rest_fields: Fields,
-        obs: list[np.ndarray],
-        rest: list[np.ndarray],
-        is_first: np.ndarray | None,
-        is_last: np.ndarray | None,
-        mask: np.ndarray | None,
-    ) -> None:
-        """One row of each environment under `mask`."""
-        if self._order:
-            leaves = [*obs, *rest]
-            self.buffer._add_known([leaves[i] for i in self._order], is_first, is_last, mask)
-            return
+    def _write(self, rest_fields: Fields, obs: Arrays, rest: Arrays, is_first: Mask, is_last: Mask, mask: Mask) -> None:
+        """Hand over one row of each environment under `mask`."""
+        if not self._order:
+            self._begin(rest_fields, obs, rest)
+        leaves = [*obs, *rest]
+        self.writer.add_rows([leaves[i] for i in self._order], is_first, is_last, mask)
+
+    def _begin(self, rest_fields: Fields, obs: Arrays, rest: Arrays) -> None:
+        """Settle the fields of the writer, and find the order in which it has them."""
         row: dict[str, Any] = {}
         names: list[str] = []
         for fields, leaves in ((self._known_obs_fields, obs), (rest_fields, rest)):
-            values = [leaf[0] if self._is_single else leaf for leaf in leaves]
+            values = [leaf[0] for leaf in leaves] if self._is_single else leaves
             row.update(fields.unflatten(dict(zip(fields.names, values, strict=True))))
             names += fields.names
-        flags = [flag if flag is None or not self._is_single else bool(flag[0]) for flag in (is_first, is_last, mask)]
-        self.buffer.add(row, is_first=flags[0], is_last=flags[1], mask=flags[2])
-        assert self.buffer.fields is not None  # It has a row.
-        self._order = [names.index(name) for name in self.buffer.fields]
+        self.writer.begin(row, None if self._is_single else self.num_envs)
+        assert self.writer.fields is not None  # It has begun.
+        self._order = [names.index(name) for name in self.writer.fields]
 
     # What came in, as arrays that are known to fit.
 
     def _rest(
-        self,
-        action: Any,
-        reward: Any,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-        is_missing: np.ndarray | None,
-        extras: Mapping[str, Any] | None,
+        self, action: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, is_missing: Mask, extras: Any
     ) -> dict[str, Any]:
         """All of a row but its observation."""
         reward = self._array("reward", reward)
         if self._is_single and reward.ndim == 1:
             reward = reward.astype(np.float32)
         rest = {
-            "action": self._tree("action", action),
+            "action": observations.tree_of("action", action, self._array),
             "reward": reward,
             "terminated": terminated,
             "truncated": truncated,
@@ -278,14 +278,10 @@ class Recorder:
             taken = sorted(_RESERVED.intersection(extras))
             if taken:
                 raise ValueError(f"`extras` has {taken}, which the recorder writes itself. Rename them.")
-            rest.update({name: self._tree(name, value) for name, value in extras.items()})
+            rest.update({name: observations.tree_of(name, value, self._array) for name, value in extras.items()})
         if self._may_be_missing:
             rest[_MISSING] = np.zeros(self.num_envs, np.bool_) if is_missing is None else is_missing
         return rest
-
-    def _tree(self, name: str, value: Any) -> Any:
-        """Nested dicts of arrays, tuples as dicts from "0", "1", ..."""
-        return tree_of(name, value, self._array)
 
     def invalidate(self) -> None:
         """Take no further step before a reset: one was made that could not be recorded.
@@ -296,47 +292,39 @@ class Recorder:
 
     def _array(self, name: str, value: Any) -> np.ndarray:
         """`(N, *shape)`, N = 1 for a single environment."""
-        array = to_array(name, value)
+        array = observations.to_array(name, value)
         return array[None] if self._is_single else array
 
-    def _obs_leaves(self, obs: Any) -> list[np.ndarray]:
-        return self._leaves(self._known_obs_fields, {"obs": self._tree("obs", obs)})
+    def _obs_leaves(self, obs: Any) -> Arrays:
+        return self._leaves(self._known_obs_fields, {"obs": observations.tree_of("obs", obs, self._array)})
 
-    def _leaves(self, fields: Fields, tree: dict[str, Any]) -> list[np.ndarray]:
+    def _leaves(self, fields: Fields, tree: dict[str, Any]) -> Arrays:
         """The arrays in the order of the fields."""
-        leaves = leaves_of(fields, tree)
+        leaves = observations.leaves_of(fields, tree)
         if self._is_single:
             # An action may be np.int32(1) once and 1 then: numbers take the dtype that the first had.
             for i, (_, dtype, shape) in enumerate(fields.layout):
                 if not shape and leaves[i].dtype != dtype and np.can_cast(leaves[i].dtype, dtype, "same_kind"):
                     leaves[i] = cast_if_kept(leaves[i], dtype)
-        check_rows(fields, leaves, (self.num_envs,), self.buffer.dataset.verification_mode)
+        check_rows(fields, leaves, (self.num_envs,), self.writer.sink.verification_mode)
         return leaves
 
     def _flag(self, name: str, value: Any) -> np.ndarray:
         """An array of bool `(N,)`."""
-        return as_flags(name, self._array(name, value), self.num_envs)
+        return observations.as_flags(name, self._array(name, value), self.num_envs)
 
     def _ends(self, terminated: Any, truncated: Any, infos: Any) -> tuple[np.ndarray, np.ndarray]:
         """`terminated` and `truncated` as bool `(N,)`."""
         is_terminated = self._flag("terminated", terminated)
         if truncated is not None:
             return is_terminated, self._flag("truncated", truncated)
-        if not isinstance(infos, (list, tuple)) or len(infos) != self.num_envs:
-            raise ValueError(
-                "`truncated` is None, which needs `infos` to be a list of one dict an environment with "
-                f"'TimeLimit.truncated' in it (SB3), found {type(infos).__name__}. Pass `truncated`."
-            )
-        is_truncated = np.zeros(self.num_envs, np.bool_)
-        for env in np.flatnonzero(is_terminated).tolist():
-            is_truncated[env] = bool(infos[env].get("TimeLimit.truncated", False))
-        return is_terminated & ~is_truncated, is_truncated
+        return observations.split_dones(is_terminated, infos)
 
     # Final observations.
 
     def _with_final_obs(
-        self, obs: list[np.ndarray], is_done: np.ndarray, final_obs: Any, infos: Any
-    ) -> tuple[list[np.ndarray], np.ndarray]:
+        self, obs: Arrays, is_done: np.ndarray, final_obs: Any, infos: Any
+    ) -> tuple[Arrays, np.ndarray]:
         """The observations that were arrived at: `obs`, where done replaced by the final ones.
 
         Returns:
@@ -347,22 +335,22 @@ class Recorder:
             self._arrived = [np.empty_like(leaf) for leaf in obs]
         for arrived, leaf in zip(self._arrived, obs, strict=True):
             np.copyto(arrived, leaf)
-        name, source, mask = find_final_obs(final_obs, infos)
+        name, source, mask = observations.find_final_obs(final_obs, infos)
         is_missing = is_done.copy()
         if source is not None:
             envs = (is_done if mask is None else is_done & self._flag(f"_{name}", mask)).nonzero()[0]
-            is_missing[put_final_obs(fields, self._arrived, envs, name, source, self._obs_leaves)] = False
+            is_missing[observations.put_final_obs(fields, self._arrived, envs, name, source, self._obs_leaves)] = False
         if is_missing.any():
             self._check_may_be_missing(is_missing)
-            for arrived, held in zip(self._arrived, self._held, strict=True):
-                arrived[is_missing] = held[is_missing]
-        if self.buffer.dataset.verification_mode is VerificationMode.ALL_CHECKS:
+            for arrived, kept in zip(self._arrived, self._kept, strict=True):
+                arrived[is_missing] = kept[is_missing]
+        if self.writer.sink.verification_mode is VerificationMode.ALL_CHECKS:
             check_rows(fields, self._arrived, (self.num_envs,), VerificationMode.ALL_CHECKS)
         return self._arrived, is_missing
 
     def _check_may_be_missing(self, is_missing: np.ndarray) -> None:
         # Before the first row is stored, its fields are still open.
-        if not self._may_be_missing and self._rest_fields is None and self.buffer.fields is None:
+        if not self._may_be_missing and self._rest_fields is None and self.writer.fields is None:
             self._may_be_missing = True
             warnings.warn(
                 "An environment ended without a final observation. From now on rows have `final_obs_missing`, and such "
@@ -383,11 +371,11 @@ class Recorder:
 
     @property
     def _known_obs_fields(self) -> Fields:
-        assert self._obs_fields is not None  # Whoever steps has reset.
+        assert self._obs_fields is not None  # A step comes after a reset.
         return self._obs_fields
 
     def _check_owner(self) -> None:
-        if self.buffer._recorder is not self._token:
+        if self.writer.owner is not self._token:
             raise RuntimeError(
                 "Another recorder writes to this buffer by now; together they would mix their episodes. Give each its "
                 "own ReplayBuffer; they may share one dataset."
@@ -403,18 +391,3 @@ class Recorder:
                 f"Environments {envs} have ended, or never begun, and were stepped. With "
                 f"{self.autoreset_mode!r}, pass their first observations to `reset(obs, mask)` first."
             )
-
-
-def _first_rest(fields: Fields, rest: list[np.ndarray]) -> list[np.ndarray]:
-    """What first rows have besides an observation."""
-    first = [np.zeros_like(leaf) for leaf in rest]
-    first[fields.names.index("is_first")][:] = True
-    return first
-
-
-def _but(mask: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
-    """Those of `mask` that are not of `other`, None if there are none."""
-    if mask is None or other is None:
-        return mask
-    left = mask & ~other
-    return left if left.any() else None

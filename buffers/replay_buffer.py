@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import torch
-
-from buffers.accumulator import Accumulator
-from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.verification import check_rows
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Fields
 from buffers.sampler import Sampler
 from buffers.statistics import Statistics
-from buffers.utils import integer
+from buffers.writer import EpisodeWriter
 
 __all__ = ["ReplayBuffer"]
 
@@ -24,6 +18,7 @@ __all__ = ["ReplayBuffer"]
 class ReplayBuffer:
     """Splits streams of steps into episodes, hands them to a dataset, and draws batches from it.
 
+        >>> import numpy as np
         >>> from buffers.dataset import RingBufferDataset
         >>> buffer = ReplayBuffer(RingBufferDataset(capacity=100_000), batch_size=32, sequence_length=16, num_envs=1)
         >>> for step in range(100):
@@ -34,7 +29,7 @@ class ReplayBuffer:
         {'obs': (32, 16, 4), 'reward': (32, 16)}
 
     Args:
-        dataset: Where episodes live.
+        dataset: Where episodes live. Of a source that takes none (a `MixtureDataset`), batches can be drawn.
         batch_size: B, sequences a batch.
         sequence_length: T, steps of each; None for whole episodes, padded, with `mask`.
         chunk_size: Sequences that one read brings; divides `batch_size`, which is the default.
@@ -55,7 +50,7 @@ class ReplayBuffer:
 
     def __init__(
         self,
-        dataset: EpisodeDataset,
+        dataset: EpisodeSource,
         batch_size: int,
         sequence_length: int | None = 1,
         chunk_size: int | None = None,
@@ -69,18 +64,9 @@ class ReplayBuffer:
         max_episode_length: int | None = None,
         **loader_options: Any,
     ) -> None:
-        if not isinstance(dataset, EpisodeDataset):
-            raise TypeError(f"`dataset` must be an EpisodeDataset, found {type(dataset).__name__}.")
+        if not isinstance(dataset, EpisodeSource):
+            raise TypeError(f"`dataset` must be an EpisodeSource, found {type(dataset).__name__}.")
         self.dataset = dataset
-        self.max_episode_length = max_episode_length
-        if max_episode_length is not None:
-            self.max_episode_length = integer("max_episode_length", max_episode_length, 1)
-            if self.max_episode_length > dataset.episode_capacity:
-                raise ValueError(
-                    f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {dataset.episode_capacity} "
-                    "steps."
-                )
-        self._stated_num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
         self.dataloader = dataset.get_loader(
             batch_size,
             sequence_length,
@@ -92,19 +78,38 @@ class ReplayBuffer:
             seed=seed,
             **loader_options,
         )
-        # Without workers and pinning there is nothing that a DataLoader adds to a batch but time.
+        # Without workers and pinning, all that a DataLoader adds to a batch is time.
         loader = self.dataloader
         self._direct = not (loader.num_workers or loader.pin_memory or loader_options.get("collate_fn"))
         self._batches: Iterator[Any] | None = None
         self._generation = 0
-        self._accumulator: Accumulator | None = None
-        self._leading: tuple[int, ...] = ()
-        # The token of the recorder whose rows come in: one at a time, or the episodes of two would mix.
-        self._recorder: object | None = None
         self._is_closed = False
         self._statistics = Statistics(dataset)
+        self._writer: EpisodeWriter | None = None
+        if isinstance(dataset, EpisodeDataset):
+            self._writer = EpisodeWriter(
+                dataset,
+                num_envs,
+                max_episode_length,
+                check_fields=loader.stream.check_include,
+                on_stored=self._statistics.note,
+            )
 
     # Steps in.
+
+    @property
+    def writer(self) -> EpisodeWriter:
+        """What splits steps into episodes.
+
+        Raises:
+            RuntimeError: The dataset is a source that takes no episodes.
+        """
+        if self._writer is None:
+            raise RuntimeError(
+                f"A {type(self.dataset).__name__} holds no episodes of its own: add to one of its members, or evict "
+                "from it."
+            )
+        return self._writer
 
     def add_step(self, step_data: Mapping[str, Any], done: Any) -> None:
         """Add the current step of the environment, or of each of N environments.
@@ -127,43 +132,25 @@ class ReplayBuffer:
             TypeError: A value that is no tensor, array or number; a `done` that is not bool.
             ValueError: Other fields, dtypes, shapes or N than before, or an open episode as long as the capacity.
                 The buffer is as it was.
+            Exception: Whatever the dataset raised for an episode that ends here or did before: an OSError of a full
+                disk. The step was taken, and the next call tries again to store what could not be stored.
         """
-        flag = _as_flags("done", done)
-        if self._accumulator is None:
-            self._begin(step_data, {"done": flag})
-        if self._leading:
-            self._add(step_data, flag, None, None)
-        else:
-            self._add(step_data, None, flag, None)
+        if self._is_closed:
+            self._check_open()
+        (self._writer or self.writer).add_step(step_data, done)
 
-    def add(
-        self,
-        step_data: Mapping[str, Any],
-        *,
-        is_first: Any = None,
-        is_last: Any = None,
-        mask: Any = None,
-    ) -> None:
+    def add(self, step_data: Mapping[str, Any], *, is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
         """Add one row of the environment, or of each of N environments, and say where episodes begin and end.
 
         Args:
-            step_data: As in `add_step`.
+            step_data: As in `add_step`; so are the errors.
             is_first: bool, or bool `(N,)`: the rows before this one are a complete episode.
             is_last: bool, or bool `(N,)`: with this row, the episode is complete.
             mask: bool, or bool `(N,)`: False where the environment brings no row; what it has in the other
                 arguments is not looked at.
-
-        Raises:
-            TypeError: As in `add_step`.
-            ValueError: As in `add_step`.
         """
-        flags = {
-            name: None if value is None else _as_flags(name, value)
-            for name, value in (("is_first", is_first), ("is_last", is_last), ("mask", mask))
-        }
-        if self._accumulator is None:
-            self._begin(step_data, {name: flag for name, flag in flags.items() if flag is not None})
-        self._add(step_data, *flags.values())
+        self._check_open()
+        self.writer.add(step_data, is_first=is_first, is_last=is_last, mask=mask)
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
         """Add a whole episode; open ones are left alone.
@@ -179,156 +166,17 @@ class ReplayBuffer:
             ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
         """
         self._check_open()
-        episode_id = self.dataset.add_episode(episode)
-        fields = self.dataset.fields
-        if fields is not None and "reward" in fields:
-            self._statistics.note_return(episode["reward"])
+        dataset = self.writer.sink
+        assert isinstance(dataset, EpisodeDataset)  # It has a writer.
+        episode_id = dataset.add_episode(episode)
+        self._statistics.note(episode)
         return episode_id
 
     def flush(self) -> None:
-        """Hand over the open episodes as they stand: at the end of a run, or when all environments are reset."""
+        """Complete the open episodes as they stand: at the end of a run, or when all environments are reset."""
         self._check_open()
-        if self._accumulator is not None:
-            self._accumulator.flush()
-
-    def _add_known(self, rows: Sequence[np.ndarray], is_first: Any, is_last: Any, mask: Any) -> None:
-        """For the recorder: `add` of rows that are known to fit, in the order of `fields`.
-
-        Args:
-            rows: `(N, *shape)` a field; N = 1 also where rows have no environment axis.
-            is_first: As for `add`, but bool `(N,)` or None; so are the others.
-            is_last: The same.
-            mask: The same.
-        """
-        self._check_open()
-        accumulator = self._accumulator
-        assert accumulator is not None  # The recorder's first row comes by `add`.
-        self._check_storable(accumulator.fields, rows)
-        if self._leading:
-            accumulator.add_rows(rows, is_first, is_last, mask)
-        elif mask is None or mask[0]:
-            flags = [flag is not None and bool(flag[0]) for flag in (is_first, is_last)]
-            accumulator.add_row([row[0] for row in rows], *flags)
-
-    def _truncate(self, mask: Any) -> None:
-        """For the recorder: hand over open episodes that a reset cut off, with `truncated` set on their last rows.
-
-        Args:
-            mask: bool, or bool `(N,)`: whose episodes.
-
-        Raises:
-            ValueError: The mask is of another N; nothing has changed.
-        """
-        self._check_open()
-        accumulator = self._accumulator
-        if accumulator is None or mask is False:
-            return
-        mask = self._flag_for(self._leading, "mask", mask)
-        if "truncated" in accumulator.fields:
-            accumulator.amend("truncated", True, mask)
-        accumulator.flush(mask)
-
-    def _begin(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> None:
-        """From the first row, settle N and the fields; nothing is kept if the row is refused."""
-        self.dataset.check_writable()
-        leading = self._leading_of(step_data, flags)
-        fields = self.dataset.fields
-        for name, flag in flags.items():
-            self._flag_for(leading, name, flag)
-        try:
-            if fields is None:
-                fields = Fields.from_rows(step_data, len(leading))
-            self._rows(fields, leading, step_data)
-        except ValueError as error:
-            arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
-            if not arrays:
-                raise
-            raise ValueError(
-                f"{error} As `{arrays[0]}` is an array, these are rows of {leading[0]} environments; for a single one, "
-                "pass a plain bool."
-            ) from None
-        self.dataloader.stream.check_include(fields)
-        if self.dataset.fields is None:
-            # At once, so that nobody else brings it other fields while episodes are open here.
-            self.dataset.settle_fields(fields)
-        self._leading = leading
-        self._accumulator = Accumulator(
-            fields,
-            num_envs=leading[0] if leading else 1,
-            max_rows=self.dataset.episode_capacity,
-            cut_after=self.max_episode_length,
-            emit=_HandOver(self.dataset, fields, self._statistics),
-        )
-
-    def _leading_of(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> tuple[int, ...]:
-        """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
-        sizes = {len(flag) for flag in flags.values() if not isinstance(flag, bool)}
-        if 0 in sizes:
-            raise ValueError("A flag has shape (0,), expected one for each of at least one environment.")
-        num_envs = self._stated_num_envs
-        if num_envs is not None:
-            return () if num_envs == 1 and not sizes else (num_envs,)
-        if sizes:
-            return (max(sizes),)
-        row = Fields.from_rows(step_data, 0)
-        shapes = [tensor_type.shape for tensor_type in row.values()]
-        known = self.dataset.fields
-        if known is not None and row.conflict_with(known) is None:
-            return ()
-        if not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
-            return ()
-        warnings.warn(
-            f"All fields of the first step have leading size {shapes[0][0]}, so they are taken for the rows of "
-            f"{shapes[0][0]} environments, and done=True for 'was done on the call before'. Say so with "
-            f"`num_envs={shapes[0][0]}`, or `num_envs=1` if it is a single environment.",
-            stacklevel=4,
-        )
-        return (shapes[0][0],)
-
-    def _add(self, step_data: Mapping[str, Any], is_first: Any, is_last: Any, mask: Any) -> None:
-        self._check_open()
-        accumulator = self._accumulator
-        assert accumulator is not None  # Every caller has begun.
-        leading = self._leading
-        rows = self._rows(accumulator.fields, leading, step_data)
-        if leading:
-            accumulator.add_rows(
-                rows,
-                None if is_first is None else self._flag_for(leading, "is_first (done)", is_first),
-                None if is_last is None else self._flag_for(leading, "is_last", is_last),
-                None if mask is None else self._flag_for(leading, "mask", mask),
-            )
-            return
-        for name, flag in (("is_first", is_first), ("is_last (done)", is_last), ("mask", mask)):
-            if flag is not None:
-                self._flag_for(leading, name, flag)
-        if mask is not False:
-            accumulator.add_row(rows, bool(is_first), bool(is_last))
-
-    def _rows(self, fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[Any]:
-        """The values in the order of the fields, as arrays that are known to fit."""
-        rows = fields.arrays(step_data)
-        check_rows(fields, rows, leading, self.dataset.verification_mode)
-        self._check_storable(fields, rows)
-        return rows
-
-    def _check_storable(self, fields: Fields, rows: Sequence[Any]) -> None:
-        """Refuse a row now that the store would refuse with its episode, when nothing could be done about it."""
-        if self.dataset.refuses_values:
-            self.dataset.check(dict(zip(fields.names, rows, strict=True)))
-
-    def _flag_for(self, leading: tuple[int, ...], name: str, flag: Any) -> Any:
-        """A flag as it must be for N environments: bool `(N,)`, or None where it is no different from None."""
-        if flag is None:
-            return None
-        if isinstance(flag, bool):
-            if not leading or (flag is (name == "mask")):
-                return None
-            return np.full(leading, flag)
-        if flag.shape != leading:
-            expected = f"a bool array of shape {leading}, or a plain bool" if leading else "a plain bool"
-            raise ValueError(f"`{name}` has shape {flag.shape}, expected {expected}.")
-        return flag
+        if self._writer is not None:
+            self._writer.flush()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -357,11 +205,10 @@ class ReplayBuffer:
 
     def _check_drawable(self) -> None:
         self._check_open()
-        num_open_rows = 0 if self._accumulator is None else self._accumulator.num_open_rows
-        if num_open_rows:
+        if self._num_open_rows:
             raise RuntimeError(
-                f"No episode is complete yet: {num_open_rows} steps are in open episodes. They can be drawn when these "
-                "end; `flush()` hands them over as they stand."
+                f"No episode is complete yet: {self._num_open_rows} steps are in open episodes. They can be drawn when "
+                "these end; `flush()` completes them as they stand."
             )
 
     def __iter__(self) -> Iterator[Any]:
@@ -369,18 +216,20 @@ class ReplayBuffer:
             yield self.sample()
 
     def close(self) -> None:
-        """Hand over the open episodes and end the workers. The dataset stays as it is.
+        """Complete the open episodes and end the workers. The dataset stays as it is.
 
-        If an episode cannot be handed over, the buffer stays open, so that this can be called again.
+        If an episode cannot be stored, the buffer stays open, so that this can be called again.
         """
         if not self._is_closed:
             try:
-                self.flush()
+                if self._writer is not None:
+                    self._writer.close()
                 self._is_closed = True
             finally:
                 self._batches = None
                 self.dataloader.end_workers()
-                self.dataset.end_workers()
+                if isinstance(self.dataset, EpisodeDataset):
+                    self.dataset.end_workers()
 
     def __enter__(self) -> ReplayBuffer:
         return self
@@ -393,7 +242,11 @@ class ReplayBuffer:
     @property
     def fields(self) -> Fields | None:
         """The fields, None before the first step."""
-        return self._accumulator.fields if self._accumulator is not None else self.dataset.fields
+        return self.dataset.fields
+
+    @property
+    def _num_open_rows(self) -> int:
+        return 0 if self._writer is None else self._writer.num_open_rows
 
     @property
     def num_episodes(self) -> int:
@@ -426,36 +279,8 @@ class ReplayBuffer:
         return self.num_timesteps
 
     def __repr__(self) -> str:
-        num_open = 0 if self._accumulator is None else self._accumulator.num_open_rows
         stream = self.dataloader.stream
         return (
             f"ReplayBuffer: batches of {stream.batch_size} x {stream.sequence_length or 'whole episodes'}, "
-            f"{num_open:,} steps in open episodes\n{self.dataset!r}"
+            f"{self._num_open_rows:,} steps in open episodes\n{self.dataset!r}"
         )
-
-
-class _HandOver:
-    """Takes complete episodes to the dataset. It holds no buffer, so that one that is dropped is gone at once."""
-
-    def __init__(self, dataset: EpisodeDataset, fields: Fields, statistics: Statistics) -> None:
-        self._dataset, self._fields, self._statistics = dataset, fields, statistics
-        self.has_taken = False
-
-    def __call__(self, episode: dict[str, np.ndarray]) -> None:
-        self._dataset.add(episode)
-        self.has_taken = True
-        self._statistics.note_return(episode.get("reward"))
-
-
-def _as_flags(name: str, value: Any) -> bool | np.ndarray:
-    """A bool, or a bool array of one axis."""
-    if isinstance(value, bool):
-        return value
-    array = as_array(name, value) if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.dtype.kind != "b":
-        raise TypeError(f"`{name}` must be bool or an array of bool, found {array.dtype}: {value!r:.60}.")
-    if array.ndim == 0:
-        return bool(array)
-    if array.ndim > 1:
-        raise ValueError(f"`{name}` must have at most one axis, that of the environments, found shape {array.shape}.")
-    return array

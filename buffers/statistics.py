@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from buffers.conversion import as_array
-from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Scalar, as_tensor
 from buffers.loading.stream import SequenceStream
 
@@ -26,15 +27,17 @@ class Statistics:
         dataset: Where episodes live.
     """
 
-    def __init__(self, dataset: EpisodeDataset) -> None:
+    def __init__(self, dataset: EpisodeSource) -> None:
         self._dataset = dataset
         self._returns: deque[float] = deque(maxlen=_NUM_RETURNS)
 
-    def note_return(self, reward: Any) -> None:
-        """Remember the sum of an episode's rewards; None and what is no real scalar field are passed over."""
-        if reward is None:
-            return
-        rewards = reward if type(reward) is np.ndarray else as_array("reward", reward)
+    def note(self, episode: Mapping[str, Any]) -> None:
+        """Remember an episode's return: the sum of `reward`, if that is one real number a step."""
+        rewards = episode.get("reward")
+        if type(rewards) is not np.ndarray:
+            if rewards is None or isinstance(rewards, Mapping):
+                return
+            rewards = as_array("reward", rewards)
         if rewards.ndim != 1:
             return
         if rewards.dtype.kind in "fiub":
@@ -57,5 +60,5 @@ class Statistics:
         if self._returns:
             found["mean_episode_return"] = sum(self._returns) / len(self._returns)
         if stream.newest_step is not None and not dataset.has_members:
-            found["newest_age"] = dataset.table.next_start - 1 - stream.newest_step
+            found["newest_age"] = dataset.table.num_steps_after(stream.newest_step)
         return found

@@ -1,4 +1,4 @@
-"""Conversion of whatever an environment returns into tensors."""
+"""Small things that several rooms share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ __all__ = ["to_torch"]
 
 
 class Process:
-    """This process.
-
-    Attributes:
-        number: What `os.getpid()` says, in a child of `os.fork`, too, once its hooks have run. To ask the kernel takes
-            2 us where the caches have just been used for a batch.
-    """
+    """This process: its number is kept, as asking the kernel takes long where a batch has just used the caches."""
 
     number = os.getpid()
 
@@ -32,25 +27,20 @@ class ThreadLock(type(threading.RLock())):  # type: ignore[misc]
     It is taken and given back by C: Ctrl-C between the two lines of a method would leave it taken for ever.
     """
 
-    _all: weakref.WeakSet[ThreadLock] = weakref.WeakSet()
+    all: weakref.WeakSet[ThreadLock] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        ThreadLock._all.add(self)
+        ThreadLock.all.add(self)
 
     def __reduce__(self) -> tuple[type[ThreadLock], tuple[()]]:
         return ThreadLock, ()
 
-    @staticmethod
-    def renew_all() -> None:
-        """In a forked child: a thread that is not here may have held them."""
-        for lock in ThreadLock._all:
-            lock._at_fork_reinit()
-
 
 def _renew() -> None:
-    """In a forked child."""
+    """In a forked child, where a thread that is not here may have held the locks."""
     Process.number = os.getpid()
-    ThreadLock.renew_all()
+    for lock in ThreadLock.all:
+        lock._at_fork_reinit()
 
 
 if hasattr(os, "register_at_fork"):
@@ -113,12 +103,7 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor | None:
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
-    """An argument that must be an integer of at least `minimum`.
-
-    Raises:
-        TypeError: Not an integer (bool is none).
-        ValueError: Too small.
-    """
+    """An argument that must be an integer of at least `minimum`, and no bool."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"`{name}` must be an integer, found {type(value).__name__}: {value!r:.60}.")
     if value < minimum:
@@ -127,11 +112,7 @@ def integer(name: str, value: Any, minimum: int) -> int:
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> Any:
-    """An argument that must be one of a few words.
-
-    Raises:
-        ValueError: Another one.
-    """
+    """An argument that must be one of a few words."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, found {value!r:.60}.")
     return value

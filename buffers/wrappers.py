@@ -19,8 +19,8 @@ except ImportError as error:
 
 from buffers.conversion import cast_if_kept
 from buffers.observations import to_array
-from buffers.recorder import MODES, Recorder
-from buffers.replay_buffer import ReplayBuffer
+from buffers.recorder import MODES, HasWriter, Recorder
+from buffers.writer import EpisodeWriter
 
 __all__ = ["RecordEpisodes", "VectorRecordEpisodes"]
 
@@ -31,6 +31,7 @@ _UNRECORDED = ("step_async", "step_wait", "reset_async", "reset_wait")
 class RecordEpisodes(gymnasium.Wrapper):
     """Records a single environment, which is stepped as always.
 
+        >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
         >>> buffer = ReplayBuffer(RingBufferDataset(capacity=1_000), batch_size=32)
         >>> env = RecordEpisodes(gymnasium.make("CartPole-v1"), buffer)
@@ -45,10 +46,10 @@ class RecordEpisodes(gymnasium.Wrapper):
 
     Args:
         env: The environment.
-        buffer: Where the episodes go.
+        buffer: Where the episodes go, a `ReplayBuffer` or an `EpisodeWriter`.
     """
 
-    def __init__(self, env: gymnasium.Env, buffer: ReplayBuffer) -> None:
+    def __init__(self, env: gymnasium.Env, buffer: HasWriter | EpisodeWriter) -> None:
         super().__init__(env)
         self.recorder = Recorder(buffer, None, _single_mode(env))
 
@@ -70,6 +71,7 @@ class RecordEpisodes(gymnasium.Wrapper):
 class VectorRecordEpisodes(VectorWrapper):
     """Records environments that step together, which are stepped as always.
 
+        >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
         >>> buffer = ReplayBuffer(RingBufferDataset(capacity=1_000), batch_size=32)
         >>> envs = VectorRecordEpisodes(gymnasium.make_vec("CartPole-v1", num_envs=8), buffer)
@@ -85,7 +87,7 @@ class VectorRecordEpisodes(VectorWrapper):
 
     Args:
         envs: The environments.
-        buffer: Where the episodes go.
+        buffer: Where the episodes go, a `ReplayBuffer` or an `EpisodeWriter`.
         autoreset_mode: "next_step", "same_step" or "disabled", or gymnasium's `AutoresetMode`. None takes it from
             `envs.metadata["autoreset_mode"]`.
         final_obs_may_be_missing: As for `Recorder`.
@@ -97,7 +99,7 @@ class VectorRecordEpisodes(VectorWrapper):
     def __init__(
         self,
         envs: VectorEnv,
-        buffer: ReplayBuffer,
+        buffer: HasWriter | EpisodeWriter,
         autoreset_mode: str | AutoresetMode | None = None,
         *,
         final_obs_may_be_missing: bool = False,

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from buffers.dataset import IndividualFileDataset, directory, lock
+from buffers.dataset import IndividualFileDataset
+from buffers.dataset.files import directory, lock
 
 CAPACITY = 20
 # The calls of `os` that change a directory, or a file in it.

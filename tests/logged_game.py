@@ -5,13 +5,14 @@ Every observation says which environment, episode and step it is; rewards are ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from buffers import ReplayBuffer
+from buffers import Recorder, ReplayBuffer
 from buffers.dataset import RingBufferDataset
 
 ENDS = ("terminated", "truncated", "both")
@@ -123,6 +124,43 @@ class Games:
         return np.stack([np.full(3, -1, np.float32) if item is None else item for item in self.final])
 
 
+def final_as_gymnasium(games: Games) -> np.ndarray:
+    array = np.full(len(games.games), None, object)
+    for env, item in enumerate(games.final):
+        array[env] = item
+    return array
+
+
+def play(
+    games: Games,
+    recorder: Recorder,
+    num_steps: int = 60,
+    reset_at: dict[int, np.ndarray | None] | None = None,
+    ignored: type[Exception] | tuple[()] = (),
+) -> None:
+    """Step games and record them; close what is open by a reset, before the steps in `reset_at` and at the end.
+
+    Errors of the type `ignored` that the recorder raises are passed over, as by one who goes on with the next step.
+    """
+
+    def reset(mask: np.ndarray | None = None) -> None:
+        obs = games.reset(mask)
+        with contextlib.suppress(ignored):
+            recorder.reset(obs, mask)
+
+    reset()
+    for step in range(num_steps):
+        if step in (reset_at or {}):
+            reset((reset_at or {})[step])
+        taken = actions(len(games.games), step)
+        obs, reward, terminated, truncated = games.step(taken)
+        with contextlib.suppress(ignored):
+            recorder.step(taken, obs, reward, terminated, truncated, infos={"final_obs": final_as_gymnasium(games)})
+        if games.mode == "disabled" and games.is_over.any():
+            reset(games.is_over.copy())
+    reset()
+
+
 def actions(num_envs: int, step: int) -> np.ndarray:
     """Actions `(N, 2)` that are nowhere 0, the same for one step of one environment always."""
     return np.stack([np.full(num_envs, step + 1), np.arange(num_envs) + 1], -1).astype(np.float32)
@@ -132,8 +170,33 @@ def make_buffer(capacity: int = 20_000, **options: Any) -> ReplayBuffer:
     return ReplayBuffer(RingBufferDataset(capacity), batch_size=8, seed=0, **options)
 
 
-def recorded(buffer: ReplayBuffer) -> list[dict[str, Any]]:
-    return list(buffer.dataset.episodes())
+def recorded(buffer: ReplayBuffer | RingBufferDataset) -> list[dict[str, Any]]:
+    return list((buffer.dataset if isinstance(buffer, ReplayBuffer) else buffer).episodes())
+
+
+class FlakyRing(RingBufferDataset):
+    """A ring of which some additions fail, before they have changed anything.
+
+    Args:
+        capacity: In steps.
+        rng: Decides which fail, with the probability `rate`.
+        rate: The probability.
+        fails_at: Numbers of further calls that fail.
+    """
+
+    def __init__(
+        self, capacity: int, rng: np.random.Generator | None = None, rate: float = 0.0, fails_at: Container[int] = ()
+    ) -> None:
+        super().__init__(capacity)
+        self.rng, self.rate, self.fails_at = rng, rate, fails_at
+        self.num_calls = self.num_failed = 0
+
+    def add(self, episode: dict[str, np.ndarray]) -> int:
+        self.num_calls += 1
+        if self.num_calls - 1 in self.fails_at or (self.rng is not None and self.rng.random() < self.rate):
+            self.num_failed += 1
+            raise OSError("disk full")
+        return super().add(episode)
 
 
 def expected_rows(log: dict[str, list[Any]]) -> dict[str, Any]:

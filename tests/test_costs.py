@@ -209,7 +209,7 @@ def test_adding_an_episode_costs_the_same_for_ten_and_ten_thousand_stored() -> N
 
 
 def test_a_window_of_files_is_read_by_few_calls_whatever_is_stored(tmp_path, monkeypatch) -> None:
-    from buffers.dataset import window_reader
+    from buffers.dataset.files import window_reader
 
     num_reads, preadv = 0, window_reader._preadv
 

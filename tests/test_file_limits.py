@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffers.dataset import EpisodeDataset, IndividualFileDataset, window_reader
-from buffers.dataset.directory import EpisodeDirectory
+from buffers.dataset import EpisodeDataset, IndividualFileDataset
+from buffers.dataset.files import window_reader
+from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.individual_file import NumpyCompressedSerialization
 from buffers.evictor import Evictor
 from tests import tagged

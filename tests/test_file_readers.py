@@ -17,7 +17,7 @@ import torch
 
 from buffers import Evictor
 from buffers.dataset import EpisodeDataset, IndividualFileDataset
-from buffers.dataset.directory import EpisodeDirectory
+from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.sampler import Sampler
 from tests import tagged
 from tests.faults import as_nobody

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 
-from buffers.dataset import IndividualFileDataset, archives, safetensors_format, serialization
+from buffers.dataset import IndividualFileDataset
 from buffers.dataset.fields import Fields
+from buffers.dataset.files import archives, safetensors_format, serialization
 from buffers.dataset.individual_file import (
     DamagedEpisodeError,
     NumpyCompressedSerialization,

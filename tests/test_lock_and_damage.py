@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from buffers.dataset import IndividualFileDataset, lock
+from buffers.dataset import IndividualFileDataset
+from buffers.dataset.files import lock
 from tests import tagged
 from tests.faults import CAPACITY, in_child, kill, lengths, opened, status_of, watched_calls
 

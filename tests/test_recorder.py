@@ -15,38 +15,10 @@ from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode
-from tests.logged_game import Game, Games, actions, assert_recorded, make_buffer, recorded
+from tests.logged_game import Game, Games, actions, assert_recorded, final_as_gymnasium, make_buffer, play, recorded
 
 N = 4
 MODES = ("next_step", "same_step", "disabled")
-
-
-def play(
-    games: Games,
-    recorder: Recorder,
-    num_steps: int = 60,
-    reset_at: dict[int, np.ndarray | None] | None = None,
-) -> None:
-    """Step games and record them; close what is open by a reset, before the steps in `reset_at` and at the end."""
-    recorder.reset(games.reset())
-    for step in range(num_steps):
-        if step in (reset_at or {}):
-            mask = (reset_at or {})[step]
-            recorder.reset(games.reset(mask), mask)
-        taken = actions(len(games.games), step)
-        obs, reward, terminated, truncated = games.step(taken)
-        recorder.step(taken, obs, reward, terminated, truncated, infos={"final_obs": final_as_gymnasium(games)})
-        if games.mode == "disabled" and games.is_over.any():
-            mask = games.is_over.copy()
-            recorder.reset(games.reset(mask), mask)
-    recorder.reset(games.reset())
-
-
-def final_as_gymnasium(games: Games) -> np.ndarray:
-    array = np.full(len(games.games), None, object)
-    for env, item in enumerate(games.final):
-        array[env] = item
-    return array
 
 
 def test_a_buffer_keeps_the_number_of_environments_that_its_rows_had() -> None:
@@ -101,13 +73,6 @@ def test_a_single_environment_is_recorded_as_its_log_says() -> None:
     recorder.reset(game.reset())
     assert_recorded(recorded(buffer), [game.log])
     assert recorded(buffer)[0]["reward"].dtype == torch.float32
-
-
-def test_rewards_paid_by_the_call_that_resets_are_dropped() -> None:
-    games, buffer = Games(N, "next_step", reset_reward=7.0), make_buffer()
-    play(games, Recorder(buffer, N, "next_step"))
-    assert_recorded(recorded(buffer), games.logs)
-    assert not any((episode["reward"] == 7.0).any() for episode in recorded(buffer))
 
 
 def test_an_episode_that_ends_on_the_call_that_resets_has_no_transition_and_is_dropped() -> None:
@@ -169,13 +134,14 @@ class _KeysOnReward(Recorder):
 class _StoresFirstRowsAlone(Recorder):
     def reset(self, obs: Any, mask: Any = None) -> None:
         if self._rest_fields is not None and self._is_pending is not None:
-            self._hand_over(self._rest_fields, self._held, self._first_rest, self._is_pending, None, self._is_pending)
+            rows = self._kept, self._first_rest
+            self._write(self._rest_fields, *rows, self._is_pending, None, self._is_pending)
         super().reset(obs, mask)
 
 
 class _LeavesTheMiddleOpen(Recorder):
     def reset(self, obs: Any, mask: Any = None) -> None:
-        self.buffer.flush()
+        self.writer.flush()
         super().reset(obs, mask)
 
 
@@ -316,19 +282,6 @@ def test_a_missing_final_observation_is_an_error_that_changes_nothing_if_it_was_
 
 
 # Stand-ins for simulators: each gives what that library gives.
-
-
-def test_envpool_is_next_step() -> None:
-    games, buffer = Games(N, "next_step"), make_buffer()
-    recorder = Recorder(buffer, N, "next_step")
-    recorder.reset(games.reset())
-    for step in range(60):
-        taken = actions(N, step)
-        obs, reward, terminated, truncated = games.step(taken)
-        infos = {"env_id": np.arange(N, dtype=np.int32), "elapsed_step": np.zeros(N, np.int32)}
-        recorder.step(taken, obs, reward, terminated, truncated, infos=infos)
-    recorder.reset(games.reset())
-    assert_recorded(recorded(buffer), games.logs)
 
 
 def test_isaac_gym_is_next_step_with_rewards_at_resets_and_dones_of_int64() -> None:

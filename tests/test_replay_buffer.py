@@ -195,39 +195,6 @@ def test_add_states_both_boundaries_and_masks_leave_environments_out() -> None:
     assert stored(buffer)[2:] == [(0, 1, [0]), (1, 1, [0]), (2, 0, [0, 1, 2, 3])]
 
 
-def test_add_for_a_single_environment() -> None:
-    buffer = buffer_of(num_envs=1)
-    buffer.add(tagged.rows(0, 0, 0), is_first=True)
-    buffer.add(tagged.rows(0, 0, 1), mask=True)
-    buffer.add(tagged.rows(0, 9, 9), mask=False)
-    buffer.add(tagged.rows(0, 1, 0), is_first=True, is_last=True)
-    assert stored(buffer) == [(0, 0, [0, 1]), (0, 1, [0])]
-
-
-def test_streams_that_never_end_are_cut_into_episodes() -> None:
-    buffer = buffer_of(max_episode_length=5, num_envs=2)
-    for step in range(12):
-        buffer.add_step(tagged.rows(np.arange(2), 0, step), False)
-    assert stored(buffer) == [(env, 0, list(range(k, k + 5))) for k in (0, 5) for env in range(2)]
-    single = buffer_of(max_episode_length=5, num_envs=1)
-    for step in range(12):
-        single.add_step(tagged.rows(0, 0, step), False)
-    assert stored(single) == [(0, 0, list(range(k, k + 5))) for k in (0, 5)]
-
-
-def test_an_open_episode_as_long_as_the_capacity_is_refused_and_can_be_flushed() -> None:
-    for num_envs in (1, 2):
-        buffer = buffer_of(capacity=6, num_envs=num_envs)
-        env = np.arange(2) if num_envs == 2 else 0
-        for step in range(6):
-            buffer.add_step(tagged.rows(env, 0, step), False)
-        with pytest.raises(ValueError, match="reached 6 steps"):
-            buffer.add_step(tagged.rows(env, 0, 6), False)
-        buffer.flush()
-        assert stored(buffer)[-1][2] == list(range(6))
-        buffer.add_step(tagged.rows(env, 1, 0), False)
-
-
 def test_add_episode_leaves_open_ones_alone() -> None:
     buffer = buffer_of(num_envs=1)
     buffer.add_step(tagged.rows(0, 0, 0), False)
@@ -435,7 +402,7 @@ def _number_of_fields(batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"dataset": [1]}, TypeError, "`dataset` must be an EpisodeDataset, found list"),
+        ({"dataset": [1]}, TypeError, "`dataset` must be an EpisodeSource, found list"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
         ({"sequence_length": -1}, ValueError, "`sequence_length` must be at least 1"),
         ({"chunk_size": 3}, ValueError, "does not divide"),

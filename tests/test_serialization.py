@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers.dataset import IndividualFileDataset, archives, serialization
+from buffers.dataset import IndividualFileDataset
 from buffers.dataset.fields import ColorImage, Fields, PaddedPointcloud, Scalar, TensorType, Vector
+from buffers.dataset.files import archives, serialization
 from buffers.dataset.individual_file import (
     DamagedEpisodeError,
     EpisodeSerializationStrategy,

@@ -131,7 +131,7 @@ def test_inserted_episodes_are_drawn_like_appended_ones(first, second, length, r
     for numbers in (sorted(first), sorted(second - first)):
         if numbers:
             episodes = [(10 * number, 1 + number % 7, number) for number in numbers]
-            table.insert(np.array(episodes, np.int64))
+            table.extend(np.array(episodes, np.int64))
             live = sorted([*live, *episodes])
             table.count_windows(length)
         for _ in range(min(removed, len(live) - 1)):

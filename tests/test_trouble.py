@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from buffers.dataset import IndividualFileDataset
+from buffers.dataset.files.serialization import read_with
 from buffers.dataset.individual_file import DamagedEpisodeError
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.serialization import read_with
 from tests import tagged
 from tests.faults import failing_calls
 from tests.file_helpers import add, files, numbers, numbers_drawn
@@ -34,7 +34,8 @@ MODES = pytest.mark.parametrize("mode", ["a", "r"])
 LOW_ON_MEMORY = """
 import resource, sys
 import numpy as np
-from buffers.dataset import IndividualFileDataset, individual_file
+from buffers.dataset import IndividualFileDataset
+from buffers.dataset.files import individual_file
 path, strategy, mode = sys.argv[1:]
 strategy = getattr(individual_file, strategy)()
 dataset = IndividualFileDataset(10**9, None, None, path, strategy, mode=mode)

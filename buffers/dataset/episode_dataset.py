@@ -34,10 +34,6 @@ class EpisodeDataset(EpisodeSource):
         capacity: In steps, over all episodes.
         info: What is known beforehand; with its `fields`, storage is laid out now.
         evictor: Chooses the episode that leaves when room is needed; the oldest by default.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: `capacity` is not positive.
     """
 
     #: A store whose `_write` may fail (a full disk) sets this to False, and then loses no episode to one that it
@@ -163,6 +159,11 @@ class EpisodeDataset(EpisodeSource):
         if conflict is not None:
             raise ValueError(f"The fields differ from those of the dataset: {conflict}.")
 
+    def tell_fields(self, fields: Fields) -> bool:
+        """Settle the fields before there is an episode."""
+        self.settle_fields(fields)
+        return True
+
     def check(self, rows: dict[str, np.ndarray]) -> None:
         """Refuse, by a ValueError, rows that this dataset, or one behind it, could not give back as they are."""
         self._check(rows)
@@ -202,16 +203,7 @@ class EpisodeDataset(EpisodeSource):
         return None
 
     def make_room(self, start: int, length: int, keep: int | None = None) -> bool:
-        """Evict episodes until `length` rows can be stored.
-
-        Args:
-            start: The step id of the first of them.
-            length: How many.
-            keep: Id of an episode that must stay.
-
-        Returns:
-            Whether there is room. False only if the one to be kept would have to leave.
-        """
+        """Evict until `length` rows can be stored from step id `start` on; False if episode `keep` would have to go."""
         is_announced = False
         while self.lacks_room(start, length):
             if not is_announced:
@@ -245,14 +237,7 @@ class EpisodeDataset(EpisodeSource):
         return 0 if type(self.evictor) is FIFOEvictor else self._position(self.evictor.evict(self))
 
     def evict_episode(self, episode_index: int) -> None:
-        """Forget an episode.
-
-        Args:
-            episode_index: 0 is the oldest; negative numbers count from the newest.
-
-        Raises:
-            ValueError: There is no such episode.
-        """
+        """Forget an episode: 0 is the oldest; negative numbers count from the newest. ValueError if it is not there."""
         with self._lock:
             self.check_writable()
             self.evict(self._position(episode_index))

@@ -21,15 +21,7 @@ __all__ = ["EpisodeSource"]
 
 
 class EpisodeSource(IterableDataset, ABC):
-    """Whole episodes that can be counted, looked at, and drawn windows from.
-
-    Args:
-        capacity: In steps, over all episodes.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: `capacity` is not positive.
-    """
+    """Whole episodes that can be counted, looked at, and drawn windows from; `capacity` is in steps over all."""
 
     device = torch.device("cpu")
     #: How often windows that could not be read (their episode had just been evicted) are drawn again.
@@ -94,18 +86,10 @@ class EpisodeSource(IterableDataset, ABC):
         rng: np.random.Generator,
         again: Windows | None = None,
     ) -> Windows:
-        """Draw windows of what is stored now.
+        """Draw windows of what is stored now by a sampler: `Sampler.draw`, checked.
 
-        Args:
-            sampler: Draws them.
-            num_windows: B.
-            length: T; None for whole episodes.
-            rng: Source of randomness.
-            again: Windows that were gone before they could be read, as many, which these replace.
-
-        Raises:
-            RuntimeError: There is none.
-            ValueError: The sampler has drawn something else.
+        These replace `again`, as many windows that were gone before they could be read. A ValueError says that the
+        sampler has drawn something else.
         """
         with self._draw_lock:
             self._refresh()
@@ -258,13 +242,8 @@ class EpisodeSource(IterableDataset, ABC):
             >>> next(iter(DataLoader(dataset.sequences(16), batch_size=32)))["obs"].shape
             torch.Size([32, 16, 4])
 
-        Args:
-            sequence_length: T, in steps.
-            sampler: As in `get_loader`.
-            transform: As in `get_loader`, but called on single sequences.
-            include: As in `get_loader`.
-            seed: As in `get_loader`. Without it, each worker process draws its own from the operating system; with
-                one, iterating again repeats what workers drew.
+        The arguments are those of `get_loader`; `transform` is called on single sequences. Without `seed`, each worker
+        process draws its own from the operating system; with one, iterating again repeats what workers drew.
         """
         if sequence_length is None:
             raise TypeError(
@@ -289,7 +268,11 @@ class EpisodeSource(IterableDataset, ABC):
         return self._fields
 
     def _find_fields(self) -> None:
-        """Settle the fields, if they can be known without an episode. They cannot by default."""
+        """Settle the fields, if they can be known without an episode."""
+
+    def tell_fields(self, fields: Fields) -> bool:
+        """Tell a source its fields before there is an episode; whether it can be told."""
+        return False
 
     @property
     def num_episodes(self) -> int:

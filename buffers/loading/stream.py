@@ -45,19 +45,12 @@ class SequenceStream(IterableDataset):
         source: Where the sequences come from.
         batch_size: B; None for single sequences `field -> (T, *shape)`.
         sequence_length: T, in steps; None for whole episodes, padded, with `mask`.
-        chunk_size: Sequences that one read brings; divides `batch_size`, which is the default.
-        sampler: Which windows are drawn; uniformly over all windows by default.
-        transform: A function on the batch, called where it is made (in the worker).
+        chunk_size: As for `EpisodeSource.get_loader`; so are `sampler`, `transform` and `seed`.
         include: What else a batch holds, besides the fields:
             `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, episode ids; `step` int64 `(B, T)`, position in
             the episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real;
             `weight` float32 `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are
             -1.
-        seed: Of all randomness; None takes it from the operating system.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range.
     """
 
     def __init__(
@@ -112,14 +105,9 @@ class SequenceStream(IterableDataset):
     # Batches.
 
     def batch(self, n: int) -> Any:
-        """Draw and read batch n.
+        """Draw and read batch n: `field -> (B, T, *shape)` and what `include` asked for; or what `transform` made.
 
-        Returns:
-            `field -> (B, T, *shape)` and what `include` asked for; or what `transform` made of it.
-
-        Raises:
-            RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
-            ValueError: A name of `include` is also a field's.
+        A RuntimeError says that no episode is long enough, or that episodes leave faster than they can be read.
         """
         windows = self._draw(n, 0)
         rows, was_read = self._read(windows)

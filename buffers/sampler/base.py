@@ -44,13 +44,7 @@ def integers_below(rng: np.random.Generator, high: int | Int64Array, num: int) -
         >>> integers_below(np.random.Generator(np.random.Philox(0)), 10, 5)
         array([7, 5, 6, 9, 2])
 
-    Args:
-        rng: Source of randomness.
-        high: At least 1; one number, or `(num,)`, one for each.
-        num: How many.
-
-    Returns:
-        int64 `(num,)`.
+    `high` is at least 1, one number or `(num,)`, one for each. The result is int64 `(num,)`.
     """
     divisor = high if isinstance(high, int) else high.view(np.uint64)
     return (rng.bit_generator.random_raw(num) % divisor).view(np.int64)

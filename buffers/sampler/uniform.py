@@ -13,7 +13,14 @@ __all__ = ["UniformEpisodeSampler", "UniformSampler"]
 class UniformSampler(Sampler):
     """Every window is equally likely.
 
-    Long episodes are drawn in proportion to their windows:
+    An episode of L rows has L - T + 1 windows, so its last row can be drawn:
+
+        L = 5, T = 3     0 1 2 3 4
+                         # # #
+                           # # #
+                             # # #
+
+    So long episodes are drawn in proportion to their windows; whole episodes (T = None) all alike.
 
         >>> table = EpisodeTable()
         >>> episode_ids = table.append(5), table.append(14)  # 3 and 12 windows of 3 rows.
@@ -23,30 +30,7 @@ class UniformSampler(Sampler):
     """
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
-        """Draw windows uniformly over all valid starts, with replacement.
-
-        An episode of L rows has L - T + 1 windows (T = length), so its last row can be drawn.
-
-            L = 5, T = 3     0 1 2 3 4
-                             # # #
-                               # # #
-                                 # # #
-
-        One integer r in [0, number of windows) stands for one window, in the order of episodes and steps.
-        Whole episodes (T = None) are drawn uniformly over episodes.
-
-        Args:
-            table: The live episodes.
-            num_windows: B, at least 1.
-            length: T, in steps, or None.
-            rng: Source of randomness.
-
-        Returns:
-            B windows.
-
-        Raises:
-            RuntimeError: No live episode has `length` rows.
-        """
+        """Draw one integer a window, which stands for it in the order of episodes and steps; see `Sampler.draw`."""
         if length is None:
             return draw_whole_episodes(table, num_windows, rng)
         windows = table.count_windows(length)
@@ -57,32 +41,17 @@ class UniformSampler(Sampler):
 
 
 class UniformEpisodeSampler(Sampler):
-    """Every episode that is long enough is equally likely, then every window in it.
+    """Every episode of at least T rows is equally likely, whatever its length, then every window in it.
 
-    How long an episode is does not change its share:
-
-        >>> table = EpisodeTable()
-        >>> episode_ids = table.append(5), table.append(14)
-        >>> windows = UniformEpisodeSampler().draw(table, 100_000, 3, np.random.default_rng(0))
-        >>> (np.bincount(windows.episode) / 100_000).round(2)
-        array([0.5, 0.5])
+    >>> table = EpisodeTable()
+    >>> episode_ids = table.append(5), table.append(14)
+    >>> windows = UniformEpisodeSampler().draw(table, 100_000, 3, np.random.default_rng(0))
+    >>> (np.bincount(windows.episode) / 100_000).round(2)
+    array([0.5, 0.5])
     """
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
-        """Draw episodes uniformly over those of at least T rows, then a start uniformly within each.
-
-        Args:
-            table: The live episodes.
-            num_windows: B, at least 1.
-            length: T, in steps, or None.
-            rng: Source of randomness.
-
-        Returns:
-            B windows.
-
-        Raises:
-            RuntimeError: No live episode has `length` rows.
-        """
+        """Draw episodes, then a start in each; see `Sampler.draw`."""
         if length is None:
             return draw_whole_episodes(table, num_windows, rng)
         episodes = table.count_episodes(length)
@@ -91,7 +60,7 @@ class UniformEpisodeSampler(Sampler):
             raise RuntimeError(table.no_window_message(length))
         position = integers_below(rng, num, num_windows)
         if num < len(table):  # Else all are long enough, and the integer is the position.
-            rows, _ = episodes.locate(position)
-            position = rows - episodes.first
+            places, _ = episodes.locate(position)
+            position = places - episodes.first
         step = integers_below(rng, table.lengths[position] - (length - 1), num_windows)
         return table.windows(position, step, length)

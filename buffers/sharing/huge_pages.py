@@ -1,13 +1,12 @@
 """Huge pages for rows in shared memory, made just before the rows are written.
 
 Rows at random places lie in a page each, and where pages have 4 KB the processor looks up an address for each. Private
-memory of numpy has pages of 2 MB; for shared memory, most kernels give them only to who asks, piece by piece:
+memory of numpy has pages of 2 MB; for shared memory, most kernels give them only on request, piece by piece:
 
     pages of 2 MB    |####|####|####|    |    |        rows are about to be written beyond the third
     rows             |##########-----         |
 
-That takes a third of the time of the 512 page faults that it saves. Where the kernel has none (before Linux 6.1, say),
-pages stay small, and all else is the same.
+Where the kernel has none (before Linux 6.1, say), pages stay small, and all else is the same.
 """
 
 from __future__ import annotations
@@ -25,25 +24,18 @@ _MADV_COLLAPSE = 25
 
 
 def map_file(descriptor: int, num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Map so much of a new file, from an offset below `HUGE_PAGE`, which is returned, too, and its size with it.
+    """Map so much of a new file, from an offset below `HUGE_PAGE`, which is returned, too.
 
-    A huge page of the file can only be one here if its address is as even as its place in the file. Where the kernel
-    will map is known once it has done so.
+    A huge page of the file can be one here only if its address and its offset in the file are equal modulo its size.
+    Where the kernel maps is known once it has done so.
     """
     os.ftruncate(descriptor, num_bytes + HUGE_PAGE)
-    # Not by `with`: what Ctrl-C leaves of the array would keep it from being closed, which is another error.
     offset = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8).ctypes.data % HUGE_PAGE
     return mmap.mmap(descriptor, num_bytes, offset=offset), offset
 
 
 class HugePages:
-    """The pages that an array lies in.
-
-    Args:
-        memory: What it lies in, mapped by `map_file`.
-        offset: Of the mapping, in the file.
-        array: `(num_rows, *shape)`.
-    """
+    """The pages of an array `(num_rows, *shape)` in memory that `map_file` has mapped from an offset."""
 
     def __init__(self, memory: mmap.mmap, offset: int, array: np.ndarray) -> None:
         self._memory, self._bytes = memory, np.frombuffer(memory, np.uint8)
@@ -54,11 +46,7 @@ class HugePages:
         self._end = self._begin + array.nbytes
 
     def reach(self, row: int) -> int:
-        """Make pages up to a row, which is about to be written.
-
-        Returns:
-            The row up to which there is nothing to do any more.
-        """
+        """Make pages up to a row that is about to be written; the row up to which nothing is left to do."""
         stop = self._begin + row * self._row_bytes
         while self._next < stop and self._next + HUGE_PAGE <= self._end:
             # The kernel makes none where there is no page at all.

@@ -90,17 +90,7 @@ class PublishedTable:
         fence()
 
     def add(self, start: int, length: int, episode_id: int, table: EpisodeTable) -> None:
-        """Publish an episode.
-
-        Args:
-            start: Step id of its first row.
-            length: Rows.
-            episode_id: Its id.
-            table: All that live.
-
-        Raises:
-            RuntimeError: Too many episodes live.
-        """
+        """Publish an episode; `table` has all that live, and a RuntimeError says that they are too many."""
         if self._head[0] - self._tail[0] >= self._size - 1:
             self._move_tail(table)
         self._append(start, length, episode_id)

@@ -120,49 +120,53 @@ class EpisodeTable:
         position = int(ids.searchsorted(episode_id))
         return position if position < len(ids) and ids[position] == episode_id else None
 
+    def num_steps_after(self, step_id: int) -> int:
+        """Steps that were added after one; if its episode has left, with the step ids that were skipped."""
+        position = int(self.starts.searchsorted(step_id, "right")) - 1
+        if position < 0:
+            return self.next_start - 1 - step_id
+        return int(self.lengths[position:].sum() - (step_id - self.starts[position]) - 1)
+
     # Episodes that come.
 
     def append(self, length: int, start: int | None = None) -> int:
-        """Write down an episode of `length` rows and return its id.
-
-        Args:
-            length: Rows.
-            start: Step id of its first row, at least `next_start`, which is the default.
-        """
+        """Write down an episode of `length` rows, the first with step id `start` or the next one; returns its id."""
+        if self._state.last == len(self._state.rows):
+            self.replace(self.rows)
         rows, first, last, num_steps, next_start, next_id = self._state
-        if last == len(rows):
-            rows, first, last = self._with_room(1)
         start = next_start if start is None else start
         rows[last] = (start, length, next_id)
         self._state = _State(rows, first, last + 1, num_steps + length, start + length, next_id + 1)
         return next_id
 
     def extend(self, episodes: Int64Array) -> None:
-        """Write down episodes `(n, 3)` of (start, length, id), in ascending order, all newer than those that live."""
+        """Write down episodes `(n, 3)` of (start, length, id), in ascending order.
+
+        If some are older than some that live, that costs O(all that live).
+        """
         if not len(episodes):
             return
+        if len(self) and episodes[0, _ID] < self.ids[-1]:
+            episodes = np.concatenate([self.rows, episodes])
+            self.replace(episodes[episodes[:, _ID].argsort()])
+            return
+        if self._state.last + len(episodes) > len(self._state.rows):
+            self.replace(self.rows, len(episodes))
         rows, first, last, num_steps, next_start, next_id = self._state
-        if last + len(episodes) > len(rows):
-            rows, first, last = self._with_room(len(episodes))
         end = last + len(episodes)
         rows[last:end] = episodes
         start, length, episode_id = episodes[-1].tolist()
         num_steps += int(episodes[:, _LENGTH].sum())
         self._state = _State(rows, first, end, num_steps, max(next_start, start + length), max(next_id, episode_id + 1))
 
-    def insert(self, episodes: Int64Array) -> None:
-        """`extend`, also by episodes older than some that live; those cost O(all that live)."""
-        if len(self) and len(episodes) and episodes[0, _ID] < self.ids[-1]:
-            episodes = np.concatenate([self.rows, episodes])
-            self.replace(episodes[episodes[:, _ID].argsort()])
-        else:
-            self.extend(episodes)
-
-    def replace(self, episodes: Int64Array) -> None:
-        """Let these episodes `(n, 3)`, in ascending order, be all that live."""
-        rows = np.empty((len(episodes) + _INITIAL_SIZE, 3), np.int64)
-        self._state = _State(rows, 0, 0, 0, self.next_start, self.next_id)
-        self.extend(episodes)
+    def replace(self, episodes: Int64Array, num_new: int = 0) -> None:
+        """Let these episodes `(n, 3)`, in ascending order, be all that live, with room for `num_new` and more."""
+        rows = np.empty((len(episodes) + max(len(episodes) // 4, _INITIAL_SIZE, num_new), 3), np.int64)
+        rows[: len(episodes)] = episodes
+        start, length, newest_id = episodes[-1].tolist() if len(episodes) else (0, 0, -1)
+        next_start, next_id = max(self.next_start, start + length), max(self.next_id, newest_id + 1)
+        num_steps = int(episodes[:, _LENGTH].sum())
+        self._state = _State(rows, 0, len(episodes), num_steps, next_start, next_id)
 
     def skip_to(self, next_id: int, next_start: int) -> None:
         """Give no number below these to an episode that comes."""
@@ -183,7 +187,7 @@ class EpisodeTable:
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, O(all that live) for any other."""
         if position:
-            self._keep(np.delete(self.rows, position, axis=0))
+            self.replace(np.delete(self.rows, position, axis=0))
             return
         rows, first, last, num_steps, next_start, next_id = self._state
         self._state = _State(rows, first + 1, last, num_steps - rows.item(first, _LENGTH), next_start, next_id)
@@ -193,21 +197,7 @@ class EpisodeTable:
         if len(ids) == 1 and len(self) and self.ids[0] == ids[0]:
             self.remove(0)
         elif len(ids):
-            self._keep(self.rows[~np.isin(self.ids, ids)])
-
-    def _keep(self, episodes: Int64Array) -> None:
-        """Let of those that live only these stay."""
-        rows = np.empty((len(episodes) + max(len(episodes) // 4, _INITIAL_SIZE), 3), np.int64)
-        rows[: len(episodes)] = episodes
-        num_steps = int(episodes[:, _LENGTH].sum())
-        self._state = self._state._replace(rows=rows, first=0, last=len(episodes), num_steps=num_steps)
-
-    def _with_room(self, num_new: int) -> tuple[Int64Array, int, int]:
-        """The live rows at the front of a new array, with room behind them for new ones and for a quarter more."""
-        live = self.rows
-        rows = np.empty((len(live) + max(len(live) // 4, _INITIAL_SIZE, num_new), 3), np.int64)
-        rows[: len(live)] = live
-        return rows, 0, len(live)
+            self.replace(self.rows[~np.isin(self.ids, ids)])
 
     # Windows.
 

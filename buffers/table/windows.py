@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from buffers.table.cumulation import Int64Array
 
 __all__ = ["Windows"]
+
+_COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source")
 
 
 @dataclass(slots=True)  # Not frozen: that takes longer to make.
@@ -52,25 +55,17 @@ class Windows:
         return self.start + self.num_rows - 1
 
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
-        return Windows(
-            self.length,
-            self.start[selection],
-            self.step[selection],
-            self.episode[selection],
-            self.episode_length[selection],
-            None if self.weight is None else self.weight[selection],
-            None if self.source is None else self.source[selection],
-            self.is_checked,
-            self.oldest_step,
-        )
+        chosen = copy.copy(self)
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            setattr(chosen, name, None if column is None else column[selection])
+        return chosen
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others of the same length."""
-        copied = self[:]
-        for name in ("start", "step", "episode", "episode_length", "weight", "source"):
-            column = getattr(self, name)
-            if column is not None:
-                setattr(copied, name, column.copy())
+        copied = self[np.arange(len(self))]
+        for name in _COLUMNS:
+            if getattr(copied, name) is not None:
                 getattr(copied, name)[positions] = getattr(others, name)
         copied.is_checked = self.is_checked and others.is_checked
         copied.oldest_step = min(self.oldest_step, others.oldest_step)

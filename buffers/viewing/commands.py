@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from buffers.dataset.opening import Verify
+from buffers.dataset.files.opening import Verify
 
 __all__ = ["main"]
 

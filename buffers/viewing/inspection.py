@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from buffers.dataset.directory import DAMAGED, EpisodeDirectory
-from buffers.dataset.individual_file import IndividualFileDataset
-from buffers.dataset.lock import LOCK, NO_SURPRISES
-from buffers.dataset.opening import Verify
+from buffers.dataset.files import IndividualFileDataset
+from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory
+from buffers.dataset.files.lock import LOCK, NO_SURPRISES
+from buffers.dataset.files.opening import Verify
 from buffers.dataset.printing import fields_table
 from buffers.utils import aligned, format_bytes
 from buffers.viewing.tracks import to_numpy

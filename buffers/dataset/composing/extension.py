@@ -40,21 +40,7 @@ _EPISODES_PER_ITEM = 8
 
 
 class Extension:
-    """What a dataset knows of the larger one behind it, `other`.
-
-    Args:
-        dataset: The one that is extended.
-        other: The larger one.
-        batch_size: Episodes that one addition draws.
-        num_workers: Processes that read them beforehand.
-        every: An addition in so many draws.
-        seed: Of the draws.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range.
-        RuntimeError: One of the two is extended in a way that does not fit.
-    """
+    """What a dataset knows of the larger one behind it, `other`; the arguments are those of `EpisodeDataset.extend`."""
 
     def __init__(
         self,

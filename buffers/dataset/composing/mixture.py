@@ -111,15 +111,13 @@ class MixtureDataset(EpisodeSource):
     def _find_fields(self) -> None:
         fields = common_fields([(str(n), member.fields) for n, member in enumerate(self._members)], self._choice)
         # Members that do not know theirs lay out their storage, so that workers find it.
-        if fields is None or self._choice is not None or self.settle_fields(fields):
+        if fields is None or self._choice is not None or self.tell_fields(fields):
             self._fields = fields
 
-    def settle_fields(self, fields: Fields) -> bool:
-        """Tell members the fields that do not know theirs; False if one cannot be told."""
-        if self._choice is not None:
-            return False
+    def tell_fields(self, fields: Fields) -> bool:
+        """Tell members the fields that do not know theirs; whether all could be told."""
         unknown = [member for member in self._members if member.fields is None]
-        return all(member.settle_fields(fields) is not False for member in unknown)  # type: ignore[attr-defined]
+        return self._choice is None and all(member.tell_fields(fields) for member in unknown)
 
     def check_drawable(self) -> None:
         """Refuse, by a RuntimeError, to draw while the fields are not known."""
@@ -209,12 +207,7 @@ class MixtureDataset(EpisodeSource):
     # What there is: all members together, in their order.
 
     def get_episode(self, episode_index: int) -> dict[str, Any]:
-        """A copy of an episode of a member, `field -> (L, *shape)`, counted through the members in their order.
-
-        Raises:
-            ValueError: There is no such episode.
-            RuntimeError: It is gone (a file that someone has removed).
-        """
+        """As `EpisodeSource.get_episode`, counted through the members in their order."""
         position = self._position(episode_index)
         for leaf in self._leaves:
             if position < leaf.num_episodes:

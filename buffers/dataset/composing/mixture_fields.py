@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from buffers.fields import Fields
 
@@ -13,20 +12,12 @@ Known = Sequence[tuple[str, Fields | None]]
 
 
 def common_fields(known: Known, choice: str | tuple[str, ...] | None) -> Fields | None:
-    """The fields of a mixture.
+    """The fields of a mixture of members `known`, (name, fields or None); None while they cannot be told.
 
-    Args:
-        known: (name, fields) of each member; None where they are not known yet.
-        choice: None for all; "common"; or names.
-
-    Returns:
-        None while they cannot be told.
-
-    Raises:
-        TypeError: `choice` is none of these.
-        ValueError: Members differ in a field that was chosen, or none is common.
+    A TypeError for a `choice` that is neither None for all, "common", nor names; a ValueError where members differ.
     """
-    if choice is not None and choice != "common" and not _is_names(choice):
+    are_names = isinstance(choice, tuple) and choice and all(isinstance(name, str) for name in choice)
+    if choice not in (None, "common") and not are_names:
         raise TypeError(f"`fields` must be None, 'common', or names of fields, found {choice!r:.80}.")
     found = [(name, fields) for name, fields in known if fields is not None]
     if not found:
@@ -44,10 +35,6 @@ def common_fields(known: Known, choice: str | tuple[str, ...] | None) -> Fields 
     for other in chosen[1:]:
         _check_same(chosen[0], other)
     return chosen[0][1]
-
-
-def _is_names(choice: Any) -> bool:
-    return isinstance(choice, tuple) and len(choice) > 0 and all(isinstance(name, str) for name in choice)
 
 
 def _check_same(one: tuple[str, Fields], other: tuple[str, Fields]) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from buffers.sharing import SharedArrays, fence
 from buffers.table import Int64Array
 
-__all__ = ["SharedWeights", "shares"]
+__all__ = ["Float64Array", "SharedWeights", "shares"]
 
 Float64Array = npt.NDArray[np.float64]
 # A share that is a whole number but for the rounding of floating numbers is meant to be one.
@@ -20,12 +20,9 @@ _RESOLUTION = 1 << 32
 
 
 class SharedWeights:
-    """Positive numbers that sum to 1, for all processes to see.
+    """`num` numbers that sum to 1, for all processes to see.
 
-    There are two places for them. A change is written to the one that is not in use, and one store says that it is.
-
-    Args:
-        num: How many.
+    They lie at two places. A change is written to the one that is not in use, and one store puts it into use.
     """
 
     def __init__(self, num: int) -> None:
@@ -44,12 +41,7 @@ class SharedWeights:
                 return found
 
     def set(self, weights: Sequence[float]) -> None:
-        """Take other weights, which are divided by their sum.
-
-        Raises:
-            TypeError: Not numbers.
-            ValueError: Of another number, negative, not finite, or all zero.
-        """
+        """Take other weights, which are divided by their sum; a TypeError or ValueError for what are none."""
         places, version = self._memory["weights"], int(self._memory["version"][0])
         places[(version + 1) % 2] = _checked(weights, places.shape[1])
         fence()
@@ -70,21 +62,13 @@ def _checked(weights: Any, num: int) -> Float64Array:
 
 
 def shares(weights: Float64Array, num: int, rng: np.random.Generator) -> Int64Array:
-    """Split `num` by weights: each part is its share rounded up or down, and its share on average.
+    """Split `num` by weights of sum 1: int64, each part its share rounded up or down, and its share on average.
 
-    Rows of a comb are counted between running totals; where the comb begins is drawn.
+    Teeth of a comb are counted between running totals; where the comb begins is drawn.
 
         weights 0.25 0.25 0.5, num 3       shares  0.75  0.75  1.5
         totals   0    0.75    1.5     3            begins at 0.1: teeth 0.1 | 1.1 | 2.1     1 1 1
                  |-----|-------|------|            begins at 0.6: teeth 0.6 | - | 1.6 2.6   1 0 2
-
-    Args:
-        weights: float64 `(n,)`, at least 0, of sum 1.
-        num: At least 0.
-        rng: Source of randomness; one integer is taken from it.
-
-    Returns:
-        int64 `(n,)` of sum `num`.
     """
     begin = rng.integers(_RESOLUTION) / _RESOLUTION
     totals = np.cumsum(weights) * num

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from buffers.conversion import as_array
-from buffers.dataset.serialization import (
+from buffers.dataset.files.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
     EpisodeSerializationStrategy,

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from buffers.dataset.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, DirectoryLock
-from buffers.dataset.serialization import DamagedEpisodeError
+from buffers.dataset.files.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, DirectoryLock
+from buffers.dataset.files.serialization import DamagedEpisodeError
 
 __all__ = ["EpisodeDirectory", "FileName", "Listing", "with_advice"]
 

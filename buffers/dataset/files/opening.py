@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from buffers.dataset.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.directory import EpisodeDirectory, Listing
-from buffers.dataset.safetensors_format import SafetensorsSerialization
-from buffers.dataset.serialization import (
+from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
+from buffers.dataset.files.directory import EpisodeDirectory, Listing
+from buffers.dataset.files.safetensors_format import SafetensorsSerialization
+from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
     EpisodeSerializationStrategy,
     UnknownVersionError,

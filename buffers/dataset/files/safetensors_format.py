@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from buffers.dataset.serialization import (
+from buffers.dataset.files.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
     EpisodeSerializationStrategy,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
-from buffers.dataset.directory import EpisodeDirectory
+from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.sharing import PublishedTable, SharedArrays
 
 __all__ = ["DirectoryWatch", "attach_log", "new_log", "share_log"]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from buffers.dataset.directory import EpisodeDirectory, FileName
-from buffers.dataset.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of, read_with
+from buffers.dataset.files.directory import EpisodeDirectory, FileName
+from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of, read_with
 from buffers.fields import Fields
 from buffers.table import Windows
 from buffers.utils import ThreadLock
