@@ -142,17 +142,6 @@ def test_only_the_large_set_takes_a_long_episode() -> None:
 # Before, between and after runs.
 
 
-def test_what_is_there_before_is_copied_once() -> None:
-    ring, large = RingBufferDataset(20), ListDataset(100)
-    for number in range(3):
-        ring.add_episode(tagged.episode(4, number))
-    ring.extend(large, other_batch_size=4, seed=0)
-    assert numbers(large) == [0, 1, 2]
-    for number in range(3, 20):
-        ring.add_episode(tagged.episode(4, number))
-        check_after_addition(ring, large, number)
-
-
 def test_after_a_restart_refill_brings_the_newest_and_others(tmp_path) -> None:
     large = files(tmp_path)
     for number in range(30):

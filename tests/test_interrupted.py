@@ -107,7 +107,7 @@ FILES_STAY_OPEN = pytest.mark.filterwarnings(
 @FILES_STAY_OPEN
 @pytest.mark.parametrize(
     ("kind", "num_before", "num_since", "every"),
-    [("ring", 5, 0, 1), ("ring", 62, 2, 1), ("mixture", 5, 1, 2), ("file", 5, 1, 17)]
+    [("ring", 5, 0, 1), ("ring", 62, 2, 5), ("mixture", 5, 1, 3), ("file", 5, 1, 17)]
     + [pytest.param(kind, 5, 1, 1, marks=pytest.mark.slow) for kind in ("mixture", "file")],
 )
 def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since, every, tmp_path) -> None:
@@ -131,7 +131,7 @@ def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since,
 @FILES_STAY_OPEN
 @pytest.mark.parametrize(
     ("kinds", "every"),
-    [("ring", 1), ("file", 11), ("ring+file", 17), ("file+ring", 17), ("ring+file+ring", 17)]
+    [("ring", 1), ("file", 23), ("ring+file", 41), ("file+ring", 41), ("ring+file+ring", 41)]
     + [
         pytest.param(kinds, 1, marks=pytest.mark.slow) for kinds in ("file", "ring+file", "file+ring", "ring+file+ring")
     ],

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from buffers.dataset import EpisodeDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, TensorType, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.ring.column import Column
 from buffers.evictor import FIFOEvictor
 from buffers.sampler import UniformEpisodeSampler, UniformSampler
 from buffers.table import EpisodeTable, Windows
@@ -287,33 +286,6 @@ def test_rows_of_every_kind_are_drawn_as_they_were_added(length, batch_size, num
         for name, kind in kinds.items():
             assert batch[name].is_contiguous() and batch[name].shape == (batch_size, length, *kind.shape)
             assert torch.equal(batch[name], episode[name][batch["row"]])
-
-
-@pytest.mark.parametrize("length", [1, 2, 5])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_both_gathers_give_copies_of_the_same(kind, length) -> None:
-    array = np.random.default_rng(0).integers(0, 2, (50, *kind.shape)).astype(np.uint8).astype(kind.numpy_dtype)
-    if kind.dtype == torch.bfloat16:
-        array = torch.randn(50, *kind.shape).to(torch.bfloat16).view(torch.int16).numpy().view(kind.numpy_dtype)
-    column, places = Column(50, kind, kind.dtype, torch.device("cpu"), array), np.array([0, 50 - length, 7, 7])
-    expected = torch.stack([column.tensor[place : place + length] for place in places])
-    gathered = torch.empty((4, length, *kind.shape), dtype=kind.dtype)
-    column.gather(torch.from_numpy(places), length, gathered)
-    items = column.items(4, length)
-    assert (items is None) == (kind.nbytes == 0)
-    for windows in [gathered] if items is None else [gathered, items(places)]:
-        assert windows.dtype == kind.dtype and windows.shape == (4, length, *kind.shape) and windows.is_contiguous()
-        assert torch.equal(windows, expected)
-        windows.zero_()
-        assert torch.equal(column.tensor[7 : 7 + length], expected[2])
-
-
-def test_torch_gathers_where_it_shares_the_work_or_lets_threads_go_on(threads) -> None:
-    array = np.ones((100, 1 << 16), np.uint8)
-    column = Column(100, Vector(1 << 16, torch.uint8), torch.uint8, torch.device("cpu"), array)
-    assert column.items(32, 2) is None, "from 4 MB on"
-    assert (column.items(31, 2) is None) == (threads == 2), "where threads share more than a few elements"
-    assert column.items(1, 2) is not None
 
 
 def test_loaders_of_many_sizes_take_turns_over_one_ring() -> None:
