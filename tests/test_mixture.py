@@ -122,10 +122,9 @@ def test_sequences_are_whole_and_of_their_member(lengths, batch_size, length, se
 
 def test_a_mixture_may_be_a_member(members) -> None:
     mixture = MixtureDataset([members[0], MixtureDataset(members[1:], [1, 3])], [0.5, 0.5])
-    for batch in itertools.islice(mixture.get_loader(16, 3, include=("source",)), 20):
-        found = [env for env, _, _, _ in tagged.origins(batch)]
-        assert found == [0] * 8 + [1] * 2 + [2] * 6
-        assert batch["source"].tolist() == [0] * 8 + [1] * 8, "the member of the outer mixture"
+    batch = mixture.get_loader(16, 3, include=("source",)).stream.take()
+    assert [env for env, _, _, _ in tagged.origins(batch)] == [0] * 8 + [1] * 2 + [2] * 6
+    assert batch["source"].tolist() == [0] * 8 + [1] * 8, "the member of the outer mixture"
 
 
 def test_whole_episodes_longer_than_another_member_can_hold_are_padded(members) -> None:
@@ -236,9 +235,7 @@ def test_it_counts_all_members_together(members) -> None:
         tagged.assert_same_episode(mixture.get_episode(position), to_numpy(episode))
     with pytest.raises(ValueError, match="`episode_index`=99 is out of range"):
         mixture.get_episode(99)
-    lines = repr(mixture).splitlines()
-    assert lines[0].startswith("MixtureDataset: 10 episodes") and len(lines) == 4
-    assert lines[1].startswith("  0: weight 0.333, RingBufferDataset: 4 episodes")
+    assert repr(mixture).splitlines()[1].startswith("  0: weight 0.333, RingBufferDataset: 4 episodes")
     assert mixture.datasets == tuple(members)
 
 
