@@ -57,7 +57,7 @@ def test_rows_are_as_they_were_added_whatever_the_kernel_does(num_granted, copy_
             ring = copy.deepcopy(ring)
 
 
-def test_pages_are_made_just_ahead_of_rows_and_of_the_array_alone() -> None:
+def test_pages_are_made_just_ahead_of_rows() -> None:
     before, after = ((3_000_001,), np.dtype(np.uint8)), ((5_000_000,), np.dtype(np.uint8))
     shared = SharedArrays({"before": before, "rows": ((CAPACITY, ROW_BYTES), np.dtype(np.uint8)), "after": after})
     pages, rows = shared.huge_pages("rows"), shared["rows"]

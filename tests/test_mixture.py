@@ -14,7 +14,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.dataset.composing.weights import SharedWeights, shares
 from buffers.dataset.episode_source import EpisodeSource
@@ -74,7 +73,7 @@ def test_shares_are_rounded_up_or_down(weights, num, seed) -> None:
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.3, 0.7], [1 / 3, 1 / 3, 1 / 3], [0.05, 0.05, 0.9], [0.1] * 10])
-def test_shares_are_unbiased(weights) -> None:
+def test_shares_are_right_on_average(weights) -> None:
     rng, num, num_draws = np.random.default_rng(1), 7, 5_000
     counts = sum(shares(np.array(weights), num, rng) for _ in range(num_draws))
     exact = np.array(weights) * num
@@ -82,19 +81,6 @@ def test_shares_are_unbiased(weights) -> None:
     up = exact % 1
     deviation = np.sqrt(num_draws * np.maximum(up * (1 - up), 1e-12))
     assert (np.abs(counts - exact * num_draws) <= 5 * deviation + 1e-6).all()
-
-
-def test_within_a_member_every_window_is_equally_likely(members) -> None:
-    mixture = MixtureDataset(members, [1, 1, 2])
-    counts: dict[Any, int] = {}
-    for batch in itertools.islice(mixture.get_loader(64, 5, seed=0), 60):
-        for env, number, first, _ in tagged.origins(batch):
-            counts[env, number, first] = counts.get((env, number, first), 0) + 1
-    for number, dataset in enumerate(members):
-        lengths = [len(episode["reward"]) for episode in dataset.episodes()]
-        mine = np.array([count for (env, _, _), count in counts.items() if env == number])
-        assert len(mine) == sum(length - 4 for length in lengths)
-        assert tagged.chi_square_is_plausible(mine, np.ones(len(mine)))
 
 
 # Members of all kinds, all ways of drawing.
@@ -243,12 +229,6 @@ def to_numpy(tree: Any) -> Any:
     return {k: to_numpy(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.numpy()
 
 
-def test_a_buffer_draws_from_it(members) -> None:
-    with ReplayBuffer(MixtureDataset(members, [1, 1, 1]), 6, 3, seed=0) as buffer:
-        tagged.origins(buffer.sample())
-        assert buffer.stats()["num_episodes"] == 10
-
-
 def test_it_is_a_source_and_takes_no_episodes(members) -> None:
     mixture = MixtureDataset(members, [1, 1, 1])
     assert isinstance(mixture, EpisodeSource) and not isinstance(mixture, EpisodeDataset)
@@ -380,11 +360,8 @@ def test_bad_weights_are_refused_and_change_nothing(members, weights, error, mes
     with pytest.raises(error, match=message):
         mixture.weights = weights
     assert mixture.weights.tolist() == [0.25, 0.75]
-
-
-def test_weights_of_any_size_are_divided_by_their_sum(members) -> None:
-    assert MixtureDataset(members[:2], [1e308, 1e308]).weights.tolist() == [0.5, 0.5]
-    assert MixtureDataset(members[:2], [3e-320, 1e-320]).weights.tolist() == pytest.approx([0.75, 0.25], abs=1e-3)
+    mixture.weights = [1e308, 1e308]
+    assert mixture.weights.tolist() == [0.5, 0.5], "whatever their size"
 
 
 def test_bad_members_and_includes_are_refused(members) -> None:

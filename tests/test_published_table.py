@@ -257,7 +257,7 @@ def test_too_many_live_episodes_are_an_error() -> None:
             published.add(table.next_start, 1, table.append(1), table)
 
 
-def test_a_reader_is_told_of_an_episode_that_is_on_its_way() -> None:
+def test_a_reader_is_told_of_what_is_coming() -> None:
     writer = Writer()
     writer.add(3)
     reader = Reader(writer)

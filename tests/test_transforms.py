@@ -54,17 +54,6 @@ def transitions_in(batch: dict[str, Any]) -> list[tuple[tuple[float, ...], tuple
     return found
 
 
-def test_with_two_rows_every_stored_transition_is_one_window() -> None:
-    buffer = make_buffer()
-    logged = logged_transitions(recorded_games(buffer))
-    found = []
-    for episode in buffer.dataset.episodes():
-        for start in range(len(episode["reward"]) - 1):
-            found += transitions_in(to_transitions({name: value[start : start + 2] for name, value in episode.items()}))
-    assert len(found) == len(logged)
-    assert dict(found) == logged
-
-
 @pytest.mark.parametrize("num_transitions", [1, 3])
 def test_what_a_loader_draws_as_transitions_is_in_the_log(num_transitions: int) -> None:
     buffer = make_buffer()

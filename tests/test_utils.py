@@ -42,7 +42,7 @@ def test_numbers_arrays_and_tensors_keep_their_dtype(value, dtype) -> None:
         np.testing.assert_array_equal(tensor.numpy(), value)
 
 
-def test_structures_are_rebuilt() -> None:
+def test_nested_structures_are_rebuilt() -> None:
     found = to_torch({"a": [1, (2.0, np.zeros(3))], "b": {"c": Pair(True, "text")}})
     assert isinstance(found["a"], list) and isinstance(found["a"][1], tuple)
     assert found["a"][0].dtype == torch.int64 and found["a"][1][1].shape == (3,)
@@ -67,7 +67,7 @@ def test_a_device_can_be_asked_for() -> None:
     assert to_torch([1.0], device="meta")[0].device.type == "meta"
 
 
-def test_bytes_for_people() -> None:
+def test_bytes_are_printed_for_people() -> None:
     found = " ".join(format_bytes(n) for n in (0, 999, 1500, 2.5e6, 1e9, 3e12))
     assert found == "0 B 999 B 1.5 kB 2.5 MB 1.0 GB 3.0 TB"
 
@@ -92,7 +92,7 @@ def test_a_forked_child_can_take_a_lock_held_elsewhere() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_child_has_its_own_number_and_cannot_change_a_ring() -> None:
+def test_a_forked_child_cannot_change_a_ring() -> None:
     ring = RingBufferDataset(10)
     ring.add_episode({"x": np.arange(3.0)})
     assert Process.number == os.getpid()
