@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from typing import Any
 
 import numpy as np
@@ -115,17 +114,6 @@ def test_an_extension_that_cannot_copy_changes_nothing() -> None:
     assert large.is_empty and numbers(ring) == [0, 1]
     ring.extend(large)
     assert numbers(large) == [0, 1]
-
-
-def test_a_warning_that_is_an_error_adds_nothing() -> None:
-    ring, large = RingBufferDataset(5), ListDataset(100)
-    ring.extend(large)
-    with warnings.catch_warnings(), pytest.raises(UserWarning, match="10 steps is longer"):
-        warnings.simplefilter("error")
-        ring.add_episode(tagged.episode(10, 0))
-    assert large.is_empty
-    ring.add_episode(tagged.episode(10, 0))
-    assert numbers(large) == [0]
 
 
 def test_what_only_the_large_set_refuses_is_refused() -> None:

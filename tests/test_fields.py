@@ -43,7 +43,7 @@ def test_keys_in_another_order_are_the_same_fields() -> None:
         ((7, 3), torch.float32, TensorType),
     ],
 )
-def test_types_are_inferred(shape, dtype, expected) -> None:
+def test_types_are_inferred_from_shapes(shape, dtype, expected) -> None:
     found = TensorType.infer(shape, dtype)
     assert type(found) is expected
     assert (found.shape, found.dtype) == (shape, dtype)
@@ -64,7 +64,7 @@ def test_fields_of_an_episode_and_their_bytes() -> None:
     assert [str(tensor_type) for tensor_type in lists.values()] == ["float64 (3,)", "float32 ()", "float32 (2,)"]
 
 
-def test_layouts_of_images() -> None:
+def test_layouts_of_images_are_known() -> None:
     assert not ColorImage((64, 48, 3)).channels_first
     assert ColorImage((4, 64, 48)).channels_first
     assert ColorImage((64, 48, 3)).dtype == torch.uint8

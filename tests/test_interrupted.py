@@ -1,4 +1,4 @@
-"""Ctrl-C at every call and return inside of a draw and of an addition.
+"""Ctrl-C at every call and return inside of a draw and of an addition; with files, at one in so many.
 
 An addition that it cuts off is there or it is not, no other episode is harmed, and nothing stays locked.
 """
@@ -44,14 +44,14 @@ def is_cut_off(function: Callable[[], object], num_events: int) -> bool:
     return left <= 0  # It came, and the collector passed over it.
 
 
-def each_cut(make: Callable[[int], Any], action: Callable[[Any], object]) -> Iterator[Any]:
-    """What `make` makes, once for each event at which `action` on it can be cut off, and once where it was not."""
-    for num_events in range(1, 4000):
+def each_cut(make: Callable[[int], Any], action: Callable[[Any], object], every: int) -> Iterator[Any]:
+    """What `make` makes, after `action` on it was cut off, at one in `every` events; the last time it was not."""
+    for num_events in range(1, 6000, every):
         made = make(num_events)
         cut_off = is_cut_off(lambda made=made: action(made), num_events)
         yield made
         if not cut_off:
-            assert num_events > 60, "it was hardly ever cut off"
+            assert num_events > 100, "it was hardly ever cut off"
             return
     raise AssertionError("It never came to its end.")
 
@@ -106,9 +106,11 @@ FILES_STAY_OPEN = pytest.mark.filterwarnings(
 
 @FILES_STAY_OPEN
 @pytest.mark.parametrize(
-    ("kind", "num_before", "num_since"), [("ring", 5, 0), ("ring", 62, 2), ("mixture", 5, 1), ("file", 5, 1)]
+    ("kind", "num_before", "num_since", "every"),
+    [("ring", 5, 0, 1), ("ring", 62, 2, 5), ("mixture", 5, 1, 3), ("file", 5, 1, 17)]
+    + [pytest.param(kind, 5, 1, 1, marks=pytest.mark.slow) for kind in ("mixture", "file")],
 )
-def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since, tmp_path) -> None:
+def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since, every, tmp_path) -> None:
     def make(num_events: int) -> tuple[EpisodeDataset, Drawing]:
         dataset = make_dataset(kind.replace("mixture", "ring"), 1000, tmp_path / str(num_events))
         add(dataset, *range(num_before))
@@ -118,7 +120,7 @@ def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since,
             add(dataset, *range(50, 50 + num_since))
         return dataset, drawing
 
-    for dataset, drawing in each_cut(make, lambda made: made[1].stream.take()):
+    for dataset, drawing in each_cut(make, lambda made: made[1].stream.take(), every):
         drawing.check()
         in_a_thread(lambda dataset=dataset, drawing=drawing: (drawing.check(), add(dataset, *LATER)))
         drawing.check()
@@ -127,8 +129,14 @@ def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since,
 
 
 @FILES_STAY_OPEN
-@pytest.mark.parametrize("kinds", ["ring", "file", "ring+file", "file+ring", "ring+file+ring"])
-def test_an_addition_cut_off_anywhere_harms_no_other_episode(kinds, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "every"),
+    [("ring", 1), ("file", 23), ("ring+file", 41), ("file+ring", 41), ("ring+file+ring", 41)]
+    + [
+        pytest.param(kinds, 1, marks=pytest.mark.slow) for kinds in ("file", "ring+file", "file+ring", "ring+file+ring")
+    ],
+)
+def test_an_addition_cut_off_anywhere_harms_no_other_episode(kinds, every, tmp_path) -> None:
     def make(num_events: int) -> tuple[list[EpisodeDataset], list[Drawing], list[int]]:
         directory = tmp_path / str(num_events)
         datasets = [
@@ -143,7 +151,7 @@ def test_an_addition_cut_off_anywhere_harms_no_other_episode(kinds, tmp_path) ->
             drawing.check()
         return datasets, drawings, numbers(datasets[-1])
 
-    for datasets, drawings, stored in each_cut(make, lambda made: add(made[0][0], CUT)):
+    for datasets, drawings, stored in each_cut(make, lambda made: add(made[0][0], CUT), every):
         front, last = datasets[0], datasets[-1]
         found = numbers(last)
         others = [number for number in found if number != CUT]
@@ -155,5 +163,6 @@ def test_an_addition_cut_off_anywhere_harms_no_other_episode(kinds, tmp_path) ->
         for drawing in drawings:
             assert drawing.check() <= {*BEFORE, CUT, *LATER}
         assert set(LATER) <= set(numbers(front)) and numbers(last)[-2:] == list(LATER)
+        is_there = CUT in numbers(front), CUT in numbers(last)
         close(datasets)
-    assert CUT in numbers(front) and CUT in numbers(last)
+    assert is_there == (True, True), "where it was not cut off"

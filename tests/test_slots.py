@@ -162,14 +162,3 @@ def test_a_state_that_is_loaded_reaches_workers(persistent: bool) -> None:
     del batches
     gc.collect()
     assert not set(workers) & set(_opened), "slots of workers that are gone are given up"
-
-
-def test_batches_of_every_length_cross() -> None:
-    dataset = RingBufferDataset(3000)
-    for number in range(30):
-        dataset.add_episode(tagged.episode(1 + number * number // 2, number))
-    loader = dataset.get_loader(3, None, num_workers=2, seed=0)
-    reference = dataset.get_loader(3, None, seed=0)
-    kept = list(itertools.islice(loader, 60))
-    for one, two in zip(kept, itertools.islice(reference, 60), strict=True):
-        assert tagged.origins(one, one["mask"]) == tagged.origins(two, two["mask"])
