@@ -12,7 +12,7 @@ from buffers.dataset import EpisodeDataset, RingBufferDataset
 from buffers.sampler import UniformEpisodeSampler
 from tests import tagged
 from tests.contract import assert_same_batch
-from tests.list_dataset import Forgetful
+from tests.forgetful import Forgetful
 
 
 def filled(dataset: EpisodeDataset | None = None) -> EpisodeDataset:

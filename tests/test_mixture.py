@@ -22,7 +22,8 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Windows
 from tests import tagged
-from tests.list_dataset import Forgetful, ListDataset
+from tests.forgetful import Forgetful
+from tests.list_dataset import ListDataset
 
 
 def member(number: int, dataset: EpisodeDataset, lengths: list[int]) -> EpisodeDataset:
