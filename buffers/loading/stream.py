@@ -7,6 +7,7 @@ w, w + W, w + 2W, ... and the DataLoader takes from its workers in turn, so thei
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from buffers.fields import Fields
-from buffers.loading.include import as_bytes, check_no_field, checked_include, included, zero_padding
+from buffers.loading.include import checked_include, included, zero_padding
 from buffers.loading.lifetime import end_with
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
@@ -112,7 +113,7 @@ class SequenceStream(IterableDataset):
         windows = self._draw(n, 0)
         rows, was_read = self._read(windows)
         if was_read is not None and not was_read.all():
-            windows, rows = self._with_others(n, windows, rows, was_read)
+            windows, rows = self._with_others(n, windows, was_read)
         if self._slots is None:
             self._last = windows
         else:
@@ -141,10 +142,10 @@ class SequenceStream(IterableDataset):
                     raise
             time.sleep(_PAUSE)
 
-    def _read(self, windows: Windows, is_whole_batch: bool = True) -> tuple[Rows, np.ndarray | None]:
+    def _read(self, windows: Windows) -> tuple[Rows, np.ndarray | None]:
         """The rows of windows, in a worker's slot or in new memory, and which of them were read."""
         num_windows, out = len(windows.start), None
-        if self._slots is not None and is_whole_batch and self.source.fields is not None:
+        if self._slots is not None and self.source.fields is not None:
             out = self._slots.empty_batch(self.source.fields, (num_windows, windows.length))
         if self.chunk_size >= num_windows:
             return self.source.read(windows, out)
@@ -157,35 +158,32 @@ class SequenceStream(IterableDataset):
                 was_read[chunk] = found
         return out, was_read
 
-    def _with_others(self, n: int, windows: Windows, rows: Rows, was_read: np.ndarray) -> tuple[Windows, Rows]:
-        """Batch n with others in place of those windows that were gone before they could be read."""
-        missed = (~was_read).nonzero()[0]
+    def _with_others(self, n: int, windows: Windows, was_read: np.ndarray) -> tuple[Windows, Rows]:
+        """Batch n with others in place of those windows that were gone before they could be read; all is read anew."""
         for attempt in range(1, self.source.max_sampling_attempts + 1):
+            missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)
+            windows = windows.replaced(missed, self._draw(n, attempt, windows[missed]))
             if self.sequence_length is None:
-                # Another episode may be longer than all of these, which changes the padding: begin anew.
-                windows = self._draw(n, attempt)
-                rows, found = self._read(windows)
-                missed = _missed(found)
-            else:
-                others = self._draw(n, attempt, windows[missed])
-                others_rows, found = self._read(others, is_whole_batch=False)
-                read = np.arange(len(missed)) if found is None else found.nonzero()[0]
-                windows = windows.replaced(missed[read], others[read])
-                for name, tensor in rows.items():
-                    if tensor.numel():
-                        as_bytes(tensor)[missed[read]] = as_bytes(others_rows[name])[read]
-                missed = missed[_missed(found)]
-            if not len(missed):
+                windows.length = int(windows.episode_length.max())
+            rows, found = self._read(windows)
+            if found is None or found.all():
                 return windows, rows
+            was_read = found
         raise RuntimeError(
-            f"{len(missed)} of {len(windows)} windows were gone before they could be read, "
+            f"{len(was_read) - was_read.sum()} of {len(windows)} windows were gone before they could be read, "
             f"{self.source.max_sampling_attempts} times over. Evict less often or raise the `capacity`."
         )
 
     def check_include(self, fields: Fields) -> None:
         """Refuse, by a ValueError, names of `include` that are also fields."""
-        check_no_field(self.include, fields)
+        for name in self.include:
+            if name in fields.roots:
+                by_itself = " (whole episodes have it by themselves)" if name == "mask" else ""
+                raise ValueError(
+                    f"'{name}' of `include`{by_itself} is also a field of the steps. Drop it from `include` if the "
+                    "field is what you want (a Recorder stores `is_first`), or rename the field."
+                )
 
     @property
     def num_rejected(self) -> int:
@@ -220,10 +218,6 @@ class SequenceStream(IterableDataset):
         """What a worker sends instead of a batch."""
         return batch if self._slots is None else self._slots.pack(batch)
 
-    def use_fresh_seed(self) -> None:
-        """Take a seed from the operating system."""
-        self.random = BatchRandom(_fresh_seed())
-
 
 def _checked_sampler(sampler: Any) -> Sampler:
     if not isinstance(sampler, Sampler):
@@ -234,26 +228,17 @@ def _checked_sampler(sampler: Any) -> Sampler:
 
 
 def _fresh_seed() -> int:
-    entropy = np.random.SeedSequence().entropy
-    assert isinstance(entropy, int)
-    return entropy
-
-
-def _missed(was_read: np.ndarray | None) -> np.ndarray:
-    """Positions of the windows that were not read."""
-    return np.empty(0, np.int64) if was_read is None else (~was_read).nonzero()[0]
+    return secrets.randbits(128)
 
 
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:
-    """A batch `field -> (B, T, *shape)` with what `include` asks for."""
     if stream.sequence_length is None:
         zero_padding(windows, rows)
     fields = stream.source.fields
     assert fields is not None  # Windows are drawn from episodes, so there are fields.
     batch = rows if fields.is_flat else fields.unflatten(rows)
-    if not stream.include:
-        return batch
-    stream.check_include(fields)
+    if stream.include:
+        stream.check_include(fields)
     for name in stream.include:
         is_source = name == "source"
         value = torch.from_numpy(stream.source.sources_of(windows)) if is_source else included(name, windows)
@@ -277,8 +262,8 @@ def _single_sequences(stream: SequenceStream, worker: Any) -> Iterator[Any]:
     if worker is not None:
         n, stride = n + worker.id, worker.num_workers
         if not stream.is_seeded:
-            # A forked worker has a copy of the trainer's stream and must not draw what its siblings draw.
-            stream.use_fresh_seed()
+            # A worker has a copy of the trainer's stream and must not draw what the last iteration's drew.
+            stream.random = BatchRandom(_fresh_seed())
     while True:
         block = stream.batch(n)
         n += stride
