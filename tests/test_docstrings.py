@@ -35,7 +35,7 @@ NEED_EXAMPLES = """
 recorder.Recorder replay_buffer.ReplayBuffer transforms.n_step_returns transforms.to_transitions utils.to_torch
 dataset.episode_source.EpisodeSource.get_loader dataset.episode_source.EpisodeSource.sequences dataset.fields.Fields
 dataset.individual_file.IndividualFileDataset dataset.info.EpisodeDatasetInfo dataset.mixture.MixtureDataset
-dataset.ring_buffer.RingBufferDataset sampler.uniform.UniformEpisodeSampler sampler.uniform.UniformSampler
+dataset.ring_buffer.RingBufferDataset sampler.UniformEpisodeSampler sampler.UniformSampler
 wrappers.RecordEpisodes wrappers.VectorRecordEpisodes
 """
 

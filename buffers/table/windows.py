@@ -62,7 +62,7 @@ class Windows:
         return chosen
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
-        """A copy with the windows at `positions` replaced by others of the same length."""
+        """A copy with the windows at `positions` replaced by others."""
         copied = self[np.arange(len(self))]
         for name in _COLUMNS:
             if getattr(copied, name) is not None:
