@@ -12,23 +12,17 @@ __all__ = ["Sampler", "UniformEpisodeSampler", "UniformSampler", "Windows", "int
 
 
 class Sampler(ABC):
-    """Draws windows over a table of episodes. It holds no generator and no state that a draw changes.
-
-    So two loaders can share one, and batch n of a loader depends on nothing but the seed, n and the table.
-    """
+    """Draws windows over a table of episodes. It holds no generator and no state, so two loaders can share one."""
 
     @abstractmethod
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
-        """Draw windows, with replacement.
+        """Draw B = `num_windows` windows, with replacement, each within its episode.
 
         Args:
             table: The live episodes. Build the result with `table.windows(position, step, length)`.
             num_windows: B, at least 1.
             length: T, in steps; None for whole episodes (then T is that of the longest one drawn).
             rng: Source of randomness, a function of the loader's seed, the number of the batch and the attempt.
-
-        Returns:
-            B windows, each within its episode (or, for whole episodes, beginning with it).
 
         Raises:
             RuntimeError: No live episode has `length` rows.

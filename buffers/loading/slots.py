@@ -125,11 +125,11 @@ class Slots:
     def _leaf(self, tensor: torch.Tensor) -> Any:
         if not _can_share(tensor):
             return tensor
-        offset = self._offset(tensor)
+        offset, shape = self._offset(tensor), tuple(tensor.shape)
         if offset is None:
             offset = self._used
-            self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        return _Leaf(offset, tuple(tensor.shape), tensor.dtype)
+            self.empty(shape, tensor.dtype).copy_(tensor)
+        return _Leaf(offset, shape, tensor.dtype)
 
 
 def _can_share(tensor: torch.Tensor) -> bool:
@@ -147,8 +147,6 @@ def _make(num_slots: int, num_bytes: int) -> SharedArrays:
 
 
 class _Packed(NamedTuple):
-    """Pickles as a call that makes the batch."""
-
     arguments: tuple[Any, ...]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -169,27 +167,21 @@ def forget(workers: Iterable[int]) -> None:
 
 def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tree: Any) -> Any:
     """The batch, over the worker's memory."""
-    try:
-        shared = _open(worker, state, is_parting)
-    except RuntimeError as error:
-        raise RuntimeError(f"DataLoader worker (pid {worker}) ended before its batch was taken.") from error
+    token, shared = _opened.get(worker, (None, None))
+    if shared is None or is_parting or token != state["token"]:
+        shared = SharedArrays.__new__(SharedArrays)
+        try:
+            shared.__setstate__(state)
+        except RuntimeError as error:
+            raise RuntimeError(f"DataLoader worker (pid {worker}) ended before its batch was taken.") from error
     # An array of its own over the slot, which all tensors of the batch keep alive, and nothing else does.
     memory = np.frombuffer(memoryview(shared["slots"][slot]), np.uint8)
     if is_parting:
         shared["flags"][slot] = _FREE  # It is mapped, so the worker need not keep it, and will not use it again.
     else:
+        _opened[worker] = state["token"], shared
         weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
     return tree_map_only(_Leaf, lambda leaf: _tensor_at(memory, leaf), tree)
-
-
-def _open(worker: int, state: dict[str, Any], is_parting: bool) -> SharedArrays:
-    token, shared = _opened.get(worker, (None, None))
-    if shared is None or is_parting or token != state["token"]:
-        shared = SharedArrays.__new__(SharedArrays)
-        shared.__setstate__(state)
-        if not is_parting:
-            _opened[worker] = state["token"], shared
-    return shared
 
 
 def _free(shared: SharedArrays, slot: int, trainer: int) -> None:

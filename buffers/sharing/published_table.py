@@ -16,14 +16,16 @@ nothing is left to draw but an episode is about to come.
 
 from __future__ import annotations
 
+import platform
+import threading
+
 import numpy as np
 
 from buffers.sharing.arrays import SharedArrays
-from buffers.sharing.fences import fence, store_fence
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import Process
 
-__all__ = ["PublishedTable"]
+__all__ = ["PublishedTable", "fence"]
 
 _START, _LENGTH, _ID = range(3)
 # Words that the writer stores, each on a cache line of its own.
@@ -33,6 +35,21 @@ _NUM_LINES, _WORDS_PER_LINE = 5, 8
 _MAX_ROWS = 2**28
 _ROWS_AT_ONCE = 64
 _NOTHING_READ = -1
+_STORES_STAY_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def fence() -> None:
+    """Order what this thread has stored and loaded before it against what comes after.
+
+    The atomic operations of taking a lock do it. It is a new lock, as a fork could leave a common one taken for ever.
+    """
+    threading.Lock().acquire()
+
+
+def store_fence() -> None:
+    """Order stores of single words. x86-64 does so by itself; only large copies may stream past its caches there."""
+    if not _STORES_STAY_IN_ORDER:
+        fence()
 
 
 class PublishedTable:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +54,8 @@ class Windows:
         return self.start + self.num_rows - 1
 
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
-        chosen = copy.copy(self)
-        for name in _COLUMNS:
-            column = getattr(self, name)
-            setattr(chosen, name, None if column is None else column[selection])
-        return chosen
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        return replace(self, **{name: c if c is None else c[selection] for name, c in columns.items()})
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others."""
@@ -67,7 +63,6 @@ class Windows:
         for name in _COLUMNS:
             if getattr(copied, name) is not None:
                 getattr(copied, name)[positions] = getattr(others, name)
-        copied.is_checked = self.is_checked and others.is_checked
         copied.oldest_step = min(self.oldest_step, others.oldest_step)
         return copied
 
