@@ -20,15 +20,10 @@ __all__ = ["ColorImage", "Fields", "PaddedPointcloud", "Scalar", "TensorType", "
 
 @dataclass(frozen=True)
 class TensorType:
-    """What one step holds in one field.
+    """What one step holds in one field."""
 
-    Attributes:
-        shape: Shape of one step, without time and batch. An int stands for a shape of one dimension.
-        dtype: A torch dtype; numpy dtypes and their names are converted.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...]  # Of one step, without time and batch. An int stands for a shape of one dimension.
+    dtype: torch.dtype = torch.float32  # numpy dtypes and their names are converted.
 
     def __post_init__(self) -> None:
         shape = (self.shape,) if isinstance(self.shape, int) else tuple(int(size) for size in self.shape)

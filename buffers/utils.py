@@ -15,9 +15,6 @@ import torch
 __all__ = ["to_torch"]
 
 
-_DTYPES = {bool: np.bool_, int: np.int64, float: np.float32, complex: np.complex64}
-
-
 class Process:
     """This process: its number is kept, as asking the kernel takes long where a batch has just used the caches."""
 
@@ -66,30 +63,28 @@ def to_torch(value: Any, device: torch.device | str | None = None) -> Any:
         return type(value)(*(to_torch(item, device) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(to_torch(item, device) for item in value)
-    try:
-        tensor = _as_tensor(value)
-    except (TypeError, OverflowError):
+    if isinstance(value, (np.ndarray, np.generic)):
+        try:
+            tensor = _from_numpy(np.asarray(value))
+        except TypeError:  # Of a dtype that torch has not.
+            return value
+    elif isinstance(value, torch.Tensor):
+        tensor = value
+    elif isinstance(value, bool) or (isinstance(value, int) and -(2**63) <= value < 2**63):
+        tensor = torch.tensor(value)
+    elif isinstance(value, (float, complex)):
+        tensor = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.complex64)
+    else:
         return value
     return tensor if device is None else tensor.to(device)
 
 
-def _as_tensor(value: Any) -> torch.Tensor:
-    """A tensor of a number, or over an array's memory where possible; a TypeError if torch has none."""
-    if isinstance(value, torch.Tensor):
-        return value
-    if not isinstance(value, (np.ndarray, np.generic)):
-        dtype = next((dtype for kind, dtype in _DTYPES.items() if isinstance(value, kind)), None)
-        if dtype is None:
-            raise TypeError(type(value))
-        array = np.array(value, dtype)
-    else:
-        array = np.asarray(value)
+def _from_numpy(array: np.ndarray) -> torch.Tensor:
     # torch knows neither foreign byte orders, nor negative strides, nor memory that must not be written.
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()
-    return torch.from_numpy(array)
+    is_plain = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return torch.from_numpy(array if is_plain else array.copy())
 
 
 def integer(name: str, value: Any, minimum: int) -> int:

@@ -30,8 +30,7 @@ from buffers.sharing import SharedArrays
 __all__ = ["Slots", "forget"]
 
 _ALIGNMENT = 64
-# Room for what joins the fields in a batch: `include`, what a transform makes.
-_SLACK = 65_536
+_SLACK = 65_536  # Room for what joins the fields in a batch: `include`, what a transform makes.
 _FREE, _FULL = range(2)
 
 

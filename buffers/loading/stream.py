@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SequenceStream"]
 
-# Single sequences are drawn and read so many at a time.
-_SEQUENCES_PER_READ = 32
+_SEQUENCES_PER_READ = 32  # Single sequences are drawn and read so many at a time.
 # For an episode that another process has announced, which it will have written long before.
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
@@ -40,18 +39,12 @@ Rows = dict[str, torch.Tensor]
 
 
 class SequenceStream(IterableDataset):
-    """Batches without end from an `EpisodeSource`; or single sequences, if it has no batch size.
+    """Batches without end from an `EpisodeSource`; or single sequences `field -> (T, *shape)`, if it has no batch size.
 
-    Args:
-        source: Where the sequences come from.
-        batch_size: B; None for single sequences `field -> (T, *shape)`.
-        sequence_length: T, in steps; None for whole episodes, padded, with `mask`.
-        chunk_size: As for `EpisodeSource.get_loader`; so are `sampler`, `transform` and `seed`.
-        include: What else a batch holds, besides the fields:
-            `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, episode ids; `step` int64 `(B, T)`, position in
-            the episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real;
-            `weight` float32 `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are
-            -1.
+    The arguments are those of `EpisodeSource.get_loader`. `include` says what a batch holds besides the fields:
+    `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its episode;
+    `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32 `(B,)`;
+    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1.
     """
 
     def __init__(
@@ -85,7 +78,7 @@ class SequenceStream(IterableDataset):
         if "source" in self.include and not source.has_members:
             raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
         self.is_seeded = seed is not None
-        self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
+        self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
         # first: the position at which an iteration by workers began; persistent ones see it change. The position would
@@ -227,10 +220,6 @@ def _checked_sampler(sampler: Any) -> Sampler:
     return sampler
 
 
-def _fresh_seed() -> int:
-    return secrets.randbits(128)
-
-
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:
     if stream.sequence_length is None:
         zero_padding(windows, rows)
@@ -263,7 +252,7 @@ def _single_sequences(stream: SequenceStream, worker: Any) -> Iterator[Any]:
         n, stride = n + worker.id, worker.num_workers
         if not stream.is_seeded:
             # A worker has a copy of the trainer's stream and must not draw what the last iteration's drew.
-            stream.random = BatchRandom(_fresh_seed())
+            stream.random = BatchRandom(secrets.randbits(128))
     while True:
         block = stream.batch(n)
         n += stride
