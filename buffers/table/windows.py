@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +43,9 @@ class Windows:
         return self.start + self.num_rows - 1
 
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
-        columns = {name: getattr(self, name) for name in _COLUMNS}
-        return replace(self, **{name: c if c is None else c[selection] for name, c in columns.items()})
+        columns = ((name, getattr(self, name)) for name in _COLUMNS)
+        chosen: dict[str, Any] = {name: column[selection] for name, column in columns if column is not None}
+        return replace(self, **chosen)
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others."""
