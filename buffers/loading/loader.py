@@ -53,14 +53,8 @@ class SequenceLoader(DataLoader):
             collate_fn = partial(_collate_and_pack, stream, collate_fn)
         # torch draws a seed for its workers, from the global generator unless it is given another.
         loader_options.setdefault("generator", torch.Generator().manual_seed(stream.random.seed % 2**63))
-        super().__init__(
-            stream,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=bool(pin_memory),
-            collate_fn=collate_fn,
-            **loader_options,
-        )
+        loader_options |= {"num_workers": num_workers, "pin_memory": bool(pin_memory), "collate_fn": collate_fn}
+        super().__init__(stream, batch_size=None, **loader_options)
         self.stream = stream
         #: Counts up when iterators from before are out of date.
         self.generation = 0
@@ -119,8 +113,7 @@ class _BatchesOfWorkers(Iterator[Any]):
             if _all_alive(self._batches):
                 self._loader.stream.position += 1  # A batch that failed has its number, too.
             else:
-                # A persistent worker that is gone is not started again by torch, but all of them are.
-                self._loader.end_workers()
+                self._loader.end_workers()  # torch does not start a persistent one again that is gone.
             raise
         self._loader.stream.position += 1
         return batch

@@ -195,17 +195,25 @@ class SequenceStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if worker is not None:
-            end_with(self.trainer)
-        if self.batch_size is None:
-            return _single_sequences(self, worker)
         if worker is None:
-            return _Batches(self.take)
-        self._slots = self._slots or Slots(self.num_slots)
-        self._worker_number = worker.id % COUNTERS["rejected"]
-        first = int(self.counters["first"][0])
-        numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
-        return _Batches(lambda: self.batch(next(numbers)))
+            batches = _Batches(self.take)
+        else:
+            end_with(self.trainer)
+            if self.num_slots:
+                self._slots = self._slots or Slots(self.num_slots)
+            elif not self.is_seeded:
+                # A worker has a copy of the trainer's stream and must not draw what the last iteration's drew.
+                self.random = BatchRandom(secrets.randbits(128))
+            self._worker_number = worker.id % COUNTERS["rejected"]
+            numbers = iter(range(int(self.counters["first"][0]) + worker.id, 2**63 - 1, worker.num_workers))
+            batches = _Batches(lambda: self.batch(next(numbers)))
+        return batches if self.batch_size is not None else self._sequences_of(batches)
+
+    def _sequences_of(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            for b in range(self.num_windows):
+                sequence = _row(batch, b)
+                yield sequence if self.transform is None else self.transform(sequence)
 
     def pack(self, batch: Any) -> Any:
         """What a worker sends instead of a batch."""
@@ -243,24 +251,6 @@ class _Batches(Iterator[Any]):
 
     def __next__(self) -> Any:
         return self._function()
-
-
-def _single_sequences(stream: SequenceStream, worker: Any) -> Iterator[Any]:
-    """Single sequences, drawn and read several at a time: worker w of W draws the blocks w, w + W, ..."""
-    n, stride = stream.position, 1
-    if worker is not None:
-        n, stride = n + worker.id, worker.num_workers
-        if not stream.is_seeded:
-            # A worker has a copy of the trainer's stream and must not draw what the last iteration's drew.
-            stream.random = BatchRandom(secrets.randbits(128))
-    while True:
-        block = stream.batch(n)
-        n += stride
-        if worker is None:
-            stream.position = n
-        for b in range(stream.num_windows):
-            sequence = _row(block, b)
-            yield sequence if stream.transform is None else stream.transform(sequence)
 
 
 def _row(batch: Any, b: int) -> Any:

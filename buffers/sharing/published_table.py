@@ -31,8 +31,7 @@ _START, _LENGTH, _ID = range(3)
 # Words that the writer stores, each on a cache line of its own.
 _HEAD, _TAIL, _OLDEST_STEP, _IS_ADDING, _HAS_ENDED = range(5)
 _NUM_LINES, _WORDS_PER_LINE = 5, 8
-# 6.4 GB, if all of it were ever used.
-_MAX_ROWS = 2**28
+_MAX_ROWS = 2**28  # 6.4 GB, if all of it were ever used.
 _ROWS_AT_ONCE = 64
 _NOTHING_READ = -1
 _STORES_STAY_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
