@@ -157,18 +157,18 @@ class EpisodeTable:
 
     def skip_to(self, next_id: int, next_start: int) -> None:
         """Give no number below these to an episode that comes."""
-        next_start, next_id = max(next_start, self.next_start), max(next_id, self.next_id)
-        self._state = self._state._replace(next_start=next_start, next_id=next_id)
+        rows, first, last, num_steps, start, number = self._state
+        self._state = _State(rows, first, last, num_steps, max(next_start, start), max(next_id, number))
 
     # Episodes that leave.
 
     def retire(self, tail: int) -> None:
         """Forget the oldest episodes, those that start before step id `tail`."""
-        rows, first, last, num_steps, *_ = self._state
+        rows, first, last, num_steps, next_start, next_id = self._state
         if first < last and rows.item(first, _START) < tail:
             num_retired = int(rows[first:last, _START].searchsorted(tail))
             num_steps -= int(rows[first : first + num_retired, _LENGTH].sum())
-            self._state = self._state._replace(first=first + num_retired, num_steps=num_steps)
+            self._state = _State(rows, first + num_retired, last, num_steps, next_start, next_id)
 
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, O(all that live) for any other."""
