@@ -67,7 +67,13 @@ class SequenceLoader(DataLoader):
         self.stream.counters["first"][0] = self.stream.position
         if self._iterator is not None and not _all_alive(self._iterator):
             self.end_workers()  # A persistent one was killed since the last iteration.
-        return _BatchesOfWorkers(self, super().__iter__())
+        try:
+            return _BatchesOfWorkers(self, super().__iter__())
+        except RuntimeError:
+            if self._iterator is None:
+                raise
+            self.end_workers()  # It was still dying a moment ago.
+            return _BatchesOfWorkers(self, super().__iter__())
 
     def end_workers(self) -> None:
         """End persistent workers, if there are any; iterating again starts others."""
