@@ -7,30 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = [
-    "TO_NUMPY",
-    "TO_TORCH",
-    "as_array",
-    "cast_if_kept",
-    "dtype_name",
-    "number_as",
-    "tensor_to_array",
-    "torch_dtype",
-]
+__all__ = ["TO_NUMPY", "TO_TORCH", "as_array", "cast_if_kept", "dtype_name", "number_as", "torch_dtype"]
 
-_TORCH_NAMES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"] + [
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-    "complex128",
-]
-TO_TORCH: dict[np.dtype, torch.dtype] = {np.dtype(name): getattr(torch, name) for name in _TORCH_NAMES}
-TO_NUMPY: dict[torch.dtype, np.dtype] = {dtype: key for key, dtype in TO_TORCH.items()}
+_NAMES = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
 # numpy has no bfloat16: its two bytes travel as an opaque item, which no other dtype is equal to.
 _BFLOAT16 = np.dtype("V2")
+TO_TORCH: dict[np.dtype, torch.dtype] = {np.dtype(name): getattr(torch, name) for name in _NAMES.split()}
 TO_TORCH[_BFLOAT16] = torch.bfloat16
-TO_NUMPY[torch.bfloat16] = _BFLOAT16
+TO_NUMPY: dict[torch.dtype, np.dtype] = {dtype: key for key, dtype in TO_TORCH.items()}
 
 
 def torch_dtype(dtype: Any) -> torch.dtype:
@@ -55,21 +39,18 @@ def as_array(name: str, value: Any) -> np.ndarray:
         try:
             return value.numpy()
         except (RuntimeError, TypeError):
-            return tensor_to_array(name, value)
+            return _tensor_to_array(name, value)
     if isinstance(value, (list, tuple)):
         array = _list_to_array(name, value)
     elif isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"Field `{name}` is a masked array, whose mask would be lost: use `.filled(value)`.")
     elif isinstance(value, (np.ndarray, np.generic, bool, int)):
         array = np.asarray(value)
-    elif isinstance(value, float):
-        array = np.asarray(value, dtype=np.float32)
-    elif isinstance(value, complex):
-        array = np.asarray(value, dtype=np.complex64)
+    elif isinstance(value, (float, complex)):
+        array = np.asarray(value, np.float32 if isinstance(value, float) else np.complex64)
     else:
-        raise TypeError(
-            f"Field `{name}` must be a tensor, an array or a number, found {type(value).__name__}: {value!r:.60}."
-        )
+        found = f"{type(value).__name__}: {value!r:.60}"
+        raise TypeError(f"Field `{name}` must be a tensor, an array or a number, found {found}.")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype not in TO_TORCH or array.dtype == _BFLOAT16:
@@ -86,9 +67,8 @@ def number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
     """The array of a single number in the field's dtype, where that is of its kind; any other array as it is."""
     if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
         return array
-    if type(value) is int and dtype.kind in "iufc":
-        return cast_if_kept(array, dtype)
-    return cast_if_kept(array, dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
+    is_of_its_kind = (type(value) is int and dtype.kind in "iufc") or np.can_cast(array.dtype, dtype, "same_kind")
+    return cast_if_kept(array, dtype) if is_of_its_kind else array
 
 
 def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -100,30 +80,27 @@ def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast if (np.isfinite(cast) | ~np.isfinite(array)).all() else array
 
 
-def tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
+def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
     """Of a tensor that has no array as it is: it is on a GPU, has a gradient, is bfloat16, ..."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.dtype not in TO_NUMPY:
-        raise TypeError(
-            f"Field `{name}` must be a dense tensor of bfloat16 or a dtype that numpy has, found {tensor.layout}, "
-            f"{tensor.dtype}."
-        )
-    if tensor.device.type != "cpu":
-        tensor = tensor.cpu()
+        found = f"{tensor.layout}, {tensor.dtype}"
+        raise TypeError(f"Field `{name}` must be a dense tensor of bfloat16 or a dtype that numpy has, found {found}.")
+    tensor = tensor.cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.resolve_conj().resolve_neg().numpy()
 
 
 def _list_to_array(name: str, value: list | tuple) -> np.ndarray:
-    if len(value) > 0 and isinstance(value[0], torch.Tensor):
+    if value and isinstance(value[0], torch.Tensor):
         value = [as_array(name, item) if isinstance(item, torch.Tensor) else item for item in value]
     try:
         array = np.asarray(value)
     except ValueError:
         raise ValueError(f"Field `{name}` is a ragged list: its members differ in shape.") from None
     item: Any = value
-    while isinstance(item, (list, tuple)) and len(item) > 0:
+    while isinstance(item, (list, tuple)) and item:
         item = item[0]
     if array.dtype == np.float64 and not isinstance(item, (np.ndarray, np.generic)):
         array = array.astype(np.float32)

@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from buffers.table import EpisodeTable
+if TYPE_CHECKING:
+    from buffers.dataset import EpisodeDataset
 
-__all__ = ["Evictable", "Evictor", "FIFOEvictor"]
-
-
-class Evictable(Protocol):
-    """What an evictor sees of a dataset."""
-
-    capacity: int
-    table: EpisodeTable
-
-    @property
-    def num_episodes(self) -> int:
-        """Live episodes."""
-
-    @property
-    def episode_lengths(self) -> list[int]:
-        """Steps of each live episode, oldest first."""
+__all__ = ["Evictor", "FIFOEvictor"]
 
 
 class Evictor(ABC):
     """Chooses the episode that leaves when another needs its room."""
 
     @abstractmethod
-    def evict(self, dataset: Evictable) -> int:
-        """Choose an episode of the dataset, which is not empty and must not be changed; called until there is room.
-
-        Returns:
-            Episode index, 0 for the oldest to `dataset.num_episodes - 1` for the newest.
-        """
+    def evict(self, dataset: EpisodeDataset) -> int:
+        """The index of an episode, 0 for the oldest, of a dataset with at least one; called until there is room."""
 
 
 class FIFOEvictor(Evictor):
     """The oldest episode leaves first."""
 
-    def evict(self, dataset: Evictable) -> int:
+    def evict(self, dataset: EpisodeDataset) -> int:
         """Choose the oldest episode, index 0."""
         return 0

@@ -1,7 +1,6 @@
 """Fields: the name, shape and dtype of everything that a step holds.
 
-A step may nest dicts; a field is one leaf of it, and its name is the path to it joined by "/". `Fields`
-knows the way from the nested form that users hand in and get back to the flat one that storage works on.
+A step may nest dicts; a field is one leaf of it, and its name is the path to it joined by "/".
 """
 
 from __future__ import annotations
@@ -21,15 +20,10 @@ __all__ = ["ColorImage", "Fields", "PaddedPointcloud", "Scalar", "TensorType", "
 
 @dataclass(frozen=True)
 class TensorType:
-    """What one step holds in one field.
+    """What one step holds in one field."""
 
-    Attributes:
-        shape: Shape of one step, without time and batch. An int stands for a shape of one dimension.
-        dtype: A torch dtype; numpy dtypes and their names are converted.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...]  # Of one step, without time and batch. An int stands for a shape of one dimension.
+    dtype: torch.dtype = torch.float32  # numpy dtypes and their names are converted.
 
     def __post_init__(self) -> None:
         shape = (self.shape,) if isinstance(self.shape, int) else tuple(int(size) for size in self.shape)
@@ -40,7 +34,7 @@ class TensorType:
         self._check_shape()
 
     def _check_shape(self) -> None:
-        """Refuse shapes that the type does not stand for."""
+        pass
 
     @property
     def nbytes(self) -> int:
@@ -57,11 +51,7 @@ class TensorType:
 
     @staticmethod
     def infer(shape: Iterable[int], dtype: torch.dtype) -> TensorType:
-        """The most telling type for a shape and dtype.
-
-        No dimension is a `Scalar`, one a `Vector`, three with 1, 3 or 4 channels first or last (and more
-        pixels than channels) a `ColorImage`. A `PaddedPointcloud` looks like any matrix: state it.
-        """
+        """The most telling type for a shape and dtype; a `PaddedPointcloud` looks like any matrix: state it."""
         shape = tuple(shape)
         if len(shape) < 2:
             return Vector(shape, dtype) if shape else Scalar(shape, dtype)
@@ -127,16 +117,13 @@ def as_tensor(array: np.ndarray, tensor_type: TensorType) -> torch.Tensor:
 
 
 class Fields(Mapping[str, TensorType]):
-    """The fields of a dataset: an ordered mapping from name to `TensorType`.
+    """The fields of a dataset: an ordered mapping from name to `TensorType`, of a nested dict or keywords.
 
-        >>> fields = Fields(obs={"image": ColorImage((64, 64, 3)), "speed": Scalar()}, action=Vector(6))
-        >>> list(fields)
-        ['obs/image', 'obs/speed', 'action']
-        >>> fields.nbytes  # of one step
-        12316
-
-    Args:
-        tree: Nested dict of types; or give the top level as keywords.
+    >>> fields = Fields(obs={"image": ColorImage((64, 64, 3)), "speed": Scalar()}, action=Vector(6))
+    >>> list(fields)
+    ['obs/image', 'obs/speed', 'action']
+    >>> fields.nbytes  # of one step
+    12316
     """
 
     def __init__(self, tree: Mapping[str, Any] | None = None, /, **types: Any) -> None:
@@ -169,10 +156,8 @@ class Fields(Mapping[str, TensorType]):
         def infer(name: str, value: Any) -> TensorType:
             array = as_array(name, value)
             if array.ndim < num_leading_axes:
-                raise ValueError(
-                    f"Field `{name}` has shape {array.shape}, expected an axis before its own: that of the "
-                    "environments, or of an episode's rows."
-                )
+                expected = "an axis before its own: that of the environments, or of an episode's rows"
+                raise ValueError(f"Field `{name}` has shape {array.shape}, expected {expected}.")
             return TensorType.infer(array.shape[num_leading_axes:], TO_TORCH[array.dtype])
 
         return cls(_unwalk((path, infer("/".join(path), leaf)) for path, leaf in _walk(rows)))
@@ -199,16 +184,15 @@ class Fields(Mapping[str, TensorType]):
         missing = ["/".join(path) for path in self.paths if path not in leaves]
         unexpected = ["/".join(path) for path in leaves if path not in self.paths]
         if missing or unexpected:
-            raise ValueError(
-                f"The fields differ: missing {missing}, unexpected {unexpected}. Expected {list(self.names)}."
-            )
+            expected = list(self.names)
+            raise ValueError(f"The fields differ: missing {missing}, unexpected {unexpected}. Expected {expected}.")
         return [leaves[path] for path in self.paths]
 
     def arrays(self, tree: Any) -> list[np.ndarray]:
         """The leaves in the order of the fields, as arrays of native byte order, views where that is possible.
 
         A single number takes the dtype of its field if that is of its kind: a reward may be 0.0 once, np.float64 then.
-        TypeError for a value that cannot become an array, ValueError for other keys.
+        Errors are those of `flatten` and `as_array`.
         """
         leaves = self.flatten(tree)
         for i, (name, dtype, _) in enumerate(self.layout):
@@ -222,22 +206,20 @@ class Fields(Mapping[str, TensorType]):
 
     def unflatten(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The nested dict for `name -> leaf`; the inverse of `flatten`."""
-        if self.is_flat:
-            return dict(leaves)
         return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
 
     def select(self, names: Collection[str]) -> Fields:
         """The fields of these names, in the order that they have here."""
-        pairs = zip(self.paths, self.names, strict=True)
-        return Fields(_unwalk((path, self[name]) for path, name in pairs if name in names))
+        pairs = zip(self.paths, self.items(), strict=True)
+        return Fields(_unwalk((path, leaf) for path, (name, leaf) in pairs if name in names))
 
     def conflict_with(self, other: Fields) -> str | None:
         """What differs from `other` in names, shapes or dtypes, in words; None if data of one fits the other."""
         missing, unexpected = set(other) - set(self), set(self) - set(other)
-        if not (missing or unexpected) and set(self.paths) != set(other.paths):
-            return f"the same names, but nested in another way: {sorted(self.paths)}, expected {sorted(other.paths)}"
         if missing or unexpected:
             return f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+        if set(self.paths) != set(other.paths):
+            return f"the same names, but nested in another way: {sorted(self.paths)}, expected {sorted(other.paths)}"
         for name, expected in other.items():
             found = self[name]
             if (found.shape, found.dtype) != (expected.shape, expected.dtype):
@@ -275,7 +257,6 @@ def _walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 
 
 def _unwalk(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """The nested dict that `_walk` came from."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves:
         node = tree

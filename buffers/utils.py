@@ -48,21 +48,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def to_torch(value: Any, device: torch.device | str | None = None) -> Any:
-    """Turn numbers and arrays into tensors, also inside nested lists, tuples and dicts.
+    """Turn numbers and arrays into tensors, also inside lists, tuples (named ones too) and dicts, which are rebuilt.
 
-    dtypes are kept; Python floats become float32, ints int64, bools bool. Arrays share their memory with
-    the tensor where torch allows it, so copy the result if the array is used again.
+    dtypes are kept; Python floats become float32, ints int64, bools bool. Arrays share their memory with the tensor
+    where torch allows it, so copy the result if the array is used again. What is neither (a string, None, an object
+    array) comes back as it is. `device` is where the tensors shall live; None leaves them where they are.
 
         >>> to_torch({"obs": np.zeros(2, np.float32), "reward": 0.5, "name": "left"})
         {'obs': tensor([0., 0.]), 'reward': tensor(0.5000), 'name': 'left'}
-
-    Args:
-        value: Anything. Lists, tuples (named ones too) and dicts are rebuilt with converted members.
-        device: Where the tensors shall live; None leaves them where they are.
-
-    Returns:
-        The same structure with tensors for numbers and numeric arrays. What is none of these (a string,
-        None, an object array) comes back as it is.
     """
     if isinstance(value, dict):
         return {key: to_torch(item, device) for key, item in value.items()}
@@ -71,35 +64,27 @@ def to_torch(value: Any, device: torch.device | str | None = None) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_torch(item, device) for item in value)
     if isinstance(value, (np.ndarray, np.generic)):
-        tensor = _from_numpy(np.asarray(value))
-        if tensor is None:
+        try:
+            tensor = _from_numpy(np.asarray(value))
+        except TypeError:  # Of a dtype that torch has not.
             return value
     elif isinstance(value, torch.Tensor):
         tensor = value
-    elif isinstance(value, bool):
+    elif isinstance(value, bool) or (isinstance(value, int) and -(2**63) <= value < 2**63):
         tensor = torch.tensor(value)
-    elif isinstance(value, int) and -(2**63) <= value < 2**63:
-        tensor = torch.tensor(value, dtype=torch.int64)
-    elif isinstance(value, float):
-        tensor = torch.tensor(value, dtype=torch.float32)
-    elif isinstance(value, complex):
-        tensor = torch.tensor(value, dtype=torch.complex64)
+    elif isinstance(value, (float, complex)):
+        tensor = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.complex64)
     else:
         return value
     return tensor if device is None else tensor.to(device)
 
 
-def _from_numpy(array: np.ndarray) -> torch.Tensor | None:
-    """A tensor over the array's memory where possible; None for a dtype that torch has not."""
+def _from_numpy(array: np.ndarray) -> torch.Tensor:
     # torch knows neither foreign byte orders, nor negative strides, nor memory that must not be written.
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()
-    try:
-        return torch.from_numpy(array)
-    except TypeError:
-        return None
+    is_plain = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return torch.from_numpy(array if is_plain else array.copy())
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
@@ -128,11 +113,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text whose columns are aligned; the first row is the head and is underlined.
-
-    >>> aligned([("field", "bytes"), ("obs", "1,024")])
-    ['field  bytes', '------------', 'obs    1,024']
-    """
+    """Lines of text whose columns are aligned; the first row is the head and is underlined."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -36,7 +36,7 @@ recorder.Recorder replay_buffer.ReplayBuffer transforms.n_step_returns transform
 dataset.episode_source.EpisodeSource.get_loader dataset.episode_source.EpisodeSource.sequences fields.Fields
 dataset.files.individual_file.IndividualFileDataset dataset.info.EpisodeDatasetInfo writer.EpisodeWriter
 dataset.composing.mixture.MixtureDataset dataset.ring.ring_buffer.RingBufferDataset
-sampler.uniform.UniformEpisodeSampler sampler.uniform.UniformSampler
+sampler.UniformEpisodeSampler sampler.UniformSampler
 wrappers.RecordEpisodes wrappers.VectorRecordEpisodes
 """
 

@@ -8,21 +8,15 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from buffers.fields import Fields
 from buffers.table import Windows
 
-__all__ = ["INCLUDABLE", "as_bytes", "check_no_field", "checked_include", "included", "zero_padding"]
+__all__ = ["INCLUDABLE", "checked_include", "included", "zero_padding"]
 
 INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight", "source")
 
 
 def checked_include(include: Iterable[str], whole_episodes: bool) -> tuple[str, ...]:
-    """The names that `include` asks for, each once; whole episodes have `mask` in any case.
-
-    Raises:
-        TypeError: A string.
-        ValueError: An unknown name.
-    """
+    """The names that `include` asks for, each once; whole episodes have `mask` in any case."""
     if isinstance(include, str):
         raise TypeError(f"`include` must be a tuple of names, found the string {include!r}: write ({include!r},).")
     include = tuple(dict.fromkeys(include))
@@ -30,17 +24,6 @@ def checked_include(include: Iterable[str], whole_episodes: bool) -> tuple[str, 
     if unknown:
         raise ValueError(f"`include` knows {list(INCLUDABLE)}, found {unknown}.")
     return (*include, "mask") if whole_episodes and "mask" not in include else include
-
-
-def check_no_field(include: Iterable[str], fields: Fields) -> None:
-    """Refuse, by a ValueError, names of `include` that are also fields."""
-    for name in include:
-        if name in fields.roots:
-            by_itself = " (whole episodes have it by themselves)" if name == "mask" else ""
-            raise ValueError(
-                f"'{name}' of `include`{by_itself} is also a field of the steps. Drop it from `include` if the "
-                "field is what you want (a Recorder stores `is_first`), or rename the field."
-            )
 
 
 def included(name: str, windows: Windows) -> torch.Tensor:
@@ -67,9 +50,6 @@ def zero_padding(windows: Windows, rows: dict[str, torch.Tensor]) -> None:
     padding = np.arange(windows.length) >= windows.num_rows[:, None]
     if padding.any():
         for tensor in (tensor for tensor in rows.values() if tensor.numel()):
-            as_bytes(tensor)[torch.from_numpy(padding).to(tensor.device)] = 0
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A view `(B, T, bytes)` of contiguous `(B, T, *shape)`: torch assigns bytes whatever the dtype was."""
-    return tensor.view(*tensor.shape[:2], math.prod(tensor.shape[2:])).view(torch.uint8)
+            # torch assigns bytes whatever the dtype is, but none of its dtypes can all be assigned.
+            data = tensor.view(*tensor.shape[:2], math.prod(tensor.shape[2:])).view(torch.uint8)
+            data[torch.from_numpy(padding).to(tensor.device)] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -34,14 +35,8 @@ def _wait_and_exit(trainer: int) -> None:
         poll.register(os.pidfd_open(trainer), select.POLLIN)
         poll.poll()
     except (AttributeError, OSError):  # Not Linux, an old kernel, or gone already.
-        while _is_alive(trainer):
-            time.sleep(1.0)
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(trainer, 0)
+                time.sleep(1.0)
     os._exit(1)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -6,6 +6,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,7 @@ class SequenceLoader(DataLoader):
     """torch's `DataLoader` over a `SequenceStream`: one endless sequence of batches.
 
     Iterating again goes on where the last iteration stopped. So does a loader that has been given the
-    `state_dict()` of another.
-
-    Args:
-        stream: What is iterated.
-        num_workers: 0 by default.
-        pin_memory: Off by default.
-        **loader_options: Go to torch's `DataLoader` as they are.
+    `state_dict()` of another. Its options are those of torch.
     """
 
     def __init__(
@@ -49,23 +44,17 @@ class SequenceLoader(DataLoader):
         for name in ("shuffle", "drop_last"):
             if loader_options.pop(name, None):
                 raise ValueError(f"Windows are drawn at random, and every batch is full: leave out `{name}`.")
-        collate_fn = loader_options.pop("collate_fn", None)
+        collate_fn = loader_options.pop("collate_fn", None) or _as_it_is
         if num_workers:
             stream.source.check_workers()
             stream.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in COUNTERS.items()})
             # Batches that wait for the trainer, one that it has, and one that is being made.
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
-            collate_fn = _CollateAndPack(stream, collate_fn)
+            collate_fn = partial(_collate_and_pack, stream, collate_fn)
         # torch draws a seed for its workers, from the global generator unless it is given another.
         loader_options.setdefault("generator", torch.Generator().manual_seed(stream.random.seed % 2**63))
-        super().__init__(
-            stream,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=bool(pin_memory),
-            collate_fn=collate_fn or _as_it_is,
-            **loader_options,
-        )
+        loader_options |= {"num_workers": num_workers, "pin_memory": bool(pin_memory), "collate_fn": collate_fn}
+        super().__init__(stream, batch_size=None, **loader_options)
         self.stream = stream
         #: Counts up when iterators from before are out of date.
         self.generation = 0
@@ -76,21 +65,15 @@ class SequenceLoader(DataLoader):
         self.stream.source.check_drawable()
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
-        return _BatchesOfWorkers(self, self._iterate())
-
-    def _iterate(self) -> Any:
-        """The iterator of torch, over other workers if a persistent one was killed since the last iteration."""
-        before = getattr(self._iterator, "_workers", [])
-        if not all(worker.is_alive() for worker in before):
-            self.end_workers()
+        if self._iterator is not None and not _all_alive(self._iterator):
+            self.end_workers()  # A persistent one was killed since the last iteration.
         try:
-            return super().__iter__()
+            return _BatchesOfWorkers(self, super().__iter__())
         except RuntimeError:
             if self._iterator is None:
                 raise
-            # It was still dying a moment ago.
-            self.end_workers()
-            return super().__iter__()
+            self.end_workers()  # It was still dying a moment ago.
+            return _BatchesOfWorkers(self, super().__iter__())
 
     def end_workers(self) -> None:
         """End persistent workers, if there are any; iterating again starts others."""
@@ -114,14 +97,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class _CollateAndPack:
-    """Called by a worker on each batch before it is sent."""
+def _collate_and_pack(stream: SequenceStream, collate_fn: Callable[[Any], Any], batch: Any) -> Any:
+    return stream.pack(collate_fn(batch))
 
-    def __init__(self, stream: SequenceStream, collate_fn: Callable[[Any], Any] | None) -> None:
-        self._stream, self._collate_fn = stream, collate_fn
 
-    def __call__(self, batch: Any) -> Any:
-        return self._stream.pack(batch if self._collate_fn is None else self._collate_fn(batch))
+def _all_alive(batches: Any) -> bool:
+    return all(worker.is_alive() for worker in batches._workers)
 
 
 class _BatchesOfWorkers(Iterator[Any]):
@@ -129,18 +110,16 @@ class _BatchesOfWorkers(Iterator[Any]):
 
     def __init__(self, loader: SequenceLoader, batches: Any) -> None:
         self._loader, self._batches = loader, batches
-        workers = [worker.pid for worker in batches._workers]
-        weakref.finalize(batches, forget, workers).atexit = False
+        weakref.finalize(batches, forget, [worker.pid for worker in batches._workers]).atexit = False
 
     def __next__(self) -> Any:
         try:
             batch = next(self._batches)
         except BaseException:
-            if all(worker.is_alive() for worker in self._batches._workers):
+            if _all_alive(self._batches):
                 self._loader.stream.position += 1  # A batch that failed has its number, too.
             else:
-                # A persistent worker that is gone is not started again by torch, but all of them are.
-                self._loader.end_workers()
+                self._loader.end_workers()  # torch does not start a persistent one again that is gone.
             raise
         self._loader.stream.position += 1
         return batch

@@ -15,11 +15,7 @@ __all__ = ["BatchRandom"]
 
 
 class BatchRandom:
-    """Randomness of the batches of a stream.
-
-    Args:
-        seed: At least 0.
-    """
+    """Randomness of the batches of a stream, from a seed of at least 0."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from buffers.fields import Fields
 from buffers.sharing import SharedArrays
@@ -30,8 +30,7 @@ from buffers.sharing import SharedArrays
 __all__ = ["Slots", "forget"]
 
 _ALIGNMENT = 64
-# Room for what joins the fields in a batch: `include`, what a transform makes.
-_SLACK = 65_536
+_SLACK = 65_536  # Room for what joins the fields in a batch: `include`, what a transform makes.
 _FREE, _FULL = range(2)
 
 
@@ -60,8 +59,7 @@ class Slots:
         """Choose the memory of the next batch, whose tensors take about so much."""
         num_bytes = max(num_bytes, self._minimal_size)
         num_bytes += num_bytes // 8 + _SLACK
-        if self._current is not None:  # A transform failed, and the batch was never sent.
-            self._current["flags"][self._slot] = _FREE
+        self._give_up()  # A transform failed, and the batch was never sent.
         # Memory under way to the trainer must stay open until that has mapped it; then it lives as long as its batch.
         self._parting = [memory for memory in self._parting if (memory["flags"] == _FULL).any()]
         if self._shared is None or self._shared["slots"].shape[1] < num_bytes:
@@ -74,20 +72,16 @@ class Slots:
         else:
             self._use(_make(1, num_bytes), 0)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        """A tensor in the memory of the batch; None if there is no room left."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if self._used + num_bytes > len(self._memory):
-            return None
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in the memory of the batch."""
         tensor = _tensor_at(self._memory, _Leaf(self._used, shape, dtype))
-        self._used += _aligned(num_bytes)
+        self._used += _aligned(tensor.nbytes)
         return tensor
 
     def empty_batch(self, fields: Fields, leading: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Memory for a batch, `name -> (*leading, *shape)`."""
         self.begin(fields.nbytes * leading[0] * leading[1] + _ALIGNMENT * len(fields))
-        out = {name: self.empty(leading + field.shape, field.dtype) for name, field in fields.items()}
-        return {name: tensor for name, tensor in out.items() if tensor is not None}
+        return {name: self.empty(leading + field.shape, field.dtype) for name, field in fields.items()}
 
     def pack(self, batch: Any) -> Any:
         """What is sent instead of the batch, and becomes it when it is unpickled."""
@@ -99,19 +93,19 @@ class Slots:
         self._current = None
         return _Packed(arguments)
 
+    def _give_up(self) -> None:
+        if self._current is not None:
+            self._current["flags"][self._slot] = _FREE
+
     def _make_room_for(self, batch: Any) -> None:
         """Change to memory of its own for a batch that a transform has made too large for its slot."""
-        tensors: list[torch.Tensor] = []
-        tree_map_only(torch.Tensor, tensors.append, batch)
-        tensors = [tensor for tensor in tensors if _can_share(tensor)]
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and _can_share(leaf)]
         needed = self._used + sum(_aligned(tensor.nbytes) for tensor in tensors if self._offset(tensor) is None)
-        if needed <= len(self._memory):
-            return
-        # The next batch has room for the fields and for what becomes of them.
-        self._minimal_size = needed
-        assert self._current is not None  # There is a batch in it.
-        self._current["flags"][self._slot] = _FREE
-        self._use(_make(1, sum(_aligned(tensor.nbytes) for tensor in tensors)), 0)
+        if needed > len(self._memory):
+            # The next batch has room for the fields and for what becomes of them.
+            self._minimal_size = needed
+            self._give_up()
+            self._use(_make(1, sum(_aligned(tensor.nbytes) for tensor in tensors)), 0)
 
     def _use(self, memory: SharedArrays, slot: int) -> None:
         self._current, self._slot = memory, slot
@@ -123,20 +117,18 @@ class Slots:
     def _offset(self, tensor: torch.Tensor) -> int | None:
         """Where a tensor lies in the memory of the batch; None if it does not."""
         offset = tensor.data_ptr() - self._memory.ctypes.data
-        is_inside = offset >= 0 and offset + tensor.nbytes <= self._used and tensor.is_contiguous()
-        return offset if is_inside else None
+        is_inside = offset >= 0 and offset + tensor.nbytes <= self._used
+        is_plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+        return offset if is_inside and is_plain else None
 
     def _leaf(self, tensor: torch.Tensor) -> Any:
         if not _can_share(tensor):
             return tensor
-        tensor = tensor.resolve_conj().resolve_neg()
-        offset = self._offset(tensor)
+        offset, shape = self._offset(tensor), tuple(tensor.shape)
         if offset is None:
-            offset, room = self._used, self.empty(tuple(tensor.shape), tensor.dtype)
-            if room is None:
-                return tensor
-            room.copy_(tensor)
-        return _Leaf(offset, tuple(tensor.shape), tensor.dtype)
+            offset = self._used
+            self.empty(shape, tensor.dtype).copy_(tensor)
+        return _Leaf(offset, shape, tensor.dtype)
 
 
 def _can_share(tensor: torch.Tensor) -> bool:
@@ -154,8 +146,6 @@ def _make(num_slots: int, num_bytes: int) -> SharedArrays:
 
 
 class _Packed(NamedTuple):
-    """Pickles as a call that makes the batch."""
-
     arguments: tuple[Any, ...]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -176,31 +166,21 @@ def forget(workers: Iterable[int]) -> None:
 
 def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tree: Any) -> Any:
     """The batch, over the worker's memory."""
-    try:
-        shared = _map_memory(state) if is_parting else _open(worker, state)
-    except RuntimeError as error:
-        raise RuntimeError(f"DataLoader worker (pid {worker}) ended before its batch was taken.") from error
+    token, shared = _opened.get(worker, (None, None))
+    if shared is None or is_parting or token != state["token"]:
+        shared = SharedArrays.__new__(SharedArrays)
+        try:
+            shared.__setstate__(state)
+        except RuntimeError as error:
+            raise RuntimeError(f"DataLoader worker (pid {worker}) ended before its batch was taken.") from error
     # An array of its own over the slot, which all tensors of the batch keep alive, and nothing else does.
     memory = np.frombuffer(memoryview(shared["slots"][slot]), np.uint8)
     if is_parting:
         shared["flags"][slot] = _FREE  # It is mapped, so the worker need not keep it, and will not use it again.
     else:
+        _opened[worker] = state["token"], shared
         weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
     return tree_map_only(_Leaf, lambda leaf: _tensor_at(memory, leaf), tree)
-
-
-def _map_memory(state: dict[str, Any]) -> SharedArrays:
-    shared = SharedArrays.__new__(SharedArrays)
-    shared.__setstate__(state)
-    return shared
-
-
-def _open(worker: int, state: dict[str, Any]) -> SharedArrays:
-    handle = state.get("handle")
-    if worker in _opened and handle is not None and _opened[worker][0] == handle:
-        return _opened[worker][1]
-    _opened[worker] = handle, _map_memory(state)
-    return _opened[worker][1]
 
 
 def _free(shared: SharedArrays, slot: int, trainer: int) -> None:

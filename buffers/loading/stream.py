@@ -7,6 +7,7 @@ w, w + W, w + 2W, ... and the DataLoader takes from its workers in turn, so thei
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from buffers.fields import Fields
-from buffers.loading.include import as_bytes, check_no_field, checked_include, included, zero_padding
+from buffers.loading.include import checked_include, included, zero_padding
 from buffers.loading.lifetime import end_with
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SequenceStream"]
 
-# Single sequences are drawn and read so many at a time.
-_SEQUENCES_PER_READ = 32
+_SEQUENCES_PER_READ = 32  # Single sequences are drawn and read so many at a time.
 # For an episode that another process has announced, which it will have written long before.
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
@@ -39,18 +39,12 @@ Rows = dict[str, torch.Tensor]
 
 
 class SequenceStream(IterableDataset):
-    """Batches without end from an `EpisodeSource`; or single sequences, if it has no batch size.
+    """Batches without end from an `EpisodeSource`; or single sequences `field -> (T, *shape)`, if it has no batch size.
 
-    Args:
-        source: Where the sequences come from.
-        batch_size: B; None for single sequences `field -> (T, *shape)`.
-        sequence_length: T, in steps; None for whole episodes, padded, with `mask`.
-        chunk_size: As for `EpisodeSource.get_loader`; so are `sampler`, `transform` and `seed`.
-        include: What else a batch holds, besides the fields:
-            `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, episode ids; `step` int64 `(B, T)`, position in
-            the episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real;
-            `weight` float32 `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are
-            -1.
+    The arguments are those of `EpisodeSource.get_loader`. `include` says what a batch holds besides the fields:
+    `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its episode;
+    `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32 `(B,)`;
+    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1.
     """
 
     def __init__(
@@ -84,7 +78,7 @@ class SequenceStream(IterableDataset):
         if "source" in self.include and not source.has_members:
             raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
         self.is_seeded = seed is not None
-        self.random = BatchRandom(_fresh_seed() if seed is None else integer("seed", seed, 0))
+        self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
         # first: the position at which an iteration by workers began; persistent ones see it change. The position would
@@ -112,7 +106,7 @@ class SequenceStream(IterableDataset):
         windows = self._draw(n, 0)
         rows, was_read = self._read(windows)
         if was_read is not None and not was_read.all():
-            windows, rows = self._with_others(n, windows, rows, was_read)
+            windows, rows = self._with_others(n, windows, was_read)
         if self._slots is None:
             self._last = windows
         else:
@@ -141,10 +135,10 @@ class SequenceStream(IterableDataset):
                     raise
             time.sleep(_PAUSE)
 
-    def _read(self, windows: Windows, is_whole_batch: bool = True) -> tuple[Rows, np.ndarray | None]:
+    def _read(self, windows: Windows) -> tuple[Rows, np.ndarray | None]:
         """The rows of windows, in a worker's slot or in new memory, and which of them were read."""
         num_windows, out = len(windows.start), None
-        if self._slots is not None and is_whole_batch and self.source.fields is not None:
+        if self._slots is not None and self.source.fields is not None:
             out = self._slots.empty_batch(self.source.fields, (num_windows, windows.length))
         if self.chunk_size >= num_windows:
             return self.source.read(windows, out)
@@ -157,35 +151,32 @@ class SequenceStream(IterableDataset):
                 was_read[chunk] = found
         return out, was_read
 
-    def _with_others(self, n: int, windows: Windows, rows: Rows, was_read: np.ndarray) -> tuple[Windows, Rows]:
-        """Batch n with others in place of those windows that were gone before they could be read."""
-        missed = (~was_read).nonzero()[0]
+    def _with_others(self, n: int, windows: Windows, was_read: np.ndarray) -> tuple[Windows, Rows]:
+        """Batch n with others in place of those windows that were gone before they could be read; all is read anew."""
         for attempt in range(1, self.source.max_sampling_attempts + 1):
+            missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)
+            windows = windows.replaced(missed, self._draw(n, attempt, windows[missed]))
             if self.sequence_length is None:
-                # Another episode may be longer than all of these, which changes the padding: begin anew.
-                windows = self._draw(n, attempt)
-                rows, found = self._read(windows)
-                missed = _missed(found)
-            else:
-                others = self._draw(n, attempt, windows[missed])
-                others_rows, found = self._read(others, is_whole_batch=False)
-                read = np.arange(len(missed)) if found is None else found.nonzero()[0]
-                windows = windows.replaced(missed[read], others[read])
-                for name, tensor in rows.items():
-                    if tensor.numel():
-                        as_bytes(tensor)[missed[read]] = as_bytes(others_rows[name])[read]
-                missed = missed[_missed(found)]
-            if not len(missed):
+                windows.length = int(windows.episode_length.max())
+            rows, found = self._read(windows)
+            if found is None or found.all():
                 return windows, rows
+            was_read = found
         raise RuntimeError(
-            f"{len(missed)} of {len(windows)} windows were gone before they could be read, "
+            f"{len(was_read) - was_read.sum()} of {len(windows)} windows were gone before they could be read, "
             f"{self.source.max_sampling_attempts} times over. Evict less often or raise the `capacity`."
         )
 
     def check_include(self, fields: Fields) -> None:
         """Refuse, by a ValueError, names of `include` that are also fields."""
-        check_no_field(self.include, fields)
+        for name in self.include:
+            if name in fields.roots:
+                by_itself = " (whole episodes have it by themselves)" if name == "mask" else ""
+                raise ValueError(
+                    f"'{name}' of `include`{by_itself} is also a field of the steps. Drop it from `include` if the "
+                    "field is what you want (a Recorder stores `is_first`), or rename the field."
+                )
 
     @property
     def num_rejected(self) -> int:
@@ -204,25 +195,29 @@ class SequenceStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if worker is not None:
-            end_with(self.trainer)
-        if self.batch_size is None:
-            return _single_sequences(self, worker)
         if worker is None:
-            return _Batches(self.take)
-        self._slots = self._slots or Slots(self.num_slots)
-        self._worker_number = worker.id % COUNTERS["rejected"]
-        first = int(self.counters["first"][0])
-        numbers = iter(range(first + worker.id, 2**63 - 1, worker.num_workers))
-        return _Batches(lambda: self.batch(next(numbers)))
+            batches = _Batches(self.take)
+        else:
+            end_with(self.trainer)
+            if self.num_slots:
+                self._slots = self._slots or Slots(self.num_slots)
+            elif not self.is_seeded:
+                # A worker has a copy of the trainer's stream and must not draw what the last iteration's drew.
+                self.random = BatchRandom(secrets.randbits(128))
+            self._worker_number = worker.id % COUNTERS["rejected"]
+            numbers = iter(range(int(self.counters["first"][0]) + worker.id, 2**63 - 1, worker.num_workers))
+            batches = _Batches(lambda: self.batch(next(numbers)))
+        return batches if self.batch_size is not None else self._sequences_of(batches)
+
+    def _sequences_of(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            for b in range(self.num_windows):
+                sequence = _row(batch, b)
+                yield sequence if self.transform is None else self.transform(sequence)
 
     def pack(self, batch: Any) -> Any:
         """What a worker sends instead of a batch."""
         return batch if self._slots is None else self._slots.pack(batch)
-
-    def use_fresh_seed(self) -> None:
-        """Take a seed from the operating system."""
-        self.random = BatchRandom(_fresh_seed())
 
 
 def _checked_sampler(sampler: Any) -> Sampler:
@@ -233,27 +228,14 @@ def _checked_sampler(sampler: Any) -> Sampler:
     return sampler
 
 
-def _fresh_seed() -> int:
-    entropy = np.random.SeedSequence().entropy
-    assert isinstance(entropy, int)
-    return entropy
-
-
-def _missed(was_read: np.ndarray | None) -> np.ndarray:
-    """Positions of the windows that were not read."""
-    return np.empty(0, np.int64) if was_read is None else (~was_read).nonzero()[0]
-
-
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:
-    """A batch `field -> (B, T, *shape)` with what `include` asks for."""
     if stream.sequence_length is None:
         zero_padding(windows, rows)
     fields = stream.source.fields
     assert fields is not None  # Windows are drawn from episodes, so there are fields.
     batch = rows if fields.is_flat else fields.unflatten(rows)
-    if not stream.include:
-        return batch
-    stream.check_include(fields)
+    if stream.include:
+        stream.check_include(fields)
     for name in stream.include:
         is_source = name == "source"
         value = torch.from_numpy(stream.source.sources_of(windows)) if is_source else included(name, windows)
@@ -269,24 +251,6 @@ class _Batches(Iterator[Any]):
 
     def __next__(self) -> Any:
         return self._function()
-
-
-def _single_sequences(stream: SequenceStream, worker: Any) -> Iterator[Any]:
-    """Single sequences, drawn and read several at a time: worker w of W draws the blocks w, w + W, ..."""
-    n, stride = stream.position, 1
-    if worker is not None:
-        n, stride = n + worker.id, worker.num_workers
-        if not stream.is_seeded:
-            # A forked worker has a copy of the trainer's stream and must not draw what its siblings draw.
-            stream.use_fresh_seed()
-    while True:
-        block = stream.batch(n)
-        n += stride
-        if worker is None:
-            stream.position = n
-        for b in range(stream.num_windows):
-            sequence = _row(block, b)
-            yield sequence if stream.transform is None else stream.transform(sequence)
 
 
 def _row(batch: Any, b: int) -> Any:

@@ -1,7 +1,6 @@
 """What processes share: arrays, and the table of episodes that one of them publishes."""
 
 from buffers.sharing.arrays import SharedArrays
-from buffers.sharing.fences import fence
-from buffers.sharing.published_table import PublishedTable
+from buffers.sharing.published_table import PublishedTable, fence
 
 __all__ = ["PublishedTable", "SharedArrays", "fence"]

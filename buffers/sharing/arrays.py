@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,14 @@ _PAGE = 4096
 _TOKEN_BYTES = 16
 
 
-class SharedArrays(Mapping[str, np.ndarray]):
+class SharedArrays(dict[str, np.ndarray]):
     """Named arrays in one piece of anonymous memory that other processes can map. Pickling costs a few bytes.
 
     On Linux this is a memfd: it has no name, no place in `/dev/shm` and its limit, and is gone with the last process
     that maps it. Forked processes inherit it, others open its descriptor under `/proc`. Elsewhere it is torch's shared
     memory. Either way, pages take memory once they are touched.
 
-    Args:
-        layout: `name -> (shape, numpy dtype)`.
-
-    Raises:
-        MemoryError: The allocation failed.
+    `layout` is `name -> (shape, numpy dtype)`. A MemoryError says that the allocation failed.
     """
 
     def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
@@ -44,31 +41,29 @@ class SharedArrays(Mapping[str, np.ndarray]):
             if sys.platform == "linux":
                 self._descriptor = os.memfd_create("buffers", os.MFD_CLOEXEC)
                 self._mapping, self._offset = map_file(self._descriptor, self.num_bytes)
-                self._handle = self._handle_here()
+                status = os.fstat(self._descriptor)
+                # Where the memory is found (process, descriptor), and what it is.
+                self._handle = os.getpid(), self._descriptor, status.st_dev, status.st_ino
                 memory = np.frombuffer(self._mapping, np.uint8)
             else:
                 self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8).share_memory_()
                 memory = self._tensor.numpy()
         except (OSError, ValueError, OverflowError, RuntimeError) as error:
-            raise MemoryError(
-                f"{format_bytes(self.num_bytes)} of shared memory could not be allocated: {error}"
-            ) from None
+            message = f"{format_bytes(self.num_bytes)} of shared memory could not be allocated: {error}"
+            raise MemoryError(message) from None
         memory[-_TOKEN_BYTES:] = np.frombuffer(self._token, np.uint8)
         self._lay_out(memory)
 
-    def _handle_here(self) -> tuple[int, int, int, int]:
-        """Where the memory is found, (process, descriptor), and what it is (device, inode)."""
-        status = os.fstat(self._descriptor)
-        return os.getpid(), self._descriptor, status.st_dev, status.st_ino
-
     def _lay_out(self, memory: np.ndarray) -> None:
-        self._arrays, offset = {}, 0
+        offset = 0
         for name, (shape, dtype) in self._layout.items():
             size = math.prod(shape) * dtype.itemsize
-            self._arrays[name] = (
-                memory[offset : offset + size].view(dtype).reshape(shape) if size else np.empty(shape, dtype)
-            )
+            piece = memory[offset : offset + size]
+            self[name] = piece.view(dtype).reshape(shape) if size else np.empty(shape, dtype)
             offset += -(-size // _PAGE) * _PAGE
+
+    def __reduce__(self) -> Any:
+        return copyreg.__newobj__, (SharedArrays,), self.__getstate__()  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes, "token": self._token}
@@ -76,7 +71,9 @@ class SharedArrays(Mapping[str, np.ndarray]):
             return {**state, "tensor": self._tensor}
         if self._descriptor < 0:
             raise RuntimeError("Shared memory can only be passed on by the process that made it.")
-        return {**state, "handle": self._handle_here(), "offset": self._offset}
+        # A forked process has the memory under the same number.
+        assert self._handle is not None
+        return {**state, "handle": (os.getpid(), *self._handle[1:]), "offset": self._offset}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layout, self.num_bytes, self._token = state["layout"], state["num_bytes"], state["token"]
@@ -115,10 +112,8 @@ class SharedArrays(Mapping[str, np.ndarray]):
             return False
         try:
             status = os.stat(_path(self._handle))
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False  # It may not be looked at, so something is there.
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)  # Else something is there that may not be looked at.
         return (status.st_dev, status.st_ino) != self._handle[2:]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedArrays:
@@ -131,15 +126,6 @@ class SharedArrays(Mapping[str, np.ndarray]):
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
             os.close(self._descriptor)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
 
 def _path(handle: tuple[int, int, int, int]) -> str:

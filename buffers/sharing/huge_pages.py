@@ -19,16 +19,13 @@ import numpy as np
 __all__ = ["HUGE_PAGE", "HugePages", "map_file"]
 
 HUGE_PAGE = 1 << 21
-# Python knows its name from 3.14 on.
-_MADV_COLLAPSE = 25
+_MADV_COLLAPSE = 25  # Python knows its name from 3.14 on.
 
 
 def map_file(descriptor: int, num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Map so much of a new file, from an offset below `HUGE_PAGE`, which is returned, too.
-
-    A huge page of the file can be one here only if its address and its offset in the file are equal modulo its size.
-    Where the kernel maps is known once it has done so.
-    """
+    """Map so much of a new file, from an offset below `HUGE_PAGE`, which is returned, too."""
+    # A huge page of the file can be one here only if its address and its offset in the file are equal modulo its size.
+    # Where the kernel maps is known once it has done so.
     os.ftruncate(descriptor, num_bytes + HUGE_PAGE)
     offset = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8).ctypes.data % HUGE_PAGE
     return mmap.mmap(descriptor, num_bytes, offset=offset), offset

@@ -16,23 +16,39 @@ nothing is left to draw but an episode is about to come.
 
 from __future__ import annotations
 
+import platform
+import threading
+
 import numpy as np
 
 from buffers.sharing.arrays import SharedArrays
-from buffers.sharing.fences import fence, store_fence
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import Process
 
-__all__ = ["PublishedTable"]
+__all__ = ["PublishedTable", "fence"]
 
 _START, _LENGTH, _ID = range(3)
 # Words that the writer stores, each on a cache line of its own.
 _HEAD, _TAIL, _OLDEST_STEP, _IS_ADDING, _HAS_ENDED = range(5)
 _NUM_LINES, _WORDS_PER_LINE = 5, 8
-# 6.4 GB, if all of it were ever used.
-_MAX_ROWS = 2**28
+_MAX_ROWS = 2**28  # 6.4 GB, if all of it were ever used.
 _ROWS_AT_ONCE = 64
 _NOTHING_READ = -1
+_STORES_STAY_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def fence() -> None:
+    """Order what this thread has stored and loaded before it against what comes after.
+
+    The atomic operations of taking a lock do it. It is a new lock, as a fork could leave a common one taken for ever.
+    """
+    threading.Lock().acquire()
+
+
+def store_fence() -> None:
+    """Order stores of single words. x86-64 does so by itself; only large copies may stream past its caches there."""
+    if not _STORES_STAY_IN_ORDER:
+        fence()
 
 
 class PublishedTable:
@@ -50,9 +66,6 @@ class PublishedTable:
 
     A reader copies the rows from where it was to the head, then loads the tail again: rows behind the tail had not
     been overwritten. A reader that is a lap behind begins at the tail, which tells all.
-
-    Args:
-        memory: Laid out by `PublishedTable.layout`; zeros at first, which are a table without episodes.
     """
 
     def __init__(self, memory: SharedArrays) -> None:
@@ -66,15 +79,9 @@ class PublishedTable:
 
     @staticmethod
     def layout(num_rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """What a table of so many rows takes: two more than episodes that can live at most, better twice as many.
-
-        Rows that are never used take no memory.
-        """
-        int64 = np.dtype(np.int64)
-        return {
-            "table/lines": ((_NUM_LINES, _WORDS_PER_LINE), int64),
-            "table/rows": ((max(4, min(num_rows, _MAX_ROWS)), 3), int64),
-        }
+        """What a table of so many rows takes: two more than episodes that can live at most, better twice as many."""
+        int64, num_rows = np.dtype(np.int64), max(4, min(num_rows, _MAX_ROWS))
+        return {"table/lines": ((_NUM_LINES, _WORDS_PER_LINE), int64), "table/rows": ((num_rows, 3), int64)}
 
     # The writer's side.
 
@@ -134,9 +141,8 @@ class PublishedTable:
             fence()
             if not is_live:
                 return
-        raise RuntimeError(
-            f"Workers can be shown {self._size - 2:,} live episodes, and there are more. Lower the `capacity`."
-        )
+        most = f"{self._size - 2:,}"
+        raise RuntimeError(f"Workers can be shown {most} live episodes, and there are more. Lower the `capacity`.")
 
     # A reader's side.
 
@@ -183,7 +189,7 @@ class PublishedTable:
         return rows if self._tail[0] <= begin else None
 
     def _read_all(self, table: EpisodeTable) -> list[int]:
-        """Read all that there is, from the tail on; the ids of the episodes that are not there any more."""
+        """Read all from the tail on; the ids of the episodes that are not there any more."""
         tail = end = self._tail[0]
         rows = np.empty((0, 3), np.int64)
         while True:
@@ -208,7 +214,6 @@ class PublishedTable:
 
 
 def _apply(rows: Int64Array, table: EpisodeTable) -> list[int]:
-    """Let episodes come and go; the ids of those that have gone."""
     has_come = rows[:, _LENGTH] > 0
     # Episodes that are known already were moved to the head.
     is_new = has_come & (rows[:, _ID] >= table.next_id)

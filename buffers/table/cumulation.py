@@ -25,34 +25,19 @@ _MAX_STEPS = 3
 
 
 class _Guide(NamedTuple):
-    """Bucket b leads to the row in which the window with running total `b << shift` lies.
-
-    Attributes:
-        rows: int64, of which the first `num_buckets` are set.
-        shift: A bucket covers `1 << shift` windows.
-        num_buckets: Buckets that are set.
-        first: The first live row that it knows of.
-        counted: Rows that it covers.
-        max_span: Most rows from one bucket to the next.
-        num_steps: Most rows from a bucket to a window in it.
-    """
+    """Bucket b leads to the row in which the window with running total `b << shift` lies."""
 
     rows: Int64Array = np.empty(0, np.int64)
     shift: int = 0
-    num_buckets: int = 0
-    first: int = 0
-    counted: int = 0
-    max_span: int = 0
-    num_steps: int = 0
+    num_buckets: int = 0  # That are set.
+    first: int = 0  # The first live row that it knows of.
+    counted: int = 0  # Rows that it covers.
+    max_span: int = 0  # Most rows from one bucket to the next.
+    num_steps: int = 0  # Most rows from a bucket to a window in it.
 
 
 class Cumulation:
-    """Running totals over the rows of a table: `totals[row]` counts what lies before that row, up to `counted`.
-
-    Args:
-        size: Rows of the table.
-        first: The first that lives.
-    """
+    """Running totals over the rows of a table: `totals[row]` counts what lies before that row, up to `counted`."""
 
     def __init__(self, size: int, first: int) -> None:
         self._totals: Int64Array = np.empty(size + 1, np.int64)

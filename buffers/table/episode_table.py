@@ -28,20 +28,11 @@ _MAX_CUMULATIONS = 8
 
 
 class _State(NamedTuple):
-    """All that a change changes, so that Ctrl-C and other threads find it made or not made.
+    """All that a change changes, so that Ctrl-C and other threads find it made or not made."""
 
-    Attributes:
-        rows: int64 `(n, 3)`. What live rows hold is never changed: a change is written behind them, or to a new array.
-        first: Live episodes are the rows [first, last).
-        last: See `first`.
-        num_steps: Steps of all live episodes.
-        next_start: The step id behind the newest episode.
-        next_id: The id of the next episode.
-    """
-
-    rows: Int64Array
+    rows: Int64Array  # What live rows hold is never changed: a change is written behind them, or to a new array.
     first: int
-    last: int
+    last: int  # Live episodes are the rows [first, last).
     num_steps: int
     next_start: int
     next_id: int
@@ -110,8 +101,7 @@ class EpisodeTable:
 
     def episode(self, position: int) -> tuple[int, int, int]:
         """Start, length and id of the episode at a position."""
-        rows, first, *_ = self._state
-        start, length, episode_id = rows[first + position].tolist()
+        start, length, episode_id = self.rows[position].tolist()
         return start, length, episode_id
 
     def position(self, episode_id: int) -> int | None:
@@ -140,10 +130,7 @@ class EpisodeTable:
         return next_id
 
     def extend(self, episodes: Int64Array) -> None:
-        """Write down episodes `(n, 3)` of (start, length, id), in ascending order.
-
-        If some are older than some that live, that costs O(all that live).
-        """
+        """Write down episodes `(n, 3)`, in ascending order; O(all that live) if some are older than some that live."""
         if not len(episodes):
             return
         if len(self) and episodes[0, _ID] < self.ids[-1]:
@@ -170,19 +157,18 @@ class EpisodeTable:
 
     def skip_to(self, next_id: int, next_start: int) -> None:
         """Give no number below these to an episode that comes."""
-        self._state = self._state._replace(
-            next_start=max(next_start, self.next_start), next_id=max(next_id, self.next_id)
-        )
+        rows, first, last, num_steps, start, number = self._state
+        self._state = _State(rows, first, last, num_steps, max(next_start, start), max(next_id, number))
 
     # Episodes that leave.
 
     def retire(self, tail: int) -> None:
         """Forget the oldest episodes, those that start before step id `tail`."""
-        rows, first, last, num_steps, *_ = self._state
+        rows, first, last, num_steps, next_start, next_id = self._state
         if first < last and rows.item(first, _START) < tail:
             num_retired = int(rows[first:last, _START].searchsorted(tail))
             num_steps -= int(rows[first : first + num_retired, _LENGTH].sum())
-            self._state = self._state._replace(first=first + num_retired, num_steps=num_steps)
+            self._state = _State(rows, first + num_retired, last, num_steps, next_start, next_id)
 
     def remove(self, position: int) -> None:
         """Forget the episode at `position`; O(1) for the oldest, O(all that live) for any other."""
@@ -229,10 +215,8 @@ class EpisodeTable:
         """Why no window of `length` can be drawn, for an error."""
         if len(self) == 0:
             return "The dataset is empty. Add a complete episode before sampling."
-        return (
-            f"`sequence_length`={length} is longer than every stored episode (longest of {len(self)}: "
-            f"{self.lengths.max()} steps). Add longer episodes or lower it."
-        )
+        stored = f"every stored episode (longest of {len(self)}: {self.lengths.max()} steps)"
+        return f"`sequence_length`={length} is longer than {stored}. Add longer episodes or lower it."
 
     def _cumulated(self, kind: str, length: int) -> Cumulation:
         rows, first, last, *_ = self._state

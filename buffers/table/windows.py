@@ -1,9 +1,9 @@
-"""Windows as drawn: what is to be read, and where it lies in its episodes."""
+"""What samplers draw."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,29 +17,17 @@ _COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source")
 
 @dataclass(slots=True)  # Not frozen: that takes longer to make.
 class Windows:
-    """Windows as drawn: what is to be read, and where it lies in its episodes. Nothing changes them.
+    """B windows as drawn: what is to be read, and where it lies in its episodes. All arrays are `(B,)`."""
 
-    Attributes:
-        length: T, steps of each window. Whole episodes have the length of the longest; the shorter are padded.
-        start: int64 `(B,)`, step id of the first row.
-        step: int64 `(B,)`, position of the first row in its episode.
-        episode: int64 `(B,)`, episode ids.
-        episode_length: int64 `(B,)`, rows of the episodes.
-        weight: float32 `(B,)`, importance weights; None stands for ones.
-        source: int64 `(B,)`, which of several stores each window is in; None where there is one.
-        is_checked: Whether a table has made them, and so found that each lies within its episode.
-        oldest_step: The step id of the oldest row that lived when a table made them.
-    """
-
-    length: int
-    start: Int64Array
-    step: Int64Array
-    episode: Int64Array
-    episode_length: Int64Array
-    weight: npt.NDArray[np.float32] | None = None
-    source: Int64Array | None = None
-    is_checked: bool = False
-    oldest_step: int = -1
+    length: int  # T, steps of each window. Whole episodes have the length of the longest; the shorter are padded.
+    start: Int64Array  # Step id of the first row.
+    step: Int64Array  # Position of the first row in its episode.
+    episode: Int64Array  # Episode ids.
+    episode_length: Int64Array  # Rows of the episodes.
+    weight: npt.NDArray[np.float32] | None = None  # Importance weights; None stands for ones.
+    source: Int64Array | None = None  # Which of several stores each window is in; None where there is one.
+    is_checked: bool = False  # Whether a table has made them, and so found that each lies within its episode.
+    oldest_step: int = -1  # The step id of the oldest row that lived when a table made them.
 
     def __len__(self) -> int:
         return len(self.start)
@@ -55,19 +43,16 @@ class Windows:
         return self.start + self.num_rows - 1
 
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
-        chosen = copy.copy(self)
-        for name in _COLUMNS:
-            column = getattr(self, name)
-            setattr(chosen, name, None if column is None else column[selection])
-        return chosen
+        columns = ((name, getattr(self, name)) for name in _COLUMNS)
+        chosen: dict[str, Any] = {name: column[selection] for name, column in columns if column is not None}
+        return replace(self, **chosen)
 
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
-        """A copy with the windows at `positions` replaced by others of the same length."""
+        """A copy with the windows at `positions` replaced by others."""
         copied = self[np.arange(len(self))]
         for name in _COLUMNS:
             if getattr(copied, name) is not None:
                 getattr(copied, name)[positions] = getattr(others, name)
-        copied.is_checked = self.is_checked and others.is_checked
         copied.oldest_step = min(self.oldest_step, others.oldest_step)
         return copied
 

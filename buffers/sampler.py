@@ -1,13 +1,54 @@
-"""Uniform samplers: over windows (the default), and over episodes first."""
+"""Samplers: windows, drawn over the table of episodes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
-from buffers.sampler.base import Sampler, draw_whole_episodes, integers_below
-from buffers.table import EpisodeTable, Windows
+from buffers.table import EpisodeTable, Int64Array, Windows
 
-__all__ = ["UniformEpisodeSampler", "UniformSampler"]
+__all__ = ["Sampler", "UniformEpisodeSampler", "UniformSampler", "Windows", "integers_below"]
+
+
+class Sampler(ABC):
+    """Draws windows over a table of episodes. It holds no generator and no state, so two loaders can share one."""
+
+    @abstractmethod
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        """Draw B = `num_windows` windows, with replacement, each within its episode.
+
+        Args:
+            table: The live episodes. Build the result with `table.windows(position, step, length)`.
+            num_windows: B, at least 1.
+            length: T, in steps; None for whole episodes (then T is that of the longest one drawn).
+            rng: Source of randomness, a function of the loader's seed, the number of the batch and the attempt.
+
+        Raises:
+            RuntimeError: No live episode has `length` rows.
+        """
+
+
+def integers_below(rng: np.random.Generator, high: int | Int64Array, num: int) -> Int64Array:
+    """Draw int64 `(num,)`, each of [0, high) equally likely, faster than by `rng.integers`.
+
+    They are remainders of 64-bit words, which favours small integers by less than high / 2**64.
+
+        >>> integers_below(np.random.Generator(np.random.Philox(0)), 10, 5)
+        array([7, 5, 6, 9, 2])
+
+    `high` is at least 1, one number or `(num,)`.
+    """
+    divisor = high if isinstance(high, int) else high.view(np.uint64)
+    return (rng.bit_generator.random_raw(num) % divisor).view(np.int64)
+
+
+def _draw_whole_episodes(table: EpisodeTable, num_windows: int, rng: np.random.Generator) -> Windows:
+    """Draw whole episodes, uniformly over episodes, with replacement; T is the length of the longest drawn."""
+    if len(table) == 0:
+        raise RuntimeError(table.no_window_message(None))
+    position = integers_below(rng, len(table), num_windows)
+    return table.windows(position, np.zeros(num_windows, np.int64), int(table.lengths[position].max()))
 
 
 class UniformSampler(Sampler):
@@ -32,7 +73,7 @@ class UniformSampler(Sampler):
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """Draw one integer a window, which stands for it in the order of episodes and steps; see `Sampler.draw`."""
         if length is None:
-            return draw_whole_episodes(table, num_windows, rng)
+            return _draw_whole_episodes(table, num_windows, rng)
         windows = table.count_windows(length)
         num = windows.num
         if num == 0:
@@ -53,7 +94,7 @@ class UniformEpisodeSampler(Sampler):
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """Draw episodes, then a start in each; see `Sampler.draw`."""
         if length is None:
-            return draw_whole_episodes(table, num_windows, rng)
+            return _draw_whole_episodes(table, num_windows, rng)
         episodes = table.count_episodes(length)
         num = episodes.num
         if num == 0:
