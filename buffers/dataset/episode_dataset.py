@@ -36,8 +36,7 @@ class EpisodeDataset(EpisodeSource):
         evictor: Chooses the episode that leaves when room is needed; the oldest by default.
     """
 
-    #: A store whose `_write` may fail (a full disk) sets this to False, and then loses no episode to one that it
-    #: could not take.
+    #: False in a store whose `_write` may fail (a full disk): it loses no episode to one that it could not take.
     evicts_before_writing = True
     #: Whether `_check` may refuse values for what they are, so that rows are shown to it before their episode ends.
     refuses_values = False
@@ -146,6 +145,11 @@ class EpisodeDataset(EpisodeSource):
         if conflict is not None:
             raise ValueError(f"The fields differ from those of the dataset: {conflict}.")
 
+    def tell_fields(self, fields: Fields) -> bool:
+        """As `settle_fields`; True."""
+        self.settle_fields(fields)
+        return True
+
     def check(self, rows: dict[str, np.ndarray]) -> None:
         """ValueError for rows that this dataset, or one behind it, could not give back as they are."""
         self._check(rows)
@@ -199,7 +203,7 @@ class EpisodeDataset(EpisodeSource):
             )
 
     def evict_episode(self, episode_index: int) -> None:
-        """Forget an episode: 0 is the oldest; negative numbers count from the newest. ValueError if it is not there."""
+        """Forget an episode, by its index as in `get_episode`; ValueError if it is not there."""
         with self._lock:
             self.check_writable()
             self.evict(self._position(episode_index))

@@ -24,7 +24,7 @@ class EpisodeSource(IterableDataset, ABC):
     """Whole episodes that can be counted, looked at, and drawn windows from; `capacity` is in steps over all."""
 
     device = torch.device("cpu")
-    #: How often windows that could not be read (their episode had just been evicted) are drawn again.
+    #: How often windows are drawn again whose episode had gone before it was read.
     max_sampling_attempts = 100
     #: Whether it is a mixture, whose sequences come from members.
     has_members = False
@@ -52,7 +52,7 @@ class EpisodeSource(IterableDataset, ABC):
         """
 
     def stored_type(self, field: TensorType) -> TensorType:
-        """How the store keeps a field: as it is, unless it says otherwise."""
+        """How the store keeps a field."""
         return field
 
     def _refresh(self) -> None:
@@ -119,10 +119,7 @@ class EpisodeSource(IterableDataset, ABC):
         return self.capacity
 
     def get_episode(self, episode_index: int) -> dict[str, Any]:
-        """A copy of an episode, `field -> (L, *shape)`.
-
-        Args:
-            episode_index: 0 is the oldest; negative numbers count from the newest.
+        """A copy of an episode, `field -> (L, *shape)`: 0 is the oldest; negative numbers count from the newest.
 
         Raises:
             ValueError: There is no such episode.
@@ -188,7 +185,7 @@ class EpisodeSource(IterableDataset, ABC):
                 with their `mask`.
             chunk_size: Sequences that one read brings, a divisor of `batch_size`. It changes nothing that is drawn.
             num_workers: Processes that load; 0 by default.
-            pin_memory: As in `DataLoader`; off by default.
+            pin_memory: As in `DataLoader`.
             sampler: Which windows are drawn; uniformly over all windows by default.
             transform: A function on the batch, called where it is made (in the worker).
             include: What else a batch holds, see `SequenceStream`.
@@ -244,6 +241,10 @@ class EpisodeSource(IterableDataset, ABC):
 
     def _find_fields(self) -> None:
         """Settle the fields, if they can be known without an episode."""
+
+    def tell_fields(self, fields: Fields) -> bool:
+        """Settle the fields before there is an episode; whether that is possible."""
+        return False
 
     @property
     def num_episodes(self) -> int:

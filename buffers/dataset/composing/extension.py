@@ -143,25 +143,21 @@ class Extension:
 
     def _bring(self, dataset: EpisodeDataset, newest: int, room: int) -> None:
         """Store episodes of up to `room` steps together; what fails is no error of the addition, which is done."""
-        name, most = type(self.other).__name__, room
-        for _ in range(self._batch_size):
-            try:
+        most, what = room, ""
+        try:
+            for _ in range(self._batch_size):
+                what = "read"
                 other_id, episode = self._next()
-            except Exception as error:
-                self._warn("unread", f"Episodes of the {name} cannot be read: {error!r}")
-                return
-            length = _length(episode)
-            if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode):
-                continue
-            try:
+                what, length = "brought back", _length(episode)
+                if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode):
+                    continue
                 if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
                     self._waiting.appendleft((other_id, episode))  # Its turn is next time.
                     return
                 self._note(dataset, other_id, dataset.store(episode))
-            except Exception as error:
-                self._warn("failed", f"Episodes of the {name} cannot be brought back: {error!r}")
-                return
-            room -= length
+                room -= length
+        except Exception as error:
+            self._warn(what, f"Episodes of the {type(self.other).__name__} cannot be {what}: {error!r}")
 
     def _next(self) -> tuple[int, dict[str, np.ndarray]]:
         """The id and rows of the next episode that the loader has drawn."""
@@ -205,7 +201,7 @@ class Extension:
         try:
             dataset.check(episode)
         except ValueError as error:
-            self._warn("refused", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {error}")
+            self._warn("all", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {error}")
             return False
         return True
 

@@ -19,9 +19,9 @@ import torch
 
 from buffers.dataset.composing.mixture_fields import common_fields
 from buffers.dataset.composing.weights import Float64Array, SharedWeights, shares
-from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.printing import counts_line
+from buffers.fields import Fields
 from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Int64Array, Windows
 
@@ -70,12 +70,10 @@ class MixtureDataset(EpisodeSource):
                 raise TypeError(f"Members must be EpisodeDatasets, found {type(dataset).__name__}.")
         if not self._members:
             raise ValueError("A mixture needs at least one member, found none.")
-        devices = {str(dataset.device) for dataset in self._members}
-        if len(devices) > 1:
+        if len(devices := {str(dataset.device) for dataset in self._members}) > 1:
             raise ValueError(f"Members must be on one device, found {sorted(devices)}.")
         self._leaves: list[EpisodeSource] = []
-        #: By leaf: its member, and how an error calls it ("1", or "1.0" for the first leaf of a mixture).
-        self._member_of: list[int] = []
+        #: How an error calls each leaf: "1" for a member, "1.0" for the first leaf of one that is a mixture.
         self._names: list[str] = []
         for number, member in enumerate(self._members):
             if isinstance(member, MixtureDataset):
@@ -84,7 +82,6 @@ class MixtureDataset(EpisodeSource):
             else:
                 self._leaves.append(member)
                 self._names.append(str(number))
-            self._member_of += [number] * (len(self._leaves) - len(self._member_of))
         self._weights = SharedWeights(len(self._members))
         self._weights.set(weights)
         self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
@@ -100,10 +97,7 @@ class MixtureDataset(EpisodeSource):
 
     @property
     def weights(self) -> Float64Array:
-        """float64 `(members,)` of sum 1. Setting them takes effect with the next batch that is drawn.
-
-        Workers have drawn up to `num_workers * prefetch_factor` batches ahead.
-        """
+        """float64 `(members,)` of sum 1. Setting them takes effect with the next batch that is drawn, or read ahead."""
         return self._weights.get()
 
     @weights.setter
@@ -112,14 +106,14 @@ class MixtureDataset(EpisodeSource):
 
     def _find_fields(self) -> None:
         fields = common_fields([member.fields for member in self._members], self._choice)
-        if fields is not None and self._choice is None:
-            for member in self._members:
-                # One that does not know its fields yet lays out its storage, so that workers find it.
-                if isinstance(member, EpisodeDataset):
-                    member.settle_fields(fields)
-                elif member.fields is None:
-                    return
-        self._fields = fields
+        # Members that do not know theirs lay out their storage, so that workers find it.
+        if fields is None or self._choice is not None or self.tell_fields(fields):
+            self._fields = fields
+
+    def tell_fields(self, fields: Fields) -> bool:
+        """Tell members the fields that do not know theirs."""
+        unknown = [member for member in self._members if member.fields is None]
+        return self._choice is None and all(member.tell_fields(fields) for member in unknown)
 
     def check_drawable(self) -> None:
         """RuntimeError while the fields are not known."""
@@ -187,18 +181,17 @@ class MixtureDataset(EpisodeSource):
     def sources_of(self, windows: Windows) -> Int64Array:
         """The member of each window, int64 `(B,)`."""
         assert windows.source is not None  # It was drawn here.
-        return np.array(self._member_of)[windows.source]
+        return np.array([int(name.partition(".")[0]) for name in self._names])[windows.source]
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         assert windows.source is not None  # It was drawn here.
         whole = np.ones(len(windows), np.bool_)
-        begin = 0
-        for end in [*(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]:
-            part, leaf = slice(begin, end), self._leaves[windows.source[begin]]
+        bounds = [0, *(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]
+        for part in map(slice, bounds[:-1], bounds[1:]):
+            leaf = self._leaves[windows.source[part.start]]
             was_read = _read_part(leaf, windows[part], {name: tensor[part] for name, tensor in out.items()})
             if was_read is not None:
                 whole[part] = was_read
-            begin = end
         return whole
 
     def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
@@ -260,9 +253,6 @@ class _MixtureTable(EpisodeTable):
     def ids(self) -> Int64Array:
         return np.arange(len(self))
 
-    def position(self, episode_id: int) -> int | None:
-        return episode_id if 0 <= episode_id < len(self) else None
-
 
 def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
     """Windows one after the other, with their leaves; those of whole episodes all get the length of the longest."""
@@ -270,11 +260,9 @@ def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("start", "step", "episode", "episode_length")
     }
-    if any(part.weight is not None for part in parts):
-        ones = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
-        columns["weight"] = np.concatenate(ones)
+    weights = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
     source = np.repeat(np.array(leaves, np.int64), [len(part) for part in parts])
-    return Windows(max(part.length for part in parts), **columns, source=source)
+    return Windows(max(part.length for part in parts), **columns, weight=np.concatenate(weights), source=source)
 
 
 def _read_part(leaf: EpisodeSource, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
@@ -282,9 +270,9 @@ def _read_part(leaf: EpisodeSource, windows: Windows, out: dict[str, torch.Tenso
     if longest == windows.length:
         return leaf.read(windows, out)[1]
     # Padded to an episode of another leaf, and this one may not even have room for so many rows.
-    own = Windows(longest, windows.start, windows.step, windows.episode, windows.episode_length)
+    windows.length = longest
     rows = {name: tensor[:, :longest].contiguous() for name, tensor in out.items()}
-    _, was_read = leaf.read(own, rows)
+    _, was_read = leaf.read(windows, rows)
     for name, tensor in out.items():
         tensor[:, :longest] = rows[name]
     return was_read

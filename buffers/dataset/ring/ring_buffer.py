@@ -190,7 +190,6 @@ class RingBufferDataset(EpisodeDataset):
         return super().read(windows, out)
 
     def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
-        """Found once: between two gathers, the caches have lost all that there is to ask."""
         found = {name: column.items(*size[:2]) for name, column in self._columns.items()}
         # Changing between numpy and torch within a batch takes longer than either alone.
         gathers = {name: gather for name, gather in found.items() if gather is not None}
