@@ -36,8 +36,7 @@ class EpisodeDataset(EpisodeSource):
         evictor: Chooses the episode that leaves when room is needed; the oldest by default.
     """
 
-    #: A store whose `_write` may fail (a full disk) sets this to False, and then loses no episode to one that it
-    #: could not take.
+    #: False in a store whose `_write` may fail (a full disk): it loses no episode to one that it could not take.
     evicts_before_writing = True
     #: Whether `_check` may refuse values for what they are, so that rows are shown to it before their episode ends.
     refuses_values = False
@@ -59,23 +58,15 @@ class EpisodeDataset(EpisodeSource):
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
 
-    # What a store implements, beside `_read`.
-
     @abstractmethod
     def _allocate(self, fields: Fields) -> None:
-        """Make room for the fields. Nothing else has been called before.
-
-        It is called once, and again only if the first episode could not be stored.
-        """
+        """Make room for the fields: once, before all else, and again only if the first episode could not be stored."""
 
     @abstractmethod
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        """Store an episode of L rows; room for it has been made, and its arrays are checked.
+        """Store an episode that is checked and has room: `name -> (L, *shape)`, valid during the call only, so copy.
 
-        Args:
-            episode: `name -> (L, *shape)`, valid during the call only: copy.
-            start: Step id of its first row. Step ids ascend, and may skip from one episode to the next.
-            episode_id: Its id, larger than any before.
+        `start` is the step id of its first row. Step ids ascend, with gaps between episodes, and so do episode ids.
         """
 
     @abstractmethod
@@ -83,16 +74,16 @@ class EpisodeDataset(EpisodeSource):
         """Give up the room of an episode."""
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
-        """Refuse, by a ValueError, an episode that the store could not give back as it is. Refuses none by default."""
+        """ValueError for an episode that the store could not give back as it is."""
 
     def check_writable(self) -> None:
-        """Refuse, by a RuntimeError, changes where none can be made. Refuses none by default."""
+        """RuntimeError where nothing can be added or evicted."""
 
     def _publish(self, start: int, length: int, episode_id: int) -> None:
-        """Called when an episode is stored and in the table: tell readers of it."""
+        """Tell readers elsewhere of an episode, which is stored and in the table."""
 
     def _announce(self) -> None:
-        """Called before episodes leave for one that is about to come: readers elsewhere may find nothing meanwhile."""
+        """Tell readers elsewhere that episodes leave for one that is about to come: they may find nothing meanwhile."""
 
     def start_of_next(self, length: int) -> int:
         """The step id at which an episode of `length` rows will begin."""
@@ -101,8 +92,6 @@ class EpisodeDataset(EpisodeSource):
     def lacks_room(self, start: int, length: int) -> bool:
         """Whether another episode has to leave before `length` rows can be stored from step id `start` on."""
         return self.table.num_steps + length > self.capacity
-
-    # Episodes in: this is an `EpisodeSink`.
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
         """Store a complete episode, evicting others if it needs their room. It can be drawn at once.
@@ -126,20 +115,17 @@ class EpisodeDataset(EpisodeSource):
             arrays = fields.arrays(episode)
             check_episode(fields, arrays, self.verification_mode)
             rows = dict(zip(fields.names, arrays, strict=True))
-            if self._fields is None:
-                return self._add_first(fields, rows)
-            return self.store(rows) if self.extension is None else self.extension.add(self, rows)
-
-    def _add_first(self, fields: Fields, rows: dict[str, np.ndarray]) -> int:
-        """Settle the fields by an episode; one that cannot be stored does not."""
-        self._check_length(len(rows[fields.names[0]]))
-        self.check(rows)
-        self.settle_fields(fields)
-        try:
-            return self.add(rows)
-        except Exception:
-            self._fields = None
-            raise
+            if self._fields is not None:
+                return self.store(rows) if self.extension is None else self.extension.add(self, rows)
+            # The first episode settles the fields, unless it cannot be stored.
+            self._check_length(len(arrays[0]))
+            self.check(rows)
+            self.settle_fields(fields)
+            try:
+                return self.add(rows)
+            except Exception:
+                self._fields = None
+                raise
 
     def add(self, episode: dict[str, np.ndarray]) -> int:
         """`add_episode` for flat arrays, `name -> (L, *shape)`, that fit the fields, which are settled."""
@@ -148,7 +134,7 @@ class EpisodeDataset(EpisodeSource):
             return self.store(episode) if self.extension is None else self.extension.add(self, episode)
 
     def settle_fields(self, fields: Fields) -> None:
-        """Lay out the storage, here and behind; the same fields again are no error, others are a ValueError."""
+        """Lay out the storage, here and in `other`. The same fields again are no error; ValueError for others."""
         if self.extension is not None:
             self.extension.other.settle_fields(fields)
         if self._fields is None:
@@ -160,12 +146,12 @@ class EpisodeDataset(EpisodeSource):
             raise ValueError(f"The fields differ from those of the dataset: {conflict}.")
 
     def tell_fields(self, fields: Fields) -> bool:
-        """Settle the fields before there is an episode."""
+        """As `settle_fields`; True."""
         self.settle_fields(fields)
         return True
 
     def check(self, rows: dict[str, np.ndarray]) -> None:
-        """Refuse, by a ValueError, rows that this dataset, or one behind it, could not give back as they are."""
+        """ValueError for rows that this dataset, or one behind it, could not give back as they are."""
         self._check(rows)
         if self.extension is not None:
             self.extension.other.check(rows)
@@ -173,13 +159,10 @@ class EpisodeDataset(EpisodeSource):
     @property
     def episode_capacity(self) -> int:
         """Steps of the longest episode that can be added: the capacity, or that of the dataset behind this one."""
-        behind = 0 if self.extension is None else self.extension.other.episode_capacity
-        return max(self.capacity, behind)
-
-    # One dataset of a chain alone.
+        return self.capacity if self.extension is None else max(self.capacity, self.extension.other.episode_capacity)
 
     def store(self, episode: dict[str, np.ndarray]) -> int:
-        """`add`, but to this dataset only, whatever is behind it."""
+        """As `add`, but not to the dataset behind."""
         self._check(episode)
         length = len(next(iter(episode.values())))
         if length > self.capacity:
@@ -194,27 +177,14 @@ class EpisodeDataset(EpisodeSource):
         self._publish(start, length, episode_id)
         return episode_id
 
-    def refuse(self, episode: dict[str, np.ndarray]) -> str | None:
-        """Why this dataset, whatever is behind it, could not store an episode; None if it could."""
-        try:
-            self._check(episode)
-        except ValueError as error:
-            return str(error)
-        return None
-
     def make_room(self, start: int, length: int, keep: int | None = None) -> bool:
         """Evict until `length` rows can be stored from step id `start` on; False if episode `keep` would have to go."""
-        is_announced = False
+        is_first_in_first_out = type(self.evictor) is FIFOEvictor
         while self.lacks_room(start, length):
-            if not is_announced:
-                self._announce()
-                is_announced = True
-            position = self._choose_evicted()
+            position = 0 if is_first_in_first_out else self._position(self.evictor.evict(self))
             if keep is not None and int(self.table.ids[position]) == keep:
-                # First in, first out: it is the oldest by now. Another evictor may let another go.
-                if type(self.evictor) is FIFOEvictor or len(self.table) == 1:
-                    return False
-                position = 1 if position == 0 else 0
+                return False
+            self._announce()
             self.evict(position)
             self._has_evicted = True
         return True
@@ -232,22 +202,16 @@ class EpisodeDataset(EpisodeSource):
                 f"An episode of {length} steps does not fit a `capacity` of {self.episode_capacity} steps."
             )
 
-    def _choose_evicted(self) -> int:
-        """The position of the episode that the evictor lets go."""
-        return 0 if type(self.evictor) is FIFOEvictor else self._position(self.evictor.evict(self))
-
     def evict_episode(self, episode_index: int) -> None:
-        """Forget an episode: 0 is the oldest; negative numbers count from the newest. ValueError if it is not there."""
+        """Forget an episode, by its index as in `get_episode`; ValueError if it is not there."""
         with self._lock:
             self.check_writable()
             self.evict(self._position(episode_index))
 
-    # Another dataset behind this one.
-
     def _find_fields(self) -> None:
-        """Settle the fields, if the dataset behind this one knows them."""
-        if self.extension is not None:
-            self.extension.agree(self, None)
+        fields = None if self.extension is None else self.extension.other.fields
+        if fields is not None:
+            self.settle_fields(fields)
 
     def extend(
         self,
@@ -264,26 +228,23 @@ class EpisodeDataset(EpisodeSource):
                    |                               |
                    '------> this (small: memory) <-'   whole episodes; the oldest here leave
 
-        From now on every added episode goes to both, or, if one refuses it, to neither. Once episodes have to leave
-        here, an addition also brings whole episodes of `other`, each of them here once at most, and never so many that
-        the newest would have to leave. What this dataset holds already is copied to `other` if that is empty.
+        Every added episode goes to both, or, if one refuses it, to neither. Once this dataset is full, an addition also
+        brings whole episodes of `other`, each of them here once at most, and never so many that the newest would have
+        to leave; they get new ids and step ids. An empty `other` gets a copy of what is here already.
 
         An episode that is longer than the capacity here is kept by `other` only, with one warning; `add_episode` then
-        returns -1. Episodes that come back have new ids and step ids here.
-
-        Extend before a buffer takes its first step, and, for three levels, the largest first.
+        returns -1. Extend before a buffer takes its first step, and, for three levels, the largest first.
 
         Args:
-            other: Must not have an `other` of its own that leads back here.
+            other: The larger dataset.
             other_batch_size: Episodes that one addition draws from `other`.
-            other_num_workers: Processes that read them beforehand, so that adding does not wait for the disk; 0, the
-                default, reads them when they are wanted.
+            other_num_workers: Processes that read them beforehand, so that adding does not wait for the disk.
             fetch_from_other_every: An addition in so many brings episodes.
             seed: Of what is drawn from `other`; None takes it from the operating system.
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: An argument out of its range, or fields that differ.
+            ValueError: An argument out of its range, fields that differ, or an `other` that leads back here.
             RuntimeError: One of the two cannot be added to, or this one is extended already.
         """
         if not isinstance(other, EpisodeDataset):
@@ -299,15 +260,10 @@ class EpisodeDataset(EpisodeSource):
             self.refuses_values |= other.refuses_values
 
     def refill(self) -> int:
-        """Fill the room that is left with whole episodes of the dataset behind this one, its newest among them.
+        """Fill the room that is left with whole episodes of `other`, its newest among them; how many came.
 
-        For a restart: `extend` an empty dataset in memory by the one on disk, then `refill` it. Nothing is evicted.
-
-        Returns:
-            How many episodes came.
-
-        Raises:
-            RuntimeError: The dataset is not extended.
+        For a restart: `extend` an empty dataset in memory by the one on disk, then `refill` it. Nothing is evicted. A
+        RuntimeError says that the dataset is not extended.
         """
         if self.extension is None:
             raise RuntimeError("There is nothing to refill from: call `extend(other)` first.")
@@ -316,7 +272,7 @@ class EpisodeDataset(EpisodeSource):
             return self.extension.refill(self)
 
     def end_workers(self) -> None:
-        """End the workers that read from the dataset behind this one; an addition that wants them starts others."""
+        """End the workers that read from `other`; an addition that wants them starts others."""
         if self.extension is not None:
             self.extension.end_workers()
 

@@ -24,7 +24,7 @@ class EpisodeSource(IterableDataset, ABC):
     """Whole episodes that can be counted, looked at, and drawn windows from; `capacity` is in steps over all."""
 
     device = torch.device("cpu")
-    #: How often windows that could not be read (their episode had just been evicted) are drawn again.
+    #: How often windows are drawn again whose episode had gone before it was read.
     max_sampling_attempts = 100
     #: Whether it is a mixture, whose sequences come from members.
     has_members = False
@@ -38,45 +38,41 @@ class EpisodeSource(IterableDataset, ABC):
         self._has_evicted = False
         self._fields: Fields | None = None
 
-    # What a store implements, and what it may.
-
     @abstractmethod
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         """Copy windows into `out`. Several threads may call it at a time, while another adds and evicts.
 
         Args:
             windows: B windows of T rows; row t of window b is row `windows.step[b] + t` of its episode.
-            out: `name -> (B, T, *shape)`, contiguous, to be filled, for some of the fields or all. Rows behind the
-                end of an episode (there are some only where whole episodes are padded) may be left as they come.
+            out: `name -> (B, T, *shape)`, contiguous, for some of the fields or all. Rows behind the end of an episode
+                (where whole episodes are padded) may be left as they come.
 
         Returns:
             None if all were read, else bool `(B,)`, False for windows whose episode is gone: they are drawn again.
         """
 
     def stored_type(self, field: TensorType) -> TensorType:
-        """How the store keeps a field: as it is, unless it says otherwise."""
+        """How the store keeps a field."""
         return field
 
     def _refresh(self) -> None:
-        """Called before windows are drawn: a store that another process writes to looks for what is new."""
+        """Look for what another process has added. Called before windows are drawn."""
 
     def has_news(self) -> bool:
-        """Of a store that another process writes to: whether an episode has come since `_refresh`, or is on its way."""
+        """Whether another process has added an episode since `_refresh`, or is about to."""
         return False
 
     def check_workers(self) -> None:
-        """Refuse, by a ValueError, worker processes where they could not read. Refuses none by default."""
+        """ValueError where worker processes could not read."""
 
     def check_drawable(self) -> None:
-        """Refuse, by a RuntimeError, to draw while the fields are not known."""
+        """RuntimeError while the fields are not known."""
         if self.fields is None:
             raise RuntimeError(self.table.no_window_message(None))
 
     def sources_of(self, windows: Windows) -> np.ndarray:
         """Of a mixture, the member of each window, int64 `(B,)`."""
         raise NotImplementedError(f"A {type(self).__name__} has no members.")
-
-    # What the loaders call.
 
     def draw(
         self,
@@ -86,10 +82,9 @@ class EpisodeSource(IterableDataset, ABC):
         rng: np.random.Generator,
         again: Windows | None = None,
     ) -> Windows:
-        """Draw windows of what is stored now by a sampler: `Sampler.draw`, checked.
+        """`Sampler.draw`, of what is stored now; a ValueError says that the sampler has drawn something else.
 
-        These replace `again`, as many windows that were gone before they could be read. A ValueError says that the
-        sampler has drawn something else.
+        If `again` is given, in place of these windows, which were gone before they could be read.
         """
         with self._draw_lock:
             self._refresh()
@@ -123,44 +118,36 @@ class EpisodeSource(IterableDataset, ABC):
         """Steps that an episode can have at most to be drawn from here."""
         return self.capacity
 
-    # Episodes out.
-
     def get_episode(self, episode_index: int) -> dict[str, Any]:
-        """A copy of an episode, `field -> (L, *shape)`.
-
-        Args:
-            episode_index: 0 is the oldest; negative numbers count from the newest.
+        """A copy of an episode, `field -> (L, *shape)`: 0 is the oldest; negative numbers count from the newest.
 
         Raises:
             ValueError: There is no such episode.
             RuntimeError: It is gone (a file that someone has removed).
         """
-        row = self.table.rows[self._position(episode_index)]
-        episode = self._copied(row)
+        episode_id = int(self.table.ids[self._position(episode_index)])
+        episode = self.episode_of_id(episode_id)
         if episode is None:
-            raise RuntimeError(f"Episode {row[2]} is gone from the store.")
+            raise RuntimeError(f"Episode {episode_id} is gone from the store.")
         return episode
 
     def episodes(self) -> Iterator[dict[str, Any]]:
         """Copies of all episodes, oldest first; those that are evicted meanwhile are left out."""
-        for row in self.table.rows:
-            episode = self._copied(row)
+        for episode_id in self.table.ids.tolist():
+            episode = self.episode_of_id(episode_id)
             if episode is not None:
                 yield episode
 
     def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
-        """A copy of the episode of this id; None if it does not live."""
-        position = self.table.position(episode_id)
-        return None if position is None else self._copied(self.table.rows[position])
-
-    def _copied(self, row: np.ndarray) -> dict[str, Any] | None:
-        """A copy of the episode of a row of the table; None if it is gone."""
-        start, length, episode_id = row[:, None]
-        windows = Windows(int(length[0]), start, np.zeros(1, np.int64), episode_id, length)
-        rows, was_read = self.read(windows)
-        if was_read is not None:
+        """A copy of an episode; None if it does not live."""
+        table = self.table.rows
+        position = int(table[:, 2].searchsorted(episode_id))
+        start, length, found_id = table[position : position + 1].T
+        if found_id.tolist() != [episode_id]:
             return None
-        assert self._fields is not None  # An episode was found, so there are fields.
+        rows, was_read = self.read(Windows(int(length[0]), start, np.zeros(1, np.int64), found_id, length))
+        if was_read is not None or self._fields is None:
+            return None
         return self._fields.unflatten({name: tensor[0] for name, tensor in rows.items()})
 
     def _position(self, episode_index: int) -> int:
@@ -168,8 +155,6 @@ class EpisodeSource(IterableDataset, ABC):
         if position >= self.num_episodes:
             raise ValueError(f"`episode_index`={episode_index} is out of range: {self.num_episodes} episodes live.")
         return position % self.num_episodes
-
-    # Windows out.
 
     def get_loader(
         self,
@@ -196,12 +181,11 @@ class EpisodeSource(IterableDataset, ABC):
 
         Args:
             batch_size: B, sequences a batch.
-            sequence_length: T, steps of each; None for whole episodes, padded with zeros to the longest of the
-                batch and accompanied by `mask`.
-            chunk_size: Sequences that one read brings; it divides `batch_size`, which is the default. It bounds
-                what a store holds at once and changes nothing that is drawn.
+            sequence_length: T, steps of each; None for whole episodes, padded with zeros to the longest of the batch,
+                with their `mask`.
+            chunk_size: Sequences that one read brings, a divisor of `batch_size`. It changes nothing that is drawn.
             num_workers: Processes that load; 0 by default.
-            pin_memory: As in `DataLoader`; off by default.
+            pin_memory: As in `DataLoader`.
             sampler: Which windows are drawn; uniformly over all windows by default.
             transform: A function on the batch, called where it is made (in the worker).
             include: What else a batch holds, see `SequenceStream`.
@@ -212,16 +196,8 @@ class EpisodeSource(IterableDataset, ABC):
             TypeError: An argument of the wrong type.
             ValueError: An argument out of its range.
         """
-        stream = SequenceStream(
-            self,
-            batch_size,
-            sequence_length,
-            chunk_size,
-            sampler=sampler,
-            transform=transform,
-            include=include,
-            seed=seed,
-        )
+        options: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
+        stream = SequenceStream(self, batch_size, sequence_length, chunk_size, **options)
         return SequenceLoader(stream, num_workers=num_workers, pin_memory=pin_memory, **loader_options)
 
     def sequences(
@@ -242,23 +218,19 @@ class EpisodeSource(IterableDataset, ABC):
             >>> next(iter(DataLoader(dataset.sequences(16), batch_size=32)))["obs"].shape
             torch.Size([32, 16, 4])
 
-        The arguments are those of `get_loader`; `transform` is called on single sequences. Without `seed`, each worker
-        process draws its own from the operating system; with one, iterating again repeats what workers drew.
+        Arguments as in `get_loader`; `transform` is called on single sequences. Without `seed`, each worker draws its
+        own; with one, iterating again repeats what workers drew.
         """
         if sequence_length is None:
             raise TypeError(
                 "Whole episodes come in padded batches: use `get_loader(batch_size, sequence_length=None)`."
             )
-        sequence_length = integer("sequence_length", sequence_length, 1)
-        return SequenceStream(
-            self, None, sequence_length, sampler=sampler, transform=transform, include=include, seed=seed
-        )
+        options: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
+        return SequenceStream(self, None, sequence_length, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        """Single steps as sequences of length 1, without end; the same as `iter(dataset.sequences(1))`."""
+        """As `iter(dataset.sequences(1))`."""
         return iter(self.sequences(1))
-
-    # What there is.
 
     @property
     def fields(self) -> Fields | None:
@@ -271,7 +243,7 @@ class EpisodeSource(IterableDataset, ABC):
         """Settle the fields, if they can be known without an episode."""
 
     def tell_fields(self, fields: Fields) -> bool:
-        """Tell a source its fields before there is an episode; whether it can be told."""
+        """Settle the fields before there is an episode; whether that is possible."""
         return False
 
     @property

@@ -30,14 +30,9 @@ class VerificationMode(enum.Enum):
 
 
 def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int, ...], mode: VerificationMode) -> None:
-    """Check arrays of `(*leading, *shape)` against the fields, in their order.
-
-    Raises:
-        ValueError: Names the first field that differs, what was found and what was expected.
-    """
+    """Check arrays `(*leading, *shape)`, in the order of the fields; a ValueError names the first that differs."""
     if mode is VerificationMode.NO_CHECKS:
         return
-    reads_values = mode is VerificationMode.ALL_CHECKS
     for (name, dtype, shape), array in zip(fields.layout, arrays, strict=True):
         if array.dtype != dtype or array.shape != leading + shape:
             found, expected = dtype_name(array.dtype), dtype_name(dtype)
@@ -46,33 +41,20 @@ def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int,
                 f"Field `{name}` has dtype {found} and shape {array.shape}, expected {expected} and "
                 f"{leading + shape}.{hint}"
             )
-        if reads_values and not _is_finite(array, fields[name]):
+        if mode is VerificationMode.ALL_CHECKS and not _is_finite(array, fields[name]):
             raise ValueError(f"Field `{name}` holds NaN or infinite numbers, which ALL_CHECKS refuses.")
 
 
 def check_episode(fields: Fields, arrays: Sequence[np.ndarray], mode: VerificationMode) -> None:
-    """`check_rows` for the arrays of an episode, `(L, *shape)`, with L at least 1.
-
-    Raises:
-        ValueError: No rows, rows of unequal number, or as for `check_rows`.
-    """
+    """`check_rows` for an episode, `(L, *shape)`, and a ValueError for no rows, or rows of unequal number."""
     num_rows = len(arrays[0]) if arrays[0].ndim else 0
     if not num_rows:
         raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")
-    try:
-        check_rows(fields, arrays, (num_rows,), mode)
-    except ValueError:
-        _check_lengths(fields, arrays, num_rows)  # If that is it, it can be said in fewer words.
-        raise
-    if mode is VerificationMode.NO_CHECKS:
-        _check_lengths(fields, arrays, num_rows)
-
-
-def _check_lengths(fields: Fields, arrays: Sequence[np.ndarray], num_rows: int) -> None:
     for name, array in zip(fields.names, arrays, strict=True):
         if array.shape[:1] != (num_rows,):
             found = len(array) if array.ndim else "no"
-            raise ValueError(f"Field `{name}` has {found} rows, `{fields.names[0]}` has {num_rows}.") from None
+            raise ValueError(f"Field `{name}` has {found} rows, `{fields.names[0]}` has {num_rows}.")
+    check_rows(fields, arrays, (num_rows,), mode)
 
 
 def _is_finite(array: np.ndarray, field: TensorType) -> bool:

@@ -2,12 +2,12 @@
 
 An addition, in the order in which things happen, so that an error leaves both as they were:
 
-    1. draw     whole episodes that the loader of `other` has read beforehand       what fails here will not come
-    2. other    store the new episode there                                         may fail: nothing has changed
-    3. here     store it here, evicting the oldest                                  if it fails, it leaves `other` too
-    4. bring    store here what was drawn, evicting the oldest, never the newest    what fails here has just not come
+    1. other    store the new episode there                     may fail: nothing has changed
+    2. here     store it here, evicting the oldest              if it fails, it leaves `other` too
+    3. bring    draw whole episodes of `other`, which its loader has read beforehand, and store them here,
+                evicting the oldest, never the newest           what fails here has just not come
 
-A ring can only evict its oldest episode. So where `other` cannot fail and this one can, 3 comes before 2.
+A ring can only evict its oldest episode. So where `other` cannot fail and this one can, 2 comes before 1.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from buffers.conversion import as_array
 from buffers.evictor import FIFOEvictor
-from buffers.fields import Fields
 from buffers.loading import SequenceLoader, SequenceStream
 from buffers.table import Windows
 from buffers.utils import integer
@@ -51,29 +50,40 @@ class Extension:
         every: int,
         seed: int | None,
     ) -> None:
-        _check_chain(dataset, other)
-        self.other = other
+        if dataset.extension is not None:
+            raise RuntimeError(f"It is extended already, by a {type(dataset.extension.other).__name__}.")
+        if any(behind is dataset for behind in _chain(other)):
+            raise ValueError("`other` is the dataset itself, or leads back to it.")
+        if dataset.is_behind:
+            raise RuntimeError(
+                "It is behind another dataset already. Extend the largest first: `b.extend(c)`, `a.extend(b)`."
+            )
+        self.other: EpisodeDataset = other
         self._batch_size = integer("other_batch_size", batch_size, 1)
         self._every = integer("fetch_from_other_every", every, 1)
         num_workers = 0 if num_workers is None else integer("other_num_workers", num_workers, 0)
         self._loader = _episode_loader(other, self._batch_size, num_workers, seed)
         self._rng = np.random.default_rng(None if seed is None else integer("seed", seed, 0))
         self._drawn: Iterator[Any] | None = None
-        #: Episodes that were drawn and have not come, oldest first: there was no room for them yet.
-        self._waiting: deque[_Episode] = deque()
+        #: Ids and rows of episodes that were drawn and have not come yet.
+        self._waiting: deque[tuple[int, dict[str, np.ndarray]]] = deque()
         #: Episode ids in `other` of episodes here -> their ids here. Some have left: `_is_here` looks.
         self._ids_here: dict[int, int] = {}
         self._num_additions = 0
         self._warned: set[str] = set()
 
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        # A copy of the dataset, or one in a worker, is not extended.
-        return _nothing, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the dataset, or one in a worker, is not extended: this becomes None there.
+        return type(None), ()
 
     def begin(self, dataset: EpisodeDataset) -> None:
         """Agree on the fields; copy what is here to an empty `other`."""
-        self.agree(dataset, dataset.fields)
-        if len(self.other.table) or not len(dataset.table):
+        theirs, mine = self.other.fields, dataset.fields
+        if theirs is not None:
+            dataset.settle_fields(theirs)
+        elif mine is not None:
+            self.other.settle_fields(mine)
+        if not self.other.is_empty or dataset.is_empty:
             return
         longest = int(dataset.table.lengths.max())
         if longest > self.other.episode_capacity:
@@ -87,21 +97,13 @@ class Extension:
                 if episode is not None:
                     self._note(dataset, self.other.add_episode(episode), episode_id)
         except Exception:
-            while len(self.other.table):
+            while not self.other.is_empty:
                 self.other.evict(0)
             raise
 
-    def agree(self, dataset: EpisodeDataset, mine: Fields | None) -> None:
-        """Give the fields of one to the other; those of both, where there are some, must be the same."""
-        theirs = self.other.fields
-        if theirs is not None:
-            dataset.settle_fields(theirs)
-        elif mine is not None:
-            self.other.settle_fields(mine)
-
     def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> int:
         """Store an episode in both; its id here, -1 if it is too long to be here."""
-        length = len(next(iter(episode.values())))
+        length = _length(episode)
         if length > dataset.capacity:
             self._warn(
                 "too long",
@@ -111,95 +113,72 @@ class Extension:
             self.other.add(episode)
             return -1
         dataset.check(episode)
-        evicts = dataset.is_full or dataset.lacks_room(dataset.start_of_next(length), length)
-        is_due = evicts and (self._num_additions + 1) % self._every == 0
-        drawn = self._draw(dataset, dataset.capacity - length) if is_due else []
+        was_full = dataset.is_full
         newest = self._add_to_both(dataset, episode)
-        self._num_additions += evicts
-        self._bring_all(dataset, drawn, newest)
+        self._num_additions += was_full
+        if was_full and self._num_additions % self._every == 0 and not self.other.is_empty:
+            self._bring(dataset, newest, dataset.capacity - length)
         return newest
 
     def _add_to_both(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> int:
         other = self.other
-        there = [(member, member.table.next_id) for member in _chain(other)]
         if _may_fail(dataset) and not _may_fail(other):
             episode_id = dataset.store(episode)
             other_id = other.add(episode)
         else:
+            there = [(member, member.table.next_id) for member in _chain(other)]
             other_id = other.add(episode)
             try:
                 episode_id = dataset.store(episode)
             except Exception:
-                # A ring may keep it. So shall those behind.
-                all(_evicted(member, added_id) for member, added_id in there)
+                # A ring cannot give it up. Then those behind it keep it, too.
+                with contextlib.suppress(Exception):
+                    for member, added_id in there:
+                        position = member.table.position(added_id)
+                        if position is not None:
+                            member.evict(position)
                 raise
         self._note(dataset, other_id, episode_id)
         return episode_id
 
-    # What comes back.
-
-    def _draw(self, dataset: EpisodeDataset, room: int) -> list[_Episode]:
-        """Draw episodes; those of them that are not here and have room, all together, beside the newest."""
-        chosen: dict[int, _Episode] = {}
-        for _ in range(self._batch_size):
-            if not len(self.other.table):
-                break
-            try:
-                episode = self._waiting.popleft() if self._waiting else self._next()
-            except Exception as error:
-                self._warn("unread", f"Episodes of the {type(self.other).__name__} cannot be read: {error!r}")
-                break
-            if self._is_here(dataset, episode.id) or episode.id in chosen or not self._can_store(dataset, episode):
-                continue
-            if episode.length <= room:
-                chosen[episode.id] = episode
-                room -= episode.length
-            elif chosen:  # Its turn is next time. Alone it would have come now, if it can at all beside the newest.
-                self._waiting.appendleft(episode)
-                break
-        return list(chosen.values())
-
-    def _next(self) -> _Episode:
-        """The next episode that the loader has drawn."""
-        if self._drawn is None:
-            self._drawn = iter(self._loader)
+    def _bring(self, dataset: EpisodeDataset, newest: int, room: int) -> None:
+        """Store episodes of up to `room` steps together; what fails is no error of the addition, which is done."""
+        most, what = room, ""
         try:
-            episode_ids, lengths, rows = next(self._drawn)
-        except BaseException:
-            self._drawn = None  # Workers may be gone: the next addition starts others.
-            raise
-        arrays = {name: as_array(name, tensor) for name, tensor in rows.items()}
-        for b, (episode_id, length) in enumerate(zip(episode_ids, lengths, strict=True)):
-            self._waiting.append(_Episode(episode_id, {name: array[b, :length] for name, array in arrays.items()}))
-        return self._waiting.popleft()
-
-    def _can_store(self, dataset: EpisodeDataset, episode: _Episode) -> bool:
-        reason = dataset.refuse(episode.arrays)
-        if reason is not None:
-            self._warn("refused", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {reason}")
-        return reason is None
-
-    def _bring_all(self, dataset: EpisodeDataset, drawn: list[_Episode], newest: int) -> None:
-        """Store what was drawn. The addition is done, so what cannot be stored is no error of it."""
-        try:
-            for number, episode in enumerate(drawn):
-                if not dataset.make_room(dataset.start_of_next(episode.length), episode.length, keep=newest):
-                    self._waiting.extendleft(reversed(drawn[number:]))
+            for _ in range(self._batch_size):
+                what = "read"
+                other_id, episode = self._next()
+                what, length = "brought back", _length(episode)
+                if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode):
+                    continue
+                if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
+                    self._waiting.appendleft((other_id, episode))  # Its turn is next time.
                     return
-                self._note(dataset, episode.id, dataset.store(episode.arrays))
+                self._note(dataset, other_id, dataset.store(episode))
+                room -= length
         except Exception as error:
-            self._warn("failed", f"Episodes of the {type(self.other).__name__} cannot be brought back: {error!r}")
+            self._warn(what, f"Episodes of the {type(self.other).__name__} cannot be {what}: {error!r}")
+
+    def _next(self) -> tuple[int, dict[str, np.ndarray]]:
+        """The id and rows of the next episode that the loader has drawn."""
+        if not self._waiting:
+            try:
+                self._drawn = iter(self._loader) if self._drawn is None else self._drawn
+                episode_ids, lengths, rows = next(self._drawn)
+            except Exception:
+                self._drawn = None  # Workers may be gone: the next addition starts others.
+                raise
+            arrays = {name: as_array(name, tensor) for name, tensor in rows.items()}
+            for b, (episode_id, length) in enumerate(zip(episode_ids, lengths, strict=True)):
+                self._waiting.append((episode_id, {name: array[b, :length] for name, array in arrays.items()}))
+        return self._waiting.popleft()
 
     def refill(self, dataset: EpisodeDataset) -> int:
         """Fill what room there is with episodes of `other`, its newest among them, in the order of their ids."""
-        self.agree(dataset, dataset.fields)
         lengths, ids = self.other.table.lengths, self.other.table.ids
-        if not len(ids):
-            return 0
-        newest = len(ids) - 1
-        positions = self._rng.permutation(len(ids))
         chosen, room = [], dataset.capacity - dataset.table.num_steps
-        for position in [newest, *positions[positions != newest].tolist()]:
+        newest = len(ids) - 1
+        for position in sorted(self._rng.permutation(len(ids)).tolist(), key=lambda n: n != newest):
             length, other_id = int(lengths[position]), int(ids[position])
             if self._is_here(dataset, other_id) or length > dataset.capacity:
                 continue
@@ -207,29 +186,30 @@ class Extension:
                 break
             chosen.append(other_id)
             room -= length
-        return sum(self._refill_with(dataset, other_id) for other_id in sorted(chosen))
+        num_before = dataset.num_episodes
+        for other_id in sorted(chosen):
+            found, fields = self.other.episode_of_id(other_id), dataset.fields
+            if found is None or fields is None:
+                continue
+            episode = dict(zip(fields.names, fields.arrays(found), strict=True))
+            length = _length(episode)
+            if not dataset.lacks_room(dataset.start_of_next(length), length) and self._is_accepted(dataset, episode):
+                self._note(dataset, other_id, dataset.store(episode))
+        return dataset.num_episodes - num_before
 
-    def _refill_with(self, dataset: EpisodeDataset, other_id: int) -> bool:
-        """Bring an episode if it is still there and has room."""
-        found, fields = self.other.episode_of_id(other_id), dataset.fields
-        if found is None or fields is None:
+    def _is_accepted(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> bool:
+        try:
+            dataset.check(episode)
+        except ValueError as error:
+            self._warn("all", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {error}")
             return False
-        episode = _Episode(other_id, dict(zip(fields.names, fields.arrays(found), strict=True)))
-        start = dataset.start_of_next(episode.length)
-        if dataset.lacks_room(start, episode.length) or not self._can_store(dataset, episode):
-            return False
-        self._note(dataset, other_id, dataset.store(episode.arrays))
         return True
-
-    # Which episodes are here.
 
     def _is_here(self, dataset: EpisodeDataset, other_id: int) -> bool:
         episode_id = self._ids_here.get(other_id)
         return episode_id is not None and dataset.table.position(episode_id) is not None
 
     def _note(self, dataset: EpisodeDataset, other_id: int, episode_id: int) -> None:
-        if other_id < 0:  # Too long for `other`, which has passed it on.
-            return
         self._ids_here[other_id] = episode_id
         if len(self._ids_here) > 2 * len(dataset.table) + _SPARE_IDS:
             self._ids_here = {key: value for key, value in self._ids_here.items() if self._is_here(dataset, key)}
@@ -245,15 +225,8 @@ class Extension:
         self._loader.end_workers()
 
 
-class _Episode(NamedTuple):
-    """An episode of `other`."""
-
-    id: int
-    arrays: dict[str, np.ndarray]
-
-    @property
-    def length(self) -> int:
-        return len(next(iter(self.arrays.values())))
+def _length(episode: dict[str, np.ndarray]) -> int:
+    return len(next(iter(episode.values())))
 
 
 def _may_fail(dataset: EpisodeDataset) -> bool:
@@ -263,37 +236,14 @@ def _may_fail(dataset: EpisodeDataset) -> bool:
 
 def _chain(dataset: EpisodeDataset) -> Iterator[EpisodeDataset]:
     """A dataset, and what is behind it."""
-    behind: EpisodeDataset | None = dataset
-    while behind is not None:
-        yield behind
-        behind = None if behind.extension is None else behind.extension.other
-
-
-def _evicted(dataset: EpisodeDataset, episode_id: int) -> bool:
-    """Remove an episode that was just added, if it was; whether it is gone."""
-    # Whatever comes of it, the error that made it necessary is the one to be seen.
-    with contextlib.suppress(Exception):
-        position = dataset.table.position(episode_id)
-        if position is not None:
-            dataset.evict(position)
-    return dataset.table.position(episode_id) is None
-
-
-def _check_chain(dataset: EpisodeDataset, other: EpisodeDataset) -> None:
+    yield dataset
     if dataset.extension is not None:
-        raise RuntimeError(f"It is extended already, by a {type(dataset.extension.other).__name__}.")
-    if any(behind is dataset for behind in _chain(other)):
-        raise ValueError("`other` is the dataset itself, or leads back to it.")
-    if dataset.is_behind:
-        raise RuntimeError(
-            "It is behind another dataset already. Extend the largest first: `b.extend(c)`, `a.extend(b)`."
-        )
+        yield from _chain(dataset.extension.other)
 
 
 def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
-    """A loader of a few whole episodes at a time."""
     stream = SequenceStream(other, min(batch_size, _EPISODES_PER_ITEM), None, seed=seed)
-    stream.assemble = _episodes_of
+    stream.assemble = _ids_lengths_and_rows
     if num_workers == 0:
         return SequenceLoader(stream)
     per_worker = math.ceil(batch_size / stream.num_windows / num_workers)
@@ -302,10 +252,5 @@ def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, se
     return loader
 
 
-def _episodes_of(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
-    """Ids, lengths, and the rows `name -> (episodes, longest, *shape)`, with anything behind the end of each."""
+def _ids_lengths_and_rows(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
     return windows.episode.tolist(), windows.num_rows.tolist(), out
-
-
-def _nothing() -> None:
-    return None

@@ -70,19 +70,18 @@ class MixtureDataset(EpisodeSource):
                 raise TypeError(f"Members must be EpisodeDatasets, found {type(dataset).__name__}.")
         if not self._members:
             raise ValueError("A mixture needs at least one member, found none.")
-        devices = {str(dataset.device) for dataset in self._members}
-        if len(devices) > 1:
+        if len(devices := {str(dataset.device) for dataset in self._members}) > 1:
             raise ValueError(f"Members must be on one device, found {sorted(devices)}.")
         self._leaves: list[EpisodeSource] = []
-        #: By leaf: its member, and how an error calls it ("1", or "1.0" for the first leaf of a mixture).
-        self._member_of: list[int] = []
+        #: How an error calls each leaf: "1" for a member, "1.0" for the first leaf of one that is a mixture.
         self._names: list[str] = []
         for number, member in enumerate(self._members):
-            inner = member if isinstance(member, MixtureDataset) else None
-            leaves = [member] if inner is None else inner._leaves
-            self._leaves += leaves
-            self._member_of += [number] * len(leaves)
-            self._names += [str(number)] if inner is None else [f"{number}.{name}" for name in inner._names]
+            if isinstance(member, MixtureDataset):
+                self._leaves += member._leaves
+                self._names += [f"{number}.{name}" for name in member._names]
+            else:
+                self._leaves.append(member)
+                self._names.append(str(number))
         self._weights = SharedWeights(len(self._members))
         self._weights.set(weights)
         self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
@@ -98,10 +97,7 @@ class MixtureDataset(EpisodeSource):
 
     @property
     def weights(self) -> Float64Array:
-        """float64 `(members,)` of sum 1. Setting them takes effect with the next batch that is drawn.
-
-        Workers have drawn up to `num_workers * prefetch_factor` batches ahead.
-        """
+        """float64 `(members,)` of sum 1. Setting them takes effect with the next batch that is drawn, or read ahead."""
         return self._weights.get()
 
     @weights.setter
@@ -109,18 +105,18 @@ class MixtureDataset(EpisodeSource):
         self._weights.set(weights)
 
     def _find_fields(self) -> None:
-        fields = common_fields([(str(n), member.fields) for n, member in enumerate(self._members)], self._choice)
+        fields = common_fields([member.fields for member in self._members], self._choice)
         # Members that do not know theirs lay out their storage, so that workers find it.
         if fields is None or self._choice is not None or self.tell_fields(fields):
             self._fields = fields
 
     def tell_fields(self, fields: Fields) -> bool:
-        """Tell members the fields that do not know theirs; whether all could be told."""
+        """Tell members the fields that do not know theirs."""
         unknown = [member for member in self._members if member.fields is None]
         return self._choice is None and all(member.tell_fields(fields) for member in unknown)
 
     def check_drawable(self) -> None:
-        """Refuse, by a RuntimeError, to draw while the fields are not known."""
+        """RuntimeError while the fields are not known."""
         if self.fields is None:
             unknown = [n for n, member in enumerate(self._members) if member.fields is None]
             raise RuntimeError(
@@ -128,15 +124,13 @@ class MixtureDataset(EpisodeSource):
                 "episode to each, or state them with `info=EpisodeDatasetInfo(fields)`."
             )
 
-    # What is drawn.
-
     @property
     def longest_window(self) -> int:
         """Steps that an episode of a member can have at most."""
         return max(leaf.longest_window for leaf in self._leaves)
 
     def has_news(self) -> bool:
-        """Whether a member has, or will have, more than was drawn from."""
+        """As `EpisodeSource.has_news`, of any member."""
         return any(leaf.has_news() for leaf in self._leaves)
 
     def draw(
@@ -147,7 +141,7 @@ class MixtureDataset(EpisodeSource):
         rng: np.random.Generator,
         again: Windows | None = None,
     ) -> Windows:
-        """Draw windows of each member, see `EpisodeSource.draw`."""
+        """As `EpisodeSource.draw`, within each member."""
         if again is None:
             counts, weights = self._counts(num_windows, rng)
         else:
@@ -163,9 +157,8 @@ class MixtureDataset(EpisodeSource):
                 # Also where the share of this batch is 0, or an empty member would be an error now and then.
                 part = leaf.draw(sampler, max(1, int(counts[number])), length, rng)
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"Member {self._names[number]} ({type(leaf).__name__}) of the mixture: {error}"
-                ) from error
+                name = f"{self._names[number]} ({type(leaf).__name__})"
+                raise RuntimeError(f"Member {name} of the mixture: {error}") from error
             if counts[number]:
                 parts.append(part)
                 leaves.append(number)
@@ -176,47 +169,41 @@ class MixtureDataset(EpisodeSource):
         """By leaf, the windows of a batch, and the weights."""
         weights = self.weights
         counts = shares(weights, num, rng)
-        leaf_counts, leaf_weights = [], []
-        for member, count, weight in zip(self._members, counts.tolist(), weights.tolist(), strict=True):
+        parts = []
+        for n, member in enumerate(self._members):
             if isinstance(member, MixtureDataset):
-                inner_counts, inner_weights = member._counts(count, rng)
-                leaf_counts += inner_counts.tolist()
-                leaf_weights += (inner_weights * weight).tolist()
+                inner_counts, inner_weights = member._counts(int(counts[n]), rng)
+                parts.append((inner_counts, inner_weights * weights[n]))
             else:
-                leaf_counts.append(count)
-                leaf_weights.append(weight)
-        return np.array(leaf_counts, np.int64), np.array(leaf_weights)
+                parts.append((counts[n : n + 1], weights[n : n + 1]))
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def sources_of(self, windows: Windows) -> Int64Array:
         """The member of each window, int64 `(B,)`."""
         assert windows.source is not None  # It was drawn here.
-        return np.array(self._member_of)[windows.source]
+        return np.array([int(name.partition(".")[0]) for name in self._names])[windows.source]
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         assert windows.source is not None  # It was drawn here.
         whole = np.ones(len(windows), np.bool_)
-        begin = 0
-        for end in [*(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]:
-            part, leaf = slice(begin, end), self._leaves[windows.source[begin]]
+        bounds = [0, *(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]
+        for part in map(slice, bounds[:-1], bounds[1:]):
+            leaf = self._leaves[windows.source[part.start]]
             was_read = _read_part(leaf, windows[part], {name: tensor[part] for name, tensor in out.items()})
             if was_read is not None:
                 whole[part] = was_read
-            begin = end
         return whole
 
-    # What there is: all members together, in their order.
-
-    def get_episode(self, episode_index: int) -> dict[str, Any]:
-        """As `EpisodeSource.get_episode`, counted through the members in their order."""
-        position = self._position(episode_index)
+    def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
+        """A copy of an episode, by its position among those of all members; None if there are not so many."""
         for leaf in self._leaves:
-            if position < leaf.num_episodes:
-                return leaf.get_episode(position)
-            position -= leaf.num_episodes
-        raise RuntimeError("The episode has left meanwhile.")
+            if episode_id < leaf.num_episodes:
+                return leaf.get_episode(episode_id)
+            episode_id -= leaf.num_episodes
+        return None
 
     def episodes(self) -> Iterator[dict[str, Any]]:
-        """Copies of all episodes of all members, oldest first in each."""
+        """Copies of all episodes, member by member."""
         for leaf in self._leaves:
             yield from leaf.episodes()
 
@@ -231,16 +218,15 @@ class MixtureDataset(EpisodeSource):
         return all(leaf.is_full for leaf in self._leaves)
 
     def check_workers(self) -> None:
-        """Refuse worker processes where a member does."""
+        """ValueError where workers could not read from a member."""
         for leaf in self._leaves:
             leaf.check_workers()
 
     def __repr__(self) -> str:
-        lines = [
-            f"  {number}: weight {weight:.3g}, " + repr(member).splitlines()[0]
-            for number, (member, weight) in enumerate(zip(self._members, self.weights.tolist(), strict=True))
-        ]
-        return "\n".join([counts_line(self), *lines])
+        lines = [counts_line(self)]
+        for number, (member, weight) in enumerate(zip(self._members, self.weights.tolist(), strict=True)):
+            lines.append(f"  {number}: weight {weight:.3g}, {counts_line(member)}")
+        return "\n".join(lines)
 
 
 class _MixtureTable(EpisodeTable):
@@ -267,22 +253,16 @@ class _MixtureTable(EpisodeTable):
     def ids(self) -> Int64Array:
         return np.arange(len(self))
 
-    def position(self, episode_id: int) -> int | None:
-        return episode_id if 0 <= episode_id < len(self) else None
-
 
 def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
     """Windows one after the other, with their leaves; those of whole episodes all get the length of the longest."""
-    weights = None
-    if any(part.weight is not None for part in parts):
-        ones = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
-        weights = np.concatenate(ones)
-    start, step, episode, episode_length = (
-        np.concatenate([getattr(part, name) for part in parts])
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("start", "step", "episode", "episode_length")
-    )
+    }
+    weights = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
     source = np.repeat(np.array(leaves, np.int64), [len(part) for part in parts])
-    return Windows(max(part.length for part in parts), start, step, episode, episode_length, weights, source)
+    return Windows(max(part.length for part in parts), **columns, weight=np.concatenate(weights), source=source)
 
 
 def _read_part(leaf: EpisodeSource, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
@@ -290,12 +270,9 @@ def _read_part(leaf: EpisodeSource, windows: Windows, out: dict[str, torch.Tenso
     if longest == windows.length:
         return leaf.read(windows, out)[1]
     # Padded to an episode of another leaf, and this one may not even have room for so many rows.
-    own = Windows(longest, windows.start, windows.step, windows.episode, windows.episode_length)
-    rows = {
-        name: torch.empty_like(tensor[:, :longest], memory_format=torch.contiguous_format)
-        for name, tensor in out.items()
-    }
-    _, was_read = leaf.read(own, rows)
+    windows.length = longest
+    rows = {name: tensor[:, :longest].contiguous() for name, tensor in out.items()}
+    _, was_read = leaf.read(windows, rows)
     for name, tensor in out.items():
         tensor[:, :longest] = rows[name]
     return was_read

@@ -22,7 +22,7 @@ _RESOLUTION = 1 << 32
 class SharedWeights:
     """`num` numbers that sum to 1, for all processes to see.
 
-    They lie at two places. A change is written to the one that is not in use, and one store puts it into use.
+    A change is written to the one of two places that is not in use, and one store puts it into use.
     """
 
     def __init__(self, num: int) -> None:
@@ -62,7 +62,7 @@ def _checked(weights: Any, num: int) -> Float64Array:
 
 
 def shares(weights: Float64Array, num: int, rng: np.random.Generator) -> Int64Array:
-    """Split `num` by weights of sum 1: int64, each part its share rounded up or down, and its share on average.
+    """Split `num` by weights of sum 1: each part is its share rounded up or down, and its share on average.
 
     Teeth of a comb are counted between running totals; where the comb begins is drawn.
 

@@ -21,15 +21,9 @@ _GRAIN = 1 << 15
 
 
 class Column:
-    """The storage of one field: `(capacity, *shape)`.
+    """The storage of one field: `(capacity, *shape)` of type `stored`, read as `dtype`.
 
-    Args:
-        capacity: In steps.
-        stored: What is stored.
-        dtype: Of what is read.
-        device: Where.
-        array: The memory, if it is not on a GPU: `(capacity, *shape)`.
-        pages: The pages of that memory, if they shall be huge.
+    Off the GPU, `array` is its memory, with `pages` if they shall be huge.
     """
 
     def __init__(
@@ -71,19 +65,8 @@ class Column:
         # There are pages for them now, if small ones.
         self._num_paged = other._num_paged
 
-    # The gather: one a field, by torch into memory that is given, or by numpy where that is faster.
-
     def gather(self, places: torch.Tensor, length: int, out: torch.Tensor) -> None:
-        """Copy `out[b] = rows[places[b] : places[b] + length]`.
-
-        Args:
-            places: int64 `(B,)`, on the device.
-            length: T.
-            out: `(B, T, *shape)`, contiguous, on the device.
-
-        Raises:
-            IndexError: A place from which on there are fewer than T rows.
-        """
+        """Copy `out[b] = rows[places[b] : places[b] + length]`, for places `(B,)` with so many rows behind them."""
         windows = self._windows(length)
         if self._needs_cast:
             out.copy_(torch.index_select(windows, 0, places))
@@ -99,12 +82,10 @@ class Column:
             self._in_words(out).index_copy_(0, positions, rows)
 
     def items(self, num: int, length: int) -> Callable[[np.ndarray], torch.Tensor] | None:
-        """The fastest gather of `num` windows for one thread: a function from places `(num,)` to `(num, T, *shape)`.
+        """A gather for one thread, from places `(num,)` to `(num, T, *shape)`; None where torch's serves as well.
 
-        To numpy, windows are opaque items, each copied by one `memcpy`; torch goes through their elements.
-
-        Returns:
-            None where torch's gather serves as well.
+        To numpy, windows are opaque items, each copied by one `memcpy`; torch goes through their elements. An
+        IndexError says that there are fewer than T rows behind a place.
         """
         row_bytes, num_rows = self.stored.nbytes, num * length
         can_share = torch.get_num_threads() > 1 and num_rows * math.prod(self._rows.shape[1:]) > _GRAIN

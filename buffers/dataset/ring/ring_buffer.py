@@ -82,10 +82,10 @@ class RingBufferDataset(EpisodeDataset):
         super().__init__(capacity, info, evictor)
 
     def _allocate(self, fields: Fields) -> None:
-        stored = {name: self.stored_type(field) for name, field in fields.items()}
+        stored = {f"rows/{name}": self.stored_type(field) for name, field in fields.items()}
         try:
             if self.device.type == "cpu":
-                rows = {f"rows/{name}": ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
+                rows = {name: ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
                 # Episodes leave in their order, so there is never one to be moved in the table.
                 self._memory = SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)})
             self._set_columns(fields)
@@ -108,12 +108,10 @@ class RingBufferDataset(EpisodeDataset):
             self._columns[name] = Column(self.capacity, self.stored_type(field), field.dtype, self.device, array, pages)
 
     def stored_type(self, field: TensorType) -> TensorType:
-        """How the ring keeps a field: as it is, but for `half_precision`."""
+        """As it is, but for `half_precision`."""
         if self.half_precision and field.dtype == torch.float32:
             return TensorType(field.shape, torch.float16)
         return field
-
-    # Episodes in.
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         if not self.half_precision:
@@ -125,8 +123,8 @@ class RingBufferDataset(EpisodeDataset):
                 )
 
     def check_writable(self) -> None:
-        """Refuse changes in any process but the one that made the ring."""
-        # The kernel is asked, once an episode: a second writer would destroy what both have.
+        """RuntimeError in any process but the one that made the ring."""
+        # The kernel is asked: a second writer would destroy what both have.
         if os.getpid() != self._writer:
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
@@ -160,8 +158,6 @@ class RingBufferDataset(EpisodeDataset):
         if self._published is not None:
             self._published.retire(self._oldest_step)
 
-    # Windows out.
-
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         places, last_place = windows.start % self.capacity, self.capacity - windows.length
         # Padding behind an episode may reach beyond the end of the ring; episodes do not.
@@ -178,7 +174,7 @@ class RingBufferDataset(EpisodeDataset):
     def read(
         self, windows: Windows, out: dict[str, torch.Tensor] | None = None
     ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
-        """The rows of windows, see `EpisodeSource.read`."""
+        """As `EpisodeSource.read`."""
         if out is None:
             size = (len(windows.start), windows.length, torch.get_num_threads())
             gathers = self._item_gathers.get(size)
@@ -194,7 +190,6 @@ class RingBufferDataset(EpisodeDataset):
         return super().read(windows, out)
 
     def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
-        """Found once: between two gathers, the caches have lost all that there is to ask."""
         found = {name: column.items(*size[:2]) for name, column in self._columns.items()}
         # Changing between numpy and torch within a batch takes longer than either alone.
         gathers = {name: gather for name, gather in found.items() if gather is not None}
@@ -204,7 +199,7 @@ class RingBufferDataset(EpisodeDataset):
         return self._item_gathers[size]
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
-        """To be asked after reading: None if all are whole, else bool `(B,)`, False where rows may be overwritten."""
+        """Asked after reading: None if all are whole, else bool `(B,)`, False where rows may be overwritten."""
         if self._published is None or Process.number == self._writer:
             oldest_step = self._oldest_step
         else:
@@ -218,10 +213,8 @@ class RingBufferDataset(EpisodeDataset):
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
-    # Readers in other processes: everything is published as it is added, whether anyone reads or not.
-
     def check_workers(self) -> None:
-        """Refuse worker processes where they cannot read."""
+        """ValueError on a GPU."""
         if self.device.type != "cpu":
             raise ValueError(f"A ring on {self.device} makes its batches there: workers cannot. Use `num_workers`=0.")
 
@@ -230,7 +223,7 @@ class RingBufferDataset(EpisodeDataset):
             self._published.follow(self.table)
 
     def has_news(self) -> bool:
-        """Of a reader: whether there is more than it knows of, or an episode is about to come."""
+        """As `EpisodeSource.has_news`."""
         return self._published is not None and Process.number != self._writer and self._published.has_news
 
     def __getstate__(self) -> dict[str, Any]:
