@@ -13,7 +13,7 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # Private attributes that other libraries define and offer no public name for.
 EXCEPTIONS = {
     "_at_fork_reinit": "threading.RLock: a forked child must not wait for a thread that it does not have",
-    "_replace": "NamedTuple's own",
+    "_workers": "torch's DataLoader: which of its processes live",
 }
 
 

@@ -271,6 +271,10 @@ class EpisodeSource(IterableDataset, ABC):
         """Episodes evicted so far, for whatever reason."""
         return self._num_evicted
 
+    def take_counts_of(self, other: EpisodeSource) -> None:
+        """Be a copy of `other` in what has been evicted."""
+        self._num_evicted, self._has_evicted = other._num_evicted, other._has_evicted
+
     @property
     def is_empty(self) -> bool:
         """Whether there is no episode."""

@@ -124,10 +124,11 @@ class Extension:
         other = self.other
         if _may_fail(dataset) and not _may_fail(other):
             episode_id = dataset.store(episode)
-            other_id = other.add(episode)
+            self._note(dataset, other.add(episode), episode_id)
         else:
             there = [(member, member.table.next_id) for member in _chain(other)]
-            other_id = other.add(episode)
+            # Noted before it is stored: if Ctrl-C comes in between, it does not come a second time.
+            self._note(dataset, other.add(episode), dataset.table.next_id)
             try:
                 episode_id = dataset.store(episode)
             except Exception:
@@ -138,7 +139,6 @@ class Extension:
                         if position is not None:
                             member.evict(position)
                 raise
-        self._note(dataset, other_id, episode_id)
         return episode_id
 
     def _bring(self, dataset: EpisodeDataset, newest: int, room: int) -> None:
@@ -154,7 +154,8 @@ class Extension:
                 if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
                     self._waiting.appendleft((other_id, episode))  # Its turn is next time.
                     return
-                self._note(dataset, other_id, dataset.store(episode))
+                self._note(dataset, other_id, dataset.table.next_id)
+                dataset.store(episode)
                 room -= length
         except Exception as error:
             self._warn(what, f"Episodes of the {type(self.other).__name__} cannot be {what}: {error!r}")
@@ -194,7 +195,8 @@ class Extension:
             episode = dict(zip(fields.names, fields.arrays(found), strict=True))
             length = _length(episode)
             if not dataset.lacks_room(dataset.start_of_next(length), length) and self._is_accepted(dataset, episode):
-                self._note(dataset, other_id, dataset.store(episode))
+                self._note(dataset, other_id, dataset.table.next_id)
+                dataset.store(episode)
         return dataset.num_episodes - num_before
 
     def _is_accepted(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> bool:

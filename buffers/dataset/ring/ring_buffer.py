@@ -234,7 +234,7 @@ class RingBufferDataset(EpisodeDataset):
         if self._memory is None:
             state["tensors"] = {name: column.tensor for name, column in columns.items()}
         else:
-            state["table"] = EpisodeTable()
+            state["table"] = state["_drawn_table"] = EpisodeTable()
             state.pop("_published")
         return state
 
@@ -254,7 +254,7 @@ class RingBufferDataset(EpisodeDataset):
         other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
         with self._lock:
             other.max_sampling_attempts = self.max_sampling_attempts
-            other._has_evicted, other._num_evicted = self._has_evicted, self._num_evicted
+            other.take_counts_of(self)
             other.table.replace(self.table.rows)
             other.table.skip_to(self.table.next_id, self.table.next_start)
             for start, length, _ in self.table.rows.tolist():
