@@ -234,7 +234,7 @@ class RingBufferDataset(EpisodeDataset):
         if self._memory is None:
             state["tensors"] = {name: column.tensor for name, column in columns.items()}
         else:
-            state["table"] = state["_drawn_table"] = EpisodeTable()
+            state["table"], state["_drawn_table"] = EpisodeTable(), EpisodeTable()
             state.pop("_published")
         return state
 
