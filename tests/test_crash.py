@@ -265,8 +265,7 @@ def what_is_wrong(path: Path, calls: list[Any], **options: Any) -> set[str]:
             warnings.simplefilter("ignore", UserWarning)
             served = []
             for episode_id in dataset.table.ids.tolist():
-                position = dataset.table.position(episode_id)
-                episode = None if position is None else dataset._whole(position)
+                episode = dataset.episode_of_id(episode_id)
                 if episode is not None:
                     try:
                         served.append(tagged.number_and_length(episode))

@@ -35,7 +35,7 @@ LOW_ON_MEMORY = """
 import resource, sys
 import numpy as np
 from buffers.dataset import IndividualFileDataset
-from buffers.dataset.files import individual_file
+from buffers.dataset import individual_file
 path, strategy, mode = sys.argv[1:]
 strategy = getattr(individual_file, strategy)()
 dataset = IndividualFileDataset(10**9, None, None, path, strategy, mode=mode)
@@ -97,12 +97,12 @@ def raised_after(num_calls: int, error: Exception, function: Callable[[], Any]) 
 def test_a_good_file_survives_a_signal_handler_that_raises(tmp_path, strategy, error) -> None:
     dataset = IndividualFileDataset(100, None, None, tmp_path, strategy, durability="rename")
     add(dataset, [4])
-    windows = dataset.index.windows(np.zeros(1, np.int64), np.zeros(1, np.int64), 4)
+    windows = dataset.table.windows(np.zeros(1, np.int64), np.zeros(1, np.int64), 4)
     num_calls = 1
     while True:
         dataset._reader.close()
         dataset._reader._layouts.clear()
-        out = dataset._empty_batch(windows)
+        out = dataset.empty_batch(windows)
         was_hit = raised_after(num_calls, error("time is up"), lambda out=out: dataset._read(windows, out))
         assert numbers(dataset) == [(0, 4)], num_calls
         if not was_hit:
@@ -192,8 +192,8 @@ def test_a_slow_load_holds_up_no_addition_or_eviction(tmp_path) -> None:
 
     dataset = IndividualFileDataset(12, None, None, tmp_path, Slow(), durability="rename")
     add(dataset, [5, 5])
-    windows = dataset.index.windows(np.array([0, 1]), np.array([0, 0]), 5)
-    out = dataset._empty_batch(windows)
+    windows = dataset.table.windows(np.array([0, 1]), np.array([0, 0]), 5)
+    out = dataset.empty_batch(windows)
     found: list[Any] = []
     reading = threading.Thread(target=lambda: found.append(dataset._read(windows, out)))
     reading.start()
@@ -223,8 +223,8 @@ def test_threads_that_read_while_episodes_come_and_go_agree(tmp_path, strategy) 
             while not stop.is_set():
                 with dataset._lock:
                     positions = rng.integers(dataset.num_episodes, size=8)
-                    windows = dataset.index.windows(positions, rng.integers(2, size=8), 3)
-                out = dataset._empty_batch(windows)
+                    windows = dataset.table.windows(positions, rng.integers(2, size=8), 3)
+                out = dataset.empty_batch(windows)
                 was_read = dataset._read(windows, out)
                 selected = slice(None) if was_read is None else torch.from_numpy(was_read)
                 assert dataset.fields is not None
@@ -245,7 +245,7 @@ def test_threads_that_read_while_episodes_come_and_go_agree(tmp_path, strategy) 
         for thread in threads:
             thread.join()
     assert not errors
-    assert numbers_drawn(dataset) <= set(dataset.index.ids.tolist())
+    assert numbers_drawn(dataset) <= set(dataset.table.ids.tolist())
     dataset.close()
     open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     assert not [path for path in open_files if path.startswith(str(tmp_path))]
