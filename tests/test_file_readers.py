@@ -27,7 +27,7 @@ from tests.file_helpers import add, files, numbers, numbers_drawn
 
 
 def test_a_reader_follows_a_live_writer_and_cannot_write(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="no directory to read; mode='a' makes one"):
+    with pytest.raises(FileNotFoundError, match="No such file.*mode='a' makes"):
         IndividualFileDataset(9, directory=tmp_path / "none", mode="r")
     reader = IndividualFileDataset(9, directory=tmp_path, mode="r")
     assert os.listdir(tmp_path) == []

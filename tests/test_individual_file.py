@@ -277,9 +277,9 @@ def test_arguments_are_checked(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
-        with pytest.raises(NotADirectoryError, match="Episodes need a directory, and this is a file, or a link"):
+        with pytest.raises(NotADirectoryError, match="cannot be opened .*Choose another `directory`"):
             IndividualFileDataset(9, directory=tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="It cannot be made: choose another"):
+    with pytest.raises(FileNotFoundError, match="cannot be opened .*Choose another"):
         IndividualFileDataset(9, directory="/proc/no/such")
 
 

@@ -15,7 +15,7 @@ import pytest
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.files import lock
 from tests import tagged
-from tests.faults import CAPACITY, in_child, kill, lengths, opened, status_of, watched_calls
+from tests.faults import CAPACITY, in_child, kill, lengths, opened, status_of
 
 # The lock.
 
@@ -67,7 +67,7 @@ def kept_by_a_forked_child(path: Path) -> bool:
 def test_a_forked_child_does_not_keep_the_lock(tmp_path, monkeypatch) -> None:
     assert not kept_by_a_forked_child(tmp_path)
     # It would, if it did not give up its part.
-    monkeypatch.setattr(lock, "_close_in_forked_children", lambda descriptor: None)
+    monkeypatch.setattr(lock.Descriptor, "close", lambda self: None)
     assert kept_by_a_forked_child(tmp_path)
 
 
@@ -94,20 +94,6 @@ def test_a_forked_child_follows_its_parent_and_cannot_write(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="is being written to"):
         IndividualFileDataset(CAPACITY, directory=tmp_path)
     dataset.close()
-
-
-def test_a_lock_file_removed_meanwhile_lets_in_nobody_else(tmp_path) -> None:
-    removed = []
-
-    def remove_once(kind: str, *arguments: Any) -> None:
-        if kind == "open" and arguments[0] == ".lock" and not removed:
-            removed.append(os.unlink(tmp_path / ".lock"))
-
-    # Another process opens, and removes the file, between our opening it and our locking it.
-    with watched_calls(after=remove_once), opened(tmp_path):
-        assert removed and (tmp_path / ".lock").exists()
-        with pytest.raises(RuntimeError, match="is being written to"):
-            opened(tmp_path)
 
 
 # Setting aside.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 import sys
 import warnings
 from typing import Any, Literal, final, get_args
@@ -14,8 +15,7 @@ import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.files import opening, serialization
-from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory, FileName, Listing, with_advice
-from buffers.dataset.files.following import DirectoryWatch, attach_log, new_log, share_log
+from buffers.dataset.files.directory import DAMAGED, DirectoryWatch, EpisodeDirectory, FileName, Listing, with_advice
 from buffers.dataset.files.opening import Verify
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy
@@ -23,7 +23,7 @@ from buffers.dataset.files.window_reader import LostWindow, WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
 from buffers.fields import Fields
-from buffers.sharing import PublishedTable
+from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import Windows
 from buffers.utils import format_bytes, integer, one_of
 
@@ -122,7 +122,7 @@ class IndividualFileDataset(EpisodeDataset):
             if self._writer is None:
                 self._refresh() if self._log is not None else self._find_episodes(verify)
             else:
-                self._log = new_log(capacity)
+                self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * capacity + 2)))
                 self._open_for_writing(verify)
         except Exception:
             self.close()
@@ -347,7 +347,8 @@ class IndividualFileDataset(EpisodeDataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A reader, which follows the log if this is the writer.
-        log = share_log(self._log) if self._is_writer() else None
+        is_shared = sys.platform == "linux" and self._log is not None and self._is_writer()
+        log = pickle.dumps(self._log.memory) if is_shared and self._log is not None else None
         arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
         return _open_as_reader, (log, *arguments, self.max_sampling_attempts)
 
@@ -376,10 +377,12 @@ class IndividualFileDataset(EpisodeDataset):
             raise RuntimeError(f"Process {self._writer} writes to {self._directory.path}; this one can only read.")
 
 
-def _open_as_reader(log: dict[str, Any] | None, *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(log: bytes | None, *arguments: Any) -> IndividualFileDataset:
     """A reader of a directory, as it arrives in another process."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     # Before its constructor, which looks at the directory if there is no log.
-    dataset._log = attach_log(log)
+    if log is not None:
+        with contextlib.suppress(RuntimeError):  # Its memory is gone: what its writer has left is in the directory.
+            dataset._log = PublishedTable(pickle.loads(log))
     dataset.__init__(*arguments, mode="r")
     return dataset

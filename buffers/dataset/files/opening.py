@@ -15,7 +15,6 @@ from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
     EpisodeSerializationStrategy,
     UnknownVersionError,
-    read_with,
 )
 from buffers.fields import Fields
 
@@ -99,7 +98,7 @@ def _try(
     """Call a method of the format on a file; what is wrong with the file is noted."""
     try:
         with directory.open(name) as file:
-            return read_with(method, file, *arguments)
+            return method(file, *arguments)
     except (DamagedEpisodeError, FileNotFoundError) as error:
         errors[name] = error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from buffers.dataset.files.serialization import (
     as_damage,
     bytes_of,
     check_fields,
+    parse_json,
     parse_schema,
     schema_text,
 )
@@ -80,7 +80,14 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
 
     def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int]:
         """Check the header against fields, length and the file's size, and say where rows lie."""
-        return _checked_header(file, fields, length).offsets
+        header = _read_header(file)
+        check_fields(header.fields, fields)
+        if header.length != length:
+            raise DamagedEpisodeError(f"has {header.length} rows, its name says {length}")
+        size = os.fstat(file.fileno()).st_size - min(header.offsets.values())
+        if size != length * fields.nbytes:
+            raise DamagedEpisodeError(f"has {size} bytes of rows, its header says {length * fields.nbytes}")
+        return header.offsets
 
     def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
         """Check the header and the checksum of the rows."""
@@ -113,18 +120,6 @@ class _Header(NamedTuple):
     checksum: object
 
 
-def _checked_header(file: io.FileIO, fields: Fields, length: int) -> _Header:
-    """The header, which agrees with what is expected and with the file's size."""
-    header = _read_header(file)
-    check_fields(header.fields, fields)
-    if header.length != length:
-        raise DamagedEpisodeError(f"has {header.length} rows, its name says {length}")
-    size = os.fstat(file.fileno()).st_size - min(header.offsets.values())
-    if size != length * fields.nbytes:
-        raise DamagedEpisodeError(f"has {size} bytes of rows, its header says {length * fields.nbytes}")
-    return header
-
-
 def _read_header(file: io.FileIO) -> _Header:
     content = os.pread(file.fileno(), 4096, 0)
     end = 8 + int.from_bytes(content[:8], "little")
@@ -134,12 +129,12 @@ def _read_header(file: io.FileIO) -> _Header:
         content += os.pread(file.fileno(), end - len(content), len(content))
     if len(content) < end:
         raise DamagedEpisodeError("ends within its header")
-    with as_damage(TypeError, AttributeError):
+    with as_damage():
         return _parse_header(content[8:end])
 
 
 def _parse_header(header: bytes) -> _Header:
-    entries = json.loads(header)
+    entries = parse_json(header)
     fields, schema = parse_schema(entries.pop("__metadata__")[SCHEMA_KEY])
     if entries.keys() != set(fields):
         raise DamagedEpisodeError(f"holds the tensors {sorted(entries)!r:.200}, its schema {sorted(fields)!r:.200}")

@@ -11,12 +11,11 @@ import json
 import math
 import re
 import struct
-import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +28,17 @@ __all__ = [
     "EpisodeSerializationStrategy",
     "UnknownVersionError",
     "check_strategy",
-    "read_with",
     "tensors_to_store",
 ]
 
 FORMAT_VERSION = 1
 # Where each format keeps the text of `schema_text`.
 SCHEMA_KEY = "buffers"
-_Result = TypeVar("_Result")
-# What readers of files raise for bytes that are not what they should be. Of a format of the user's own, these mean that
-# the file is damaged, and nothing else does.
-_RAISED_BY_BYTES = (ValueError, LookupError, EOFError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile)
+# What damaged bytes raise where they are parsed.
+_RAISED_BY_BYTES = (ValueError, LookupError, TypeError, AttributeError, EOFError, struct.error, zlib.error)
 _OUT_OF_MEMORY = "Error -4"  # How zlib's own error begins.
+# No text of ours nests as deeply.
+_MAX_DEPTH = 100
 _DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -64,9 +62,8 @@ class EpisodeSerializationStrategy(ABC):
     A file may come from anyone, so `load` and all that follows it must run no code from the file, and must check what
     the file says before allocating for it. The arguments say what to expect.
 
-    A file is set aside as damaged if reading it raises, twice, a DamagedEpisodeError, ValueError, LookupError,
-    EOFError, RecursionError, or an error of `struct`, `zlib` or `zipfile`. Anything else (MemoryError, OSError,
-    RuntimeError, ...) is the process's trouble or a mistake in the format: it reaches the caller, and the file stays.
+    A DamagedEpisodeError, and nothing else, sets a file aside. Any other exception is trouble of the process or a
+    mistake in the format: it reaches the caller, and the file stays.
 
     Attributes:
         suffix: Ends the names of files, ".safetensors" for example.
@@ -100,16 +97,13 @@ class EpisodeSerializationStrategy(ABC):
             `name -> (L, *shape)` tensors.
 
         Raises:
-            DamagedEpisodeError: The file is something else. See the class for other exceptions.
+            DamagedEpisodeError: The file is something else.
         """
 
     def load_fields(self, file: io.FileIO) -> Fields | None:
         """The fields that a file says it holds; None (the default) if the format does not keep them.
 
         Without them, opening a directory that has episodes takes `info` with the fields.
-
-        Raises:
-            DamagedEpisodeError: The file is no episode of this format.
         """
         return None
 
@@ -133,19 +127,13 @@ class EpisodeSerializationStrategy(ABC):
 
         For formats whose rows lie one behind the other, as they are in memory (little endian). A window then costs its
         own bytes; otherwise whole episodes are loaded, and a bounded number of them is kept.
-
-        Raises:
-            DamagedEpisodeError: The file is not what was expected.
         """
         return None
 
 
-# What damage is.
-
-
 @contextlib.contextmanager
 def as_damage(*others: type[Exception]) -> Iterator[None]:
-    """Turn what damaged bytes raise, `others` too, into a DamagedEpisodeError."""
+    """Turn what damaged bytes raise, `others` too, into a DamagedEpisodeError. For parsing alone."""
     kinds: tuple[type[Exception], ...] = (*_RAISED_BY_BYTES, *others)
     try:
         yield
@@ -157,37 +145,21 @@ def as_damage(*others: type[Exception]) -> Iterator[None]:
         raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
 
 
-def read_with(method: Callable[..., _Result], file: io.FileIO, *arguments: Any) -> _Result:
-    """Call a method of a format on a file, which is damaged only if that fails twice.
-
-    An exception of another origin may look like one of damaged bytes: one that a signal handler raised, or a
-    RecursionError deep in the caller's stack. So the file is read again by a new thread, which has a stack of its own
-    and runs no signal handlers.
-
-    Raises:
-        DamagedEpisodeError: The file's own bytes are at fault.
-    """
-
-    def read() -> _Result:
-        file.seek(0)
-        with as_damage():
-            return method(file, *arguments)
-
+def parse_json(data: str | bytes) -> Any:
+    """What JSON says. Too deep a text is damaged; where it is the caller's stack that is deep, it is not."""
+    text = data if isinstance(data, str) else data.decode()
     try:
-        return read()
-    except DamagedEpisodeError as error:
-        with ThreadPoolExecutor(1) as thread:
-            result = thread.submit(read).result()
-        if error.__cause__ is not None:
-            raise error.__cause__ from None
-        return result
-
-
-# The text that says what a file holds.
+        return json.loads(text)
+    except RecursionError:
+        if max(accumulate((char in "[{") - (char in "]}") for char in text)) <= _MAX_DEPTH:
+            raise
+        raise DamagedEpisodeError("nests too deeply") from None
 
 
 def schema_text(fields: Fields, **more: Any) -> str:
     """Version and fields as JSON in ASCII; equal fields give equal texts."""
+    if max(map(len, fields.paths)) > _MAX_DEPTH:
+        raise ValueError(f"Files hold fields of at most {_MAX_DEPTH} levels.")
     described = [
         {
             "path": path,
@@ -207,8 +179,8 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
         UnknownVersionError: Another version of the format.
         DamagedEpisodeError: Anything else.
     """
-    with as_damage(TypeError, AttributeError):
-        schema = json.loads(text)
+    with as_damage():
+        schema = parse_json(text)
         version = schema["version"]
         if version != FORMAT_VERSION:
             raise UnknownVersionError(
@@ -217,6 +189,8 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
         tree: dict[str, Any] = {}
         for described in schema["fields"]:
             *parents, last = described["path"]
+            if len(parents) >= _MAX_DEPTH:
+                raise DamagedEpisodeError("nests fields too deeply")
             node = tree
             for key in parents:
                 node = node.setdefault(key, {})

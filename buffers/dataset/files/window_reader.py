@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from buffers.dataset.files.directory import EpisodeDirectory, FileName
-from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of, read_with
+from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of
 from buffers.fields import Fields
 from buffers.table import Windows
 from buffers.utils import ThreadLock
@@ -165,7 +165,7 @@ class WindowReader:
     ) -> _Layout | None:
         size, layout = os.fstat(file.fileno()).st_size, self._layouts.get(name.id)
         if layout is None:
-            offsets = read_with(strategy.row_offsets, file, fields, name.length)
+            offsets = strategy.row_offsets(file, fields, name.length)
             if offsets is None:
                 return None
             layout = _Layout(size, tuple(sorted((offsets[field], field) for field in fields)))
@@ -207,7 +207,8 @@ def load_episode(
     Raises:
         DamagedEpisodeError: The file is not what was expected.
     """
-    episode = read_with(strategy.load, file, fields, length)
+    file.seek(0)
+    episode = strategy.load(file, fields, length)
     if episode.keys() != set(fields):
         raise DamagedEpisodeError(f"holds the fields {sorted(episode)!r:.200}, expected {sorted(fields)!r:.200}")
     for name, tensor_type in fields.items():
