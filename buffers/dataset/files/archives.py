@@ -123,13 +123,13 @@ class TorchSerialization(EpisodeSerializationStrategy):
 
 @contextmanager
 def _opened(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> Iterator[zipfile.ZipFile]:
-    """The archive, of which it is known that it cannot expand far beyond what is expected."""
+    """The archive, which cannot expand far beyond what is expected."""
     size = os.fstat(file.fileno()).st_size
     # Stored rows, or rows that do not compress, and what belongs to them. Without an expectation: what there is.
     allowed = size if fields is None else length * fields.nbytes + _OVERHEAD + _OVERHEAD_PER_FIELD * len(fields)
     if size > allowed + allowed // 100:
         raise DamagedEpisodeError(f"has {size} bytes, {length} rows take at most {allowed}")
-    with _parsing(), zipfile.ZipFile(file) as archive:
+    with as_damage(), zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         expanded = sum(member.file_size for member in members)
         if fields is not None and expanded > allowed:
@@ -138,18 +138,6 @@ def _opened(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> I
             if member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED or member.header_offset < 0:
                 raise DamagedEpisodeError(f"has the member {member.filename!r:.60} in another way")
         yield archive
-
-
-@contextmanager
-def _parsing() -> Iterator[None]:
-    with as_damage(NotImplementedError):
-        try:
-            yield
-        except zipfile.BadZipFile as error:
-            # zipfile takes an error of the system for the lack of an archive.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise DamagedEpisodeError(f"is no good archive ({error!s:.200})") from error
 
 
 def _small_member(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -64,24 +64,14 @@ class FileName(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a directory holds.
-
-    Attributes:
-        names: Of episodes with the right suffix, in the order of their ids and starts.
-        rows: int64 `(n, 3)`, the start, length and id that each name states.
-        sizes: int64 `(n,)`, bytes of each; -1 for what is no regular file.
-        temporaries: Names of episodes on their way.
-        other_suffixes: Suffixes of files with an episode's name and another suffix.
-        next_numbers: The least (id, start) that no file, and no `.next` file, has given to an episode.
-        all_names: Every name in the directory.
-    """
+    """What a directory holds; `names`, `rows` and `sizes` are of episodes with the right suffix, in their order."""
 
     names: list[str]
-    rows: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]  # (n, 3): the start, length and id that each name states.
+    sizes: npt.NDArray[np.int64]  # (n,): bytes; -1 for what is no regular file.
     temporaries: list[str]
-    other_suffixes: set[str]
-    next_numbers: tuple[int, int]
+    other_suffixes: set[str]  # Of files with an episode's name and another suffix.
+    next_numbers: tuple[int, int]  # The least id and start that no file, and no `.next` file, has given.
     all_names: set[str]
 
 
@@ -91,12 +81,8 @@ class EpisodeDirectory:
     Args:
         path: Created, with its parents, if `writable`.
         suffix: Of episode files.
-        writable: Take the lock.
+        writable: Take the lock; a RuntimeError if another process has it.
         durable: Let changes reach the disk before going on.
-
-    Raises:
-        OSError: The directory is not there, or must not be read or written; the message says what to do.
-        RuntimeError: Another process writes to it.
     """
 
     def __init__(self, path: str, suffix: str, writable: bool, durable: bool = True) -> None:
@@ -149,11 +135,7 @@ class EpisodeDirectory:
         return os.fstat(self._descriptor.number).st_mtime_ns
 
     def commit(self, name: str, write: Callable[[io.BufferedWriter], None]) -> None:
-        """Let a file appear under its name, whole, or not at all.
-
-        Raises:
-            OSError: As the operating system says; nothing is left behind.
-        """
+        """Let a file appear under its name, whole, or not at all: after an error nothing is left behind."""
         directory, appeared = self._descriptor.number, TEMPORARY + name
         with contextlib.suppress(OSError):
             os.unlink(appeared, dir_fd=directory)  # Left by an addition that was cut off.
@@ -206,15 +188,12 @@ class EpisodeDirectory:
         return False
 
     def open(self, name: str) -> io.FileIO:
-        """A file for reading. Links are not followed, and opening a pipe does not wait.
-
-        Raises:
-            FileNotFoundError: It is gone.
-            DamagedEpisodeError: It is no regular file.
-            OSError: As the operating system says.
-        """
+        """A file for reading; a DamagedEpisodeError if it is no regular one. Opening a pipe does not wait."""
         try:
-            file = io.FileIO(name, opener=self._open)
+            file = io.FileIO(
+                name,
+                opener=lambda name, flags: os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number),
+            )
         except OSError as error:
             if error.errno not in _NOT_REGULAR:
                 raise
@@ -223,9 +202,6 @@ class EpisodeDirectory:
                 return file
             file.close()
         raise DamagedEpisodeError("is no regular file")
-
-    def _open(self, name: str, flags: int) -> int:
-        return os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
 
     def close(self) -> None:
         """Give up the lock."""

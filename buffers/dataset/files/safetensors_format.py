@@ -48,9 +48,8 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         if "__metadata__" in episode:
             raise ValueError("Field `__metadata__` has a name that safetensors keeps for itself. Rename it.")
         encoded = _encoded(episode, fields)
-        num_bytes = int.from_bytes(encoded[:8], "little")
-        if num_bytes > _MAX_HEADER:
-            raise ValueError(f"The names of the fields make a header of {num_bytes} bytes, of {_MAX_HEADER} allowed.")
+        if int.from_bytes(encoded[:8], "little") > _MAX_HEADER:
+            raise ValueError(f"The names of the fields make a header of more than {_MAX_HEADER} bytes.")
         file.write(encoded)
 
     def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
@@ -73,7 +72,7 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         return _read_header(file).fields
 
     def overhead(self, fields: Fields) -> tuple[int, int]:
-        """The header's bytes for one row, as this version of the library writes it, and room for longer numbers."""
+        """The header's bytes for one row, and room for longer numbers."""
         row = {name: as_tensor(np.zeros((1, *kind.shape), kind.numpy_dtype), kind) for name, kind in fields.items()}
         least = len(_encoded(row, fields)) - fields.nbytes
         return least, least + _MORE_DIGITS * len(fields) + _PADDING
@@ -112,23 +111,19 @@ def _encoded(episode: Mapping[str, torch.Tensor], fields: Fields) -> bytes:
 
 
 class _Header(NamedTuple):
-    """What a header says; `offsets` are where the rows of each field begin in the file."""
-
     fields: Fields
     length: int
-    offsets: dict[str, int]
+    offsets: dict[str, int]  # Where the rows of each field begin in the file.
     checksum: object
 
 
 def _read_header(file: io.FileIO) -> _Header:
     content = os.pread(file.fileno(), 4096, 0)
     end = 8 + int.from_bytes(content[:8], "little")
-    if len(content) < 8 or end > 8 + _MAX_HEADER:
-        raise DamagedEpisodeError("has no safetensors header")
-    if len(content) < end:
-        content += os.pread(file.fileno(), end - len(content), len(content))
-    if len(content) < end:
-        raise DamagedEpisodeError("ends within its header")
+    if 4096 < end <= 8 + _MAX_HEADER:
+        content = os.pread(file.fileno(), end, 0)
+    if not 8 < end <= len(content):
+        raise DamagedEpisodeError("has no whole safetensors header")
     with as_damage():
         return _parse_header(content[8:end])
 

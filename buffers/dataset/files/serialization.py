@@ -11,6 +11,7 @@ import json
 import math
 import re
 import struct
+import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,10 @@ FORMAT_VERSION = 1
 # Where each format keeps the text of `schema_text`.
 SCHEMA_KEY = "buffers"
 # What damaged bytes raise where they are parsed.
-_RAISED_BY_BYTES = (ValueError, LookupError, TypeError, AttributeError, EOFError, struct.error, zlib.error)
+_RAISED_BY_BYTES = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, NotImplementedError),
+    *(struct.error, zlib.error, zipfile.BadZipFile),
+)
 _OUT_OF_MEMORY = "Error -4"  # How zlib's own error begins.
 # No text of ours nests as deeply.
 _MAX_DEPTH = 100
@@ -132,16 +136,17 @@ class EpisodeSerializationStrategy(ABC):
 
 
 @contextlib.contextmanager
-def as_damage(*others: type[Exception]) -> Iterator[None]:
-    """Turn what damaged bytes raise, `others` too, into a DamagedEpisodeError. For parsing alone."""
-    kinds: tuple[type[Exception], ...] = (*_RAISED_BY_BYTES, *others)
+def as_damage() -> Iterator[None]:
+    """Turn what damaged bytes raise into a DamagedEpisodeError. For parsing alone."""
     try:
         yield
     except DamagedEpisodeError:
         raise
-    except kinds as error:
+    except _RAISED_BY_BYTES as error:
         if isinstance(error, zlib.error) and str(error).startswith(_OUT_OF_MEMORY):
             raise MemoryError(str(error)) from error
+        if isinstance(error, zipfile.BadZipFile) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # It takes an error of the system for the lack of an archive.
         raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
 
 
@@ -161,13 +166,8 @@ def schema_text(fields: Fields, **more: Any) -> str:
     if max(map(len, fields.paths)) > _MAX_DEPTH:
         raise ValueError(f"Files hold fields of at most {_MAX_DEPTH} levels.")
     described = [
-        {
-            "path": path,
-            "type": _type_name(tensor_type),
-            "dtype": str(tensor_type.dtype).removeprefix("torch."),
-            "shape": tensor_type.shape,
-        }
-        for path, tensor_type in zip(fields.paths, fields.values(), strict=True)
+        {"path": path, "type": _type_name(kind), "dtype": str(kind.dtype).removeprefix("torch."), "shape": kind.shape}
+        for path, kind in zip(fields.paths, fields.values(), strict=True)
     ]
     return json.dumps({"version": FORMAT_VERSION, **more, "fields": described}, separators=(",", ":"))
 
@@ -181,8 +181,7 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
     """
     with as_damage():
         schema = parse_json(text)
-        version = schema["version"]
-        if version != FORMAT_VERSION:
+        if (version := schema["version"]) != FORMAT_VERSION:
             raise UnknownVersionError(
                 f"is of version {version!r:.20} of the format; this library knows {FORMAT_VERSION}"
             )
@@ -211,12 +210,11 @@ def _parsed_type(described: Mapping[str, Any]) -> TensorType:
 
 
 def _type_name(tensor_type: TensorType) -> str:
-    """The name of the nearest class that every version of the library knows: a user's own is described by its base."""
+    """The nearest class that every version of the library knows: a user's own is described by its base."""
     return next(kind.__name__ for kind in type(tensor_type).__mro__ if kind.__name__ in field_types.__all__)
 
 
 def check_fields(found: Fields, expected: Fields) -> None:
-    """Refuse a file of other fields, by a DamagedEpisodeError."""
     conflict = found.conflict_with(expected)
     if conflict is not None:
         raise DamagedEpisodeError(f"holds other fields: {conflict}")
@@ -231,7 +229,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuse, by a TypeError or a ValueError, what is no format, or has a suffix that none can have."""
+    """Refuse what is no format by a TypeError, and a suffix that none can have by a ValueError."""
     if not isinstance(strategy, EpisodeSerializationStrategy):
         raise TypeError(
             f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
@@ -244,11 +242,7 @@ def check_strategy(strategy: object) -> None:
 
 
 def tensors_to_store(episode: Mapping[str, np.ndarray], fields: Fields) -> dict[str, torch.Tensor]:
-    """Copies of an episode's rows, in the order and of the types of the fields.
-
-    Raises:
-        ValueError: Rows of another shape than their field has.
-    """
+    """Copies of an episode's rows, in the order and of the types of the fields; a ValueError for another shape."""
     length = len(next(iter(episode.values())))
     tensors = {}
     for name, tensor_type in fields.items():
