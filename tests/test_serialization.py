@@ -27,7 +27,7 @@ from buffers.dataset.individual_file import (
     UnknownVersionError,
 )
 from tests import tagged
-from tests.file_helpers import files
+from tests.file_helpers import add, files, numbers
 from tests.format_helpers import FIELDS, STRATEGIES, each_strategy, made, same, saved
 
 SHAPES = st.lists(st.integers(0, 12), max_size=3).map(tuple)
@@ -79,7 +79,7 @@ def test_a_library_with_other_headers_is_read_all_the_same(tmp_path, monkeypatch
     for number in (1, 2):
         with IndividualFileDataset(30, directory=tmp_path) as dataset:
             dataset.add_episode(tagged.episode(5, number))
-            found = [tagged.number_and_length(episode) for episode in dataset.episodes()]
+            found = numbers(dataset)
             assert found == [(0, 4), (1, 5), (2, 5)][: number + 1]
 
 
@@ -247,9 +247,8 @@ def as_version(content: bytes, version: int) -> bytes:
 
 def test_a_directory_of_a_later_version_is_an_error(tmp_path) -> None:
     with IndividualFileDataset(90, directory=tmp_path) as dataset:
-        for number in range(2):
-            dataset.add_episode(tagged.episode(4, number))
-    names = sorted(name for name in os.listdir(tmp_path) if name.startswith("0"))
+        add(dataset, [4, 4])
+    names = files(tmp_path)
     contents = [(tmp_path / name).read_bytes() for name in names]
     for name, content in zip(names, contents, strict=True):
         (tmp_path / name).write_bytes(as_version(content, 2))
