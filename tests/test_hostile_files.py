@@ -71,6 +71,7 @@ def hostile_npz(tmp_path: Path) -> dict[str, bytes]:
         "a bomb beside": zip_of({**schema, **episode, "more.npy": header + bytes(100_000_000)}),
         "a bomb as schema": zip_of({"buffers.json": bytes(100_000_000), **episode}),
         "a shape too large": zip_of({**schema, **episode, "obs/image.npy": npy(np.zeros((4, 2**20), np.uint8))[:300]}),
+        "a table before the beginning": zip_of({**schema, **episode})[:-10] + b"\xff\xff\xff\x0f" + bytes(6),
         "a path": zip_of({**schema, **episode, "../../ran": b"x"}),
         "a pickle": pickle.dumps(Exploit(tmp_path / "ran")),
         "another compression": zip_of({**schema, **episode}, zipfile.ZIP_BZIP2),
@@ -152,7 +153,7 @@ def hostile_safetensors(tmp_path: Path) -> dict[str, bytes]:
 
 
 each_hostile = pytest.mark.parametrize(
-    ("strategy", "make"), zip(STRATEGIES, (hostile_safetensors, hostile_npz, hostile_pt), strict=True)
+    ("strategy", "make"), list(zip(STRATEGIES, (hostile_safetensors, hostile_npz, hostile_pt), strict=True))
 )
 
 

@@ -135,7 +135,7 @@ def _opened(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> I
         if fields is not None and expanded > allowed:
             raise DamagedEpisodeError(f"would expand to {expanded} bytes, {length} rows take at most {allowed}")
         for member in members:
-            if member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED or member.header_offset < 0:
+            if member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED:
                 raise DamagedEpisodeError(f"has the member {member.filename!r:.60} in another way")
         yield archive
 

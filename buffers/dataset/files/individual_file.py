@@ -137,8 +137,7 @@ class IndividualFileDataset(EpisodeDataset):
         for name in listing.temporaries:
             self._directory.remove(name)
         self.table.skip_to(*listing.next_numbers)
-        # Before files go that say which numbers have been given.
-        self._keep_numbers()
+        self._keep_numbers()  # Before files go that say which numbers have been given.
         self._report_damage(damaged)
         self.make_room(self.table.next_start, 0)
         assert self._log is not None  # A writer has one.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -142,11 +143,13 @@ def as_damage() -> Iterator[None]:
         yield
     except DamagedEpisodeError:
         raise
-    except _RAISED_BY_BYTES as error:
+    except (*_RAISED_BY_BYTES, OSError) as error:
         if isinstance(error, zlib.error) and str(error).startswith(_OUT_OF_MEMORY):
             raise MemoryError(str(error)) from error
-        if isinstance(error, zipfile.BadZipFile) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # It takes an error of the system for the lack of an archive.
+        # zipfile takes an error of the system for the lack of an archive. An offset before the beginning is damage.
+        cause = error.__context__ if isinstance(error, zipfile.BadZipFile) else error
+        if isinstance(cause, OSError) and cause.errno != errno.EINVAL:
+            raise cause from None
         raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
 
 
