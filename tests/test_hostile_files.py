@@ -101,6 +101,7 @@ def hostile_pt(tmp_path: Path) -> dict[str, bytes]:
         "a legacy file": legacy.getvalue(),
         "a bomb": zip_of({**members, f"{root}/data/0": bytes(100_000_000)}),
         "a bomb, stored": zip_of({**members, f"{root}/data/0": bytes(10_000_000)}, zipfile.ZIP_STORED),
+        "a tensor more": zip_of({**members, f"{root}/data/9": b"x"}, zipfile.ZIP_STORED),
         "another byte order": zip_of({**members, f"{root}/byteorder": b"big"}, zipfile.ZIP_STORED),
         "nothing": b"",
         "no episode": torch_archive(pickle.dumps({"a": 1}, protocol=2)),
