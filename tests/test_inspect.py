@@ -106,7 +106,7 @@ def test_it_lists_damaged_unfinished_and_set_aside_files(episodes: Path, inspect
     status, out, _ = inspect(episodes)
     assert status == 0 and "7 episodes," in out
     assert line_of(out, "Damaged") == "Damaged: 1 (left out)"
-    assert line_of(out, f"  {short}") == f"  {short}: it ends within its header"
+    assert line_of(out, f"  {short}") == f"  {short}: it has no whole safetensors header"
     assert line_of(out, "Temporaries").startswith("Temporaries: 1 ")
     assert "  .tmp-0000000010-000000000055-4.safetensors: 3 B" in out.splitlines()
     assert line_of(out, "Set aside").startswith("Set aside: 26 ")

@@ -15,7 +15,8 @@ import pytest
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.files import lock
 from tests import tagged
-from tests.faults import CAPACITY, in_child, kill, lengths, opened, status_of, watched_calls
+from tests.faults import CAPACITY, in_child, kill, opened, status_of
+from tests.file_helpers import add, files, numbers
 
 # The lock.
 
@@ -67,7 +68,7 @@ def kept_by_a_forked_child(path: Path) -> bool:
 def test_a_forked_child_does_not_keep_the_lock(tmp_path, monkeypatch) -> None:
     assert not kept_by_a_forked_child(tmp_path)
     # It would, if it did not give up its part.
-    monkeypatch.setattr(lock, "_close_in_forked_children", lambda descriptor: None)
+    monkeypatch.setattr(lock.Descriptor, "close", lambda self: None)
     assert kept_by_a_forked_child(tmp_path)
 
 
@@ -78,9 +79,9 @@ def test_a_forked_child_follows_its_parent_and_cannot_write(tmp_path) -> None:
 
     def run() -> None:
         os.read(receive, 1)
-        with pytest.raises(RuntimeError, match=f"Process {os.getppid()} writes to .*this one can only read"):
+        with pytest.raises(RuntimeError, match="only reads"):
             dataset.add_episode(tagged.episode(5, 7))
-        with pytest.raises(RuntimeError, match="can only read"):
+        with pytest.raises(RuntimeError, match="only reads"):
             dataset.evict_episode(0)
         dataset.refresh()
         assert [tagged.number_and_length(episode)[0] for episode in dataset.episodes()] == [0, 1]
@@ -96,20 +97,6 @@ def test_a_forked_child_follows_its_parent_and_cannot_write(tmp_path) -> None:
     dataset.close()
 
 
-def test_a_lock_file_removed_meanwhile_lets_in_nobody_else(tmp_path) -> None:
-    removed = []
-
-    def remove_once(kind: str, *arguments: Any) -> None:
-        if kind == "open" and arguments[0] == ".lock" and not removed:
-            removed.append(os.unlink(tmp_path / ".lock"))
-
-    # Another process opens, and removes the file, between our opening it and our locking it.
-    with watched_calls(after=remove_once), opened(tmp_path):
-        assert removed and (tmp_path / ".lock").exists()
-        with pytest.raises(RuntimeError, match="is being written to"):
-            opened(tmp_path)
-
-
 # Setting aside.
 
 
@@ -118,9 +105,8 @@ def test_what_is_no_episode_is_set_aside_with_one_warning(tmp_path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b"precious")
     with opened(path, 100) as dataset:
-        for number, length in zip(range(4), lengths(), strict=False):
-            dataset.add_episode(tagged.episode(length, number))
-    names = sorted(name for name in os.listdir(path) if name.startswith("0"))
+        add(dataset, [5, 3, 9, 4])
+    names = files(path)
     content = (path / names[0]).read_bytes()
     os.truncate(path / names[3], 100)
     (path / "model.safetensors").write_bytes(content)
@@ -134,7 +120,7 @@ def test_what_is_no_episode_is_set_aside_with_one_warning(tmp_path) -> None:
     with pytest.warns(UserWarning, match="6 files in .* are no whole episodes and were moved .*; and 1 more") as found:
         dataset = IndividualFileDataset(100, directory=path)
     assert len(found) == 1
-    assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (1, 3), (2, 9)]
+    assert numbers(dataset) == [(0, 5), (1, 3), (2, 9)]
     assert len(os.listdir(path / "damaged")) == len(dataset.damaged_files) == 6
     assert outside.read_bytes() == b"precious"
     # Files that are not named like episodes are nobody's business.
@@ -169,23 +155,21 @@ def test_files_are_not_set_aside_out_of_the_directory(tmp_path) -> None:
 
 def test_a_file_with_false_numbers_costs_no_good_one(tmp_path) -> None:
     with opened(tmp_path, 100) as dataset:
-        for number, length in zip(range(3), lengths(), strict=False):
-            dataset.add_episode(tagged.episode(length, number))
+        add(dataset, [5, 3, 9])
     (second,) = tmp_path.glob("0000000001-*")
     # It says to have a row more, which the next has, and is as large as if it did.
     second.write_bytes(second.read_bytes() + bytes(dataset.fields.nbytes))
     second.rename(tmp_path / "0000000001-000000000005-4.safetensors")
     with pytest.warns(UserWarning, match="1 files .*: 0000000001-000000000005-4"):
         dataset = IndividualFileDataset(100, directory=tmp_path)
-    assert [tagged.number_and_length(episode) for episode in dataset.episodes()] == [(0, 5), (2, 9)]
+    assert numbers(dataset) == [(0, 5), (2, 9)]
 
 
 @pytest.mark.parametrize("put_there", [os.mkdir, os.mkfifo])
 def test_what_took_the_place_of_a_file_is_damage(tmp_path, put_there) -> None:
     with opened(tmp_path, 100) as dataset:
-        for number in range(3):
-            dataset.add_episode(tagged.episode(6, number))
-    names = sorted(name for name in os.listdir(tmp_path) if name.startswith("0"))
+        add(dataset, [6, 6, 6])
+    names = files(tmp_path)
     dataset = IndividualFileDataset(100, directory=tmp_path, mode="r")
     os.unlink(tmp_path / names[1])
     put_there(tmp_path / names[1])
@@ -197,9 +181,8 @@ def test_what_took_the_place_of_a_file_is_damage(tmp_path, put_there) -> None:
 @pytest.mark.parametrize("mode", ["a", "r"])
 def test_damage_found_while_drawing_is_not_served(tmp_path, mode) -> None:
     with opened(tmp_path, 100) as dataset:
-        for number in range(3):
-            dataset.add_episode(tagged.episode(6, number))
-    names = sorted(name for name in os.listdir(tmp_path) if name.startswith("0"))
+        add(dataset, [6, 6, 6])
+    names = files(tmp_path)
     with open(tmp_path / names[1], "r+b") as file:
         file.seek(300)
         file.write(b"#")

@@ -17,6 +17,7 @@ import io
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
@@ -24,10 +25,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from buffers.dataset.files.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, DirectoryLock
+from buffers.dataset.files.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, take_lock
 from buffers.dataset.files.serialization import DamagedEpisodeError
 
-__all__ = ["EpisodeDirectory", "FileName", "Listing", "with_advice"]
+__all__ = ["DirectoryWatch", "EpisodeDirectory", "FileName", "Listing", "with_advice"]
 
 TEMPORARY = ".tmp-"
 DAMAGED = "damaged"
@@ -36,6 +37,10 @@ _LARGEST_NUMBER = 10**15
 _NUMBERS = r"([0-9]{10}|[1-9][0-9]{10,14})-([0-9]{12}|[1-9][0-9]{12,14})"
 _NAME = re.compile(_NUMBERS + r"-([1-9][0-9]{0,8})(\.[^/]+)")
 _MARKER = re.compile(_NUMBERS + r"\.next")
+# A reader looks for new episodes for at most a twentieth of its time.
+_REST = 20.0
+# Two changes of a directory within the clock's grain (2 s on some file systems) look like one.
+_CLOCK_GRAIN_NS = 2 * 10**9
 # What opening a link, a directory or a socket says.
 _NOT_REGULAR = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
@@ -59,24 +64,14 @@ class FileName(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a directory holds.
-
-    Attributes:
-        names: Of episodes with the right suffix, in the order of their ids and starts.
-        rows: int64 `(n, 3)`, the start, length and id that each name states.
-        sizes: int64 `(n,)`, bytes of each; -1 for what is no regular file.
-        temporaries: Names of episodes on their way.
-        other_suffixes: Suffixes of files with an episode's name and another suffix.
-        next_numbers: The least (id, start) that no file, and no `.next` file, has given to an episode.
-        all_names: Every name in the directory.
-    """
+    """What a directory holds; `names`, `rows` and `sizes` are of episodes with the right suffix, in their order."""
 
     names: list[str]
-    rows: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]  # (n, 3): the start, length and id that each name states.
+    sizes: npt.NDArray[np.int64]  # (n,): bytes; -1 for what is no regular file.
     temporaries: list[str]
-    other_suffixes: set[str]
-    next_numbers: tuple[int, int]
+    other_suffixes: set[str]  # Of files with an episode's name and another suffix.
+    next_numbers: tuple[int, int]  # The least id and start that no file, and no `.next` file, has given.
     all_names: set[str]
 
 
@@ -86,12 +81,8 @@ class EpisodeDirectory:
     Args:
         path: Created, with its parents, if `writable`.
         suffix: Of episode files.
-        writable: Take the lock.
+        writable: Take the lock; a RuntimeError if another process has it.
         durable: Let changes reach the disk before going on.
-
-    Raises:
-        OSError: The directory is not there, or must not be read or written; the message says what to do.
-        RuntimeError: Another process writes to it.
     """
 
     def __init__(self, path: str, suffix: str, writable: bool, durable: bool = True) -> None:
@@ -100,12 +91,11 @@ class EpisodeDirectory:
         self._is_durable = durable
         self._markers: list[str] = []
         self._descriptor = Descriptor(_open_directory(self.path, writable))
-        self._lock = DirectoryLock(self.path, self._descriptor.number) if writable else None
+        self._lock = take_lock(self.path, self._descriptor.number) if writable else None
 
     def list(self, known: Collection[str] = ()) -> Listing:
         """What there is; of the names that are `known`, nothing but that they are there."""
-        names: list[str] = []
-        numbers: list[int] = []
+        episodes: list[tuple[int, int, int, int, str]] = []
         all_names, other_names, other_suffixes = set(), [], set()
         # A descriptor of its own: forked processes share the position up to which a directory has been read.
         descriptor = Descriptor(os.open(".", os.O_RDONLY | CLOSE_ON_EXEC, dir_fd=self._descriptor.number))
@@ -120,34 +110,32 @@ class EpisodeDirectory:
                 elif match[4] != self.suffix:
                     other_suffixes.add(match[4])
                 else:
-                    try:
+                    with contextlib.suppress(FileNotFoundError):  # Evicted meanwhile.
                         status = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue  # Evicted meanwhile.
-                    names.append(entry.name)
-                    size = status.st_size if stat.S_ISREG(status.st_mode) else -1
-                    numbers += int(match[2]), int(match[3]), int(match[1]), size
-        table = np.array(numbers, np.int64).reshape(-1, 4)
-        order = np.lexsort((table[:, 0], table[:, 2]))
+                        size = status.st_size if stat.S_ISREG(status.st_mode) else -1
+                        episodes.append((int(match[1]), int(match[2]), int(match[3]), size, entry.name))
+        episodes.sort()
+        table = np.array([episode[:4] for episode in episodes], np.int64).reshape(-1, 4)
         temporaries = [
             name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])
         ]
         markers = [match for name in other_names if (match := _MARKER.fullmatch(name))]
         self._markers = [match[0] for match in markers]
-        next_numbers = _next_numbers([(int(match[1]), int(match[2])) for match in markers], table)
-        names, table = [names[i] for i in order.tolist()], table[order]
-        return Listing(names, table[:, :3], table[:, 3], temporaries, other_suffixes, next_numbers, all_names)
+        # This library never gives larger numbers: what has them is a stranger's.
+        given = np.array([(int(match[1]), int(match[2])) for match in markers], np.int64).reshape(-1, 2)
+        given = np.concatenate([given, np.stack([table[:, 0] + 1, table[:, 1] + table[:, 2]], 1)])
+        next_id, next_start = given[(given < _LARGEST_NUMBER).all(1)].max(0, initial=0).tolist()
+        names = [episode[4] for episode in episodes]
+        rows, sizes = table[:, [1, 2, 0]], table[:, 3]
+        return Listing(names, rows, sizes, temporaries, other_suffixes, (next_id, next_start), all_names)
 
+    @property
     def modified_at(self) -> int:
         """When a name last came or went, in nanoseconds."""
         return os.fstat(self._descriptor.number).st_mtime_ns
 
     def commit(self, name: str, write: Callable[[io.BufferedWriter], None]) -> None:
-        """Let a file appear under its name, whole, or not at all.
-
-        Raises:
-            OSError: As the operating system says; nothing is left behind.
-        """
+        """Let a file appear under its name, whole, or not at all: after an error nothing is left behind."""
         directory, appeared = self._descriptor.number, TEMPORARY + name
         with contextlib.suppress(OSError):
             os.unlink(appeared, dir_fd=directory)  # Left by an addition that was cut off.
@@ -200,32 +188,45 @@ class EpisodeDirectory:
         return False
 
     def open(self, name: str) -> io.FileIO:
-        """A file for reading. Links are not followed, and opening a pipe does not wait.
-
-        Raises:
-            FileNotFoundError: It is gone.
-            DamagedEpisodeError: It is no regular file.
-            OSError: As the operating system says.
-        """
+        """A file for reading; a DamagedEpisodeError if it is no regular one. Opening a pipe does not wait."""
         try:
-            file = io.FileIO(name, opener=self._open)
+            file = io.FileIO(
+                name,
+                opener=lambda name, flags: os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number),
+            )
         except OSError as error:
-            if error.errno in _NOT_REGULAR:
-                raise DamagedEpisodeError("is no regular file") from None
-            raise
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            if error.errno not in _NOT_REGULAR:
+                raise
+        else:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file
             file.close()
-            raise DamagedEpisodeError("is no regular file")
-        return file
-
-    def _open(self, name: str, flags: int) -> int:
-        return os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
+        raise DamagedEpisodeError("is no regular file")
 
     def close(self) -> None:
         """Give up the lock."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
         self._descriptor.close()
+
+
+class DirectoryWatch:
+    """When a reader looks at its directory again: if it has changed, and for at most a twentieth of its time."""
+
+    def __init__(self, directory: EpisodeDirectory) -> None:
+        self._directory = directory
+        self._change_seen, self._next_look = -1, 0.0
+
+    def look(self, scan: Callable[[], None], is_urgent: bool) -> None:
+        """Call `scan` if it is time, or urgent."""
+        begin, now = time.monotonic(), time.time_ns()
+        if not is_urgent and (begin < self._next_look or self._directory.modified_at == self._change_seen):
+            return
+        changed_at = self._directory.modified_at
+        scan()
+        self._change_seen = changed_at if now - changed_at > _CLOCK_GRAIN_NS else -1
+        end = time.monotonic()
+        self._next_look = end + _REST * (end - begin)
 
 
 def with_advice(error: OSError, path: str, what: str) -> OSError:
@@ -234,29 +235,14 @@ def with_advice(error: OSError, path: str, what: str) -> OSError:
     return OSError(error.errno, f"{what}: {error.strerror or error}. {advice}", path)
 
 
-def _next_numbers(markers: list[tuple[int, int]], table: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """The least id and start that neither `.next` files nor rows of start, length, id and size have given."""
-    ends = np.stack([table[:, 2] + 1, table[:, 0] + table[:, 1]], 1)
-    given = np.concatenate([np.array(markers, np.int64).reshape(-1, 2), ends])
-    # This library never gives larger numbers: what has them is a stranger's.
-    next_id, next_start = given[(given < _LARGEST_NUMBER).all(1)].max(0, initial=0).tolist()
-    return next_id, next_start
-
-
 def _open_directory(path: str, writable: bool) -> int:
     try:
         if writable:
             os.makedirs(path, exist_ok=True)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | CLOSE_ON_EXEC)
+    except FileExistsError as error:  # A file, or a link that leads nowhere.
+        number, reason = errno.ENOTDIR, error.strerror
     except OSError as error:
-        number, reason = error.errno, f"The directory cannot be opened ({error.strerror}). Choose another `directory`"
-        if isinstance(error, FileExistsError):
-            number, reason = (
-                errno.ENOTDIR,
-                "Episodes need a directory, and this is a file, or a link that leads nowhere",
-            )
-        elif isinstance(error, FileNotFoundError) and writable:
-            reason = "It cannot be made: choose another `directory`"
-        elif isinstance(error, FileNotFoundError):
-            reason = "There is no directory to read; mode='a' makes one"
-        raise OSError(number, reason, path) from error
+        number, reason = error.errno or 0, error.strerror
+    advice = "Choose another `directory`" if writable else "mode='a' makes a `directory` that is not there"
+    raise OSError(number, f"The directory cannot be opened ({reason}). {advice}", path)

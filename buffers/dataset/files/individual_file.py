@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import pickle
 import sys
 import warnings
 from typing import Any, Literal, final, get_args
@@ -14,8 +14,7 @@ import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.files import opening, serialization
-from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory, FileName, Listing, with_advice
-from buffers.dataset.files.following import DirectoryWatch, attach_log, new_log, share_log
+from buffers.dataset.files.directory import DAMAGED, DirectoryWatch, EpisodeDirectory, FileName, Listing, with_advice
 from buffers.dataset.files.opening import Verify
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy
@@ -23,7 +22,7 @@ from buffers.dataset.files.window_reader import LostWindow, WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
 from buffers.fields import Fields
-from buffers.sharing import PublishedTable
+from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import Windows
 from buffers.utils import format_bytes, integer, one_of
 
@@ -44,16 +43,13 @@ class IndividualFileDataset(EpisodeDataset):
         [20]
 
     Opening a directory finds the episodes in it and goes on. A process that is killed loses nothing that
-    `add_episode` has returned for, nor does a machine that loses power, with `durability="fsync"`. Files that are no
-    whole episodes are moved into a subfolder, with one warning, and are never served. `docs/format.md` states the
-    layout.
+    `add_episode` has returned for, nor does a machine that loses power, with `durability="fsync"`. Files whose bytes
+    are no whole episode are moved into a subfolder, with one warning, and are never served; other trouble (memory,
+    descriptors) reaches the caller, and the file stays. `docs/format.md` states the layout.
 
     One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come. A dataset that
     was sent to another process, or forked, is a reader there; one that came from the writer knows at once what comes
     and goes. Threads may add, evict and read at the same time: reading does not hold up the others.
-
-    A file is called damaged only for what its own bytes say. Any trouble of the process (memory, descriptors, an
-    exception out of a signal handler) reaches the caller, and the file stays.
 
     Args:
         capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees all there is.
@@ -78,10 +74,10 @@ class IndividualFileDataset(EpisodeDataset):
             write, a capacity that the newest episode does not fit.
         RuntimeError: Another writer has the directory.
         OSError: The directory cannot be made, read, or written to.
-        MemoryError: There is no shared memory for what workers are told.
+        MemoryError: There is no shared memory.
     """
 
-    # What tells workers of episodes that come and go; None in a reader that looks at the directory.
+    # Tells workers of episodes that come and go, exactly; None in a reader that looks at the directory, now and then.
     _log: PublishedTable | None = None
     # The last file that was written. If an addition failed, its number is not counted, and is given again.
     _written: FileName | None = None
@@ -111,8 +107,8 @@ class IndividualFileDataset(EpisodeDataset):
         self.mode = one_of("mode", mode, get_args(Mode))
         one_of("verify", verify, get_args(Verify))
         self.damaged_files: list[tuple[str, str]] = []
-        # Until there is an episode, whose format and fields bind those that follow.
-        self._is_format_open, self._are_fields_checked = serialization_strategy is None, False
+        # Once there is an episode, its format and fields bind those that follow.
+        self._is_format_given, self._is_bound = serialization_strategy is not None, False
         self._writer = os.getpid() if mode == "a" else None
         # Names in the directory that a reader need not look at again.
         self._seen: set[str] = set()
@@ -122,7 +118,7 @@ class IndividualFileDataset(EpisodeDataset):
             if self._writer is None:
                 self._refresh() if self._log is not None else self._find_episodes(verify)
             else:
-                self._log = new_log(capacity)
+                self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * capacity + 2)))
                 self._open_for_writing(verify)
         except Exception:
             self.close()
@@ -141,15 +137,13 @@ class IndividualFileDataset(EpisodeDataset):
         for name in listing.temporaries:
             self._directory.remove(name)
         self.table.skip_to(*listing.next_numbers)
-        # Before files go that say which numbers have been given.
-        self._keep_numbers()
+        self._keep_numbers()  # Before files go that say which numbers have been given.
         self._report_damage(damaged)
         self.make_room(self.table.next_start, 0)
         assert self._log is not None  # A writer has one.
         self._log.add_all(self.table)
 
     def _find_episodes(self, verify: Verify = "size") -> None:
-        """Look at the directory as a reader: what is new, and what has gone."""
         seen = self._seen
         listing, damaged = self._scan(verify)
         self._seen = listing.all_names
@@ -159,24 +153,22 @@ class IndividualFileDataset(EpisodeDataset):
         self._report_damage(damaged)
 
     def _scan(self, verify: Verify) -> tuple[Listing, list[tuple[str, str]]]:
-        """Add the whole episodes that have not been seen to the index; also returns the damaged files."""
-        given = None if self._is_format_open else self.serialization_strategy
+        """Add the whole episodes that have not been seen to the table; also returns the damaged files."""
+        given = self.serialization_strategy if self._is_format_given or self._is_bound else None
         listing, strategy = opening.list_episodes(self._directory, self._seen, given)
-        known = self._fields if self._are_fields_checked else None
+        known = self._fields if self._is_bound else None
         fields, rows, damaged = opening.inspect(self._directory, listing, strategy, known, self._fields, verify)
         if fields is not None:
             if self._fields is None:
                 self.settle_fields(fields)
-            self._bind(strategy)
+            self.serialization_strategy, self._is_bound = strategy, True
             self.table.extend(rows)
         return listing, damaged
 
-    def _bind(self, strategy: EpisodeSerializationStrategy) -> None:
-        """There is an episode: its format and fields are those of all that follow."""
-        self.serialization_strategy, self._is_format_open, self._are_fields_checked = strategy, False, True
-
     def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
         """Warn of files that are no whole episodes; a writer sets them aside."""
+        if not damaged:
+            return
         what_happened = "left out"
         if self._is_writer():
             what_happened = f"moved into the folder `{DAMAGED}`"
@@ -185,14 +177,10 @@ class IndividualFileDataset(EpisodeDataset):
                 for name, reason in damaged
             ]
         self.damaged_files += damaged
-        if damaged:
-            named = "; ".join(f"{name}: {reason}" for name, reason in damaged[:5])
-            more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-            warnings.warn(
-                f"{len(damaged)} files in {self._directory.path} are no whole episodes and were {what_happened}: "
-                f"{named}{more}.",
-                stacklevel=4,
-            )
+        named = "; ".join(f"{name}: {reason}" for name, reason in damaged[:5])
+        more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        where = f"{len(damaged)} files in {self._directory.path}"
+        warnings.warn(f"{where} are no whole episodes and were {what_happened}: {named}{more}.", stacklevel=4)
 
     # What a store implements.
 
@@ -204,36 +192,26 @@ class IndividualFileDataset(EpisodeDataset):
         assert fields is not None  # They were set before anything is written.
         self._remove_uncounted()
         tensors = serialization.tensors_to_store(episode, fields)
-        name = FileName(episode_id, start, len(next(iter(episode.values()))))
-        text = name.text(self._directory.suffix)
-
-        def write(file: io.BufferedWriter) -> None:
-            strategy.save(tensors, fields, file)
-
-        self._written = name
+        self._written = name = FileName(episode_id, start, len(next(iter(episode.values()))))
         try:
-            self._directory.commit(text, write)
+            self._directory.commit(self._text(name), lambda file: strategy.save(tensors, fields, file))
         except OSError as error:
             size = format_bytes(fields.nbytes * name.length)
             what = f"An episode of {name.length} steps ({size}) could not be written, those before it are kept"
             raise with_advice(error, self._directory.path, what) from error
-        self._bind(strategy)
+        self._is_bound = True
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         self._check_open()
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
         lost = self._reader.read(self.serialization_strategy, self._fields, windows, out)
-        if not lost:
-            return None
-        was_read = np.ones(len(windows), np.bool_)
         for window in lost:
-            was_read[window.position] = False
             self._lose(window)
-        return was_read
+        return ~np.isin(np.arange(len(windows)), [window.position for window in lost]) if lost else None
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self.check_writable()
-        name = FileName(episode_id, start, length).text(self._directory.suffix)
+        name = self._text(FileName(episode_id, start, length))
         if episode_id == self.table.ids[-1]:
             self._directory.keep_numbers(self.table.next_id, self.table.next_start)
         try:
@@ -247,10 +225,7 @@ class IndividualFileDataset(EpisodeDataset):
     # Episodes in.
 
     def store(self, episode: dict[str, np.ndarray]) -> int:
-        """`EpisodeDataset.store`; after an error the episode is not there, nor its file.
-
-        Others are where they were, unless an evictor failed at a second choice: its first is carried out.
-        """
+        """`EpisodeDataset.store`; after an error the episode is not there, nor its file."""
         try:
             return super().store(episode)
         except Exception:
@@ -262,17 +237,20 @@ class IndividualFileDataset(EpisodeDataset):
         assert self._log is not None  # A writer has one.
         self._log.add(start, length, episode_id, self.table)
 
+    def _text(self, name: FileName) -> str:
+        return name.text(self._directory.suffix)
+
     def _remove_uncounted(self) -> None:
         """Remove the file of an addition that failed, or was cut off, after writing it: its numbers are given again."""
         if self._written is not None and self._written.id >= self.table.next_id:
-            self._directory.remove(self._written.text(self._directory.suffix))
+            self._directory.remove(self._text(self._written))
         self._written = None
 
     def _keep_numbers(self) -> None:
         """Do not give the numbers of episodes that are gone again, also after the next opening."""
-        index = self.table
-        if index.next_id and (not len(index) or int(index.ids[-1]) != index.next_id - 1):
-            self._directory.keep_numbers(index.next_id, index.next_start)
+        table = self.table
+        if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
+            self._directory.keep_numbers(table.next_id, table.next_start)
 
     # Files that come and go.
 
@@ -288,7 +266,7 @@ class IndividualFileDataset(EpisodeDataset):
         self._check_open()
         if self._is_writer():
             return
-        # A log says nothing of fields: until they are known, the directory is looked at.
+        # A log says nothing of fields.
         if self._log is not None and self._fields is not None:
             for episode_id in self._log.follow(self.table):
                 self._reader.forget(episode_id)
@@ -296,10 +274,7 @@ class IndividualFileDataset(EpisodeDataset):
                 return
             # Others may write from now on.
             self._log = None
-            suffix = self._directory.suffix
-            self._seen |= {
-                FileName(number, start, rows).text(suffix) for start, rows, number in self.table.rows.tolist()
-            }
+            self._seen |= {self._text(FileName(row[2], *row[:2])) for row in self.table.rows.tolist()}
         self._watch.look(self._find_episodes, is_urgent)
 
     def _lose(self, window: LostWindow) -> None:
@@ -312,7 +287,7 @@ class IndividualFileDataset(EpisodeDataset):
                 with contextlib.suppress(OSError):
                     self._keep_numbers()
             if isinstance(window.error, DamagedEpisodeError):
-                self._report_damage([(window.name.text(self._directory.suffix), f"it {window.error}")])
+                self._report_damage([(self._text(window.name), f"it {window.error}")])
 
     def _forget(self, name: FileName) -> bool:
         """Forget an episode whose file is not there any more; False if it does not live."""
@@ -330,7 +305,6 @@ class IndividualFileDataset(EpisodeDataset):
     def close(self) -> None:
         """Give up the lock and close all files. Nothing is lost if this is never called."""
         self._is_closed = True
-        # An addition in progress is finished first.
         with self._lock:
             if self._log is not None and self._is_writer():
                 self.end_workers()
@@ -347,7 +321,8 @@ class IndividualFileDataset(EpisodeDataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A reader, which follows the log if this is the writer.
-        log = share_log(self._log) if self._is_writer() else None
+        is_shared = sys.platform == "linux" and self._is_writer()
+        log = pickle.dumps(self._log.memory) if self._log is not None and is_shared else None
         arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
         return _open_as_reader, (log, *arguments, self.max_sampling_attempts)
 
@@ -367,19 +342,19 @@ class IndividualFileDataset(EpisodeDataset):
     def check_writable(self) -> None:
         """Refuse changes in a reader, in a process that does not write, and once the dataset is closed."""
         self._check_open()
-        if self._writer is None:
+        if not self._is_writer():
             raise RuntimeError(
                 f"This dataset only reads {self._directory.path}: it was opened with mode='r', or is a copy of the one "
                 "that writes. Open it with mode='a'."
             )
-        if not self._is_writer():
-            raise RuntimeError(f"Process {self._writer} writes to {self._directory.path}; this one can only read.")
 
 
-def _open_as_reader(log: dict[str, Any] | None, *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(log: bytes | None, *arguments: Any) -> IndividualFileDataset:
     """A reader of a directory, as it arrives in another process."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     # Before its constructor, which looks at the directory if there is no log.
-    dataset._log = attach_log(log)
+    if log is not None:
+        with contextlib.suppress(RuntimeError):  # Its memory is gone: what its writer has left is in the directory.
+            dataset._log = PublishedTable(pickle.loads(log))
     dataset.__init__(*arguments, mode="r")
     return dataset

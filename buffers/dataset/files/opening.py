@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +15,13 @@ from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
     EpisodeSerializationStrategy,
     UnknownVersionError,
-    read_with,
 )
 from buffers.fields import Fields
 
-__all__ = ["Inspection", "Verify", "inspect", "list_episodes"]
+__all__ = ["Verify", "inspect", "list_episodes"]
 
 Verify = Literal["size", "header", "full"]
 _FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)}
-
-
-class Inspection(NamedTuple):
-    """The fields, rows int64 `(n, 3)` of start, length and id of whole episodes, and (file name, what is wrong)."""
-
-    fields: Fields | None
-    rows: npt.NDArray[np.int64]
-    damaged: list[tuple[str, str]]
 
 
 def list_episodes(
@@ -62,7 +53,7 @@ def inspect(
     fields: Fields | None,
     stated_fields: Fields | None,
     verify: Verify,
-) -> Inspection:
+) -> tuple[Fields | None, npt.NDArray[np.int64], list[tuple[str, str]]]:
     """Tell whole episodes from the rest; nothing is moved.
 
     Args:
@@ -73,33 +64,33 @@ def inspect(
         stated_fields: What the user says they are; taken where the format does not keep them.
         verify: How closely to look.
 
+    Returns:
+        The fields, rows int64 `(n, 3)` of start, length and id of whole episodes, and (file name, what is wrong).
+
     Raises:
         ValueError: There are episodes, but their fields, or their version, are not known, or are not those stated.
-        OSError: A file cannot be read.
     """
     errors: dict[str, Exception] = {}
     if fields is None:
         fields = _find_fields(directory, listing, strategy, stated_fields, errors)
-    if fields is None:
-        rows = listing.rows[:0]
-    else:
+    rows = listing.rows[:0]
+    if fields is not None:
         method = strategy.verify if verify == "full" else strategy.check
         for i in _suspects(listing, strategy, fields) if verify == "size" else range(len(listing.names)):
             if listing.names[i] not in errors:
                 _try(directory, listing.names[i], errors, method, fields, int(listing.rows[i, 1]))
         _find_overlaps(listing, errors)
         rows = listing.rows[[name not in errors for name in listing.names]]
-    damaged = {name: error for name, error in errors.items() if not isinstance(error, FileNotFoundError)}
-    return Inspection(fields, rows, [(name, f"it {error}") for name, error in damaged.items()])
+    errors = {name: error for name, error in errors.items() if not isinstance(error, FileNotFoundError)}
+    return fields, rows, [(name, f"it {error}") for name, error in errors.items()]
 
 
 def _try(
     directory: EpisodeDirectory, name: str, errors: dict[str, Exception], method: Callable[..., Any], *arguments: Any
 ) -> Any:
-    """Call a method of the format on a file; what is wrong with the file is noted."""
     try:
         with directory.open(name) as file:
-            return read_with(method, file, *arguments)
+            return method(file, *arguments)
     except (DamagedEpisodeError, FileNotFoundError) as error:
         errors[name] = error
 
@@ -111,7 +102,7 @@ def _find_fields(
     stated: Fields | None,
     errors: dict[str, Exception],
 ) -> Fields | None:
-    """The fields that the oldest good file states, as the first episode binds the rest."""
+    """The fields that the oldest good file states."""
     for name, length in zip(listing.names, listing.rows[:, 1].tolist(), strict=True):
         fields = _try(directory, name, errors, strategy.load_fields)
         if name not in errors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from buffers.dataset.files.serialization import (
     as_damage,
     bytes_of,
     check_fields,
+    parse_json,
     parse_schema,
     schema_text,
 )
@@ -48,9 +48,8 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         if "__metadata__" in episode:
             raise ValueError("Field `__metadata__` has a name that safetensors keeps for itself. Rename it.")
         encoded = _encoded(episode, fields)
-        num_bytes = int.from_bytes(encoded[:8], "little")
-        if num_bytes > _MAX_HEADER:
-            raise ValueError(f"The names of the fields make a header of {num_bytes} bytes, of {_MAX_HEADER} allowed.")
+        if int.from_bytes(encoded[:8], "little") > _MAX_HEADER:
+            raise ValueError(f"The names of the fields make a header of more than {_MAX_HEADER} bytes.")
         file.write(encoded)
 
     def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
@@ -73,14 +72,21 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         return _read_header(file).fields
 
     def overhead(self, fields: Fields) -> tuple[int, int]:
-        """The header's bytes for one row, as this version of the library writes it, and room for longer numbers."""
+        """The header's bytes for one row, and room for longer numbers."""
         row = {name: as_tensor(np.zeros((1, *kind.shape), kind.numpy_dtype), kind) for name, kind in fields.items()}
         least = len(_encoded(row, fields)) - fields.nbytes
         return least, least + _MORE_DIGITS * len(fields) + _PADDING
 
     def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int]:
         """Check the header against fields, length and the file's size, and say where rows lie."""
-        return _checked_header(file, fields, length).offsets
+        header = _read_header(file)
+        check_fields(header.fields, fields)
+        if header.length != length:
+            raise DamagedEpisodeError(f"has {header.length} rows, its name says {length}")
+        size = os.fstat(file.fileno()).st_size - min(header.offsets.values())
+        if size != length * fields.nbytes:
+            raise DamagedEpisodeError(f"has {size} bytes of rows, its header says {length * fields.nbytes}")
+        return header.offsets
 
     def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
         """Check the header and the checksum of the rows."""
@@ -105,41 +111,25 @@ def _encoded(episode: Mapping[str, torch.Tensor], fields: Fields) -> bytes:
 
 
 class _Header(NamedTuple):
-    """What a header says; `offsets` are where the rows of each field begin in the file."""
-
     fields: Fields
     length: int
-    offsets: dict[str, int]
+    offsets: dict[str, int]  # Where the rows of each field begin in the file.
     checksum: object
-
-
-def _checked_header(file: io.FileIO, fields: Fields, length: int) -> _Header:
-    """The header, which agrees with what is expected and with the file's size."""
-    header = _read_header(file)
-    check_fields(header.fields, fields)
-    if header.length != length:
-        raise DamagedEpisodeError(f"has {header.length} rows, its name says {length}")
-    size = os.fstat(file.fileno()).st_size - min(header.offsets.values())
-    if size != length * fields.nbytes:
-        raise DamagedEpisodeError(f"has {size} bytes of rows, its header says {length * fields.nbytes}")
-    return header
 
 
 def _read_header(file: io.FileIO) -> _Header:
     content = os.pread(file.fileno(), 4096, 0)
     end = 8 + int.from_bytes(content[:8], "little")
-    if len(content) < 8 or end > 8 + _MAX_HEADER:
-        raise DamagedEpisodeError("has no safetensors header")
-    if len(content) < end:
-        content += os.pread(file.fileno(), end - len(content), len(content))
-    if len(content) < end:
-        raise DamagedEpisodeError("ends within its header")
-    with as_damage(TypeError, AttributeError):
+    if 4096 < end <= 8 + _MAX_HEADER:
+        content = os.pread(file.fileno(), end, 0)
+    if not 8 < end <= len(content):
+        raise DamagedEpisodeError("has no whole safetensors header")
+    with as_damage():
         return _parse_header(content[8:end])
 
 
 def _parse_header(header: bytes) -> _Header:
-    entries = json.loads(header)
+    entries = parse_json(header)
     fields, schema = parse_schema(entries.pop("__metadata__")[SCHEMA_KEY])
     if entries.keys() != set(fields):
         raise DamagedEpisodeError(f"holds the tensors {sorted(entries)!r:.200}, its schema {sorted(fields)!r:.200}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -14,9 +15,9 @@ import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +30,20 @@ __all__ = [
     "EpisodeSerializationStrategy",
     "UnknownVersionError",
     "check_strategy",
-    "read_with",
     "tensors_to_store",
 ]
 
 FORMAT_VERSION = 1
 # Where each format keeps the text of `schema_text`.
 SCHEMA_KEY = "buffers"
-_Result = TypeVar("_Result")
-# What readers of files raise for bytes that are not what they should be. Of a format of the user's own, these mean that
-# the file is damaged, and nothing else does.
-_RAISED_BY_BYTES = (ValueError, LookupError, EOFError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile)
+# What damaged bytes raise where they are parsed.
+_RAISED_BY_BYTES = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, NotImplementedError),
+    *(struct.error, zlib.error, zipfile.BadZipFile),
+)
 _OUT_OF_MEMORY = "Error -4"  # How zlib's own error begins.
+# No text of ours nests as deeply.
+_MAX_DEPTH = 100
 _DTYPES = {
     name: getattr(torch, name)
     for name in (
@@ -64,9 +67,8 @@ class EpisodeSerializationStrategy(ABC):
     A file may come from anyone, so `load` and all that follows it must run no code from the file, and must check what
     the file says before allocating for it. The arguments say what to expect.
 
-    A file is set aside as damaged if reading it raises, twice, a DamagedEpisodeError, ValueError, LookupError,
-    EOFError, RecursionError, or an error of `struct`, `zlib` or `zipfile`. Anything else (MemoryError, OSError,
-    RuntimeError, ...) is the process's trouble or a mistake in the format: it reaches the caller, and the file stays.
+    A DamagedEpisodeError, and nothing else, sets a file aside. Any other exception is trouble of the process or a
+    mistake in the format: it reaches the caller, and the file stays.
 
     Attributes:
         suffix: Ends the names of files, ".safetensors" for example.
@@ -100,16 +102,13 @@ class EpisodeSerializationStrategy(ABC):
             `name -> (L, *shape)` tensors.
 
         Raises:
-            DamagedEpisodeError: The file is something else. See the class for other exceptions.
+            DamagedEpisodeError: The file is something else.
         """
 
     def load_fields(self, file: io.FileIO) -> Fields | None:
         """The fields that a file says it holds; None (the default) if the format does not keep them.
 
         Without them, opening a directory that has episodes takes `info` with the fields.
-
-        Raises:
-            DamagedEpisodeError: The file is no episode of this format.
         """
         return None
 
@@ -133,69 +132,45 @@ class EpisodeSerializationStrategy(ABC):
 
         For formats whose rows lie one behind the other, as they are in memory (little endian). A window then costs its
         own bytes; otherwise whole episodes are loaded, and a bounded number of them is kept.
-
-        Raises:
-            DamagedEpisodeError: The file is not what was expected.
         """
         return None
 
 
-# What damage is.
-
-
 @contextlib.contextmanager
-def as_damage(*others: type[Exception]) -> Iterator[None]:
-    """Turn what damaged bytes raise, `others` too, into a DamagedEpisodeError."""
-    kinds: tuple[type[Exception], ...] = (*_RAISED_BY_BYTES, *others)
+def as_damage() -> Iterator[None]:
+    """Turn what damaged bytes raise into a DamagedEpisodeError. For parsing alone."""
     try:
         yield
     except DamagedEpisodeError:
         raise
-    except kinds as error:
+    except (*_RAISED_BY_BYTES, OSError) as error:
         if isinstance(error, zlib.error) and str(error).startswith(_OUT_OF_MEMORY):
             raise MemoryError(str(error)) from error
+        # zipfile takes an error of the system for the lack of an archive. An offset before the beginning is damage.
+        cause = error.__context__ if isinstance(error, zipfile.BadZipFile) else error
+        if isinstance(cause, OSError) and cause.errno != errno.EINVAL:
+            raise cause from None
         raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
 
 
-def read_with(method: Callable[..., _Result], file: io.FileIO, *arguments: Any) -> _Result:
-    """Call a method of a format on a file, which is damaged only if that fails twice.
-
-    An exception of another origin may look like one of damaged bytes: one that a signal handler raised, or a
-    RecursionError deep in the caller's stack. So the file is read again by a new thread, which has a stack of its own
-    and runs no signal handlers.
-
-    Raises:
-        DamagedEpisodeError: The file's own bytes are at fault.
-    """
-
-    def read() -> _Result:
-        file.seek(0)
-        with as_damage():
-            return method(file, *arguments)
-
+def parse_json(data: str | bytes) -> Any:
+    """What JSON says. Too deep a text is damaged; where it is the caller's stack that is deep, it is not."""
+    text = data if isinstance(data, str) else data.decode()
     try:
-        return read()
-    except DamagedEpisodeError as error:
-        with ThreadPoolExecutor(1) as thread:
-            result = thread.submit(read).result()
-        if error.__cause__ is not None:
-            raise error.__cause__ from None
-        return result
-
-
-# The text that says what a file holds.
+        return json.loads(text)
+    except RecursionError:
+        if max(accumulate((char in "[{") - (char in "]}") for char in text)) <= _MAX_DEPTH:
+            raise
+        raise DamagedEpisodeError("nests too deeply") from None
 
 
 def schema_text(fields: Fields, **more: Any) -> str:
     """Version and fields as JSON in ASCII; equal fields give equal texts."""
+    if max(map(len, fields.paths)) > _MAX_DEPTH:
+        raise ValueError(f"Files hold fields of at most {_MAX_DEPTH} levels.")
     described = [
-        {
-            "path": path,
-            "type": _type_name(tensor_type),
-            "dtype": str(tensor_type.dtype).removeprefix("torch."),
-            "shape": tensor_type.shape,
-        }
-        for path, tensor_type in zip(fields.paths, fields.values(), strict=True)
+        {"path": path, "type": _type_name(kind), "dtype": str(kind.dtype).removeprefix("torch."), "shape": kind.shape}
+        for path, kind in zip(fields.paths, fields.values(), strict=True)
     ]
     return json.dumps({"version": FORMAT_VERSION, **more, "fields": described}, separators=(",", ":"))
 
@@ -207,16 +182,17 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
         UnknownVersionError: Another version of the format.
         DamagedEpisodeError: Anything else.
     """
-    with as_damage(TypeError, AttributeError):
-        schema = json.loads(text)
-        version = schema["version"]
-        if version != FORMAT_VERSION:
+    with as_damage():
+        schema = parse_json(text)
+        if (version := schema["version"]) != FORMAT_VERSION:
             raise UnknownVersionError(
                 f"is of version {version!r:.20} of the format; this library knows {FORMAT_VERSION}"
             )
         tree: dict[str, Any] = {}
         for described in schema["fields"]:
             *parents, last = described["path"]
+            if len(parents) >= _MAX_DEPTH:
+                raise DamagedEpisodeError("nests fields too deeply")
             node = tree
             for key in parents:
                 node = node.setdefault(key, {})
@@ -237,12 +213,11 @@ def _parsed_type(described: Mapping[str, Any]) -> TensorType:
 
 
 def _type_name(tensor_type: TensorType) -> str:
-    """The name of the nearest class that every version of the library knows: a user's own is described by its base."""
+    """The nearest class that every version of the library knows: a user's own is described by its base."""
     return next(kind.__name__ for kind in type(tensor_type).__mro__ if kind.__name__ in field_types.__all__)
 
 
 def check_fields(found: Fields, expected: Fields) -> None:
-    """Refuse a file of other fields, by a DamagedEpisodeError."""
     conflict = found.conflict_with(expected)
     if conflict is not None:
         raise DamagedEpisodeError(f"holds other fields: {conflict}")
@@ -257,7 +232,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuse, by a TypeError or a ValueError, what is no format, or has a suffix that none can have."""
+    """Refuse what is no format by a TypeError, and a suffix that none can have by a ValueError."""
     if not isinstance(strategy, EpisodeSerializationStrategy):
         raise TypeError(
             f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
@@ -270,11 +245,7 @@ def check_strategy(strategy: object) -> None:
 
 
 def tensors_to_store(episode: Mapping[str, np.ndarray], fields: Fields) -> dict[str, torch.Tensor]:
-    """Copies of an episode's rows, in the order and of the types of the fields.
-
-    Raises:
-        ValueError: Rows of another shape than their field has.
-    """
+    """Copies of an episode's rows, in the order and of the types of the fields; a ValueError for another shape."""
     length = len(next(iter(episode.values())))
     tensors = {}
     for name, tensor_type in fields.items():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from buffers.dataset.files.directory import EpisodeDirectory, FileName
-from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of, read_with
+from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of
 from buffers.fields import Fields
 from buffers.table import Windows
 from buffers.utils import ThreadLock
@@ -47,18 +47,13 @@ class _Layout(NamedTuple):
     offsets: tuple[tuple[int, str], ...]
 
 
-class _OpenFile(NamedTuple):
-    file: io.FileIO
-    layout: _Layout
+_OpenFile = tuple[io.FileIO, _Layout]
 
 
 class WindowReader:
     """Copies rows of episodes into a batch, and keeps some files open, or some episodes decoded.
 
     Several threads may read; they take turns. `forget` waits for none of them.
-
-    Args:
-        directory: Where the files are.
     """
 
     def __init__(self, directory: EpisodeDirectory) -> None:
@@ -79,12 +74,7 @@ class WindowReader:
     def read(
         self, strategy: EpisodeSerializationStrategy, fields: Fields, windows: Windows, out: Mapping[str, torch.Tensor]
     ) -> list[LostWindow]:
-        """Fill `name -> (B, T, *shape)`; returns the windows whose file is gone or damaged.
-
-        Raises:
-            OSError: As the operating system says.
-            MemoryError: An episode that must be decoded does not fit the memory.
-        """
+        """Fill `name -> (B, T, *shape)`; returns the windows whose file is gone or damaged."""
         starts = (windows.start - windows.step).tolist()
         ids, lengths, steps = windows.episode.tolist(), windows.episode_length.tolist(), windows.step.tolist()
         num_rows = windows.num_rows.tolist()
@@ -98,8 +88,8 @@ class WindowReader:
                 name = FileName(ids[b], starts[b], lengths[b])
                 try:
                     source = self._find(name, strategy, fields)
-                    if isinstance(source, _OpenFile):
-                        self._read_rows(source, memory, b * windows.length, steps[b], num_rows[b])
+                    if isinstance(source, tuple):
+                        self._read_rows(*source, memory, b * windows.length, steps[b], num_rows[b])
                     else:
                         for field, tensor in out.items():
                             tensor[b, : num_rows[b]] = source[field][steps[b] : steps[b] + num_rows[b]]
@@ -127,7 +117,7 @@ class WindowReader:
         while self._forgotten:
             episode_id = self._forgotten.popleft()
             if episode_id in self._files:
-                self._files.pop(episode_id).file.close()
+                self._files.pop(episode_id)[0].close()
             self._layouts.pop(episode_id, None)
             self._decoded_bytes -= _num_bytes(self._decoded.pop(episode_id, {}))
 
@@ -135,19 +125,18 @@ class WindowReader:
         self, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields
     ) -> _OpenFile | Mapping[str, torch.Tensor]:
         """The open file of an episode or, if its format has no ranges, the episode; now the last to be closed."""
-        if name.id in self._files:
-            self._files[name.id] = opened = self._files.pop(name.id)
-            return opened
-        if name.id in self._decoded:
-            self._decoded[name.id] = episode = self._decoded.pop(name.id)
-            return episode
+        caches: tuple[dict[int, Any], ...] = self._files, self._decoded
+        for kept in caches:
+            if name.id in kept:
+                kept[name.id] = found = kept.pop(name.id)
+                return found
         file = self._directory.open(name.text(self._directory.suffix))
         try:
             layout = self._find_layout(file, name, strategy, fields)
             if layout is not None:
                 while len(self._files) >= self._max_open_files:
-                    self._files.pop(next(iter(self._files))).file.close()
-                self._files[name.id] = opened = _OpenFile(file, layout)
+                    self._files.pop(next(iter(self._files)))[0].close()
+                self._files[name.id] = opened = file, layout
                 return opened
             episode = load_episode(strategy, file, fields, name.length)
         except Exception:
@@ -165,7 +154,7 @@ class WindowReader:
     ) -> _Layout | None:
         size, layout = os.fstat(file.fileno()).st_size, self._layouts.get(name.id)
         if layout is None:
-            offsets = read_with(strategy.row_offsets, file, fields, name.length)
+            offsets = strategy.row_offsets(file, fields, name.length)
             if offsets is None:
                 return None
             layout = _Layout(size, tuple(sorted((offsets[field], field) for field in fields)))
@@ -175,14 +164,20 @@ class WindowReader:
         return layout
 
     def _read_rows(
-        self, opened: _OpenFile, memory: Mapping[str, tuple[int, memoryview]], row: int, step: int, num_rows: int
+        self,
+        file: io.FileIO,
+        layout: _Layout,
+        memory: Mapping[str, tuple[int, memoryview]],
+        row: int,
+        step: int,
+        num_rows: int,
     ) -> None:
         """Fill rows of a batch, from `row` on, with those from `step` on of an episode, in as few calls as pay."""
-        descriptor = opened.file.fileno()
+        descriptor = file.fileno()
         spare = int(num_rows * sum(row_bytes for row_bytes, _ in memory.values()) * _MAX_SHARE_OF_GAPS)
         buffers: list[memoryview] = []
         begin = end = 0
-        for offset, field in opened.layout.offsets:
+        for offset, field in layout.offsets:
             if field not in memory:
                 continue
             row_bytes, view = memory[field]
@@ -202,12 +197,9 @@ class WindowReader:
 def load_episode(
     strategy: EpisodeSerializationStrategy, file: io.FileIO, fields: Fields, length: int
 ) -> Mapping[str, torch.Tensor]:
-    """A whole episode, checked against the fields whatever the format makes of the file.
-
-    Raises:
-        DamagedEpisodeError: The file is not what was expected.
-    """
-    episode = read_with(strategy.load, file, fields, length)
+    """A whole episode, checked against the fields whatever the format makes of the file."""
+    file.seek(0)
+    episode = strategy.load(file, fields, length)
     if episode.keys() != set(fields):
         raise DamagedEpisodeError(f"holds the fields {sorted(episode)!r:.200}, expected {sorted(fields)!r:.200}")
     for name, tensor_type in fields.items():
@@ -231,7 +223,7 @@ def _read_exactly(descriptor: int, buffers: list[memoryview], begin: int, end: i
 
 def _close_all(files: dict[int, _OpenFile]) -> None:
     while files:
-        files.popitem()[1].file.close()
+        files.popitem()[1][0].close()
 
 
 def _num_bytes(episode: Mapping[str, torch.Tensor]) -> int:
