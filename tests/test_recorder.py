@@ -239,28 +239,16 @@ def test_a_missing_final_observation_is_the_last_known_one_and_marked() -> None:
         assert episode["final_obs_missing"].tolist() == expected
 
 
-def test_the_field_for_missing_final_observations_comes_by_itself_before_a_row_is_stored() -> None:
+def test_a_recorder_goes_on_with_the_field_for_missing_final_observations_of_its_dataset() -> None:
     buffer = make_buffer()
-    recorder = Recorder(buffer, 2, "same_step")
-    recorder.reset(np.array([[0.0], [10.0]]))
-    action, no = np.ones((2, 1), np.float32), np.zeros(2, np.bool_)
-    with pytest.warns(UserWarning, match="without a final observation.*`final_obs_may_be_missing=True`") as caught:
-        recorder.step(action, np.array([[100.0], [11.0]]), np.ones(2), ~no & [True, False], no)
-        recorder.step(action, np.array([[200.0], [300.0]]), np.ones(2), ~no, no)
-    assert len(caught) == 1
-    found = {tuple(e["obs"].flatten().tolist()): e["final_obs_missing"].tolist() for e in recorded(buffer)}
-    assert found == {
-        (0.0, 0.0): [False, True],
-        (100.0, 100.0): [False, True],
-        (10.0, 11.0, 11.0): [False, False, True],
-    }
-    # Another recorder finds the field in the dataset, and goes on with it.
-    again = Recorder(ReplayBuffer(buffer.dataset, batch_size=1), 1, "same_step")
-    again.reset(np.array([[5.0]]))
-    again.step(action[:1], np.array([[6.0]]), np.ones(1), no[:1], no[:1])
-    again.step(action[:1], np.array([[7.0]]), np.ones(1), ~no[:1], no[:1])
-    assert recorded(buffer)[-1]["final_obs_missing"].tolist() == [False, False, True]
-    assert recorded(buffer)[-1]["obs"].flatten().tolist() == [5.0, 6.0, 6.0]
+    action, no = np.ones((1, 1), np.float32), np.zeros(1, np.bool_)
+    for options in ({"final_obs_may_be_missing": True}, {}):
+        recorder = Recorder(ReplayBuffer(buffer.dataset, batch_size=1), 1, "same_step", **options)
+        recorder.reset(np.array([[5.0]]))
+        recorder.step(action, np.array([[6.0]]), np.ones(1), no, no)
+        recorder.step(action, np.array([[7.0]]), np.ones(1), ~no, no)
+        assert recorded(buffer)[-1]["final_obs_missing"].tolist() == [False, False, True]
+        assert recorded(buffer)[-1]["obs"].flatten().tolist() == [5.0, 6.0, 6.0]
 
 
 def test_a_missing_final_observation_is_an_error_that_changes_nothing_if_it_was_not_announced() -> None:

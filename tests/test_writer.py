@@ -144,7 +144,7 @@ def test_an_episode_that_ctrl_c_cuts_off_comes_once_at_most(is_stored: bool, has
             writer.add(tagged.rows(np.arange(2), 0, 0), is_last=is_last)
     with pytest.raises(KeyboardInterrupt):
         writer.flush() if has_waited else writer.add(tagged.rows(np.arange(2), 0, 0), is_last=is_last)
-    writer.truncate(True)
+    writer.truncate(np.ones(2, bool))
     for number in (1, 2):
         writer.add(tagged.rows(np.arange(2), number, 0), is_last=is_last)
     expected = [(0, 0, [0]), *[(1, 0, [0])] * is_stored]
