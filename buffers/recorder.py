@@ -27,7 +27,7 @@ are resets is known from the done before them, never from a reward of 0: there a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from buffers import observations
 from buffers.conversion import cast_if_kept
 from buffers.dataset.verification import check_rows
 from buffers.fields import Fields
+from buffers.replay_buffer import ReplayBuffer
 from buffers.utils import integer
 from buffers.writer import EpisodeWriter
 
@@ -45,14 +46,6 @@ Mask = np.ndarray | None
 MODES = ("next_step", "same_step", "disabled")
 _MISSING = "final_obs_missing"
 _RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", "mask", "next_obs", _MISSING}
-
-
-class HasWriter(Protocol):
-    """A front-end of a writer: a `ReplayBuffer`."""
-
-    @property
-    def writer(self) -> EpisodeWriter:
-        """What takes the rows."""
 
 
 class Recorder:
@@ -76,7 +69,7 @@ class Recorder:
         buffer: Where the rows go, a `ReplayBuffer` or an `EpisodeWriter`. It takes the rows of one recorder at a time:
             the newest.
         num_envs: N; all that is passed has N as leading size, also for N = 1. None for a single environment, whose
-            values have no such axis; its rewards, if they are plain numbers, are stored as float32.
+            values have no such axis; its rewards, if they are single numbers, are stored as float32.
         autoreset_mode: "next_step" (the call after the last one of an episode resets), "same_step" (the last call
             itself resets, and the final observation is passed aside) or "disabled" (the caller resets).
         final_obs_may_be_missing: Whether an episode may end under "same_step" without its final observation. The
@@ -90,13 +83,13 @@ class Recorder:
 
     def __init__(
         self,
-        buffer: HasWriter | EpisodeWriter,
+        buffer: ReplayBuffer | EpisodeWriter,
         num_envs: int | None,
         autoreset_mode: str,
         *,
         final_obs_may_be_missing: bool = False,
     ) -> None:
-        writer = buffer if isinstance(buffer, EpisodeWriter) else getattr(buffer, "writer", None)
+        writer = buffer.writer if isinstance(buffer, ReplayBuffer) else buffer
         if not isinstance(writer, EpisodeWriter):
             raise TypeError(f"`buffer` must be a ReplayBuffer or an EpisodeWriter, found {type(buffer).__name__}.")
         if autoreset_mode not in MODES:
@@ -114,8 +107,7 @@ class Recorder:
         # A row in two parts, as the first observation comes before anything is known about the rest.
         self._obs_fields: Fields | None = None
         self._rest_fields: Fields | None = None
-        # Observations that are not rows yet: where `_is_pending`, the first of an episode; elsewhere the last one known
-        # if that may be needed.
+        # Where `_is_pending`, first observations that are not rows yet; elsewhere the last ones known, if needed.
         self._kept: Arrays = []
         self._first_rest: Arrays = []
         # Where each of the buffer's fields is among those of the two parts.
@@ -135,13 +127,11 @@ class Recorder:
             mask: bool `(N,)`, which environments were reset; None for all. The others' observations are not looked at.
 
         Raises:
-            TypeError: A value that is no tensor, array or number.
-            ValueError: Other keys, dtypes, shapes or N than before. Nothing has changed.
-            RuntimeError: Another recorder has taken over the buffer.
+            Exception: As in `step`.
         """
         self._check_owner()
         fields, leaves = self._leaves(self._obs_fields, {"obs": self._tree("obs", obs)})
-        is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask)
+        is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask).copy()
         self.writer.truncate(is_reset)
         if self._obs_fields is None:
             self._obs_fields, self._kept = fields, [np.zeros_like(leaf) for leaf in leaves]
@@ -166,20 +156,19 @@ class Recorder:
         """Take what one call of the environments was given and has returned.
 
         Args:
-            action: The actions that the environments were given, `(N, *shape)`; nested dicts and tuples allowed.
-            obs: The observations that they returned, as in `reset`.
+            action: What the environments were given, `(N, *shape)`; nested dicts and tuples allowed.
+            obs: What they returned, as in `reset`.
             reward: `(N,)`.
             terminated: bool `(N,)`, or numbers that are 0 or 1.
-            truncated: The same; both may be set. None where `infos` is SB3's: then `terminated` takes its dones, and
-                which of them are truncations is found there.
+            truncated: The same; both may be set. None with SB3's infos: then `terminated` takes its dones, and "infos"
+                tell truncations.
             final_obs: Under "same_step", the final observations of the environments that are done: a full batch, or
-                one item an environment (a list, an object array), None where there is none. If it is not given, it
-                is looked for in `infos`.
-            infos: As the environments return them. Looked at under "same_step" alone: `infos["final_obs"]` or
-                `infos["final_observation"]` in the forms of `final_obs`, each with its mask `infos["_final_obs"]` if
-                there is one, or a list of dicts with "terminal_observation" and "TimeLimit.truncated".
-            extras: Further fields of the rows, `name -> (N, *shape)`: what belongs to the action, as its
-                log-probability. It is zero in first rows; what belongs to the observation is better put into `obs`.
+                one item an environment (a list, an object array), None where there is none.
+            infos: As the environments return them; under "same_step", searched for final observations that are not
+                passed: "final_obs", "final_observation", with its mask if there is one, or SB3's
+                "terminal_observation".
+            extras: Further fields of the rows, `name -> (N, *shape)`, zero in first rows: what belongs to the action,
+                as its log-probability; what belongs to the observation is better put into `obs`.
 
         Raises:
             TypeError: A value that is no tensor, array or number.
@@ -230,7 +219,7 @@ class Recorder:
             kept[envs] = leaf[envs]
 
     def _write(self, rest_fields: Fields, obs: Arrays, rest: Arrays, is_first: Mask, is_last: Mask, mask: Mask) -> None:
-        """Hand over one row of each environment under `mask`."""
+        """Write one row of each environment under `mask`."""
         if not self._order:
             self._begin(rest_fields, obs, rest)
         leaves = [*obs, *rest]
@@ -243,7 +232,7 @@ class Recorder:
         for fields, leaves in ((self._obs_fields, obs), (rest_fields, rest)):
             values = [leaf[0] for leaf in leaves] if self._is_single else leaves
             row.update(fields.unflatten(dict(zip(fields.names, values, strict=True))))
-        self.writer.begin(row, None if self._is_single else self.num_envs)
+        self.writer.begin(row, False if self._is_single else np.zeros(self.num_envs, np.bool_))
         names = [*self._obs_fields.names, *rest_fields.names]
         self._order = [names.index(name) for name in self.writer.fields or ()]
 

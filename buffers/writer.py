@@ -149,11 +149,9 @@ class EpisodeWriter:
 
     # Steps in, of a recorder, which takes its step whole before it lets `check_stored` raise the sink's error.
 
-    def begin(self, step_data: Mapping[str, Any], num_envs: int | None) -> None:
-        """Settle N (None without an axis for it) and the fields by rows that are not added, or check that they fit."""
-        if self._accumulator is None:
-            self._settle(step_data, () if num_envs is None else (num_envs,))
-        self._checked(step_data, {})
+    def begin(self, step_data: Mapping[str, Any], mask: bool | np.ndarray) -> None:
+        """Settle N (by the mask's axis, if it has one) and the fields by rows that are not added; errors of `add`."""
+        self._checked(step_data, {"mask": mask})
 
     def add_rows(self, rows: Sequence[np.ndarray], is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
         """Add rows that fit, `(N, *shape)` a field in the order of `fields`, with flags bool `(N,)` or None."""
@@ -198,18 +196,32 @@ class EpisodeWriter:
     # The first row.
 
     def _begin(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> None:
-        leading = self._leading_of(step_data, flags)
+        """Fix N and the fields; nothing is kept if the row is refused."""
+        self._leading = leading = self._leading_of(step_data, flags)
         for name, flag in flags.items():
             _check_shape(name, flag, leading)
+        sink = self.sink
+        sink.check_writable()
+        fields = sink.fields or self._inferred(step_data, flags)
+        self._fitting(fields, leading, step_data)
+        if self._check_fields is not None:
+            self._check_fields(fields)
+        # At once, so that no other writer brings other fields while episodes are open here.
+        sink.settle_fields(fields)
+        self._accumulator = Accumulator(
+            fields, leading[0] if leading else 1, sink.episode_capacity, self._max_episode_length, self._outbox.put
+        )
+
+    def _inferred(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> Fields:
+        arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
         try:
-            self._settle(step_data, leading)
+            return Fields.from_rows(step_data, len(self._leading))
         except ValueError as error:
-            arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
             if not arrays:
                 raise
             raise ValueError(
-                f"{error} As `{arrays[0]}` is an array, these are rows of {leading[0]} environments; for a single one, "
-                "pass a plain bool."
+                f"{error} As `{arrays[0]}` is an array, these are rows of {self._leading[0]} environments; for a "
+                "single one, pass a plain bool."
             ) from None
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> tuple[int, ...]:
@@ -235,22 +247,6 @@ class EpisodeWriter:
             stacklevel=6,  # The caller of `ReplayBuffer.add_step`.
         )
         return (shapes[0][0],)
-
-    def _settle(self, step_data: Mapping[str, Any], leading: tuple[int, ...]) -> None:
-        """Fix N and the fields; nothing is kept if the row is refused."""
-        self._check_open()
-        sink = self.sink
-        sink.check_writable()
-        fields = sink.fields or Fields.from_rows(step_data, len(leading))
-        self._fitting(fields, leading, step_data)
-        if self._check_fields is not None:
-            self._check_fields(fields)
-        # At once, so that no other writer brings other fields while episodes are open here.
-        sink.settle_fields(fields)
-        self._leading = leading
-        self._accumulator = Accumulator(
-            fields, leading[0] if leading else 1, sink.episode_capacity, self._max_episode_length, self._outbox.put
-        )
 
     # Every row.
 
