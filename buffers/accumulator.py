@@ -185,7 +185,6 @@ class Accumulator:
             self._close(env)
 
     def _close(self, env: int) -> None:
-        """Complete the open episode of an environment, if it has one."""
         begin, end = int(self._begin[env]), int(self._next[env])
         if end > begin:
             self._next[env] = begin
@@ -193,7 +192,7 @@ class Accumulator:
 
 
 def _record_of(fields: Fields, items: dict[str, np.dtype]) -> np.dtype:
-    """A dtype of one row, `items` in place of some fields; largest numbers first, so that all are aligned."""
+    # The largest numbers come first, so that all are aligned.
     names = sorted(fields.names, key=lambda name: -fields[name].dtype.itemsize)
     sizes = [fields[name].nbytes for name in names]
     alignment = max(fields[name].dtype.itemsize for name in names)

@@ -96,14 +96,14 @@ def is_per_env(source: Any) -> bool:
 
 
 def put_items(fields: Fields, arrived: list[np.ndarray], wanted: np.ndarray, name: str, items: Any) -> np.ndarray:
-    """Write final observations, one item an environment, over those in `arrived`, `(N, *shape)`, where wanted.
+    """Write final observations, one item an environment, into `arrived` where wanted; say where there were any.
 
-    Returns:
-        bool `(N,)`, which of the wanted were there.
-
-    Raises:
-        TypeError: A value that is no tensor, array or number.
-        ValueError: Other keys, shapes or dtypes than other observations have.
+    Args:
+        fields: Of observations.
+        arrived: `(N, *shape)` each, in the order of the fields.
+        wanted: bool `(N,)`.
+        name: Where the items come from.
+        items: N of them, None where there is none.
     """
     if len(items) != len(wanted):
         raise ValueError(f"`{name}` has {len(items)} items, expected one of each of {len(wanted)} environments.")

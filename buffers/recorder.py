@@ -177,7 +177,11 @@ class Recorder:
             RuntimeError: An environment was not reset, or another recorder has taken over the buffer.
         """
         self._check_ready()
-        is_terminated, is_truncated = self._ends(terminated, truncated, infos)
+        is_terminated = self._flag("terminated", terminated)
+        if truncated is None:
+            is_terminated, is_truncated = observations.split_dones(is_terminated, infos)
+        else:
+            is_truncated = self._flag("truncated", truncated)
         is_done = is_terminated | is_truncated
         is_last = is_done if is_done.any() else None
         _, leaves = self._leaves(self._obs_fields, {"obs": self._tree("obs", obs)})
@@ -213,8 +217,7 @@ class Recorder:
         self._is_pending = is_first
 
     def _keep(self, obs: Arrays, mask: np.ndarray) -> None:
-        """Copy observations: environments use their arrays again."""
-        envs = mask.nonzero()[0]
+        envs = mask.nonzero()[0]  # Copied, as environments use their arrays again.
         for kept, leaf in zip(self._kept, obs, strict=True):
             kept[envs] = leaf[envs]
 
@@ -226,7 +229,6 @@ class Recorder:
         self.writer.add_rows([leaves[i] for i in self._order], is_first, is_last, mask)
 
     def _begin(self, rest_fields: Fields, obs: Arrays, rest: Arrays) -> None:
-        """Settle the fields of the writer, and find the order in which it has them."""
         assert self._obs_fields is not None  # A step comes after a reset.
         row: dict[str, Any] = {}
         for fields, leaves in ((self._obs_fields, obs), (rest_fields, rest)):
@@ -282,13 +284,6 @@ class Recorder:
 
     def _flag(self, name: str, value: Any) -> np.ndarray:
         return observations.as_flags(name, self._array(name, value), self.num_envs)
-
-    def _ends(self, terminated: Any, truncated: Any, infos: Any) -> tuple[np.ndarray, np.ndarray]:
-        """`terminated` and `truncated` as bool `(N,)`."""
-        is_terminated = self._flag("terminated", terminated)
-        if truncated is not None:
-            return is_terminated, self._flag("truncated", truncated)
-        return observations.split_dones(is_terminated, infos)
 
     def _with_final_obs(
         self, obs: Arrays, is_done: np.ndarray, final_obs: Any, infos: Any
@@ -348,7 +343,6 @@ class Recorder:
 
 
 def _first_rest(fields: Fields, rest: Arrays) -> Arrays:
-    """What first rows have besides an observation."""
     first = [np.zeros_like(leaf) for leaf in rest]
     first[fields.names.index("is_first")][:] = True
     return first

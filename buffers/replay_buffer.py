@@ -32,7 +32,7 @@ class ReplayBuffer:
         dataset: Where episodes live, or a source that batches are only drawn from (a `MixtureDataset`).
         batch_size: B, sequences a batch.
         sequence_length: T, steps of each; None for whole episodes, padded, with `mask`.
-        chunk_size: Sequences that one read brings; divides `batch_size`, which is the default.
+        chunk_size: As in `EpisodeSource.get_loader`; so are all that are not named here.
         num_workers: Processes that load; 0 by default.
         num_envs: N. 1 says that steps have no environment axis (unless `done` has one); None leaves it to the first.
         sampler: Which windows are drawn; uniformly over all windows by default.
@@ -129,8 +129,6 @@ class ReplayBuffer:
             Exception: Whatever the dataset raised for an episode that ends here or did before: an OSError of a full
                 disk. The step was taken, and the next call tries again to store the episode.
         """
-        if self._is_closed:
-            self._check_open()
         (self._writer or self.writer).add_step(step_data, done)
 
     def add(self, step_data: Mapping[str, Any], *, is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
@@ -142,22 +140,10 @@ class ReplayBuffer:
             is_last: bool, or bool `(N,)`: with this row, the episode is complete.
             mask: bool, or bool `(N,)`: False where the environment brings no row, and the rest is not looked at.
         """
-        self._check_open()
         self.writer.add(step_data, is_first=is_first, is_last=is_last, mask=mask)
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
-        """Add a whole episode; open ones are left alone.
-
-        Args:
-            episode: `field -> (L, *shape)`, or lists of L rows. Copied.
-
-        Returns:
-            The episode's id.
-
-        Raises:
-            TypeError: A value that is no tensor, array or list of numbers.
-            ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
-        """
+        """Add a whole episode, as by `EpisodeDataset.add_episode`; open ones are left alone."""
         self._check_open()
         dataset = self.writer.sink
         assert isinstance(dataset, EpisodeDataset)  # It has a writer.
@@ -167,13 +153,8 @@ class ReplayBuffer:
 
     def flush(self) -> None:
         """Complete the open episodes as they stand: at the end of a run, or when all environments are reset."""
-        self._check_open()
         if self._writer is not None:
             self._writer.flush()
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("The buffer is closed.")
 
     # Batches out.
 
@@ -200,6 +181,10 @@ class ReplayBuffer:
             # The workers may be gone: the next call starts over, where this one stood.
             self._batches = None
             raise
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("The buffer is closed.")
 
     def __iter__(self) -> Iterator[Any]:
         while True:

@@ -102,7 +102,7 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
         )
     if not reward.is_floating_point():
         reward = reward.float()
-    is_real = torch.ones_like(terminated) if batch.get("mask") is None else batch["mask"]
+    is_real = batch.get("mask", torch.ones_like(terminated))
     # Whether the sum may go on from a transition to the next.
     goes_on = ~(terminated | batch["truncated"]) & _shifted(is_real, 1)
     returns, count = torch.zeros_like(reward), torch.zeros_like(reward, dtype=torch.int64)

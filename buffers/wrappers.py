@@ -27,7 +27,7 @@ __all__ = ["RecordEpisodes", "VectorRecordEpisodes"]
 
 
 class RecordEpisodes(gymnasium.Wrapper):
-    """Records a single environment, which is stepped as always.
+    """Records a single environment.
 
         >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
@@ -44,7 +44,7 @@ class RecordEpisodes(gymnasium.Wrapper):
 
     Args:
         env: The environment.
-        buffer: Where the episodes go, a `ReplayBuffer` or an `EpisodeWriter`.
+        buffer: Where the episodes go.
     """
 
     def __init__(self, env: gymnasium.Env, buffer: ReplayBuffer | EpisodeWriter) -> None:
@@ -67,7 +67,7 @@ class RecordEpisodes(gymnasium.Wrapper):
 
 
 class VectorRecordEpisodes(VectorWrapper):
-    """Records environments that step together, which are stepped as always.
+    """Records environments that step together.
 
         >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
@@ -85,7 +85,7 @@ class VectorRecordEpisodes(VectorWrapper):
 
     Args:
         envs: The environments.
-        buffer: Where the episodes go, a `ReplayBuffer` or an `EpisodeWriter`.
+        buffer: Where the episodes go.
         autoreset_mode: "next_step", "same_step" or "disabled", or gymnasium's `AutoresetMode`. None takes it from
             `envs.metadata["autoreset_mode"]`.
         final_obs_may_be_missing: As for `Recorder`.
@@ -141,7 +141,6 @@ def _whole_step(recorder: Recorder) -> Iterator[None]:
 
 
 def _single_mode(env: gymnasium.Env) -> str:
-    """With an `Autoreset` wrapper below it is "next_step"; else the user resets."""
     while isinstance(env, gymnasium.Wrapper):
         if isinstance(env, gymnasium.wrappers.Autoreset):
             return "next_step"

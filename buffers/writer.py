@@ -77,8 +77,8 @@ class EpisodeWriter:
 
     Args:
         sink: What takes complete episodes.
-        num_envs: As for `ReplayBuffer`; so are `max_episode_length` and the errors.
-        max_episode_length: Steps after which an open episode counts as complete.
+        num_envs: As for `ReplayBuffer`; so are the errors.
+        max_episode_length: As for `ReplayBuffer`.
         check_fields: Called with the fields before they are settled; it may refuse them by raising.
         on_stored: Called with each episode once the sink has it.
 
