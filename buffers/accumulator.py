@@ -116,14 +116,14 @@ class Accumulator:
         if self.cut_after is not None and self._longest >= self.cut_after:
             self._close_all(self._next - self._begin == self.cut_after, None)
 
-    def amend(self, name: str, value: float, mask: np.ndarray | None = None) -> None:
-        """Change a field of the last row of open episodes, of those under the mask."""
+    def flush(self, mask: np.ndarray | None = None, **changes: Any) -> None:
+        """Complete open episodes, those under the mask or all, with changes to fields of their last rows."""
         is_open = self._next > self._begin
-        self._rows[name][self._next[is_open if mask is None else is_open & mask] - 1] = value
-
-    def flush(self, mask: np.ndarray | None = None) -> None:
-        """Complete open episodes as they stand; those under the mask, bool `(N,)`, or all."""
-        self._close_all(self._next > self._begin, mask)
+        if mask is not None:
+            is_open &= mask
+        for name, value in changes.items():
+            self._rows[name][self._next[is_open] - 1] = value
+        self._close_all(is_open, None)
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
         """Put a row behind each open episode, to which it belongs once the lengths say so."""

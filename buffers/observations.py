@@ -12,7 +12,6 @@ from buffers.conversion import as_array
 from buffers.fields import Fields
 
 __all__ = [
-    "as_flags",
     "find_final_obs",
     "is_per_env",
     "leaves_of",
@@ -35,18 +34,6 @@ def to_array(name: str, value: Any) -> np.ndarray:
     elif not isinstance(value, (np.ndarray, np.generic)) and hasattr(value, "__array__"):
         value = np.asarray(value)
     return as_array(name, value)
-
-
-def as_flags(name: str, array: np.ndarray, num_envs: int) -> np.ndarray:
-    """The array as bool `(N,)`; ValueError for another shape, or numbers other than 0 and 1."""
-    if array.shape != (num_envs,):
-        raise ValueError(f"`{name}` has shape {array.shape}, expected {(num_envs,)}.")
-    if array.dtype == np.bool_:
-        return array
-    flags = array.astype(np.bool_)
-    if (array != flags).any():
-        raise ValueError(f"`{name}` must be bool, or numbers that are 0 or 1, found {array!r:.60}.")
-    return flags
 
 
 def tree_of(name: str, value: Any, convert: Callable[[str, Any], np.ndarray] = to_array) -> Any:

@@ -131,7 +131,7 @@ class Recorder:
         """
         self._check_owner()
         fields, leaves = self._leaves(self._obs_fields, {"obs": self._tree("obs", obs)})
-        is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask).copy()
+        is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask)
         self.writer.truncate(is_reset)
         if self._obs_fields is None:
             self._obs_fields, self._kept = fields, [np.zeros_like(leaf) for leaf in leaves]
@@ -283,7 +283,14 @@ class Recorder:
         return fields, leaves
 
     def _flag(self, name: str, value: Any) -> np.ndarray:
-        return observations.as_flags(name, self._array(name, value), self.num_envs)
+        """The value as bool `(N,)`."""
+        array = self._array(name, value)
+        if array.shape != (self.num_envs,):
+            raise ValueError(f"`{name}` has shape {array.shape}, expected {(self.num_envs,)}.")
+        flags = array.astype(np.bool_)
+        if array.dtype != np.bool_ and (array != flags).any():
+            raise ValueError(f"`{name}` must be bool, or numbers that are 0 or 1, found {array!r:.60}.")
+        return flags
 
     def _with_final_obs(
         self, obs: Arrays, is_done: np.ndarray, final_obs: Any, infos: Any

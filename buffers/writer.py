@@ -167,9 +167,8 @@ class EpisodeWriter:
         self._check_open()
         self._outbox.retry()
         if self._accumulator is not None:
-            if "truncated" in self._accumulator.fields:
-                self._accumulator.amend("truncated", True, mask)
-            self._accumulator.flush(mask)
+            changes = {"truncated": True} if "truncated" in self._accumulator.fields else {}
+            self._accumulator.flush(mask, **changes)
 
     def check_stored(self) -> None:
         """Raise the sink's last error if an episode waits."""
@@ -271,7 +270,7 @@ class EpisodeWriter:
         return rows
 
     def _check_values(self, fields: Fields, rows: Sequence[Any]) -> None:
-        """Refuse a row now that the sink would refuse with its episode, when nothing could be done about it."""
+        # Now, as nothing can be done about it when the episode ends.
         self.sink.check(dict(zip(fields.names, rows, strict=True)))
 
     def _flag_for(self, name: str, flag: bool | np.ndarray) -> Any:
@@ -298,7 +297,7 @@ class EpisodeWriter:
 
 
 class _Outbox:
-    """Complete episodes on their way to the sink: copies of those that wait, oldest first, and why that one does."""
+    """Complete episodes on their way to the sink: copies of those that wait, oldest first, and why it could not be."""
 
     def __init__(self, sink: EpisodeSink, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored

@@ -132,9 +132,11 @@ def play(
     """Step games and record them; reset before the steps in `reset_at` and at the end; go on after `ignored` errors."""
 
     def reset(mask: np.ndarray | None = None) -> None:
-        obs = games.reset(mask)
+        obs, lent = games.reset(mask), None if mask is None else mask.copy()
         with contextlib.suppress(ignored):
-            recorder.reset(obs, mask)
+            recorder.reset(obs, lent)
+        if lent is not None:
+            lent[:] = ~lent  # As whoever uses the array again.
 
     reset()
     for step in range(num_steps):

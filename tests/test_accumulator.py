@@ -86,24 +86,22 @@ def test_a_step_takes_equally_many_calls_for_any_number_of_environments() -> Non
     assert count(1) == count(256)
 
 
-def test_last_rows_of_some_open_episodes_can_be_amended() -> None:
+def test_a_flush_may_change_the_last_rows_of_some_open_episodes() -> None:
     emitted = []
     fields = Fields.from_rows({"step": np.zeros(3, int), "flag": np.zeros(3, bool)}, 1)
     accumulator = Accumulator(fields, 3, 100, None, lambda episode: emitted.append(episode["flag"].tolist()))
     for step in range(2):
         accumulator.add_rows([np.full(3, step), np.zeros(3, bool)], mask=np.array([True, True, False]))
-    mask = np.array([True, False, True])
-    accumulator.amend("flag", True, mask)
-    accumulator.flush(mask)
+    accumulator.flush(np.array([True, False, True]), flag=True)
     assert emitted == [[False, True]]
-    accumulator.amend("flag", True)
-    accumulator.flush()
+    accumulator.flush(flag=True)
     assert emitted == [[False, True], [False, True]]
 
 
-def test_a_row_that_is_not_brought_is_written_nowhere_else() -> None:
+@pytest.mark.parametrize("max_rows", [64, 1000])
+def test_a_row_that_is_not_brought_is_written_nowhere_else(max_rows: int) -> None:
     # With 64 rows, five environments fill their room; behind it lie the rows of their neighbours.
-    accumulator, recording = make(12)
+    accumulator, recording = make(12, max_rows=max_rows)
     is_full = np.arange(12) < 5
     for step in range(64):
         accumulator.add_rows(rows(12, step), mask=is_full)

@@ -47,19 +47,6 @@ def test_an_episode_of_a_single_environment_can_be_drawn_in_the_very_call_that_e
         assert set(tagged.origins(buffer.sample())) <= {(0, n, 0, 3) for n in range(number + 1)}
 
 
-def test_python_numbers_become_float32_int64_and_bool() -> None:
-    buffer = buffer_of()
-    buffer.add_step({"f": 1.5, "i": 3, "b": True}, False)
-    buffer.add_step({"f": np.float64(2.5), "i": np.int32(4), "b": np.bool_(False)}, True)
-    episode = buffer.dataset.get_episode(0)
-    assert {name: value.dtype for name, value in episode.items()} == {
-        "f": torch.float32,
-        "i": torch.int64,
-        "b": torch.bool,
-    }
-    assert [value.tolist() for value in episode.values()] == [[1.5, 2.5], [3, 4], [True, False]]
-
-
 @pytest.mark.parametrize(
     ("first", "then", "is_accepted"),
     [
@@ -92,14 +79,12 @@ def test_a_number_takes_the_dtype_of_its_field_if_that_loses_nothing_of_its_kind
 
 def test_values_are_copied_when_the_environment_reuses_its_arrays() -> None:
     buffer = buffer_of(num_envs=2)
-    row = tagged.rows(np.arange(2), 0, 0)
+    value = np.zeros(2)
     for step in range(5):
-        new = tagged.flatten(tagged.rows(np.arange(2), 0, step))
-        for name, value in tagged.flatten(row).items():
-            value[...] = new[name]
-        buffer.add_step(row, False)
+        value[...] = step
+        buffer.add_step({"x": value}, False)
     buffer.flush()
-    assert stored(buffer) == [(env, 0, list(range(5))) for env in range(2)]
+    assert [episode["x"].tolist() for episode in buffer.dataset.episodes()] == [[0.0, 1.0, 2.0, 3.0, 4.0]] * 2
 
 
 # Vectorized environments.
@@ -136,27 +121,24 @@ def test_a_plain_bool_on_batched_rows_stands_for_all_environments_with_one_warni
     assert stored(buffer)[3:] == [(1, 1, [0])]
 
 
+_KNOWN = EpisodeDatasetInfo(Fields(obs=Vector(4), action=Vector(4)))
+
+
 @pytest.mark.parametrize(
-    ("num_envs", "row", "done", "shapes"),
+    ("info", "num_envs", "row", "done", "shapes"),
     [
-        (1, {"obs": np.zeros(4), "action": np.zeros(4)}, True, [(4,), (4,)]),
-        (4, {"obs": np.zeros(4), "action": np.zeros((4, 2))}, False, [(), (2,)]),
-        (1, {"obs": np.zeros((1, 4))}, np.array([False]), [(4,)]),
-        (None, {"obs": np.zeros((2, 4))}, torch.tensor([False, False]), [(4,)]),
-        (None, {"obs": np.zeros(4), "reward": 1.0}, np.True_, [(4,), ()]),
+        (None, 1, {"obs": np.zeros(4), "action": np.zeros(4)}, True, [(4,), (4,)]),
+        (None, 4, {"obs": np.zeros(4), "action": np.zeros((4, 2))}, False, [(), (2,)]),
+        (None, 1, {"obs": np.zeros((1, 4))}, np.array([False]), [(4,)]),
+        (None, None, {"obs": np.zeros((2, 4))}, torch.tensor([False, False]), [(4,)]),
+        (None, None, {"obs": np.zeros(4), "reward": 1.0}, np.True_, [(4,), ()]),
+        (_KNOWN, None, {"obs": np.zeros(4, np.float32), "action": np.zeros(4, np.float32)}, True, [(4,), (4,)]),
     ],
 )
-def test_num_envs_or_done_settles_what_the_first_step_means(num_envs, row, done, shapes) -> None:
-    buffer = buffer_of(num_envs=num_envs)
+def test_num_envs_done_or_known_fields_settle_what_the_first_step_means(info, num_envs, row, done, shapes) -> None:
+    buffer = ReplayBuffer(RingBufferDataset(10, info), 2, num_envs=num_envs)
     buffer.add_step(row, done)  # Warnings are errors.
     assert [field.shape for field in (buffer.fields or {}).values()] == shapes
-
-
-def test_known_fields_settle_what_the_first_step_means() -> None:
-    info = EpisodeDatasetInfo(Fields(obs=Vector(4), action=Vector(4)))
-    known = ReplayBuffer(RingBufferDataset(10, info), 2)
-    known.add_step({"obs": np.zeros(4, np.float32), "action": np.zeros(4, np.float32)}, True)
-    assert known.num_episodes == 1
 
 
 # Boundaries stated, masks, flush, cuts.
@@ -186,14 +168,13 @@ def test_add_episode_leaves_open_ones_alone() -> None:
 
 def test_two_buffers_of_one_dataset_must_agree_on_its_fields() -> None:
     dataset = RingBufferDataset(100)
-    one, other, third = (ReplayBuffer(dataset, 2, num_envs=1) for _ in range(3))
+    one, other = (ReplayBuffer(dataset, 2, num_envs=1) for _ in range(2))
     one.add_step({"x": 1.0}, False)
     with pytest.raises(ValueError, match="`x` has dtype float64 .* expected float32"):
         other.add_step({"x": np.zeros(())}, False)
-    third.add_step({"x": 2.0}, False)
-    one.add_step({"x": 1.0}, True)
-    third.add_step({"x": 2.0}, True)
-    assert dataset.episode_lengths == [2, 2]
+    for buffer in (other, one):
+        buffer.add_step({"x": 2.0}, True)
+    assert dataset.episode_lengths == [1, 2]
 
 
 def test_a_copy_of_a_buffer_has_open_episodes_of_its_own() -> None:
@@ -295,8 +276,6 @@ def spoiled(**changes: Any) -> dict[str, Any]:
         (spoiled(reward=np.zeros(3, np.float32)), False, ValueError, r"`reward` .* \(3,\), expected .* \(2,\)"),
         (spoiled(reward=np.float32(0)), False, ValueError, r"`reward` .* shape \(\), expected .* \(2,\)"),
         (spoiled(reward="ab"), False, TypeError, "`reward` must be a tensor, an array or a number, found str"),
-        (spoiled(reward=None), False, TypeError, "`reward` must be .* found NoneType"),
-        (spoiled(reward=np.array(["a", "b"])), False, ValueError, "`reward` has dtype <U1"),
         (
             spoiled(obs=np.zeros((2, 3))),
             False,
@@ -308,7 +287,6 @@ def spoiled(**changes: Any) -> dict[str, Any]:
         (spoiled(), np.array([True]), ValueError, r"has shape \(1,\), expected a bool array of shape \(2,\)"),
         (spoiled(), np.array([[True, False]]), ValueError, r"`done` must have at most one axis"),
         (spoiled(), np.array([1, 0]), TypeError, "`done` must be bool or an array of bool, found int64"),
-        (spoiled(), 1, TypeError, "`done` must be bool"),
         (spoiled(), None, TypeError, "`done` must be bool"),
     ],
 )
@@ -415,6 +393,8 @@ def test_counts_and_the_table_tell_open_from_stored() -> None:
 def test_stats_are_numbers_for_a_logger(num_workers: int) -> None:
     buffer = buffer_of(capacity=20, batch_size=3, num_workers=num_workers, num_envs=1)
     assert set(buffer.stats().values()) == {0}
+    buffer.dataloader.load_state_dict({"seed": 0, "position": 50})
+    assert "newest_age" not in buffer.stats()
     for number in range(5):
         buffer.add_episode({"reward": np.full(6, number, np.float32), "t": 6 * number + np.arange(6)})
     buffer.sample()
@@ -428,7 +408,7 @@ def test_stats_are_numbers_for_a_logger(num_workers: int) -> None:
         "fill": 0.7,
         "mean_episode_length": 14 / 3,
         "num_evicted": 3,
-        "num_batches": 2,
+        "num_batches": 52,
         "num_rejected_windows": 0,
         "mean_episode_return": (6 * (0 + 1 + 2 + 3 + 4) + 1) / 6,
         "newest_age": 31 - newest,
@@ -463,17 +443,8 @@ def test_a_reward_of_any_dtype_completes_an_episode_and_has_a_return_if_it_is_re
     assert buffer.stats().get("mean_episode_return") == expected
 
 
-def test_there_is_no_age_before_a_batch() -> None:
-    buffer = ReplayBuffer(RingBufferDataset(100), 2, num_envs=1)
-    buffer.add_episode({"x": np.zeros(50)})
-    buffer.dataloader.load_state_dict({"seed": 0, "position": 50})
-    assert "newest_age" not in buffer.stats()
-    buffer.sample()
-    assert 0 <= buffer.stats()["newest_age"] < 50
-
-
 def test_a_buffer_that_is_dropped_is_gone_at_once() -> None:
-    buffer = ReplayBuffer(RingBufferDataset(100), 2, num_envs=1)
+    buffer = buffer_of(num_envs=1)
     buffer.add_step({"x": 1.0}, True)
     is_alive = weakref.ref(buffer)
     gc.disable()
