@@ -59,7 +59,7 @@ class Reference:
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_failing_sink_gets_the_episodes_of_the_reference(data: Any) -> None:
     num_envs = data.draw(st.integers(1, 4) | st.sampled_from([8, 70]))
     is_single = num_envs == 1 and data.draw(st.booleans())
@@ -70,7 +70,7 @@ def test_a_failing_sink_gets_the_episodes_of_the_reference(data: Any) -> None:
     writer = EpisodeWriter(ring, num_envs, cut_after, on_stored=lambda episode: told.append(len(episode["reward"])))
     reference = Reference(num_envs, cut_after)
     rates = data.draw(st.tuples(*[st.sampled_from([0.0, 0.1, 0.5])] * 3))
-    for _ in range(data.draw(st.integers(1, 30) | st.just(150))):
+    for _ in range(data.draw(st.integers(1, 20) | st.just(20 if num_envs > 8 else 70))):
         is_first, is_last, not_mask = (rng.random(num_envs) < rate for rate in rates)
         rows, flags = reference.add(is_first, is_last, ~not_mask), (is_first, is_last, ~not_mask)
         if is_single:
