@@ -76,9 +76,9 @@ def test_a_failing_sink_gets_the_episodes_of_the_reference(data: Any) -> None:
         if is_single:
             rows, flags = first_of(rows), tuple(bool(flag[0]) for flag in flags)
         num_failed = ring.num_failed
-        flags = [
-            None if np.all(flag == is_default) else flag for flag, is_default in zip(flags, (0, 0, 1), strict=True)
-        ]
+        # The mask of one environment is what says that its rows have an axis.
+        defaults = (0, 0, 1 if num_envs > 1 else -1)
+        flags = [None if np.all(flag == default) else flag for flag, default in zip(flags, defaults, strict=True)]
         try:
             writer.add(rows, is_first=flags[0], is_last=flags[1], mask=flags[2])
         except OSError:
