@@ -59,7 +59,7 @@ class Reference:
 
 
 @given(st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_failing_sink_gets_the_episodes_of_the_reference(data: Any) -> None:
     num_envs = data.draw(st.integers(1, 4) | st.sampled_from([8, 70]))
     is_single = num_envs == 1 and data.draw(st.booleans())
