@@ -29,15 +29,15 @@ _VIEWS = ("_columns", "_items", "_whole_rows", "_whole_packed")
 
 
 class Accumulator:
-    """Keeps the open episode of each environment.
+    """Keeps the open episode of each of N environments.
 
     Args:
         fields: What a row holds.
-        num_envs: N, environments.
-        max_rows: Rows that an episode may have at most; a longer one is refused.
+        num_envs: N.
+        max_rows: A longer episode is refused.
         cut_after: Rows after which an open episode counts as complete; None to never cut.
-        emit: Takes each complete episode, `name -> (L, *shape)`. The arrays are views that are valid during the call
-            only. The episode is closed before the call, also if that fails, which it should not.
+        emit: Takes each complete episode, `name -> (L, *shape)`, as views that are valid during the call only. The
+            episode is closed before the call.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Accumulator:
         self._record = _record_of(fields, {})
         self._is_packed = num_envs >= _MANY and self._record.itemsize <= _SMALL_RECORD
         self._packed, self._rows = np.empty(num_envs, self._record), np.empty(0, self._record)
-        # Where the run of each environment begins, and where its next row goes.
+        # Where the run of each environment begins, and its next row goes.
         self._begin = self._next = np.zeros(num_envs, np.int64)
         # No open episode is longer than this; the exact length is found only when it matters.
         self._longest = 0
-        self._set_room(min(_INITIAL_ROOM, self._limit))
+        self._set_room(_INITIAL_ROOM)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Views would be copied one by one, and rows written to one copy and read from another.
+        # Copies of views would be arrays of their own.
         return {name: value for name, value in self.__dict__.items() if name not in _VIEWS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,8 +78,8 @@ class Accumulator:
         if is_first:
             self._close(0)
         length = int(self._next[0])
-        if length >= self._room:
-            self._make_room(length)
+        if length >= self._full:
+            self._make_room(None, None)
         for column, value in zip(self._columns, row, strict=True):
             column[length] = value
         self._next[0] = self._longest = length + 1
@@ -93,23 +93,19 @@ class Accumulator:
         is_last: np.ndarray | None = None,
         mask: np.ndarray | None = None,
     ) -> None:
-        """Append one row of every environment that brings one.
-
-        The cost does not grow by a loop over environments; only those that complete an episode are visited.
+        """Append one row of every environment under the mask; only those that complete an episode are visited.
 
         Args:
             rows: `(N, *shape)` a field, in the order of the fields.
-            is_first: bool `(N,)`, the environment's rows before this one are complete.
-            is_last: bool `(N,)`, with this row, the environment's episode is complete.
-            mask: bool `(N,)`, the environment brings a row. Where it does not, the other two mean nothing.
+            is_first: bool `(N,)`, the rows before this one are complete.
+            is_last: bool `(N,)`, with this row, the episode is complete.
+            mask: bool `(N,)`; elsewhere, the other two mean nothing.
 
         Raises:
             ValueError: An episode would be longer than `max_rows`; nothing has changed.
         """
-        if self._longest >= self._room:
-            lengths = self._next - self._begin
-            staying = lengths if is_first is None else lengths * ~is_first
-            self._make_room(int((staying if mask is None else staying * mask).max()))
+        if self._longest >= self._full:
+            self._make_room(is_first, mask)
         if is_first is not None:
             self._close_all(is_first, mask)
         self._write(rows, mask)
@@ -120,62 +116,61 @@ class Accumulator:
         if self.cut_after is not None and self._longest >= self.cut_after:
             self._close_all(self._next - self._begin == self.cut_after, None)
 
-    def amend(self, name: str, value: float, mask: np.ndarray | None = None) -> None:
-        """Change a field of the last row of open episodes, of those under the mask: what ended them came after it."""
+    def flush(self, mask: np.ndarray | None = None, **changes: Any) -> None:
+        """Complete open episodes, those under the mask or all, with changes to fields of their last rows."""
         is_open = self._next > self._begin
-        self._rows[name][self._next[is_open if mask is None else is_open & mask] - 1] = value
-
-    def flush(self, mask: np.ndarray | None = None) -> None:
-        """Complete open episodes as they stand; those under the mask, bool `(N,)`, or all."""
-        self._close_all(self._next > self._begin, mask)
+        if mask is not None:
+            is_open &= mask
+        for name, value in changes.items():
+            self._rows[name][self._next[is_open] - 1] = value
+        self._close_all(is_open, None)
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
-        """Put a row behind each open episode; it does not belong to it before the lengths say so."""
-        if mask is not None:
-            envs = mask.nonzero()[0]
-            if len(envs) <= _FEW:
-                for env in envs.tolist():
-                    place = self._next[env]
-                    for column, values in zip(self._columns, rows, strict=True):
-                        column[place] = values[env]
-                return
-        if mask is None or self._longest < self._room:
-            # There is room behind every episode: a row that no environment brought does no harm there.
-            places, packed = self._next, slice(None)
-        else:
-            rows, places, packed = [array[envs] for array in rows], self._next[envs], slice(len(envs))
+        """Put a row behind each open episode, to which it belongs once the lengths say so."""
+        envs = None if mask is None else mask.nonzero()[0]
+        if envs is not None and len(envs) <= _FEW:
+            for env in envs.tolist():
+                place = self._next[env]
+                for column, values in zip(self._columns, rows, strict=True):
+                    column[place] = values[env]
+            return
+        places = slice(None) if self._is_packed else self._next
         for (items, item), array in zip(self._items, rows, strict=True):
-            values = array if item is None else np.frombuffer(np.ascontiguousarray(array), item)
-            items[packed if self._is_packed else places] = values
+            items[places] = array if item is None else np.frombuffer(np.ascontiguousarray(array), item)
         if self._is_packed:
-            self._whole_rows[places] = self._whole_packed[packed]
+            self._whole_rows[self._next] = self._whole_packed
 
-    def _make_room(self, longest: int) -> None:
-        """See to it that a row can follow an open episode of `longest` rows."""
+    def _make_room(self, is_first: np.ndarray | None, mask: np.ndarray | None) -> None:
+        """Ensure that a row can follow every open episode; also where none comes, as `_write` puts one there."""
+        lengths = self._next - self._begin
+        self._longest = int(lengths.max())
+        if is_first is not None:
+            lengths[is_first if mask is None else is_first & mask] = 0
+        longest = int((lengths if mask is None else lengths * mask).max())
         if longest >= self.max_rows:
             raise ValueError(
                 f"An open episode has reached {longest} steps, the `capacity` of the dataset, and cannot take another. "
                 "End it, or cut endless streams into pieces with `max_episode_length`."
             )
-        self._longest = int((self._next - self._begin).max())
-        if longest >= self._room:
-            self._set_room(min(2 * self._room, self._limit))
+        if lengths.max() >= self._room:
+            self._set_room(2 * self._room)
 
     def _set_room(self, room: int) -> None:
+        room = min(room, self._limit + 1)
         lengths, begin = self._next - self._begin, np.arange(self.num_envs) * room
         rows = np.empty(self.num_envs * room, self._record)
         for env in lengths.nonzero()[0].tolist():
-            # Rows that hold nothing are left alone: memory that is never touched is never used.
+            # Memory that is never touched is never used.
             rows[begin[env] : begin[env] + lengths[env]] = self._rows[self._begin[env] : self._next[env]]
-        self._rows, self._room, self._begin, self._next = rows, room, begin, begin + lengths
+        self._rows, self._begin, self._next = rows, begin, begin + lengths
+        self._room, self._full = room, min(room, self.max_rows)
         self._make_views()
 
     def _make_views(self) -> None:
         self._columns = [self._rows[name] for name in self.fields.names]
         whole = np.dtype((np.void, self._record.itemsize))
         self._whole_rows, self._whole_packed = self._rows.view(whole), self._packed.view(whole)
-        # Where the values of N environments are written first, each as one opaque item, which is moved as a whole.
-        # Single numbers stay what they are (opaque where numpy has none such).
+        # The values of N environments are moved as opaque items; single numbers as they are, where numpy has them.
         target = self._packed if self._is_packed else self._rows
         items = {
             name: np.dtype((np.void, field.nbytes))
@@ -190,7 +185,6 @@ class Accumulator:
             self._close(env)
 
     def _close(self, env: int) -> None:
-        """Complete the open episode of an environment, if it has one."""
         begin, end = int(self._begin[env]), int(self._next[env])
         if end > begin:
             self._next[env] = begin
@@ -198,10 +192,7 @@ class Accumulator:
 
 
 def _record_of(fields: Fields, items: dict[str, np.dtype]) -> np.dtype:
-    """A dtype of one row, `items` in place of some of its fields.
-
-    The largest numbers come first, so that each lies at a multiple of its size.
-    """
+    # The largest numbers come first, so that all are aligned.
     names = sorted(fields.names, key=lambda name: -fields[name].dtype.itemsize)
     sizes = [fields[name].nbytes for name in names]
     alignment = max(fields[name].dtype.itemsize for name in names)

@@ -12,12 +12,10 @@ from buffers.conversion import as_array
 from buffers.fields import Fields
 
 __all__ = [
-    "and_not",
-    "as_flags",
     "find_final_obs",
-    "first_rest",
+    "is_per_env",
     "leaves_of",
-    "put_final_obs",
+    "put_items",
     "split_dones",
     "to_array",
     "tree_of",
@@ -38,22 +36,6 @@ def to_array(name: str, value: Any) -> np.ndarray:
     return as_array(name, value)
 
 
-def as_flags(name: str, array: np.ndarray, num_envs: int) -> np.ndarray:
-    """The array as bool `(N,)`.
-
-    Raises:
-        ValueError: Another shape, or numbers other than 0 and 1.
-    """
-    if array.shape != (num_envs,):
-        raise ValueError(f"`{name}` has shape {array.shape}, expected {(num_envs,)}.")
-    if array.dtype == np.bool_:
-        return array
-    flags = array.astype(np.bool_)
-    if (array != flags).any():
-        raise ValueError(f"`{name}` must be bool, or numbers that are 0 or 1, found {array!r:.60}.")
-    return flags
-
-
 def tree_of(name: str, value: Any, convert: Callable[[str, Any], np.ndarray] = to_array) -> Any:
     """Nested dicts of arrays, from nested dicts and tuples; a tuple becomes a dict with the keys "0", "1", ..."""
     if isinstance(value, tuple):
@@ -64,11 +46,7 @@ def tree_of(name: str, value: Any, convert: Callable[[str, Any], np.ndarray] = t
 
 
 def leaves_of(fields: Fields, tree: dict[str, Any]) -> list[np.ndarray]:
-    """The arrays of nested dicts in the order of the fields.
-
-    Raises:
-        ValueError: Keys are missing or unexpected.
-    """
+    """The arrays of nested dicts in the order of the fields; ValueError for missing or unexpected keys."""
     leaves = fields.flatten(tree)
     for name, leaf in zip(fields.names, leaves, strict=True):
         if not isinstance(leaf, np.ndarray):
@@ -85,14 +63,8 @@ def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
         infos["final_observation"]        Gymnasium before 1.0: an object array;  ManiSkill: a full batch
         infos[i]["terminal_observation"]  SB3
 
-    The infos that are dicts may have a mask `infos["_final_obs"]` or `infos["_final_observation"]`.
-
-    Args:
-        final_obs: What the caller has, or None.
-        infos: What the environments returned, or None.
-
     Returns:
-        The name of the place; what is there, None if nothing is; its mask, None if there is none.
+        The name of the place; what is there, None if nothing is; its mask `infos["_" + name]`, None if there is none.
     """
     if final_obs is not None:
         return "final_obs", final_obs, None
@@ -105,65 +77,40 @@ def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
     return "final_obs", None, None
 
 
-def put_final_obs(
-    fields: Fields,
-    arrived: list[np.ndarray],
-    envs: np.ndarray,
-    name: str,
-    source: Any,
-    batch_leaves: Callable[[Any], list[np.ndarray]],
-) -> np.ndarray:
-    """Write final observations over those in `arrived`.
+def is_per_env(source: Any) -> bool:
+    """Whether final observations come one by one (a list, an object array), None where there is none."""
+    return isinstance(source, list) or (isinstance(source, np.ndarray) and source.dtype == np.object_)
+
+
+def put_items(fields: Fields, arrived: list[np.ndarray], wanted: np.ndarray, name: str, items: Any) -> np.ndarray:
+    """Write final observations, one item an environment, into `arrived` where wanted; say where there were any.
 
     Args:
         fields: Of observations.
-        arrived: Observations `(N, *shape)`, in the order of the fields.
-        envs: Whose final observations are wanted.
-        name: Of the place where they are.
-        source: A full batch, or one item an environment (a list, an object array), None where there is none.
-        batch_leaves: Makes arrays `(N, *shape)` of a full batch, and checks them.
-
-    Returns:
-        int64, those of `envs` that were found.
-
-    Raises:
-        TypeError: A value that is no tensor, array or number.
-        ValueError: Other keys, shapes or dtypes than other observations have.
+        arrived: `(N, *shape)` each, in the order of the fields.
+        wanted: bool `(N,)`.
+        name: Where the items come from.
+        items: N of them, None where there is none.
     """
-    if not (isinstance(source, list) or (isinstance(source, np.ndarray) and source.dtype == np.object_)):
-        for array, leaf in zip(arrived, batch_leaves(source), strict=True):
-            array[envs] = leaf[envs]
-        return envs
-    num_envs = len(arrived[0])
-    if len(source) != num_envs:
-        raise ValueError(f"`{name}` has {len(source)} items, expected one of each of {num_envs} environments.")
-    found = [env for env in envs.tolist() if source[env] is not None]
-    for env in found:
-        for array, leaf in zip(arrived, _item_leaves(fields, name, env, source[env]), strict=True):
+    if len(items) != len(wanted):
+        raise ValueError(f"`{name}` has {len(items)} items, expected one of each of {len(wanted)} environments.")
+    found = wanted & np.array([item is not None for item in items], np.bool_)
+    for env in found.nonzero()[0].tolist():
+        leaves = leaves_of(fields, {"obs": tree_of(f"obs ({name})", items[env])})
+        for (field, dtype, shape), array, leaf in zip(fields.layout, arrived, leaves, strict=True):
+            # Of the same kind is enough: an environment may return float64 where the vector environment makes it the
+            # float32 of its space.
+            if leaf.shape != shape or not np.can_cast(leaf.dtype, dtype, "same_kind"):
+                raise ValueError(
+                    f"The final observation of environment {env} in `{name}` has dtype {leaf.dtype} and shape "
+                    f"{leaf.shape} for field `{field}`, expected {dtype} and {shape}."
+                )
             array[env] = leaf
-    return np.array(found, np.int64)
-
-
-def _item_leaves(fields: Fields, name: str, env: int, item: Any) -> list[np.ndarray]:
-    """The final observation of one environment as arrays `(*shape)`, in the order of the fields."""
-    leaves = leaves_of(fields, {"obs": tree_of(f"obs ({name})", item)})
-    for (field, dtype, shape), leaf in zip(fields.layout, leaves, strict=True):
-        # Of the same kind is enough: an environment may return float64 where the vector environment makes it the
-        # float32 of its space.
-        if leaf.shape != shape or not np.can_cast(leaf.dtype, dtype, "same_kind"):
-            raise ValueError(
-                f"The final observation of environment {env} in `{name}` has dtype {leaf.dtype} and shape "
-                f"{leaf.shape} for field `{field}`, expected {dtype} and {shape}."
-            )
-    return leaves
+    return found
 
 
 def split_dones(is_done: np.ndarray, infos: Any) -> tuple[np.ndarray, np.ndarray]:
-    """SB3's dones `(N,)` as terminated and truncated, by the "TimeLimit.truncated" of its infos.
-
-    Raises:
-        ValueError: The infos are not a list of one dict an environment.
-    """
+    """SB3's dones `(N,)` as terminated and truncated, by the "TimeLimit.truncated" of its infos."""
     if not isinstance(infos, (list, tuple)) or len(infos) != len(is_done):
         raise ValueError(
             "`truncated` is None, which needs `infos` to be a list of one dict an environment with "
@@ -171,18 +118,3 @@ def split_dones(is_done: np.ndarray, infos: Any) -> tuple[np.ndarray, np.ndarray
         )
     is_truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos], np.bool_) & is_done
     return is_done & ~is_truncated, is_truncated
-
-
-def first_rest(fields: Fields, rest: list[np.ndarray]) -> list[np.ndarray]:
-    """What first rows have besides an observation."""
-    first = [np.zeros_like(leaf) for leaf in rest]
-    first[fields.names.index("is_first")][:] = True
-    return first
-
-
-def and_not(mask: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
-    """Those of `mask` that are not of `other`, None if there are none."""
-    if mask is None or other is None:
-        return mask
-    left = mask & ~other
-    return left if left.any() else None

@@ -29,13 +29,12 @@ class ReplayBuffer:
         {'obs': (32, 16, 4), 'reward': (32, 16)}
 
     Args:
-        dataset: Where episodes live. Of a source that takes none (a `MixtureDataset`), batches can be drawn.
+        dataset: Where episodes live, or a source that batches are only drawn from (a `MixtureDataset`).
         batch_size: B, sequences a batch.
         sequence_length: T, steps of each; None for whole episodes, padded, with `mask`.
-        chunk_size: Sequences that one read brings; divides `batch_size`, which is the default.
+        chunk_size: As in `EpisodeSource.get_loader`; so are all that are not named here.
         num_workers: Processes that load; 0 by default.
-        num_envs: N. 1 says that steps come without an environment axis (unless `done` has one); None leaves it to
-            the first step.
+        num_envs: N. 1 says that steps have no environment axis (unless `done` has one); None leaves it to the first.
         sampler: Which windows are drawn; uniformly over all windows by default.
         transform: A function on the batch.
         include: What else a batch holds, see `SequenceStream`.
@@ -99,11 +98,7 @@ class ReplayBuffer:
 
     @property
     def writer(self) -> EpisodeWriter:
-        """What splits steps into episodes.
-
-        Raises:
-            RuntimeError: The dataset is a source that takes no episodes.
-        """
+        """What splits steps into episodes; RuntimeError for a source that takes none."""
         if self._writer is None:
             raise RuntimeError(
                 f"A {type(self.dataset).__name__} holds no episodes of its own: add to one of its members, or evict "
@@ -119,9 +114,8 @@ class ReplayBuffer:
             vectorized     o0 o1 o2 | o0 ...       done[i]=True comes with o0': environment i ended on the call
                    done[i] F  F  F    T            before and was reset, so this row is its next episode's first
 
-        With batched rows, a plain bool stands for all N. The first step decides which of the two it is: by
-        `num_envs` if it was given; else vectorized if `done` has one axis; else vectorized if all leaves
-        share their leading size, with a warning.
+        With batched rows, a plain bool stands for all N. The first step decides which of the two it is: by `num_envs`
+        if given; else vectorized if `done` has one axis; else if all leaves share their leading size, with a warning.
 
         Args:
             step_data: `field -> (*shape)`, or `(N, *shape)`; nested dicts allowed. Values are copied. dtypes are
@@ -133,10 +127,8 @@ class ReplayBuffer:
             ValueError: Other fields, dtypes, shapes or N than before, or an open episode as long as the capacity.
                 The buffer is as it was.
             Exception: Whatever the dataset raised for an episode that ends here or did before: an OSError of a full
-                disk. The step was taken, and the next call tries again to store what could not be stored.
+                disk. The step was taken, and the next call tries again to store the episode.
         """
-        if self._is_closed:
-            self._check_open()
         (self._writer or self.writer).add_step(step_data, done)
 
     def add(self, step_data: Mapping[str, Any], *, is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
@@ -146,25 +138,12 @@ class ReplayBuffer:
             step_data: As in `add_step`; so are the errors.
             is_first: bool, or bool `(N,)`: the rows before this one are a complete episode.
             is_last: bool, or bool `(N,)`: with this row, the episode is complete.
-            mask: bool, or bool `(N,)`: False where the environment brings no row; what it has in the other
-                arguments is not looked at.
+            mask: bool, or bool `(N,)`: False where the environment brings no row, and the rest is not looked at.
         """
-        self._check_open()
         self.writer.add(step_data, is_first=is_first, is_last=is_last, mask=mask)
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
-        """Add a whole episode; open ones are left alone.
-
-        Args:
-            episode: `field -> (L, *shape)`, or lists of L rows. Copied.
-
-        Returns:
-            The episode's id.
-
-        Raises:
-            TypeError: A value that is no tensor, array or list of numbers.
-            ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
-        """
+        """Add a whole episode, as by `EpisodeDataset.add_episode`; open ones are left alone."""
         self._check_open()
         dataset = self.writer.sink
         assert isinstance(dataset, EpisodeDataset)  # It has a writer.
@@ -174,13 +153,8 @@ class ReplayBuffer:
 
     def flush(self) -> None:
         """Complete the open episodes as they stand: at the end of a run, or when all environments are reset."""
-        self._check_open()
         if self._writer is not None:
             self._writer.flush()
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("The buffer is closed.")
 
     # Batches out.
 
@@ -191,7 +165,12 @@ class ReplayBuffer:
             RuntimeError: No complete episode is long enough.
         """
         if self._is_closed or not self.dataset.table.num_steps:
-            self._check_drawable()
+            self._check_open()
+            if self._num_open_rows:
+                raise RuntimeError(
+                    f"No episode is complete yet: {self._num_open_rows} steps are in open episodes. They can be drawn "
+                    "when these end; `flush()` completes them as they stand."
+                )
         if self._direct:
             return self.dataloader.stream.take()
         if self._batches is None or self._generation != self.dataloader.generation:
@@ -203,23 +182,16 @@ class ReplayBuffer:
             self._batches = None
             raise
 
-    def _check_drawable(self) -> None:
-        self._check_open()
-        if self._num_open_rows:
-            raise RuntimeError(
-                f"No episode is complete yet: {self._num_open_rows} steps are in open episodes. They can be drawn when "
-                "these end; `flush()` completes them as they stand."
-            )
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("The buffer is closed.")
 
     def __iter__(self) -> Iterator[Any]:
         while True:
             yield self.sample()
 
     def close(self) -> None:
-        """Complete the open episodes and end the workers. The dataset stays as it is.
-
-        If an episode cannot be stored, the buffer stays open, so that this can be called again.
-        """
+        """Complete the open episodes and end the workers. If an episode cannot be stored, the buffer stays open."""
         if not self._is_closed:
             try:
                 if self._writer is not None:
@@ -268,10 +240,9 @@ class ReplayBuffer:
 
         Returns:
             `num_episodes` and `num_timesteps` that live, `fill` (their share of the capacity), `mean_episode_length`,
-            `num_evicted` episodes so far, `num_batches` taken, `num_rejected_windows` (drawn again, as their
-            episode was evicted meanwhile); `mean_episode_return` of the last 100 complete episodes if there is a
-            scalar `reward`; and, after a batch, `newest_age`: steps added since the newest row in the last one (not
-            for a mixture, whose members count their steps apart).
+            `num_evicted` episodes so far, `num_batches` taken, `num_rejected_windows` (drawn again, as their episode
+            was evicted meanwhile); `mean_episode_return` of the last 100 complete episodes if there is a scalar
+            `reward`; and, after a batch, `newest_age`: steps added since the newest row in it (not for a mixture).
         """
         return self._statistics.numbers(self.dataloader.stream)
 

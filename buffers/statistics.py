@@ -7,25 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.episode_source import EpisodeSource
-from buffers.fields import Scalar, as_tensor
 from buffers.loading.stream import SequenceStream
 
 __all__ = ["Statistics"]
 
 _NUM_RETURNS = 100
-_BFLOAT16 = Scalar(dtype=torch.bfloat16)
 
 
 class Statistics:
-    """Remembers the returns of the last episodes, and counts what is there.
-
-    Args:
-        dataset: Where episodes live.
-    """
+    """Remembers the returns of the last episodes, and counts what is there."""
 
     def __init__(self, dataset: EpisodeSource) -> None:
         self._dataset = dataset
@@ -34,16 +27,15 @@ class Statistics:
     def note(self, episode: Mapping[str, Any]) -> None:
         """Remember an episode's return: the sum of `reward`, if that is one real number a step."""
         rewards = episode.get("reward")
-        if type(rewards) is not np.ndarray:
-            if rewards is None or isinstance(rewards, Mapping):
-                return
-            rewards = as_array("reward", rewards)
-        if rewards.ndim != 1:
+        if rewards is None or isinstance(rewards, Mapping):
             return
-        if rewards.dtype.kind in "fiub":
+        if type(rewards) is not np.ndarray:
+            rewards = as_array("reward", rewards)
+        if rewards.dtype.kind == "V":
+            # bfloat16, the upper half of a float32.
+            rewards = (rewards.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if rewards.ndim == 1 and rewards.dtype.kind in "fiub":
             self._returns.append(float(np.add.reduce(rewards)))
-        elif rewards.dtype == _BFLOAT16.numpy_dtype:
-            self._returns.append(float(as_tensor(rewards.copy(), _BFLOAT16).float().sum()))
 
     def numbers(self, stream: SequenceStream) -> dict[str, float]:
         """What `ReplayBuffer.stats` gives."""

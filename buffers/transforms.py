@@ -22,7 +22,7 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
         transitions     o0 a0 r1 d1 o1     o1 a1 r2 d2 o2
 
     With `sequence_length=2`, every stored transition is one window, and all are equally likely. The results are views
-    of the batch: `obs` and `next_obs` share their memory.
+    of the batch.
 
         >>> rows = {"obs": torch.tensor([0.0, 0.1, 0.2]), "action": torch.tensor([0, 1, 0])}
         >>> rows |= {"reward": torch.tensor([0.0, 0.5, 0.7]), "terminated": torch.tensor([False, False, True])}
@@ -34,9 +34,8 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: As recorded, `field -> (B, T + 1, *shape)`, or `(T + 1, *shape)` for a single sequence, T at least 1.
 
     Returns:
-        `obs`, `action`, `reward`, `terminated`, `truncated`, `next_obs` `(B, T, *shape)`; all other fields of rows
-        (extra ones, and `mask`, `index`, ... of `include`) as they are in the row on arrival, but `is_first`, which
-        says whether `obs` is the first of an episode. `episode`, `weight` and `source` `(B,)` are left as they are.
+        `field -> (B, T, *shape)`: `obs` and `is_first` from the row before the transition; `next_obs`, and all other
+        fields, from the row on arrival. `episode`, `weight` and `source` `(B,)` are left as they are.
 
     Raises:
         ValueError: A field is missing, there is a `next_obs` already, or sequences have one row.
@@ -44,7 +43,7 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in _ROW_FIELDS if name not in batch]
     if missing:
         raise ValueError(f"The batch has no {missing}: `to_transitions` takes what a Recorder has recorded.")
-    _check_free(batch, ("next_obs",))
+    _check_free(batch, "next_obs")
     axis = batch["terminated"].dim() - 1
     length = batch["terminated"].shape[axis]
     if length < 2:
@@ -64,8 +63,8 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
 
         target = batch["return"] + batch["discount"] * value(batch["bootstrap_obs"])
 
-    From transition t on, m rewards are summed: n of them, or fewer where the episode or the batch's T transitions end
-    before. `terminated` leaves nothing to bootstrap from; `truncated` alone, and the end of the sequence, do not.
+    From transition t on, m rewards are summed: n, or fewer where the episode or the sequence ends before. Only
+    `terminated` leaves nothing to bootstrap from.
 
         n = 3, T = 5       t     0 1 2 3 4
                            m     3 3 3 2 1            never over an end: with one at t = 2    3 2 1 2 1
@@ -76,8 +75,7 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
         >>> found["return"], found["bootstrap_obs"]
         (tensor([[3., 3., 3., 2., 1.]]), tensor([[3, 4, 5, 5, 5]]))
 
-    For always n rewards, draw `sequence_length=n + 1` and use t = 0 alone: then no return starts at the last n - 1
-    transitions of an episode.
+    For always n rewards, draw `sequence_length=n + 1` and use t = 0 alone; none then starts at an episode's last n - 1.
 
     Args:
         batch: Transitions of `to_transitions`, `(B, T, *shape)`, with `reward` `(B, T)`. Where there is a `mask`, what
@@ -90,14 +88,13 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
         gamma**m, or 0 where the last of them terminated; `bootstrap_obs` `(B, T, *shape)`: the observation after them.
 
     Raises:
-        ValueError: `n` or `gamma` out of range, a batch of no transitions or one that has been through this already,
-            or rewards of another shape.
+        ValueError: `n` or `gamma` out of range, no transitions, names that are taken, or rewards of another shape.
     """
     if n < 1 or not 0.0 <= gamma <= 1.0:
         raise ValueError(f"`n` must be at least 1 and `gamma` from 0 to 1, found {n} and {gamma}.")
     if "next_obs" not in batch:
         raise ValueError("The batch has no `next_obs`: call `to_transitions` first.")
-    _check_free(batch, ("return", "discount", "bootstrap_obs"))
+    _check_free(batch, "return", "discount", "bootstrap_obs")
     reward, terminated = batch["reward"], batch["terminated"]
     if reward.shape != terminated.shape:
         raise ValueError(
@@ -105,7 +102,7 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
         )
     if not reward.is_floating_point():
         reward = reward.float()
-    is_real = torch.ones_like(terminated) if batch.get("mask") is None else batch["mask"]
+    is_real = batch.get("mask", torch.ones_like(terminated))
     # Whether the sum may go on from a transition to the next.
     goes_on = ~(terminated | batch["truncated"]) & _shifted(is_real, 1)
     returns, count = torch.zeros_like(reward), torch.zeros_like(reward, dtype=torch.int64)
@@ -120,7 +117,7 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
     return {**batch, "return": returns, "discount": discount, "bootstrap_obs": _take(batch["next_obs"], last)}
 
 
-def _check_free(batch: Mapping[str, Any], names: tuple[str, ...]) -> None:
+def _check_free(batch: Mapping[str, Any], *names: str) -> None:
     taken = [name for name in names if name in batch]
     if taken:
         raise ValueError(f"The batch already has {taken}, which this would overwrite. Rename the field.")

@@ -19,17 +19,15 @@ except ImportError as error:
 
 from buffers.conversion import cast_if_kept
 from buffers.observations import to_array
-from buffers.recorder import MODES, HasWriter, Recorder
+from buffers.recorder import MODES, Recorder
+from buffers.replay_buffer import ReplayBuffer
 from buffers.writer import EpisodeWriter
 
 __all__ = ["RecordEpisodes", "VectorRecordEpisodes"]
 
-# They step the environments without passing by `step` and `reset`, so what they do would be missing in the buffer.
-_UNRECORDED = ("step_async", "step_wait", "reset_async", "reset_wait")
-
 
 class RecordEpisodes(gymnasium.Wrapper):
-    """Records a single environment, which is stepped as always.
+    """Records a single environment.
 
         >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
@@ -46,10 +44,10 @@ class RecordEpisodes(gymnasium.Wrapper):
 
     Args:
         env: The environment.
-        buffer: Where the episodes go, a `ReplayBuffer` or an `EpisodeWriter`.
+        buffer: Where the episodes go.
     """
 
-    def __init__(self, env: gymnasium.Env, buffer: HasWriter | EpisodeWriter) -> None:
+    def __init__(self, env: gymnasium.Env, buffer: ReplayBuffer | EpisodeWriter) -> None:
         super().__init__(env)
         self.recorder = Recorder(buffer, None, _single_mode(env))
 
@@ -69,7 +67,7 @@ class RecordEpisodes(gymnasium.Wrapper):
 
 
 class VectorRecordEpisodes(VectorWrapper):
-    """Records environments that step together, which are stepped as always.
+    """Records environments that step together.
 
         >>> from buffers import ReplayBuffer
         >>> from buffers.dataset import RingBufferDataset
@@ -82,12 +80,12 @@ class VectorRecordEpisodes(VectorWrapper):
         8
 
     The fields are those of `Recorder`. Observations are stored as they are delivered, actions have the dtype of their
-    space (where what is given is of that kind), rewards are float32. Whatever else the environments have can be
-    reached through the wrapper, but for `step_async` and its like, which would go unrecorded.
+    space (where what is given is of that kind), rewards are float32. Whatever else the environments have is reached
+    by `unwrapped`, as with Gymnasium's own wrappers.
 
     Args:
         envs: The environments.
-        buffer: Where the episodes go, a `ReplayBuffer` or an `EpisodeWriter`.
+        buffer: Where the episodes go.
         autoreset_mode: "next_step", "same_step" or "disabled", or gymnasium's `AutoresetMode`. None takes it from
             `envs.metadata["autoreset_mode"]`.
         final_obs_may_be_missing: As for `Recorder`.
@@ -99,7 +97,7 @@ class VectorRecordEpisodes(VectorWrapper):
     def __init__(
         self,
         envs: VectorEnv,
-        buffer: HasWriter | EpisodeWriter,
+        buffer: ReplayBuffer | EpisodeWriter,
         autoreset_mode: str | AutoresetMode | None = None,
         *,
         final_obs_may_be_missing: bool = False,
@@ -131,20 +129,10 @@ class VectorRecordEpisodes(VectorWrapper):
             self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos)
         return obs, rewards, terminated, truncated, infos
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _UNRECORDED:
-            raise AttributeError(f"`{name}` would go unrecorded. Use `step` and `reset`.")
-        if name.startswith("_") or name in ("env", "recorder"):
-            raise AttributeError(f"{type(self).__name__} has no attribute '{name}'.")
-        env = self.env
-        while isinstance(env, VectorWrapper) and not hasattr(env, name):
-            env = env.env
-        return getattr(env, name)
-
 
 @contextlib.contextmanager
 def _whole_step(recorder: Recorder) -> Iterator[None]:
-    """What fails in here has perhaps moved the environment on, so the next step would not follow what is recorded."""
+    """After a failure in here the environment may have moved on, unrecorded."""
     try:
         yield
     except BaseException:
@@ -153,7 +141,6 @@ def _whole_step(recorder: Recorder) -> Iterator[None]:
 
 
 def _single_mode(env: gymnasium.Env) -> str:
-    """With an `Autoreset` wrapper below it is "next_step"; else the user resets."""
     while isinstance(env, gymnasium.Wrapper):
         if isinstance(env, gymnasium.wrappers.Autoreset):
             return "next_step"
@@ -168,47 +155,32 @@ def _vector_mode(envs: VectorEnv, stated: str | AutoresetMode | None) -> str:
             f'{envs} does not say when it resets: there is no `metadata["autoreset_mode"]`. Pass `autoreset_mode`, '
             f"one of {MODES}."
         )
-    if found is None or stated is None:
-        return _mode_name(found or stated)
-    if _mode_name(found) != _mode_name(stated):
+    found, name = _mode_name(found or stated), _mode_name(stated or found)
+    if found != name:
         raise ValueError(
-            f'`autoreset_mode`={stated!r}, but `metadata["autoreset_mode"]` of {envs} is {found!r}. Leave it out, or '
-            "correct the metadata."
+            f"`autoreset_mode`={name!r}, but the metadata of {envs} say {found!r}. Leave it out, or correct them."
         )
-    return _mode_name(stated)
+    return name
 
 
 def _mode_name(mode: Any) -> str:
-    if isinstance(mode, AutoresetMode):
-        return mode.name.lower()
-    names = {member.value: member.name.lower() for member in AutoresetMode}
-    name = names.get(mode, mode)
-    if name not in MODES:
-        raise ValueError(f"The autoreset mode must be one of {MODES} or an AutoresetMode, found {mode!r}.")
-    return name
+    return mode.name.lower() if isinstance(mode, AutoresetMode) else mode
 
 
 def _reset_mask(num_envs: int, options: Mapping[str, Any] | None) -> np.ndarray | None:
     """Which environments, bool `(N,)`, the options ask to be reset; None for all."""
-    if options is None:
-        return None
+    options = options or {}
     if options.get("reset_mask") is not None:
         return np.array(to_array("reset_mask", options["reset_mask"]))
-    if options.get("env_idx") is not None:
-        mask = np.zeros(num_envs, np.bool_)
-        mask[to_array("env_idx", options["env_idx"])] = True
-        return mask
-    return None
+    if options.get("env_idx") is None:
+        return None
+    mask = np.zeros(num_envs, np.bool_)
+    mask[to_array("env_idx", options["env_idx"])] = True
+    return mask
 
 
 def _as_in(space: gymnasium.Space, value: Any, copy: bool = False) -> Any:
-    """The value as arrays of the dtypes of its space, where it is of that kind; else as it is.
-
-    Args:
-        space: Where it comes from.
-        value: Anything that the environment takes or returns.
-        copy: Whether it must survive that the original is written to.
-    """
+    """The value as arrays of the dtypes of its space, where it is of that kind; else as it is."""
     if isinstance(space, gymnasium.spaces.Dict) and isinstance(value, Mapping):
         return {key: _as_in(space[key], item, copy) if key in space.spaces else item for key, item in value.items()}
     if isinstance(space, gymnasium.spaces.Tuple) and isinstance(value, (tuple, list)):

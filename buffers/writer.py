@@ -49,7 +49,7 @@ class EpisodeSink(Protocol):
 
     @property
     def refuses_values(self) -> bool:
-        """Whether `check` may refuse values for what they are; then it is shown rows before their episode ends."""
+        """Whether `check` may refuse values; then it is shown every row before its episode ends."""
 
     def settle_fields(self, fields: Fields) -> None:
         """Lay out storage. The same fields again are no error; ValueError for others."""
@@ -61,10 +61,7 @@ class EpisodeSink(Protocol):
         """ValueError for values that it could not give back."""
 
     def add(self, episode: dict[str, np.ndarray]) -> int:
-        """Store `name -> (L, *shape)`, which fits the settled fields, and return its id; or raise and be as before.
-
-        The arrays are valid during the call only: copy.
-        """
+        """Copy and store `name -> (L, *shape)` of the settled fields, and return its id; or raise and be as before."""
 
 
 class EpisodeWriter:
@@ -80,18 +77,14 @@ class EpisodeWriter:
 
     Args:
         sink: What takes complete episodes.
-        num_envs: As for `ReplayBuffer`; so is `max_episode_length`.
-        max_episode_length: Steps after which an open episode counts as complete.
+        num_envs: As for `ReplayBuffer`; so are the errors.
+        max_episode_length: As for `ReplayBuffer`.
         check_fields: Called with the fields before they are settled; it may refuse them by raising.
         on_stored: Called with each episode once the sink has it.
 
     Attributes:
         owner: Set by a recorder to an object of its own: one recorder at a time may write.
         is_closed: Whether `close` was called; no step is taken any more.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range.
     """
 
     def __init__(
@@ -105,14 +98,13 @@ class EpisodeWriter:
     ) -> None:
         self.sink = sink
         self._num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
-        self.max_episode_length = max_episode_length
         if max_episode_length is not None:
-            self.max_episode_length = integer("max_episode_length", max_episode_length, 1)
-            if max_episode_length > sink.episode_capacity:
-                raise ValueError(
-                    f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {sink.episode_capacity} "
-                    "steps."
-                )
+            max_episode_length = integer("max_episode_length", max_episode_length, 1)
+        if max_episode_length is not None and max_episode_length > sink.episode_capacity:
+            raise ValueError(
+                f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {sink.episode_capacity} steps."
+            )
+        self._max_episode_length = max_episode_length
         self.owner: object | None = None
         self.is_closed = False
         self._check_fields = check_fields
@@ -121,17 +113,15 @@ class EpisodeWriter:
         # `(N,)`, or `()` for a single environment whose rows have no axis for it.
         self._leading: tuple[int, ...] = ()
 
-    # Steps in. `_take` and `check_stored` are two, so that a recorder's step is taken whole before an error is raised.
+    # Steps in.
 
     def add_step(self, step_data: Mapping[str, Any], done: Any) -> None:
         """`ReplayBuffer.add_step`."""
         flag = _as_flag("done", done)
         rows = self._checked(step_data, {"done": flag})
         flag = self._flag_for("done", flag)
-        if self._leading:
-            self._take(rows, flag, None, None)
-        else:
-            self._take(rows, None, flag, None)
+        is_first, is_last = (flag, None) if self._leading else (None, flag)
+        self._take(rows, is_first, is_last, None)
         if self._outbox.waiting:
             self.check_stored()
 
@@ -157,45 +147,28 @@ class EpisodeWriter:
             self.flush()
             self.is_closed = True
 
-    def begin(self, step_data: Mapping[str, Any], num_envs: int | None) -> None:
-        """Settle N and the fields by rows that are not added; or, where they are settled, check that the rows fit.
+    # Steps in, of a recorder, which takes its step whole before it lets `check_stored` raise the sink's error.
 
-        For a single environment whose rows have no axis for it, `num_envs` is None. The errors are those of `add_step`.
-        """
-        if self._accumulator is None:
-            self._settle(step_data, () if num_envs is None else (num_envs,))
-        self._checked(step_data, {})
+    def begin(self, step_data: Mapping[str, Any], mask: bool | np.ndarray) -> None:
+        """Settle N (by the mask's axis, if it has one) and the fields by rows that are not added; errors of `add`."""
+        self._checked(step_data, {"mask": mask})
 
     def add_rows(self, rows: Sequence[np.ndarray], is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
-        """`add` of rows that are known to fit, after `begin`; the sink's errors are left to `check_stored`.
-
-        Rows are `(N, *shape)` a field, in the order of `fields`, with N = 1 also where they have no environment axis;
-        flags are bool `(N,)` or None.
-        """
+        """Add rows that fit, `(N, *shape)` a field in the order of `fields`, with flags bool `(N,)` or None."""
         self._check_open()
+        assert self._accumulator is not None  # It has begun.
         if self.sink.refuses_values:
-            assert self.fields is not None  # It has begun.
-            self._check_values(self.fields, rows)
-        if not self._leading:
-            rows = [row[0] for row in rows]
-            is_first, is_last, mask = (None if flag is None else bool(flag[0]) for flag in (is_first, is_last, mask))
-        self._take(rows, is_first, is_last, mask)
-
-    def truncate(self, mask: bool | np.ndarray) -> None:
-        """Complete open episodes that a reset cut off, with `truncated` set on their last rows if there is that field.
-
-        The sink's errors are left to `check_stored`. The mask, bool or bool `(N,)`, says whose episodes; ValueError for
-        another N.
-        """
-        self._check_open()
-        accumulator = self._accumulator
-        if accumulator is None or mask is False:
-            return
-        envs = None if mask is True else self._flag_for("mask", mask)
+            self._check_values(self._accumulator.fields, rows)
         self._outbox.retry()
-        if "truncated" in accumulator.fields:
-            accumulator.amend("truncated", True, envs)
-        accumulator.flush(envs)
+        self._accumulator.add_rows(rows, is_first, is_last, mask)
+
+    def truncate(self, mask: np.ndarray) -> None:
+        """Complete the open episodes under the mask, bool `(N,)`; their field `truncated`, if any, ends with True."""
+        self._check_open()
+        self._outbox.retry()
+        if self._accumulator is not None:
+            changes = {"truncated": True} if "truncated" in self._accumulator.fields else {}
+            self._accumulator.flush(mask, **changes)
 
     def check_stored(self) -> None:
         """Raise the sink's last error if an episode waits."""
@@ -207,7 +180,7 @@ class EpisodeWriter:
     @property
     def fields(self) -> Fields | None:
         """The fields, None before they are settled."""
-        return self.sink.fields if self._accumulator is None else self._accumulator.fields
+        return self.sink.fields
 
     @property
     def num_envs(self) -> int | None:
@@ -222,19 +195,32 @@ class EpisodeWriter:
     # The first row.
 
     def _begin(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> None:
-        """From the first row, settle N and the fields; nothing is kept if the row is refused."""
-        leading = self._leading_of(step_data, flags)
+        """Fix N and the fields; nothing is kept if the row is refused."""
+        self._leading = leading = self._leading_of(step_data, flags)
         for name, flag in flags.items():
             _check_shape(name, flag, leading)
+        sink = self.sink
+        sink.check_writable()
+        fields = sink.fields or self._inferred(step_data, flags)
+        self._fitting(fields, leading, step_data)
+        if self._check_fields is not None:
+            self._check_fields(fields)
+        # At once, so that no other writer brings other fields while episodes are open here.
+        sink.settle_fields(fields)
+        self._accumulator = Accumulator(
+            fields, leading[0] if leading else 1, sink.episode_capacity, self._max_episode_length, self._outbox.put
+        )
+
+    def _inferred(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> Fields:
+        arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
         try:
-            self._settle(step_data, leading)
+            return Fields.from_rows(step_data, len(self._leading))
         except ValueError as error:
-            arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
             if not arrays:
                 raise
             raise ValueError(
-                f"{error} As `{arrays[0]}` is an array, these are rows of {leading[0]} environments; for a single one, "
-                "pass a plain bool."
+                f"{error} As `{arrays[0]}` is an array, these are rows of {self._leading[0]} environments; for a "
+                "single one, pass a plain bool."
             ) from None
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> tuple[int, ...]:
@@ -261,23 +247,6 @@ class EpisodeWriter:
         )
         return (shapes[0][0],)
 
-    def _settle(self, step_data: Mapping[str, Any], leading: tuple[int, ...]) -> None:
-        self._check_open()
-        sink = self.sink
-        sink.check_writable()
-        fields = sink.fields
-        if fields is None:
-            fields = Fields.from_rows(step_data, len(leading))
-        self._fitting(fields, leading, step_data)
-        if self._check_fields is not None:
-            self._check_fields(fields)
-        # At once, so that no other writer brings other fields while episodes are open here.
-        sink.settle_fields(fields)
-        self._leading, num_envs = leading, leading[0] if leading else 1
-        self._accumulator = Accumulator(
-            fields, num_envs, sink.episode_capacity, self.max_episode_length, self._outbox.put
-        )
-
     # Every row.
 
     def _checked(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> list[Any]:
@@ -301,11 +270,11 @@ class EpisodeWriter:
         return rows
 
     def _check_values(self, fields: Fields, rows: Sequence[Any]) -> None:
-        """Refuse a row now that the sink would refuse with its episode, when nothing could be done about it."""
+        # Now, as nothing can be done about it when the episode ends.
         self.sink.check(dict(zip(fields.names, rows, strict=True)))
 
     def _flag_for(self, name: str, flag: bool | np.ndarray) -> Any:
-        """A flag as the accumulator takes it: bool `(N,)`, None where that says the same; bool without that axis."""
+        """A flag as the accumulator takes it; of N environments bool `(N,)`, or None where that says the same."""
         if isinstance(flag, bool):
             return flag if not self._leading else None if flag is (name == "mask") else np.full(self._leading, flag)
         _check_shape(name, flag, self._leading)
@@ -313,10 +282,10 @@ class EpisodeWriter:
 
     def _take(self, rows: Sequence[Any], is_first: Any, is_last: Any, mask: Any) -> None:
         """Take checked rows; before, try again to store what waits."""
-        accumulator = self._accumulator
-        assert accumulator is not None  # Every caller has begun.
         if self._outbox.waiting:
             self._outbox.retry()
+        accumulator = self._accumulator
+        assert accumulator is not None  # Every caller has begun.
         if self._leading:
             accumulator.add_rows(rows, is_first, is_last, mask)
         elif mask is not False:
@@ -328,12 +297,7 @@ class EpisodeWriter:
 
 
 class _Outbox:
-    """Complete episodes on their way to the sink, in the order in which they were completed.
-
-    Attributes:
-        waiting: Copies of those that could not be stored, oldest first.
-        error: Why the oldest of them could not be stored; None if none waits.
-    """
+    """Complete episodes on their way to the sink: copies of those that wait, oldest first, and why it could not be."""
 
     def __init__(self, sink: EpisodeSink, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored
@@ -341,7 +305,6 @@ class _Outbox:
         self.error: Exception | None = None
 
     def put(self, episode: dict[str, np.ndarray]) -> None:
-        """Store an episode, or keep a copy of it until that is possible."""
         if self.waiting or not self._is_stored(episode):
             self.waiting.append({name: rows.copy() for name, rows in episode.items()})
 
@@ -367,7 +330,7 @@ class _Outbox:
 
 
 def _exact_rows(fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """The values, if all are arrays that fit as they are, which most are; None if there is more to look at."""
+    """The values if all are arrays that fit as they are; None if there is more to look at."""
     if type(step_data) is not dict or len(step_data) != len(fields.layout):
         return None
     rows = []
@@ -380,7 +343,6 @@ def _exact_rows(fields: Fields, leading: tuple[int, ...], step_data: Mapping[str
 
 
 def _as_flag(name: str, value: Any) -> bool | np.ndarray:
-    """A bool, or a bool array of one axis."""
     if isinstance(value, bool):
         return value
     if type(value) is not np.ndarray:
@@ -393,7 +355,6 @@ def _as_flag(name: str, value: Any) -> bool | np.ndarray:
 
 
 def _check_shape(name: str, flag: bool | np.ndarray, leading: tuple[int, ...]) -> None:
-    """Refuse an array of another shape than that of the environments; a plain bool fits any."""
     if not isinstance(flag, bool) and flag.shape != leading:
         expected = f"a bool array of shape {leading}, or a plain bool" if leading else "a plain bool"
         raise ValueError(f"`{name}` has shape {flag.shape}, expected {expected}.")

@@ -14,6 +14,7 @@ import torch
 
 from buffers import Recorder, ReplayBuffer
 from buffers.dataset import RingBufferDataset
+from tests import tagged
 
 ENDS = ("terminated", "truncated", "both")
 
@@ -31,12 +32,10 @@ def observation(env: int, episode: int, step: int, kind: str = "box") -> Any:
 
 
 class Game:
-    """Episodes of lengths and endings drawn from a seed; all that happens is logged.
+    """Episodes of lengths and endings drawn from a seed; `reuses` returns all observations in one array.
 
-    Args:
-        env: Its number.
-        kind: Of observations.
-        reuses: Whether every observation is returned in the same array.
+    `log` has one dict an episode: "obs" (T + 1 of them), "action", "reward", "terminated", "truncated" (T of each), and
+    "ended" (T), which is not recorded: whether the episode ended by itself.
     """
 
     def __init__(self, env: int, kind: str = "box", reuses: bool = False) -> None:
@@ -44,8 +43,6 @@ class Game:
         self.rng = np.random.default_rng(100 + env)
         self.array = np.zeros(3, np.float32) if reuses else None
         self.episode = -1
-        #: One dict an episode: "obs" (T + 1 of them), "action", "reward", "terminated", "truncated" (T of each), and
-        #: "ended" (T), which is not recorded: whether the episode ended by itself.
         self.log: list[dict[str, list[Any]]] = []
 
     def reset(self) -> Any:
@@ -79,13 +76,7 @@ class Game:
 
 
 class Games:
-    """N games that step together by one of the conventions; returns what the environment loop would see.
-
-    Args:
-        num_envs: N.
-        mode: "next_step", "same_step" or "disabled".
-        reset_reward: What an environment is paid on the call that resets it ("next_step" alone).
-    """
+    """N games that step together; under "next_step", an environment is paid `reset_reward` when it is reset."""
 
     def __init__(self, num_envs: int, mode: str, reset_reward: float = 0.0) -> None:
         self.games = [Game(env) for env in range(num_envs)]
@@ -138,15 +129,14 @@ def play(
     reset_at: dict[int, np.ndarray | None] | None = None,
     ignored: type[Exception] | tuple[()] = (),
 ) -> None:
-    """Step games and record them; close what is open by a reset, before the steps in `reset_at` and at the end.
-
-    Errors of the type `ignored` that the recorder raises are passed over, as by one who goes on with the next step.
-    """
+    """Step games and record them; reset before the steps in `reset_at` and at the end; go on after `ignored` errors."""
 
     def reset(mask: np.ndarray | None = None) -> None:
-        obs = games.reset(mask)
+        obs, lent = games.reset(mask), None if mask is None else mask.copy()
         with contextlib.suppress(ignored):
-            recorder.reset(obs, mask)
+            recorder.reset(obs, lent)
+        if lent is not None:
+            lent[:] = ~lent  # As whoever uses the array again.
 
     reset()
     for step in range(num_steps):
@@ -175,14 +165,7 @@ def recorded(buffer: ReplayBuffer | RingBufferDataset) -> list[dict[str, Any]]:
 
 
 class FlakyRing(RingBufferDataset):
-    """A ring of which some additions fail, before they have changed anything.
-
-    Args:
-        capacity: In steps.
-        rng: Decides which fail, with the probability `rate`.
-        rate: The probability.
-        fails_at: Numbers of further calls that fail.
-    """
+    """A ring of which some additions fail, with the probability `rate` and at the calls `fails_at`."""
 
     def __init__(
         self, capacity: int, rng: np.random.Generator | None = None, rate: float = 0.0, fails_at: Container[int] = ()
@@ -199,6 +182,17 @@ class FlakyRing(RingBufferDataset):
         return super().add(episode)
 
 
+def stored(dataset: RingBufferDataset) -> list[tuple[int, int, list[int]]]:
+    """(environment, episode, steps) of every stored episode of `tagged` rows, each checked whole."""
+    found = []
+    for episode in dataset.episodes():
+        env, number, first = (int(value) for value in episode["obs"]["state"][0])
+        steps = list(range(first, first + len(episode["reward"])))
+        tagged.assert_same_episode(episode, tagged.rows(env, number, np.array(steps)))
+        found.append((env, number, steps))
+    return found
+
+
 def expected_rows(log: dict[str, list[Any]]) -> dict[str, Any]:
     """The T + 1 rows that a log of T transitions shall become, `field -> (T + 1, *shape)`."""
     first = {"action": _zeros_like(log["action"][0]), "reward": 0.0, "terminated": False, "truncated": False}
@@ -206,21 +200,14 @@ def expected_rows(log: dict[str, list[Any]]) -> dict[str, Any]:
     return {"obs": _stack(log["obs"]), **rows, "is_first": np.arange(len(log["obs"])) == 0}
 
 
-def assert_recorded(
-    episodes: Sequence[dict[str, Any]], logs: Sequence[Sequence[dict[str, list[Any]]]], but: Sequence[str] = ()
-) -> None:
-    """What was recorded is what the logs say, episode by episode: nothing missing, doubled or mixed.
-
-    Args:
-        episodes: What was recorded.
-        logs: One log an environment; all episodes over, but those without a transition, which shall not be there.
-        but: Fields that are not compared.
-    """
-    expected = {}
-    for env, log in enumerate(logs):
-        for number, episode in enumerate(log):
-            if episode["action"]:
-                expected[env, number] = expected_rows(episode)
+def assert_recorded(episodes: Sequence[dict[str, Any]], logs: Sequence[Sequence[dict[str, list[Any]]]]) -> None:
+    """What was recorded is what the logs say, one an environment: no episode missing, doubled, mixed, or of one row."""
+    expected = {
+        (env, number): expected_rows(episode)
+        for env, log in enumerate(logs)
+        for number, episode in enumerate(log)
+        if episode["action"]
+    }
     found = {}
     for episode in episodes:
         key = _origin(episode["obs"])
@@ -229,8 +216,7 @@ def assert_recorded(
     assert sorted(found) == sorted(expected)
     for key, rows in expected.items():
         for name, value in rows.items():
-            if name not in but:
-                _assert_same(found[key][name], value, f"{name} of episode {key}")
+            _assert_same(found[key][name], value, f"{name} of episode {key}")
 
 
 def _origin(obs: Any) -> tuple[int, int]:

@@ -54,18 +54,23 @@ def transitions_in(batch: dict[str, Any]) -> list[tuple[tuple[float, ...], tuple
     return found
 
 
+def test_with_two_rows_every_stored_transition_is_one_window() -> None:
+    buffer = make_buffer()
+    logged = logged_transitions(recorded_games(buffer))
+    found = []
+    for episode in buffer.dataset.episodes():
+        for start in range(len(episode["reward"]) - 1):
+            found += transitions_in(to_transitions({name: value[start : start + 2] for name, value in episode.items()}))
+    assert len(found) == len(logged)
+    assert dict(found) == logged
+
+
 @pytest.mark.parametrize("num_transitions", [1, 3])
 def test_what_a_loader_draws_as_transitions_is_in_the_log(num_transitions: int) -> None:
     buffer = make_buffer()
     logged = logged_transitions(recorded_games(buffer))
     drawing = ReplayBuffer(buffer.dataset, 256, num_transitions + 1, transform=to_transitions, seed=0)
-    found = transitions_in(drawing.sample())
-    assert all(logged[key] == transition for key, transition in found)
-    if num_transitions == 1:
-        # Uniform over all: 40 draws of each, on average.
-        for _ in range(40 * len(logged) // 256):
-            found += transitions_in(drawing.sample())
-        assert dict(found) == logged
+    assert all(logged[key] == transition for key, transition in transitions_in(drawing.sample()))
 
 
 def test_included_names_follow_the_row_on_arrival() -> None:
@@ -145,33 +150,36 @@ def test_n_step_returns_are_those_of_a_loop(data: st.DataObject, length: int, n:
             np.testing.assert_array_equal(of_b["bootstrap_obs"][:, 0], [b * length + item[2] for item in expected])
 
 
-def test_batches_that_do_not_fit_are_refused() -> None:
-    no = torch.zeros(2, 1, dtype=torch.bool)
-    rows = {"obs": no, "action": no, "reward": no, "terminated": no, "truncated": no}
-    with pytest.raises(ValueError, match="found sequences of 1. Draw with `sequence_length=2`"):
-        to_transitions(rows)
-    with pytest.raises(ValueError, match=r"The batch has no \['truncated'\]"):
-        to_transitions({name: value for name, value in rows.items() if name != "truncated"})
-    with pytest.raises(ValueError, match="call `to_transitions` first"):
-        n_step_returns(rows, 1, 0.9)
-    with pytest.raises(ValueError, match="`n` must be at least 1 and `gamma` from 0 to 1, found 0 and 0.9"):
-        n_step_returns(rows, 0, 0.9)
-    with pytest.raises(ValueError, match="found 1 and 1.5"):
-        n_step_returns(rows, 1, 1.5)
-    with pytest.raises(ValueError, match=r"`reward` has shape \(2, 1, 3\), expected \(2, 1\)"):
-        n_step_returns({**rows, "next_obs": no, "reward": torch.zeros(2, 1, 3)}, 1, 0.9)
+_NO = torch.zeros(2, 3, dtype=torch.bool)
+_ROWS = {"obs": _NO, "action": _NO, "reward": torch.zeros(2, 3), "terminated": _NO, "truncated": _NO}
 
 
-def test_names_of_fields_and_of_include_do_not_mix() -> None:
-    row = torch.zeros(2, 3)
-    flags = torch.zeros(2, 3, dtype=torch.bool)
-    batch = {"obs": row, "action": row, "reward": row, "terminated": flags, "truncated": flags}
-    found = to_transitions({**batch, "weight": torch.arange(6.0).view(2, 3), "episode": torch.zeros(2)})
-    assert found["weight"].tolist() == [[1.0, 2.0], [4.0, 5.0]] and found["episode"].shape == (2,)
-    assert to_transitions({**batch, "source": torch.arange(2)})["source"].tolist() == [0, 1]
+@pytest.mark.parametrize(
+    ("changes", "n", "gamma", "message"),
+    [
+        ({"obs": _NO, "terminated": _NO[:, :1]}, 0, 0, "found sequences of 1. Draw with `sequence_length=2`"),
+        ({"truncated": None}, 0, 0, r"The batch has no \['truncated'\]"),
+        ({"next_obs": _NO}, 0, 0, r"already has \['next_obs'\]"),
+        ({}, 1, 0.9, "call `to_transitions` first"),
+        ({}, 0, 0.9, "`n` must be at least 1 and `gamma` from 0 to 1, found 0 and 0.9"),
+        ({}, 1, 1.5, "found 1 and 1.5"),
+        (
+            {"next_obs": _NO, "reward": torch.zeros(2, 3, 3)},
+            1,
+            0.9,
+            r"`reward` has shape \(2, 3, 3\), expected \(2, 3\)",
+        ),
+        ({"next_obs": _NO, "discount": _NO}, 1, 0.9, r"already has \['discount'\]"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(changes: dict[str, Any], n: int, gamma: float, message: str) -> None:
+    batch = {name: value for name, value in {**_ROWS, **changes}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        n_step_returns(batch, n, gamma) if gamma else to_transitions(batch)
+
+
+def test_names_of_what_is_included_are_left_alone_unless_they_are_rows() -> None:
+    found = to_transitions({**_ROWS, "weight": torch.arange(6.0).view(2, 3), "source": torch.arange(2)})
+    assert found["weight"].tolist() == [[1.0, 2.0], [4.0, 5.0]] and found["source"].tolist() == [0, 1]
     with pytest.raises(RuntimeError, match="exceeds dimension size"):
-        to_transitions({**batch, "extra": torch.zeros(2, 1)})
-    with pytest.raises(ValueError, match=r"already has \['next_obs'\]"):
-        to_transitions({**batch, "next_obs": row})
-    with pytest.raises(ValueError, match=r"already has \['discount'\]"):
-        n_step_returns({**found, "discount": row}, 2, 0.9)
+        to_transitions({**_ROWS, "extra": torch.zeros(2, 1)})
