@@ -26,6 +26,10 @@ from buffers.writer import EpisodeWriter
 __all__ = ["RecordEpisodes", "VectorRecordEpisodes"]
 
 
+# They step the environments without passing by `step` and `reset`, so what they do would be missing in the buffer.
+_UNRECORDED = ("step_async", "step_wait", "reset_async", "reset_wait")
+
+
 class RecordEpisodes(gymnasium.Wrapper):
     """Records a single environment.
 
@@ -81,7 +85,7 @@ class VectorRecordEpisodes(VectorWrapper):
 
     The fields are those of `Recorder`. Observations are stored as they are delivered, actions have the dtype of their
     space (where what is given is of that kind), rewards are float32. Whatever else the environments have is reached
-    by `unwrapped`, as with Gymnasium's own wrappers.
+    through the wrapper, but for `step_async` and its like, which would go unrecorded.
 
     Args:
         envs: The environments.
@@ -129,6 +133,16 @@ class VectorRecordEpisodes(VectorWrapper):
             self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos)
         return obs, rewards, terminated, truncated, infos
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _UNRECORDED:
+            raise AttributeError(f"`{name}` would go unrecorded. Use `step` and `reset`.")
+        if name.startswith("_") or name in ("env", "recorder"):
+            raise AttributeError(f"{type(self).__name__} has no attribute '{name}'.")
+        env = self.env
+        while isinstance(env, VectorWrapper) and not hasattr(env, name):
+            env = env.env
+        return getattr(env, name)
+
 
 @contextlib.contextmanager
 def _whole_step(recorder: Recorder) -> Iterator[None]:
@@ -164,7 +178,9 @@ def _vector_mode(envs: VectorEnv, stated: str | AutoresetMode | None) -> str:
 
 
 def _mode_name(mode: Any) -> str:
-    return mode.name.lower() if isinstance(mode, AutoresetMode) else mode
+    if isinstance(mode, AutoresetMode):
+        return mode.name.lower()
+    return {member.value: member.name.lower() for member in AutoresetMode}.get(mode, mode)
 
 
 def _reset_mask(num_envs: int, options: Mapping[str, Any] | None) -> np.ndarray | None:

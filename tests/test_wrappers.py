@@ -425,3 +425,17 @@ def test_an_exception_inside_a_step_leaves_no_gap_in_an_episode() -> None:
     env.reset()
     (episode,) = recorded(buffer)
     assert episode["obs"][:, 2].tolist() == [0, 1] and episode["truncated"].tolist() == [False, True]
+
+
+def test_what_the_environments_have_is_reached_but_for_unrecorded_steps() -> None:
+    envs = AsyncVectorEnv(makers(1), context="fork")
+    try:
+        recording = VectorRecordEpisodes(envs, make_buffer())
+        assert recording.call("log") == recording.get_attr("log")
+        for name in ("step_async", "step_wait", "reset_async", "reset_wait"):
+            with pytest.raises(AttributeError, match=f"`{name}` would go unrecorded"):
+                getattr(recording, name)
+        with pytest.raises(AttributeError):
+            _ = recording.nothing
+    finally:
+        envs.close()

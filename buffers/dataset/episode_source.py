@@ -125,11 +125,15 @@ class EpisodeSource(IterableDataset, ABC):
             ValueError: There is no such episode.
             RuntimeError: It is gone (a file that someone has removed).
         """
-        episode_id = int(self.table.ids[self._position(episode_index)])
-        episode = self.episode_of_id(episode_id)
-        if episode is None:
-            raise RuntimeError(f"Episode {episode_id} is gone from the store.")
-        return episode
+        while True:
+            num_evicted = self.num_evicted
+            episode_id = int(self.table.ids[self._position(episode_index)])
+            episode = self.episode_of_id(episode_id)
+            if episode is not None:
+                return episode
+            # If another thread has evicted it meanwhile, another episode has its index now.
+            if self.num_evicted == num_evicted:
+                raise RuntimeError(f"Episode {episode_id} is gone from the store.")
 
     def episodes(self) -> Iterator[dict[str, Any]]:
         """Copies of all episodes, oldest first; those that are evicted meanwhile are left out."""
