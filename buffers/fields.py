@@ -117,13 +117,16 @@ def as_tensor(array: np.ndarray, tensor_type: TensorType) -> torch.Tensor:
 
 
 class Fields(Mapping[str, TensorType]):
-    """The fields of a dataset: an ordered mapping from name to `TensorType`, of a nested dict or keywords.
+    """The fields of a dataset: an ordered mapping from name to `TensorType`.
 
-    >>> fields = Fields(obs={"image": ColorImage((64, 64, 3)), "speed": Scalar()}, action=Vector(6))
-    >>> list(fields)
-    ['obs/image', 'obs/speed', 'action']
-    >>> fields.nbytes  # of one step
-    12316
+        >>> fields = Fields(obs={"image": ColorImage((64, 64, 3)), "speed": Scalar()}, action=Vector(6))
+        >>> list(fields)
+        ['obs/image', 'obs/speed', 'action']
+        >>> fields.nbytes  # of one step
+        12316
+
+    Args:
+        tree: Nested dict of types; or give the top level as keywords.
     """
 
     def __init__(self, tree: Mapping[str, Any] | None = None, /, **types: Any) -> None:

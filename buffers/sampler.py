@@ -82,13 +82,15 @@ class UniformSampler(Sampler):
 
 
 class UniformEpisodeSampler(Sampler):
-    """Every episode of at least T rows is equally likely, whatever its length, then every window in it.
+    """Every episode of at least T rows is equally likely, then every window in it.
 
-    >>> table = EpisodeTable()
-    >>> episode_ids = table.append(5), table.append(14)
-    >>> windows = UniformEpisodeSampler().draw(table, 100_000, 3, np.random.default_rng(0))
-    >>> (np.bincount(windows.episode) / 100_000).round(2)
-    array([0.5, 0.5])
+    How long an episode is does not change its share:
+
+        >>> table = EpisodeTable()
+        >>> episode_ids = table.append(5), table.append(14)
+        >>> windows = UniformEpisodeSampler().draw(table, 100_000, 3, np.random.default_rng(0))
+        >>> (np.bincount(windows.episode) / 100_000).round(2)
+        array([0.5, 0.5])
     """
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:

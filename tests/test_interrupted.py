@@ -159,10 +159,10 @@ def test_an_addition_cut_off_anywhere_harms_no_other_episode(kinds, every, tmp_p
         num_evicted = len(stored) - len(others)
         assert others == stored[num_evicted:] and num_evicted <= (front is last)
         assert set(numbers(front)) <= {*BEFORE, CUT}
+        is_there = CUT in numbers(front), CUT in numbers(last)
         in_a_thread(lambda front=front: add(front, *LATER))
         for drawing in drawings:
             assert drawing.check() <= {*BEFORE, CUT, *LATER}
         assert set(LATER) <= set(numbers(front)) and numbers(last)[-2:] == list(LATER)
-        is_there = CUT in numbers(front), CUT in numbers(last)
         close(datasets)
     assert is_there == (True, True), "where it was not cut off"
