@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Column:
         pages: HugePages | None = None,
     ) -> None:
         self.capacity, self.stored, self.array = capacity, stored, array
-        self._needs_cast = dtype != stored.dtype
+        self._read_as, self._needs_cast = TensorType(stored.shape, dtype), dtype != stored.dtype
         # Rows from `_num_paged` on lie in pages that are still to be made.
         self._pages, self._num_paged = pages, capacity if pages is None else 0
         if array is not None:
@@ -82,15 +83,17 @@ class Column:
             self._in_words(out).index_copy_(0, positions, rows)
 
     def items(self, num: int, length: int) -> Callable[[np.ndarray], torch.Tensor] | None:
-        """A gather for one thread, from places `(num,)` to `(num, T, *shape)`; None where torch's serves as well.
+        """A gather for one thread, from places `(num,)` to `(num, T, *shape)`; None where torch's threads share it.
 
         To numpy, windows are opaque items, each copied by one `memcpy`; torch goes through their elements. An
         IndexError says that there are fewer than T rows behind a place.
         """
         row_bytes, num_rows = self.stored.nbytes, num * length
         can_share = torch.get_num_threads() > 1 and num_rows * math.prod(self._rows.shape[1:]) > _GRAIN
-        if self.array is None or self._needs_cast or not row_bytes or num_rows * row_bytes >= _LARGE or can_share:
+        if self.array is None or can_share:
             return None
+        if self._needs_cast or not row_bytes or num_rows * row_bytes >= _LARGE:
+            return partial(self._gathered, length)
         item = np.dtype((np.void, length * row_bytes))
         items = np.ndarray((self.capacity - length + 1,), item, self.array, 0, (row_bytes,))
         # Items that do not overlap can be taken, which is faster still.
@@ -99,6 +102,13 @@ class Column:
         if self.stored.dtype == torch.bfloat16:
             return lambda places: torch.from_numpy(np.ndarray(shape, np.int16, pick(places))).view(torch.bfloat16)
         return lambda places: torch.from_numpy(np.ndarray(shape, dtype, pick(places)))
+
+    def _gathered(self, length: int, places: np.ndarray) -> torch.Tensor:
+        shape = (len(places), length, *self.stored.shape)
+        # numpy asks for huge pages, unlike torch.
+        out = as_tensor(np.empty(shape, self._read_as.numpy_dtype), self._read_as)
+        self.gather(torch.from_numpy(places), length, out)
+        return out
 
     def _windows(self, length: int) -> torch.Tensor:
         """All windows, one a row, overlapping: `(capacity - T + 1, T, *row)`."""
