@@ -176,3 +176,27 @@ def test_threads_that_draw_from_one_stream_share_its_batches() -> None:
     expected = [tuple(reference.take()["code"].flatten().tolist()) for _ in range(400)]
     assert sorted(found) == sorted(expected) and len(set(expected)) == 400
     assert stream.position == 400
+
+
+def test_a_storage_of_ones_own_needs_no_care_for_threads() -> None:
+    dataset, stop = ListDataset(40), threading.Event()
+    dataset.add_episode(tagged.episode(9, 0))
+
+    def add() -> int:
+        number = 1
+        while not stop.is_set():
+            dataset.add_episode(tagged.episode(3 + number % 7, number))
+            number += 1
+        return number
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        num_added = pool.submit(add)
+        stream = dataset.get_loader(8, 3, chunk_size=4, seed=0).stream
+        try:
+            for _ in range(300):
+                tagged.origins(stream.take())
+                tagged.number_and_length(dataset.get_episode(-1))
+        finally:
+            stop.set()
+    assert num_added.result() > 100
+    assert stream.num_rejected > 0, "no window was evicted between draw and read"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from buffers.dataset.composing.extension import Extension
 from buffers.dataset.episode_source import EpisodeSource
@@ -14,6 +15,7 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_episode
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields
+from buffers.table import Windows
 from buffers.utils import ThreadLock
 
 __all__ = ["EpisodeDataset"]
@@ -40,6 +42,8 @@ class EpisodeDataset(EpisodeSource):
     evicts_before_writing = True
     #: Whether `_check` may refuse values for what they are, so that rows are shown to it before their episode ends.
     refuses_values = False
+    #: Whether several threads may call `_read` while another adds and evicts. If not, all of them take turns.
+    reads_beside_writers = False
 
     def __init__(self, capacity: int, info: EpisodeDatasetInfo | None = None, evictor: Evictor | None = None) -> None:
         super().__init__(capacity)
@@ -92,6 +96,17 @@ class EpisodeDataset(EpisodeSource):
     def lacks_room(self, start: int, length: int) -> bool:
         """Whether another episode has to leave before `length` rows can be stored from step id `start` on."""
         return self.table.num_steps + length > self.capacity
+
+    def read(
+        self, windows: Windows, out: dict[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
+        """The rows of windows, see `EpisodeSource.read`."""
+        if self.reads_beside_writers:
+            return super().read(windows, out)
+        with self._lock:
+            # Another thread may have evicted since they were drawn. What lives is read again with what replaces it.
+            lives = np.isin(windows.episode, self.table.ids)
+            return super().read(windows, out) if lives.all() else ({} if out is None else out, lives)
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
         """Store a complete episode, evicting others if it needs their room. It can be drawn at once.

@@ -40,7 +40,7 @@ class EpisodeSource(IterableDataset, ABC):
 
     @abstractmethod
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
-        """Copy windows into `out`. Several threads may call it at a time, while another adds and evicts.
+        """Copy windows into `out`.
 
         Args:
             windows: B windows of T rows; row t of window b is row `windows.step[b] + t` of its episode.

@@ -84,6 +84,7 @@ class IndividualFileDataset(EpisodeDataset):
     _is_closed = False
     # An episode that cannot be written shall not cost another one.
     evicts_before_writing = False
+    reads_beside_writers = True
 
     def __init__(
         self,

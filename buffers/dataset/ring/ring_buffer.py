@@ -58,6 +58,8 @@ class RingBufferDataset(EpisodeDataset):
         MemoryError: The memory for `capacity` steps could not be allocated.
     """
 
+    reads_beside_writers = True
+
     def __init__(
         self,
         capacity: int,
