@@ -97,9 +97,8 @@ def _read_returns(dataset: EpisodeSource, max_episodes: int) -> tuple[np.ndarray
 
 def _episode(dataset: EpisodeSource, episode_id: int) -> dict[str, Any] | None:
     """A whole episode by its id; None if it has been evicted."""
-    position = dataset.table.position(episode_id)
     try:
-        return None if position is None else dataset.get_episode(position)
+        return dataset.episode_of_id(episode_id)
     except (RuntimeError, ValueError):
         return None
 
