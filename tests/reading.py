@@ -14,6 +14,7 @@ import torch
 from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, TensorType
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.loading import SequenceStream
 
 # Rows of two pages and more, so that a window that is written over meanwhile is torn between fields or within rows.
 WIDE = Fields(x=TensorType((1100,), torch.int64), y=TensorType((600,), torch.int64), length=Scalar(dtype=torch.int64))
@@ -63,6 +64,16 @@ def count_inconsistent(batch: dict[str, Any]) -> int:
 BATCH_SIZE = 16
 
 
+def batch_of(stream: SequenceStream, n: int) -> Any:
+    """Batch n; drawn again where everything was written over before it could be read."""
+    while True:
+        try:
+            return stream.batch(n)
+        except RuntimeError as error:
+            if "gone" not in str(error) and "longer than every" not in str(error):
+                raise
+
+
 def read(ring: RingBufferDataset, num_batches: int, seed: int, connection: Connection) -> None:
     """Draw batches; send (windows, inconsistent ones, distinct newest step ids)."""
     torch.set_num_threads(1)
@@ -70,13 +81,7 @@ def read(ring: RingBufferDataset, num_batches: int, seed: int, connection: Conne
     connection.send("ready")
     inconsistent, newest = 0, set()
     for n in range(num_batches):
-        while True:
-            try:
-                batch = stream.batch(n)
-                break
-            except RuntimeError as error:  # Everything was written over before it could be read: again.
-                if "gone" not in str(error) and "longer than every" not in str(error):
-                    raise
+        batch = batch_of(stream, n)
         inconsistent += count_inconsistent(batch)
         newest.add(int(batch["index"].max()))
         if n % 50 == 0 and connection.poll():

@@ -164,8 +164,8 @@ def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
                 status = 1
                 try:
                     torch.set_num_threads(1)  # As a DataLoader worker does: thread pools do not survive a fork.
-                    batch = ring.get_loader(8, 3, include=("index", "step"), seed=n).stream.batch(n)
-                    status = reading.count_inconsistent(batch)
+                    loader = ring.get_loader(8, 3, include=("index", "step"), seed=n)
+                    status = reading.count_inconsistent(reading.batch_of(loader.stream, n))
                 finally:
                     os._exit(status)
             assert os.waitpid(child, 0)[1] == 0

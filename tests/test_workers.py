@@ -276,7 +276,8 @@ print("done")
 
 
 def resident(process: int) -> int:
-    """Bytes of memory a process has to itself or shares with its relatives; pages of files, which strangers share, do not count."""
+    """Bytes of memory that a process has to itself or shares with its relatives, without the pages of files."""
+    # Pages of files, such as torch's libraries, are shared with strangers: their share grows as a stranger ends.
     fields = [line.split() for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()]
     return sum(int(field[1]) * 1024 for field in fields if field[0] in ("Pss_Anon:", "Pss_Shmem:"))
 
