@@ -15,6 +15,12 @@ import torch
 __all__ = ["to_torch"]
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra, for an error."""
+    # "buffers" on PyPI is a stranger's package.
+    return f"`pip install '.[{extra}]'` in a checkout, or `pip install 'episode-buffers[{extra}]'` once it is on PyPI"
+
+
 class Process:
     """This process: its number is kept, as asking the kernel takes long where a batch has just used the caches."""
 

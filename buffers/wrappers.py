@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from buffers.utils import how_to_install
+
 try:
     import gymnasium
     from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 except ImportError as error:
     raise ImportError(
-        "`buffers.wrappers` needs gymnasium 1.1 or newer, which comes with `pip install 'buffers[extras]'`. "
-        "`buffers.Recorder` does without it."
+        f"`buffers.wrappers` needs gymnasium 1.1 or newer: {how_to_install('extras')}. `buffers.Recorder` does without."
     ) from error
 
 from buffers.conversion import cast_if_kept

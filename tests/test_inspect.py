@@ -276,4 +276,4 @@ sys.exit(main(["inspect", {str(episodes)!r}, "--output", {str(tmp_path / "a.png"
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == 1
-    assert "pip install 'buffers[extras]'" in found.stderr and found.stderr.count("\n") == 1
+    assert "pip install 'episode-buffers[extras]'" in found.stderr and found.stderr.count("\n") == 1

@@ -121,4 +121,4 @@ def test_the_demo_without_gymnasium_names_the_extra() -> None:
     code = f"import sys; sys.modules['gymnasium'] = None; {command}"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (1, "")
-    assert "pip install 'buffers[demo]'" in found.stderr
+    assert "pip install 'episode-buffers[demo]'" in found.stderr

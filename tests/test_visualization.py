@@ -320,5 +320,5 @@ def test_without_matplotlib_the_error_names_the_extra() -> None:
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == 1
     assert "ImportError: `buffers.visualization` needs matplotlib" in found.stderr
-    assert "pip install 'buffers[extras]'" in found.stderr
+    assert "pip install 'episode-buffers[extras]'" in found.stderr
     assert "in <module>\n    from matplotlib.figure import Figure" in found.stderr

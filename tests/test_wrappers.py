@@ -360,7 +360,7 @@ def test_actions_that_the_environment_writes_to_are_recorded_as_they_were_given(
 @pytest.mark.parametrize("subprocesses", [False, True])
 def test_stable_baselines3_is_recorded_as_the_log_says(subprocesses: bool) -> None:
     vec_env = pytest.importorskip(
-        "stable_baselines3.common.vec_env", reason="stable-baselines3 is not installed (pip install 'buffers[dev]')"
+        "stable_baselines3.common.vec_env", reason="stable-baselines3 is not installed (pip install -e '.[dev]')"
     )
     fns = makers(2)
     envs = vec_env.SubprocVecEnv(fns, start_method="fork") if subprocesses else vec_env.DummyVecEnv(fns)
@@ -398,7 +398,7 @@ except ImportError as error:
     print(error)
 """
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert "pip install 'buffers[extras]'" in found
+    assert "pip install 'episode-buffers[extras]'" in found
 
 
 def test_an_exception_inside_a_step_leaves_no_gap_in_an_episode() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from buffers.dataset.files.opening import Verify
+from buffers.utils import how_to_install
 
 __all__ = ["main"]
 
@@ -65,7 +66,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         from buffers.viewing.demo import demo
     except ImportError as error:
-        print(f"The demo needs gymnasium and tqdm ({error}): pip install 'buffers[demo]'", file=sys.stderr)
+        print(f"The demo needs gymnasium and tqdm ({error}): {how_to_install('demo')}.", file=sys.stderr)
         return 1
     demo(options.seconds, options.seed)
     return 0

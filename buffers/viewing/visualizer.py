@@ -17,16 +17,15 @@ from typing import Any, final
 import numpy as np
 import torch
 
+from buffers.utils import how_to_install, integer
+
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError(
-        "`buffers.visualization` needs matplotlib, which comes with `pip install 'buffers[extras]'`."
-    ) from error
+    raise ImportError(f"`buffers.visualization` needs matplotlib: {how_to_install('extras')}.") from error
 
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import ColorImage, PaddedPointcloud
-from buffers.utils import integer
 from buffers.viewing.overview import draw_overview, has_returns
 from buffers.viewing.panels import (
     END,
