@@ -1,31 +1,41 @@
 """Accumulator: rows with boundaries in, complete episodes out.
 
-A row lies in memory as one record, all fields side by side, and each environment has a contiguous run of them, so that
-adding a row of N environments touches N places, and a finished episode is one slice.
+A row lies in memory as one record, all fields side by side. Each environment has a short run of records, and address
+space for a long one, which takes memory only where it is written to:
 
-    env 0    # # # # . . . .        4 rows open: the next goes to place 0 * room + 4
-    env 1    # . . . . . . .        1 row open:                        1 * room + 1
-    env 2    # # # # # # . .        6 rows open:                       2 * room + 6
+    env 0    # # # # . . . .                        4 rows open: the next goes to place 0 * 64 + 4
+    env 1    # . . . . . . .                        1 row open:                         1 * 64 + 1
+    env 2    . . . . . . . .   # # # # # # # # #    outgrew its short run, and moved:   3 * 64 + 2 * room + 9
+
+So adding a row of N environments touches N places, and a complete episode is one slice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from buffers.fields import Fields
+from buffers.table import Cut
 
 __all__ = ["Accumulator"]
 
-_INITIAL_ROOM = 64
+_SHORT = 64
+# Address space is all that a reservation takes, but a process has no more than 2 ** 47 bytes of it.
+_MOST_ADDRESSES = 2**43
+_HUGE_PAGE = 2**21
+_NO_RESERVE = 0x4000  # MAP_NORESERVE, which Python names since 3.13.
 # Up to so many environments are written one by one; for more, one pass over all of them is faster.
 _FEW = 6
 # Small records of many environments are put together before they are scattered, which saves cache misses.
 _MANY = 64
 _SMALL_RECORD = 1024
-_VIEWS = ("_columns", "_items", "_whole_rows", "_whole_packed")
+_WHOLE = Cut()
 
 
 class Accumulator:
@@ -35,9 +45,10 @@ class Accumulator:
         fields: What a row holds.
         num_envs: N.
         max_rows: A longer episode is refused.
-        cut_after: Rows after which an open episode counts as complete; None to never cut.
-        emit: Takes each complete episode, `name -> (L, *shape)`, as views that are valid during the call only. The
-            episode is closed before the call.
+        cut_after: Rows after which an open episode is cut, when it goes on; None to never cut.
+        overlap: Rows with which a piece begins that the piece before it ends with.
+        emit: Called with each complete episode: its environment, `name -> (L, *shape)` as views that are valid during
+            the call only, and how it was cut. The episode is closed before the call.
     """
 
     def __init__(
@@ -46,28 +57,41 @@ class Accumulator:
         num_envs: int,
         max_rows: int,
         cut_after: int | None,
-        emit: Callable[[dict[str, np.ndarray]], object],
+        overlap: int,
+        emit: Callable[[int, dict[str, np.ndarray], Cut], object],
     ) -> None:
         self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
-        self._emit = emit
-        self._limit = max_rows if cut_after is None else min(cut_after, max_rows)
+        self.overlap, self._emit = overlap, emit
         self._record = _record_of(fields, {})
         self._is_packed = num_envs >= _MANY and self._record.itemsize <= _SMALL_RECORD
-        self._packed, self._rows = np.empty(num_envs, self._record), np.empty(0, self._record)
-        # Where the run of each environment begins, and its next row goes.
-        self._begin = self._next = np.zeros(num_envs, np.int64)
-        # No open episode is longer than this; the exact length is found only when it matters.
-        self._longest = 0
-        self._set_room(_INITIAL_ROOM)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies of views would be arrays of their own.
-        return {name: value for name, value in self.__dict__.items() if name not in _VIEWS}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self._packed = np.empty(num_envs, self._record)
+        self._reserve(max_rows if cut_after is None else cut_after)
+        # Where the run of each environment begins, its next row goes, and it is full.
+        self._begin = np.arange(num_envs) * _SHORT
+        self._next, self._end = self._begin.copy(), self._begin + self._max_short
+        # Single numbers are read and written through these in a fraction of the time that it takes through arrays.
+        self._begins, self._nexts, self._ends = self._begin.data, self._next.data, self._end.data
+        self._cuts = [_WHOLE] * num_envs
+        # Of each environment's long run: the rows that have memory, and those of the last episode.
+        self._num_touched, self._last_length = [0] * num_envs, [0] * num_envs
+        #: Rows that every environment can add before one may be full.
+        self._num_free = self._max_short
         self._make_views()
 
+    def __getstate__(self) -> dict[str, Any]:
+        arguments = self.fields, self.num_envs, self.max_rows, self.cut_after, self.overlap, self._emit
+        runs = zip(self._begin.tolist(), self._next.tolist(), strict=True)
+        return {"arguments": arguments, "cuts": self._cuts, "open": [self._rows[begin:end].copy() for begin, end in runs]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["arguments"])  # type: ignore[misc]
+        self._cuts = state["cuts"]
+        for env, rows in enumerate(state["open"]):
+            if len(rows) > self._max_short:
+                self._begins[env], self._ends[env] = self._long_run(env)
+            self._nexts[env] = self._begins[env] + len(rows)
+            self._rows[self._begins[env] : self._nexts[env]] = rows
+        self._num_free = 0
     @property
     def num_open_rows(self) -> int:
         """Rows of all open episodes."""
@@ -77,13 +101,14 @@ class Accumulator:
         """`add_rows` for the only environment, whose row is `(*shape)` a field."""
         if is_first:
             self._close(0)
-        length = int(self._next[0])
-        if length >= self._full:
+        place = self._nexts[0]
+        if place == self._ends[0]:
             self._make_room(None, None)
+            place = self._nexts[0]
         for column, value in zip(self._columns, row, strict=True):
-            column[length] = value
-        self._next[0] = self._longest = length + 1
-        if is_last or length + 1 == self.cut_after:
+            column[place] = value
+        self._nexts[0] = place + 1
+        if is_last:
             self._close(0)
 
     def add_rows(
@@ -104,17 +129,15 @@ class Accumulator:
         Raises:
             ValueError: An episode would be longer than `max_rows`; nothing has changed.
         """
-        if self._longest >= self._full:
+        if not self._num_free:
             self._make_room(is_first, mask)
         if is_first is not None:
             self._close_all(is_first, mask)
         self._write(rows, mask)
         self._next += 1 if mask is None else mask
-        self._longest += 1
+        self._num_free -= 1
         if is_last is not None:
             self._close_all(is_last, mask)
-        if self.cut_after is not None and self._longest >= self.cut_after:
-            self._close_all(self._next - self._begin == self.cut_after, None)
 
     def flush(self, mask: np.ndarray | None = None, **changes: Any) -> None:
         """Complete open episodes, those under the mask or all, with changes to fields of their last rows."""
@@ -141,30 +164,66 @@ class Accumulator:
             self._whole_rows[self._next] = self._whole_packed
 
     def _make_room(self, is_first: np.ndarray | None, mask: np.ndarray | None) -> None:
-        """Ensure that a row can follow every open episode; also where none comes, as `_write` puts one there."""
-        lengths = self._next - self._begin
-        self._longest = int(lengths.max())
+        """Let every environment that goes on take a row; behind the others' rows is a place to spare for `_write`."""
+        goes_on = self._next == self._end
+        if mask is not None:
+            goes_on &= mask
         if is_first is not None:
-            lengths[is_first if mask is None else is_first & mask] = 0
-        longest = int((lengths if mask is None else lengths * mask).max())
-        if longest >= self.max_rows:
+            goes_on &= ~is_first
+        envs = goes_on.nonzero()[0].tolist()
+        longest = int((self._next - self._begin)[envs].max(initial=0))
+        if longest == self._max_long and longest != self.cut_after:
+            limit = "the `capacity` of the dataset" if longest == self.max_rows else "for which there are addresses"
             raise ValueError(
-                f"An open episode has reached {longest} steps, the `capacity` of the dataset, and cannot take another. "
-                "End it, or cut endless streams into pieces with `max_episode_length`."
+                f"An open episode has reached {longest} steps, {limit}, and cannot take another. End it, or cut endless "
+                "streams into pieces with `max_episode_length`."
             )
-        if lengths.max() >= self._room:
-            self._set_room(2 * self._room)
+        for env in envs:
+            if self._nexts[env] - self._begins[env] == self.cut_after:
+                self._cut(env)
+            else:
+                self._move_to_long_run(env)
+        self._num_free = max(1, int((self._end - self._next).min()))
 
-    def _set_room(self, room: int) -> None:
-        room = min(room, self._limit + 1)
-        lengths, begin = self._next - self._begin, np.arange(self.num_envs) * room
-        rows = np.empty(self.num_envs * room, self._record)
-        for env in lengths.nonzero()[0].tolist():
-            # Memory that is never touched is never used.
-            rows[begin[env] : begin[env] + lengths[env]] = self._rows[self._begin[env] : self._next[env]]
-        self._rows, self._begin, self._next = rows, begin, begin + lengths
-        self._room, self._full = room, min(room, self.max_rows)
-        self._make_views()
+    def _reserve(self, max_rows: int) -> None:
+        """Reserve short runs, and long ones for `max_rows` rows, or for as many as there are addresses."""
+        num_envs, size = self.num_envs, self._record.itemsize
+        num_short = num_envs * _SHORT
+        room = max(_SHORT, min(max_rows + 1, (_MOST_ADDRESSES // size - num_short) // num_envs))
+        while True:
+            # Runs that begin at multiples of 4 KiB would share a few places of the caches.
+            room += room * size % 4096 == 0
+            try:
+                self._memory, buffer = _reserved((num_short + num_envs * room) * size, num_short * size, _SHORT * size)
+                break
+            except (OSError, MemoryError):
+                if room <= _SHORT:
+                    raise MemoryError(f"No memory for {_SHORT} steps of {num_envs} environments.") from None
+                room //= 4
+        self._rows = np.frombuffer(buffer, self._record)
+        self._room, self._max_long = room, min(max_rows, room - 1)
+        self._max_short = min(_SHORT - 1, self._max_long)
+
+    def _long_run(self, env: int) -> tuple[int, int]:
+        begin = self.num_envs * _SHORT + env * self._room
+        return begin, begin + self._max_long
+
+    def _move_to_long_run(self, env: int) -> None:
+        old, length = self._begins[env], self._max_short
+        begin, self._ends[env] = self._long_run(env)
+        self._rows[begin : begin + length] = self._rows[old : old + length]
+        self._begins[env], self._nexts[env] = begin, begin + length
+
+    def _give_back(self, env: int, length: int) -> None:
+        """Give back the memory of a long run that the last two episodes needed not both."""
+        touched, kept = max(self._num_touched[env], length), min(length, 2 * self._last_length[env])
+        self._num_touched[env], self._last_length[env] = kept, length
+        if touched > kept and isinstance(self._memory, mmap.mmap):
+            begin = self._long_run(env)[0]
+            page, size = mmap.PAGESIZE, self._record.itemsize
+            first, last = -(-(begin + kept) * size // page) * page, (begin + touched) * size // page * page
+            if last > first:
+                self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _make_views(self) -> None:
         self._columns = [self._rows[name] for name in self.fields.names]
@@ -185,10 +244,44 @@ class Accumulator:
             self._close(env)
 
     def _close(self, env: int) -> None:
-        begin, end = int(self._begin[env]), int(self._next[env])
-        if end > begin:
-            self._next[env] = begin
-            self._emit({name: rows[begin:end] for name, rows in zip(self.fields.names, self._columns, strict=True)})
+        begin, end = self._begins[env], self._nexts[env]
+        if end == begin:
+            return
+        length, short, cut = end - begin, env * _SHORT, self._cuts[env]
+        is_short = begin == short
+        if cut.continues:
+            self._cuts[env] = _WHOLE
+        if is_short or min(length, self._last_length[env]) > self._max_short:
+            self._nexts[env] = begin
+        else:
+            self._begins[env], self._nexts[env], self._ends[env] = short, short, short + self._max_short
+        self._emit(env, self._episode(begin, end), cut)
+        if not is_short or self._num_touched[env]:
+            self._give_back(env, 0 if is_short else length)
+
+    def _cut(self, env: int) -> None:
+        """Emit what is open of an episode that goes on."""
+        begin, end = self._begins[env], self._nexts[env]
+        overlap = self._rows[end - self.overlap : end].copy()
+        cut, self._cuts[env] = self._cuts[env]._replace(goes_on=True), _WHOLE
+        self._nexts[env] = begin
+        self._emit(env, self._episode(begin, end), cut)
+        self._rows[begin : begin + len(overlap)] = overlap
+        self._nexts[env], self._cuts[env] = begin + len(overlap), Cut(len(overlap), continues=True)
+
+    def _episode(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        return {name: rows[begin:end] for name, rows in zip(self.fields.names, self._columns, strict=True)}
+
+
+def _reserved(num_bytes: int, num_short: int, run: int) -> tuple[Any, Any]:
+    """Addresses, which take memory when they are written to, and their buffer; huge pages where they will be filled."""
+    if sys.platform != "linux":
+        rows = np.empty(num_bytes, np.uint8)
+        return rows, rows
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    with contextlib.suppress(OSError):  # The kernel has none.
+        memory.madvise(mmap.MADV_HUGEPAGE, 0, num_bytes if run >= _HUGE_PAGE else num_short)
+    return memory, memory
 
 
 def _record_of(fields: Fields, items: dict[str, np.dtype]) -> np.dtype:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from buffers.accumulator import Accumulator
-from buffers.dataset.fields import Fields, Scalar
+from buffers.dataset.fields import Fields, Scalar, Vector
+from buffers.table import Cut
 from tests import tagged
 
 
@@ -18,18 +21,22 @@ class Recording:
 
     def __init__(self) -> None:
         self.episodes: list[tuple[int, list[int]]] = []
+        self.cuts: list[Cut] = []
 
-    def __call__(self, episode: dict[str, np.ndarray]) -> None:
-        env, steps = int(episode["obs/state"][0, 0]), episode["obs/state"][:, 2].astype(int)
+    def __call__(self, env: int, episode: dict[str, np.ndarray], cut: Cut) -> None:
+        steps = episode["obs/state"][:, 2].astype(int)
         for name, value in tagged.flatten(tagged.rows(env, 0, steps)).items():
             np.testing.assert_array_equal(episode[name], value, strict=True)
         self.episodes.append((env, steps.tolist()))
+        self.cuts.append(cut)
 
 
-def make(num_envs: int, cut_after: int | None = None, max_rows: int = 10_000) -> tuple[Accumulator, Recording]:
+def make(
+    num_envs: int, cut_after: int | None = None, max_rows: int = 10_000, overlap: int = 0
+) -> tuple[Accumulator, Recording]:
     recording = Recording()
     fields = Fields.from_rows(tagged.rows(np.zeros(num_envs, int), 0, 0), 1)
-    return Accumulator(fields, num_envs, max_rows, cut_after, recording), recording
+    return Accumulator(fields, num_envs, max_rows, cut_after, overlap, recording), recording
 
 
 def rows(num_envs: int, step: int) -> list[np.ndarray]:
@@ -57,14 +64,38 @@ def test_an_episode_that_outgrows_the_limit_is_refused(num_envs: int) -> None:
     assert sum(len(steps) for _, steps in recording.episodes) == 70 * num_envs + 1
 
 
-def test_memory_grows_with_the_longest_open_episode_alone() -> None:
-    accumulator, _ = make(4, max_rows=1000)
-    for step in range(500):
-        accumulator.add_rows(rows(4, step), is_first=np.array([step % 50 == 0] * 4))
-    assert accumulator._room == 64
-    for step in range(100):
-        accumulator.add_rows(rows(4, step), is_first=np.array([False, True, True, True]))
-    assert accumulator._room == 256
+def bytes_in_use(accumulator: Accumulator) -> int:
+    """Memory that the kernel has given to the records, in bytes."""
+    address = accumulator._rows.ctypes.data
+    for text in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        begin, end = (int(part, 16) for part in text.split(" ")[0].split("-"))
+        if begin <= address < end:
+            return int(re.search(r"^Rss: +(\d+) kB", text, re.MULTILINE)[1]) * 1024  # type: ignore[index]
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
+def test_one_long_episode_takes_its_own_memory_and_gives_it_back() -> None:
+    num_envs, record = 64, 4096
+    fields = Fields(x=Vector(record, dtype=torch.uint8))
+    accumulator = Accumulator(
+        fields, num_envs, 10**6, None, 0, lambda env, episode, cut: lengths.append((env, len(episode["x"])))
+    )
+    lengths: list[tuple[int, int]] = []
+    row, first = [np.ones((num_envs, record), np.uint8)], np.arange(num_envs) == 0
+    most_short = num_envs * 64 * record
+    for _ in range(20_000):
+        accumulator.add_rows(row, mask=first)
+    assert accumulator.num_open_rows == 20_000
+    assert bytes_in_use(accumulator) < 2 * 20_000 * record + most_short
+    accumulator.add_rows(row, is_first=first)
+    assert lengths == [(0, 20_000)] and bytes_in_use(accumulator) <= most_short + 2**12
+    # Where all are long, one after the other, their memory stays, and is used again.
+    for _ in range(3):
+        for _ in range(500):
+            accumulator.add_rows(row, mask=first)
+        accumulator.flush()
+    assert 500 * record <= bytes_in_use(accumulator) <= most_short + 2 * 500 * record
 
 
 def test_a_step_takes_equally_many_calls_for_any_number_of_environments() -> None:
@@ -89,7 +120,9 @@ def test_a_step_takes_equally_many_calls_for_any_number_of_environments() -> Non
 def test_a_flush_may_change_the_last_rows_of_some_open_episodes() -> None:
     emitted = []
     fields = Fields.from_rows({"step": np.zeros(3, int), "flag": np.zeros(3, bool)}, 1)
-    accumulator = Accumulator(fields, 3, 100, None, lambda episode: emitted.append(episode["flag"].tolist()))
+    accumulator = Accumulator(
+        fields, 3, 100, None, 0, lambda env, episode, cut: emitted.append(episode["flag"].tolist())
+    )
     for step in range(2):
         accumulator.add_rows([np.full(3, step), np.zeros(3, bool)], mask=np.array([True, True, False]))
     accumulator.flush(np.array([True, False, True]), flag=True)
@@ -111,6 +144,6 @@ def test_a_row_that_is_not_brought_is_written_nowhere_else(max_rows: int) -> Non
 
 
 def test_a_bfloat16_is_not_made_of_another_numbers_first_bytes() -> None:
-    accumulator = Accumulator(Fields(reward=Scalar(dtype=torch.bfloat16)), 9, 100, None, len)
+    accumulator = Accumulator(Fields(reward=Scalar(dtype=torch.bfloat16)), 9, 100, None, 0, print)
     with pytest.raises(ValueError, match="broadcast"):
         accumulator.add_rows([np.ones(9, np.float32)])
