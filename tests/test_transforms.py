@@ -12,20 +12,14 @@ from hypothesis import strategies as st
 
 from buffers import Recorder, ReplayBuffer
 from buffers.transforms import n_step_returns, to_transitions
-from tests.logged_game import Games, actions, make_buffer
+from tests.logged_game import Games, make_buffer, play
 
 N = 3
 
 
 def recorded_games(buffer: ReplayBuffer) -> Games:
     games = Games(N, "next_step")
-    recorder = Recorder(buffer, N, "next_step")
-    recorder.reset(games.reset())
-    for step in range(60):
-        taken = actions(N, step)
-        obs, reward, terminated, truncated = games.step(taken)
-        recorder.step(taken, obs, reward, terminated, truncated, extras={"value": reward * 2})
-    recorder.reset(games.reset())
+    play(games, Recorder(buffer, N, "next_step"), returns=lambda games, call: {"extras": {"value": call["reward"] * 2}})
     return games
 
 
