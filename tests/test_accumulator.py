@@ -1,8 +1,6 @@
-"""Accumulator: limits, memory and costs. That it splits rows rightly is shown in test_writer.py."""
+"""Accumulator: limits and memory. That it splits rows rightly is shown in test_writer.py."""
 
 from __future__ import annotations
-
-import sys
 
 import numpy as np
 import pytest
@@ -65,37 +63,6 @@ def test_memory_grows_with_the_longest_open_episode_alone() -> None:
     for step in range(100):
         accumulator.add_rows(rows(4, step), is_first=np.array([False, True, True, True]))
     assert accumulator._room == 256
-
-
-def test_a_step_takes_equally_many_calls_for_any_number_of_environments() -> None:
-    def count(num_envs: int) -> int:
-        accumulator, _ = make(num_envs)
-        row, done = rows(num_envs, 0), np.zeros(num_envs, bool)
-        accumulator.add_rows(row, done)
-        calls = 0
-
-        def profile(frame: object, event: str, argument: object) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
-        sys.setprofile(profile)
-        accumulator.add_rows(row, done)
-        sys.setprofile(None)
-        return calls
-
-    assert count(1) == count(256)
-
-
-def test_a_flush_may_change_the_last_rows_of_some_open_episodes() -> None:
-    emitted = []
-    fields = Fields.from_rows({"step": np.zeros(3, int), "flag": np.zeros(3, bool)}, 1)
-    accumulator = Accumulator(fields, 3, 100, None, lambda episode: emitted.append(episode["flag"].tolist()))
-    for step in range(2):
-        accumulator.add_rows([np.full(3, step), np.zeros(3, bool)], mask=np.array([True, True, False]))
-    accumulator.flush(np.array([True, False, True]), flag=True)
-    assert emitted == [[False, True]]
-    accumulator.flush(flag=True)
-    assert emitted == [[False, True], [False, True]]
 
 
 @pytest.mark.parametrize("max_rows", [64, 1000])

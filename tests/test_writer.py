@@ -225,11 +225,9 @@ def test_recorders_steps_are_taken_whole_when_the_sink_fails(mode: str, num_envs
     assert_recorded(recorded(ring), games.logs)
 
 
-def test_a_source_that_takes_no_episodes_can_be_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_takes_no_episodes_can_be_drawn_from() -> None:
     ring = RingBufferDataset(20)
     ring.add_episode(tagged.episode(5, 0))
-    # A mixture is to be a source that is no dataset.
-    monkeypatch.setattr("buffers.replay_buffer.EpisodeDataset", RingBufferDataset)
     with ReplayBuffer(MixtureDataset([ring], [1.0]), 4, 2) as buffer:
         assert len(tagged.origins(buffer.sample())) == 4 and buffer.num_episodes == 1
         assert buffer.fields == ring.fields and buffer.stats()["num_timesteps"] == 5
