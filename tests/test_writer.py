@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from buffers import Recorder, ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
-from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.verification import VerificationMode
 from buffers.writer import EpisodeWriter
 from tests import tagged
 from tests.logged_game import FlakyRing, Games, assert_recorded, play, recorded, stored
@@ -96,23 +94,6 @@ def test_a_failing_sink_gets_the_episodes_of_the_reference(data: Any) -> None:
     assert stored(ring) == reference.episodes and told == ring.episode_lengths
 
 
-@pytest.mark.parametrize("ends_by", ["add_step", "is_last"])
-def test_an_equal_row_after_a_failure_is_a_row_of_its_own(ends_by: str) -> None:
-    ring = FlakyRing(100, fails_at={1})
-    writer = EpisodeWriter(ring, num_envs=2)
-    row, both = {"x": np.zeros(2, np.float32)}, np.ones(2, bool)
-    add = writer.add_step if ends_by == "add_step" else lambda row, ends: writer.add(row, is_last=ends)
-    add(row, ~both)
-    with pytest.raises(OSError, match="disk full"):
-        add(row, both)
-    assert ring.num_episodes == 1
-    add(row, ~both)
-    assert ring.num_episodes == 2, "tried again before the row was taken"
-    add(row, both)
-    writer.flush()
-    assert ring.episode_lengths == ([1, 1, 2, 2, 1, 1] if ends_by == "add_step" else [2, 2, 2, 2])
-
-
 @pytest.mark.parametrize("is_stored", [False, True])
 @pytest.mark.parametrize("has_waited", [False, True])
 def test_an_episode_that_ctrl_c_cuts_off_comes_once_at_most(is_stored: bool, has_waited: bool) -> None:
@@ -166,12 +147,10 @@ def test_bad_rows_change_nothing_while_an_episode_waits() -> None:
         ({"x": np.zeros(2)}, "`x` has dtype float64"),
         ({"x": np.zeros((2, 1), np.float32)}, r"`x` .* shape \(2, 1\)"),
         ({"z": np.zeros(2)}, r"unexpected \['z'\]"),
-        ({"x": np.array([0, np.nan], np.float32)}, "`x` holds NaN"),
     ],
 )
 def test_flat_arrays_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
-    mode = VerificationMode.ALL_CHECKS if "NaN" in message else VerificationMode.BASIC_CHECKS
-    writer = EpisodeWriter(RingBufferDataset(10, EpisodeDatasetInfo(verification_mode=mode)))
+    writer = EpisodeWriter(RingBufferDataset(10))
     row, flags = {"x": np.zeros(2, np.float32), "y": np.zeros((2, 3))}, np.zeros(2, bool)
     writer.add_step(row, flags)
     with pytest.raises(ValueError, match=message):
