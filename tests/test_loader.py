@@ -35,9 +35,8 @@ def take(loader: Any, num: int) -> list[Any]:
 def test_the_number_of_workers_changes_nothing(num_workers: int, persistent: bool) -> None:
     dataset = filled()
     reference = take(dataset.get_loader(6, 3, seed=11, include=("index",)), 13)
-    loader = dataset.get_loader(
-        6, 3, num_workers=num_workers, seed=11, include=("index",), persistent_workers=persistent
-    )
+    options: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent}
+    loader = dataset.get_loader(6, 3, seed=11, include=("index",), **options)
     found = [*take(loader, 5), *take(loader, 1), *take(loader, 7)]
     for one, two in zip(reference, found, strict=True):
         assert_same_batch(one, two)

@@ -48,23 +48,14 @@ def transitions_in(batch: dict[str, Any]) -> list[tuple[tuple[float, ...], tuple
     return found
 
 
-def test_with_two_rows_every_stored_transition_is_one_window() -> None:
-    buffer = make_buffer()
-    logged = logged_transitions(recorded_games(buffer))
-    found = []
-    for episode in buffer.dataset.episodes():
-        for start in range(len(episode["reward"]) - 1):
-            found += transitions_in(to_transitions({name: value[start : start + 2] for name, value in episode.items()}))
-    assert len(found) == len(logged)
-    assert dict(found) == logged
-
-
 @pytest.mark.parametrize("num_transitions", [1, 3])
-def test_what_a_loader_draws_as_transitions_is_in_the_log(num_transitions: int) -> None:
+def test_transitions_that_a_loader_draws_are_those_of_the_log(num_transitions: int) -> None:
     buffer = make_buffer()
     logged = logged_transitions(recorded_games(buffer))
-    drawing = ReplayBuffer(buffer.dataset, 256, num_transitions + 1, transform=to_transitions, seed=0)
-    assert all(logged[key] == transition for key, transition in transitions_in(drawing.sample()))
+    drawing = ReplayBuffer(buffer.dataset, 2000, num_transitions + 1, transform=to_transitions, seed=0)
+    found = dict(transitions_in(drawing.sample()))
+    assert found.items() <= logged.items()
+    assert num_transitions > 1 or found == logged, "and all of them"
 
 
 def test_included_names_follow_the_row_on_arrival() -> None:
