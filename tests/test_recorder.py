@@ -372,15 +372,18 @@ _DONE = np.array([True, False])
         ({"terminated": _DONE, "final_obs": [np.ones(4), None]}, ValueError, "environment 0 in `final_obs` has dtype"),
         ({"terminated": _DONE, "infos": [{}, {}]}, ValueError, "ended without a final observation"),
         ({"terminated": _DONE, "infos": {"final_obs": None}}, ValueError, "ended without a final observation"),
+        ({"obs": np.zeros((2, 4), np.float32), "mask": None}, ValueError, "`obs` has"),
+        ({"obs": np.zeros((1, 3), np.float32), "mask": _DONE}, ValueError, "`obs` has"),
+        ({"obs": np.zeros((2, 3), np.float32), "mask": _DONE[:1]}, ValueError, r"`mask` .* \(1,\), expected \(2,\)"),
     ],
 )
-def test_a_bad_step_says_what_is_wrong_and_changes_nothing(
+def test_a_bad_step_or_reset_says_what_is_wrong_and_changes_nothing(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     buffer, recorder = _begun("same_step")
     for _ in range(2):
         with pytest.raises(error, match=message):
-            recorder.step(**_call(**changes))
+            recorder.reset(**changes) if "mask" in changes else recorder.step(**_call(**changes))
     final = np.full((2, 3), 9, np.float32)
     recorder.step(**_call(terminated=np.ones(2, np.bool_), final_obs=final))
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)] == [[0.0, 1.0, 9.0]] * 2
@@ -393,23 +396,6 @@ def test_a_bad_first_step_changes_nothing(bad: dict[str, Any]) -> None:
         recorder.step(**_call(**bad))
     recorder.step(**_call(terminated=np.ones(2, np.bool_)))
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)] == [[0.0, 1.0]] * 2
-
-
-@pytest.mark.parametrize(
-    ("obs", "mask", "message"),
-    [
-        (np.zeros((2, 4), np.float32), None, "`obs` has"),
-        (np.zeros((1, 3), np.float32), np.array([True, False]), "`obs` has"),
-        (np.zeros((2, 3), np.float32), np.array([True]), r"`mask` has shape \(1,\), expected \(2,\)"),
-    ],
-)
-def test_a_bad_reset_says_what_is_wrong_and_changes_nothing(obs: Any, mask: Any, message: str) -> None:
-    buffer, recorder = _begun()
-    with pytest.raises(ValueError, match=message):
-        recorder.reset(obs, mask)
-    assert buffer.is_empty
-    recorder.step(**_call(terminated=np.ones(2, np.bool_)))
-    assert buffer.dataset.episode_lengths == [3, 3]
 
 
 def test_numbers_that_all_checks_refuse_leave_no_row_behind() -> None:
