@@ -87,20 +87,33 @@ for name in {MODULES}:
     run(code)
 
 
-def test_importing_stays_light_and_changes_no_global_state() -> None:
+def test_importing_and_drawing_change_no_global_state() -> None:
     code = """
-import sys, random, signal, multiprocessing, threading
+import io, sys, random, signal, multiprocessing, threading
 import numpy, torch
 def state():
-    return (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+    # Asking matplotlib for its backend would choose one.
+    settings = sys.modules["matplotlib"].rcParams if "matplotlib" in sys.modules else {}
+    return ({key: dict.__getitem__(settings, key) for key in settings.keys()},
+            random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
             multiprocessing.get_start_method(allow_none=True), torch.get_num_threads(), threading.active_count(),
             [signal.getsignal(number) for number in signal.valid_signals()])
 before = state()
 import buffers, buffers.dataset, buffers.loading, buffers.sampler
 assert state() == before
-print([name for name in sys.modules if name.split(".")[0] in ("matplotlib", "gymnasium")])
+assert not [name for name in sys.modules if name.split(".")[0] in ("matplotlib", "gymnasium")]
+import matplotlib
+before = state()
+from buffers.visualization import MatplotlibVisualizer
+dataset = buffers.dataset.RingBufferDataset(100)
+dataset.add_episode({"x": torch.zeros(9), "image": torch.zeros(9, 4, 5, 3), "reward": torch.zeros(9)})
+visualizer = MatplotlibVisualizer(dataset)
+visualizer.visualize(next(iter(dataset.get_loader(2, 5)))).savefig(io.BytesIO())
+visualizer.plot_dataset().savefig(io.BytesIO())
+assert state() == before
+print("matplotlib.pyplot" in sys.modules, before[0]["backend"].__class__.__name__)
 """
-    assert run(code).strip() == "[]"
+    assert run(code).split() == ["False", "object"], "no backend is chosen"
 
 
 @pytest.mark.parametrize(
