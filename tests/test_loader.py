@@ -42,14 +42,6 @@ def test_the_number_of_workers_changes_nothing(num_workers: int, persistent: boo
         assert_same_batch(one, two)
 
 
-def test_two_iterators_of_a_loader_share_its_batches() -> None:
-    loader = filled().get_loader(6, 3, seed=1)
-    reference = take(filled().get_loader(6, 3, seed=1), 4)
-    one, two = iter(loader), iter(loader)
-    for expected, found in zip(reference, [next(one), next(two), next(one), next(two)], strict=True):
-        assert_same_batch(expected, found)
-
-
 def test_an_error_in_a_worker_reaches_the_trainer() -> None:
     dataset = RingBufferDataset(10)
     loader = dataset.get_loader(2, 3, num_workers=1)

@@ -71,20 +71,17 @@ def test_included_names_follow_the_row_on_arrival() -> None:
 
 
 def test_nested_fields_are_split_and_share_their_memory() -> None:
-    rows = {
-        "obs": {"image": torch.arange(24).reshape(2, 3, 4), "deep": {"state": torch.arange(6.0).reshape(2, 3)}},
-        "action": {"0": torch.zeros(2, 3)},
-        "reward": torch.zeros(2, 3, dtype=torch.float64),
-        "terminated": torch.zeros(2, 3, dtype=torch.bool),
-        "truncated": torch.zeros(2, 3, dtype=torch.bool),
-    }
+    image, state = torch.arange(24).reshape(2, 3, 4), torch.arange(6.0).reshape(2, 3)
+    reward, no = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool)
+    obs = {"image": image, "deep": {"state": state}}
+    rows = {"obs": obs, "action": {"0": state}, "reward": reward, "terminated": no, "truncated": no}
     found = to_transitions(rows)
-    assert torch.equal(found["obs"]["deep"]["state"], rows["obs"]["deep"]["state"][:, :2])
-    assert torch.equal(found["next_obs"]["image"], rows["obs"]["image"][:, 1:])
-    assert found["next_obs"]["image"].untyped_storage().data_ptr() == rows["obs"]["image"].untyped_storage().data_ptr()
+    assert torch.equal(found["obs"]["deep"]["state"], state[:, :2])
+    assert torch.equal(found["next_obs"]["image"], image[:, 1:])
+    assert found["next_obs"]["image"].untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
     assert found["action"]["0"].shape == (2, 2)
     with_returns = n_step_returns(found, 2, 0.9)
-    assert torch.equal(with_returns["bootstrap_obs"]["image"][:, 0], rows["obs"]["image"][:, 2])
+    assert torch.equal(with_returns["bootstrap_obs"]["image"][:, 0], image[:, 2])
     assert with_returns["return"].dtype == torch.float64
 
 

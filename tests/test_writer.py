@@ -166,13 +166,8 @@ def test_a_closed_writer_takes_nothing() -> None:
     recorder.step(1, 0.5, 1.0, False, False)
     writer.close()
     writer.close()
-    uses = (
-        lambda: writer.add_step({"x": 1.0}, False),
-        writer.flush,
-        lambda: recorder.step(1, 0.5, 1.0, False, False),
-        lambda: recorder.reset(0.0),
-    )
-    for use in uses:
+    adds = (lambda: writer.add_step({"x": 1.0}, False), lambda: recorder.step(1, 0.5, 1.0, False, False))
+    for use in (writer.flush, lambda: recorder.reset(0.0), *adds):
         with pytest.raises(RuntimeError, match=r"The writer is closed\."):
             use()
     assert writer.sink.episode_lengths == [2]
