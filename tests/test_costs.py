@@ -19,13 +19,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from buffers import ReplayBuffer
-from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
+from buffers.dataset import EpisodeDataset, RingBufferDataset
 from buffers.sampler import UniformEpisodeSampler
 from buffers.transforms import to_transitions
 
 # A small batch, so that its memory hides nothing that was allocated for a moment before it was made.
 BATCH_SIZE, LENGTH = 8, 2
-NUM_FIELDS = 5
 NUM_CALLS = 32
 FEW, MANY = 10, 10_000
 
@@ -207,25 +206,3 @@ def test_adding_an_episode_costs_the_same_for_ten_and_ten_thousand_stored() -> N
     few, many = (ring_of(num_episodes) for num_episodes in (FEW, MANY))
     episode = rows(8)
     assert_same(costs(lambda: few.add_episode(episode)), costs(lambda: many.add_episode(episode)))
-
-
-def test_a_window_of_files_is_read_by_few_calls_whatever_is_stored(tmp_path, monkeypatch) -> None:
-    from buffers.dataset.files import window_reader
-
-    num_reads, preadv = 0, window_reader._preadv
-
-    def count(*arguments: Any) -> int:
-        nonlocal num_reads
-        num_reads += 1
-        return preadv(*arguments)
-
-    monkeypatch.setattr(window_reader, "_preadv", count)
-    for num_episodes in (10, 1000):
-        files = IndividualFileDataset(8000, directory=tmp_path / str(num_episodes), durability="rename")
-        for _ in range(num_episodes):
-            files.add_episode(rows(8))
-        sample, num_reads = batches(files), 0
-        for _ in range(2 * NUM_CALLS):
-            sample()
-        # A window is one range of each field at most; ranges that lie together are read at once.
-        assert BATCH_SIZE <= num_reads / (2 * NUM_CALLS) <= BATCH_SIZE * NUM_FIELDS
