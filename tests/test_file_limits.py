@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,9 +172,12 @@ def test_a_batch_reads_its_own_bytes_by_few_calls(tmp_path, monkeypatch, episode
     stream = dataset.get_loader(batch_size, length, seed=0).stream
     stream.take()
     num_read, preadv = [], window_reader._preadv
-    monkeypatch.setattr(
-        window_reader, "_preadv", lambda *arguments: num_read.append(preadv(*arguments)) or num_read[-1]
-    )
+
+    def counted(*arguments: Any) -> int:
+        num_read.append(preadv(*arguments))
+        return num_read[-1]
+
+    monkeypatch.setattr(window_reader, "_preadv", counted)
     for _ in range(10):
         stream.take()
     # A window is one range of each field at most; ranges that lie together are read at once.

@@ -176,6 +176,13 @@ def test_arrays_of_all_layouts_are_seen_by_both_sides() -> None:
 # A reader that finds nothing between two episodes.
 
 
+def stream_of_reader(dataset: Any) -> Any:
+    """A reader's, which has drawn already."""
+    stream = pickle.loads(pickle.dumps(dataset)).get_loader(4, 5, seed=0).stream
+    stream.take()
+    return stream
+
+
 @pytest.mark.parametrize("kind", ["ring", "mixture"])
 @pytest.mark.parametrize("lengths", [[8], [12, 2]])
 def test_a_reader_waits_for_an_episode_that_is_coming(kind, lengths, monkeypatch) -> None:
@@ -183,8 +190,7 @@ def test_a_reader_waits_for_an_episode_that_is_coming(kind, lengths, monkeypatch
     for number, length in enumerate(lengths):
         ring.add_episode(tagged.episode(length, number))
     dataset = ring if kind == "ring" else MixtureDataset([ring], [1.0])
-    stream = pickle.loads(pickle.dumps(dataset)).get_loader(4, 5, seed=0).stream
-    stream.take()
+    stream = stream_of_reader(dataset)
     has_left, may_come, write = threading.Event(), threading.Event(), ring._write
 
     def write_later(*arguments: Any) -> None:
@@ -211,8 +217,7 @@ def test_a_reader_does_not_wait_where_nothing_is_to_come(monkeypatch) -> None:
     ring = RingBufferDataset(10)
     for number in range(4):  # Each leaves for the next.
         ring.add_episode(tagged.episode(8, number))
-    stream = pickle.loads(pickle.dumps(ring)).get_loader(4, 5, seed=0).stream
-    stream.take()
+    stream = stream_of_reader(ring)
     ring.evict_episode(0)
     for own in (ring.get_loader(4, 5).stream, stream):
         with pytest.raises(RuntimeError, match="The dataset is empty"):
@@ -225,7 +230,7 @@ def test_a_reader_does_not_wait_where_nothing_is_to_come(monkeypatch) -> None:
 def test_a_reader_waits_no_longer_than_writing_takes(monkeypatch) -> None:
     ring = RingBufferDataset(10)
     ring.add_episode(tagged.episode(8, 0))
-    stream = pickle.loads(pickle.dumps(ring)).get_loader(4, 5, seed=0).stream
+    stream = stream_of_reader(ring)
     monkeypatch.setattr(ring, "_write", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ring.add_episode(tagged.episode(8, 1))
