@@ -100,6 +100,17 @@ def test_additions_of_any_lengths_keep_the_promises(lengths, num_before, capacit
     assert [str(warning.message)[: len(text)] for warning, text in zip(caught, expected, strict=True)] == expected
 
 
+# `Extension._note` forgets the note that makes it tidy up, as its episode is stored only then.
+@pytest.mark.xfail(strict=True, reason="a fault of extension.py that is not mended yet")
+def test_no_episode_is_here_twice_however_many_have_come() -> None:
+    ring, large = RingBufferDataset(40), ListDataset(80)
+    ring.extend(large, other_batch_size=8, seed=0)
+    for number in range(600):
+        ring.add_episode(tagged.episode(8, number))
+        here = [int(episode["obs"]["state"][0, 1]) for episode in ring.episodes()]
+        assert len(set(here)) == len(here)
+
+
 def test_every_so_many_additions_bring_episodes() -> None:
     fast, large = ListDataset(20), ListDataset(10_000)
     fast.extend(large, other_batch_size=1, fetch_from_other_every=3, seed=0)
@@ -224,14 +235,14 @@ def test_killed_workers_are_replaced_and_lose_no_episode(tmp_path) -> None:
     ring, large, worker = extended_by_a_worker(tmp_path)
     kill_worker(worker)
     with pytest.warns(UserWarning, match="cannot be read: RuntimeError.*worker") as caught:
-        for number in range(12, 100):  # What had been read beforehand comes first.
+        for number in range(12, 40):  # What had been read beforehand comes first.
             ring.add_episode(tagged.episode(8, number))
             assert large.num_episodes == number + 1 and number in numbers(ring)
     assert len(caught) == 1
     came_back = set()
-    for number in range(100, 110):
+    for number in range(40, 60):
         ring.add_episode(tagged.episode(8, number))
-        came_back |= {n for n in check_after_addition(ring, large, number) if n < 100 - 5}
+        came_back |= {n for n in check_after_addition(ring, large, number) if n < 40 - 5}
     assert came_back, "old ones come again"
     ring.end_workers()
 
