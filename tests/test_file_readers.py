@@ -61,7 +61,7 @@ def test_a_directory_that_does_not_change_is_not_listed(tmp_path, monkeypatch) -
     os.utime(tmp_path, ns=(10**18, 10**18))
     reader = IndividualFileDataset(9, directory=tmp_path, mode="r")
     reader.refresh()
-    reader._watch._next_look = 0.0
+    reader._directory._next_look = 0.0
     monkeypatch.setattr(EpisodeDirectory, "list", None)
     numbers_drawn(reader)
     os.utime(tmp_path, ns=(10**18 + 1, 10**18 + 1))
@@ -129,7 +129,7 @@ def test_a_reader_whose_files_are_unlinked_draws_from_the_others(tmp_path) -> No
     dataset = IndividualFileDataset(100, directory=tmp_path, durability="rename")
     add(dataset, [5] * 10)
     reader = IndividualFileDataset(100, directory=tmp_path, mode="r")
-    reader._watch._next_look = float("inf")  # It does not look by itself.
+    reader._directory._next_look = float("inf")  # It does not look by itself.
     for name in files(tmp_path)[:9]:
         os.unlink(tmp_path / name)
     for each in (dataset, reader):
