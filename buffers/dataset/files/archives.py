@@ -64,7 +64,6 @@ class _ArchiveSerialization(EpisodeSerializationStrategy):
         """Read what precedes the rows in a member."""
 
     def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
-        """Read an episode, after comparing the archive with what is expected."""
         episode = {}
         with _open_archive(file, fields, length) as archive:
             for name, member_name in self._find_members(archive, fields, length).items():
@@ -77,12 +76,10 @@ class _ArchiveSerialization(EpisodeSerializationStrategy):
         return episode
 
     def load_fields(self, file: io.FileIO) -> Fields:
-        """The fields that the archive says it holds."""
         with _open_archive(file) as archive:
             return self._read_fields(archive)
 
     def check(self, file: io.FileIO, fields: Fields, length: int) -> None:
-        """Compare the archive's table of contents with what is expected."""
         with _open_archive(file, fields, length) as archive:
             self._find_members(archive, fields, length)
 
@@ -150,8 +147,7 @@ class TorchSerialization(_ArchiveSerialization):
 
     def _read_fields(self, archive: zipfile.ZipFile) -> Fields:
         """The fields in the schema, which is the second text of the pickle."""
-        folder = _find_folder(archive)
-        opcodes = pickletools.genops(_read_small_member(archive, f"{folder}data.pkl"))
+        opcodes = pickletools.genops(_read_small_member(archive, _find_folder(archive) + "data.pkl"))
         texts = list(islice((str(argument) for opcode, argument, _ in opcodes if "UNICODE" in opcode.name), 2))
         if texts[:1] != [SCHEMA_KEY]:
             raise DamagedEpisodeError("is not what torch.save writes for an episode")
@@ -196,9 +192,8 @@ def _open_archive(file: io.FileIO, fields: Fields | None = None, length: int = 0
         expanded = sum(member.file_size for member in members)
         if fields is not None and expanded > allowed:
             raise DamagedEpisodeError(f"would expand to {expanded} bytes, {length} rows take at most {allowed}")
-        for member in members:
-            if member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED:
-                raise DamagedEpisodeError(f"has the member {member.filename!r:.60} compressed or encrypted otherwise")
+        if any(member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED for member in members):
+            raise DamagedEpisodeError("is encrypted, or compressed by another method than deflate")
         yield archive
 
 

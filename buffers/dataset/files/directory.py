@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from buffers.dataset.files.lock import CLOSE_ON_EXEC, NO_SURPRISES, Descriptor, take_lock
+from buffers.dataset.files.lock import NO_SURPRISES, Descriptor, take_lock
 from buffers.dataset.files.serialization import DamagedEpisodeError
 
 __all__ = ["EpisodeDirectory", "FileName", "Listing", "with_advice"]
@@ -104,7 +104,7 @@ class EpisodeDirectory:
         episodes: list[tuple[FileName, int]] = []
         all_names, other_names, other_suffixes = set(), [], set()
         # A descriptor of its own, because forked processes share the position of one up to which it has been read.
-        descriptor = Descriptor(os.open(".", os.O_RDONLY | CLOSE_ON_EXEC, dir_fd=self._descriptor.number))
+        descriptor = Descriptor(os.open(".", os.O_RDONLY, dir_fd=self._descriptor.number))
         with os.scandir(descriptor.number) as entries:
             for entry in entries:
                 all_names.add(entry.name)
@@ -229,7 +229,7 @@ def _open_directory(path: str, writable: bool) -> int:
     try:
         if writable:
             os.makedirs(path, exist_ok=True)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | CLOSE_ON_EXEC)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         # A file, or a link to nothing, exists.
         number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno

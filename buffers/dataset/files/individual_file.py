@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.files import opening, serialization
-from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory, FileName, Listing, with_advice
-from buffers.dataset.files.opening import Verify
+from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory, FileName, with_advice
+from buffers.dataset.files.opening import Inspection, Verify
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import EpisodeSerializationStrategy
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, check_strategy
 from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
-from buffers.fields import Fields
+from buffers.fields import Fields, as_tensor
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import Windows
 from buffers.utils import format_bytes, integer, one_of
@@ -98,9 +97,9 @@ class IndividualFileDataset(EpisodeDataset):
         verify: Verify = "size",
     ) -> None:
         super().__init__(capacity, info, evictor)
-        self._given_strategy = serialization_strategy
-        self.serialization_strategy = strategy = serialization_strategy or SafetensorsSerialization()
-        serialization.check_strategy(strategy)
+        strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
+        check_strategy(strategy)
+        self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -128,46 +127,44 @@ class IndividualFileDataset(EpisodeDataset):
     # Opening.
 
     def _open_for_writing(self, verify: Verify) -> None:
-        listing, damaged = self._scan(verify)
+        inspection = self._scan(verify)
         longest = int(self.table.lengths[-1]) if len(self.table) else 0
         if longest > self.capacity:
             raise ValueError(
                 f"The newest episode in {self._directory.path} has {longest} steps, and `capacity`={self.capacity}: "
                 "all episodes would be deleted. Raise it, or open with mode='r' to read."
             )
-        for name in listing.temporaries:
+        for name in inspection.listing.temporaries:
             self._directory.remove(name)
-        self.table.skip_to(*listing.next_numbers)
+        self.table.skip_to(*inspection.listing.next_numbers)
         # First, because the numbers may come from the names of files that are about to go.
         self._keep_numbers()
-        self._report_damage(damaged)
+        self._report_damage(inspection.damaged)
         self.make_room(self.table.next_start, 0)
         assert self._log is not None
         self._log.add_all(self.table)
 
     def _find_episodes(self, verify: Verify = "size") -> None:
         """Bring a reader's table up to date with the directory."""
-        seen = self._seen
-        listing, damaged = self._scan(verify)
-        self._seen = listing.all_names
-        for name in map(FileName.parse, seen - listing.all_names):
+        inspection, seen = self._scan(verify), self._seen
+        self._seen = inspection.listing.all_names
+        for name in map(FileName.parse, seen - self._seen):
             if name is not None:
                 self._forget(name)
-        self._report_damage(damaged)
+        self._report_damage(inspection.damaged)
 
-    def _scan(self, verify: Verify) -> tuple[Listing, list[tuple[str, str]]]:
-        """Add whole episodes that have not been seen to the table. Also returns the damaged files."""
+    def _scan(self, verify: Verify) -> Inspection:
+        """Add whole episodes that have not been seen to the table."""
         given = self.serialization_strategy if self._is_bound else self._given_strategy
-        listing, strategy = opening.list_episodes(self._directory, self._seen, given)
-        inspection = opening.Inspection(self._directory, listing, strategy)
+        inspection = Inspection(self._directory, self._seen, given)
         fields = self._fields if self._is_bound else inspection.find_fields(self._fields)
         if fields is not None:
             rows = inspection.whole_episodes(fields, verify)
             if self._fields is None:
                 self.settle_fields(fields)
-            self.serialization_strategy, self._is_bound = strategy, True
+            self.serialization_strategy, self._is_bound = inspection.strategy, True
             self.table.extend(rows)
-        return listing, inspection.damaged
+        return inspection
 
     def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
         """Warn of files that are not whole episodes. A writer sets them aside."""
@@ -181,10 +178,11 @@ class IndividualFileDataset(EpisodeDataset):
                 for name, reason in damaged
             ]
         self.damaged_files += damaged
-        named = "; ".join(f"{name}: {reason}" for name, reason in damaged[:5])
-        more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        named = [f"{name}: {reason}" for name, reason in damaged[:5]]
+        if len(damaged) > 5:
+            named.append(f"and {len(damaged) - 5} more")
         where = f"{len(damaged)} files in {self._directory.path}"
-        warnings.warn(f"{where} are no whole episodes and were {what_happened}: {named}{more}.", stacklevel=4)
+        warnings.warn(f"{where} are no whole episodes and were {what_happened}: {'; '.join(named)}.", stacklevel=4)
 
     # The methods of a storage.
 
@@ -195,8 +193,12 @@ class IndividualFileDataset(EpisodeDataset):
         fields, strategy = self._fields, self.serialization_strategy
         assert fields is not None  # Settled before anything is written.
         self._remove_uncounted()
-        tensors = serialization.tensors_to_store(episode, fields)
         self._written = name = self._name(start, len(next(iter(episode.values()))), episode_id)
+        tensors = {}
+        for field, tensor_type in fields.items():
+            rows = np.empty((name.length, *tensor_type.shape), tensor_type.numpy_dtype)
+            rows[...] = episode[field]
+            tensors[field] = as_tensor(rows, tensor_type)
         try:
             self._directory.commit(str(name), lambda file: strategy.save(tensors, fields, file))
         except OSError as error:
@@ -284,7 +286,8 @@ class IndividualFileDataset(EpisodeDataset):
         with self._lock, self._draw_lock:
             if not self._forget(name):
                 return
-            if self._is_writer():
+            if self._log is not None and self._is_writer():
+                self._log.remove(name.id, self.table)
                 with contextlib.suppress(OSError):
                     self._keep_numbers()
             if damage is not None:
@@ -297,8 +300,6 @@ class IndividualFileDataset(EpisodeDataset):
             return False
         self.table.remove(position)
         self._reader.forget(name.id)
-        if self._log is not None and self._is_writer():
-            self._log.remove(name.id, self.table)
         return True
 
     # Closing, pickling, and who may write.

@@ -7,12 +7,11 @@ import socket
 import weakref
 from collections.abc import Callable
 
-__all__ = ["CLOSE_ON_EXEC", "Descriptor", "NO_SURPRISES", "take_lock"]
+__all__ = ["Descriptor", "NO_SURPRISES", "take_lock"]
 
 LOCK = ".lock"
-# Flags of `os.open`, 0 on systems that lack them.
-CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
-NO_SURPRISES = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | CLOSE_ON_EXEC
+# Flags of `os.open`: neither follow a link nor wait for a pipe. 0 on systems that lack them.
+NO_SURPRISES = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Descriptor:

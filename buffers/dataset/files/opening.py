@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.files.directory import EpisodeDirectory, Listing
+from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
@@ -18,39 +18,36 @@ from buffers.dataset.files.serialization import (
 )
 from buffers.fields import Fields
 
-__all__ = ["Inspection", "Verify", "list_episodes"]
+__all__ = ["Inspection", "Verify"]
 
 Verify = Literal["size", "header", "full"]
 _FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)}
 
 
-def list_episodes(
-    directory: EpisodeDirectory, seen: Collection[str], strategy: EpisodeSerializationStrategy | None
-) -> tuple[Listing, EpisodeSerializationStrategy]:
-    """List what has not been seen. If no format is given, use that of the files.
-
-    Raises:
-        ValueError: The directory holds episodes in another format. A backup, with a suffix of no format, is ignored.
-    """
-    listing = directory.list(seen)
-    known = [suffix for suffix in _FORMATS if suffix in listing.other_suffixes]
-    if strategy is None and known and not listing.names:
-        directory.suffix = known.pop(0)
-        listing = directory.list(seen)
-    if not seen and (known or (listing.other_suffixes and not listing.names)):
-        raise ValueError(
-            f"{directory.path} holds episodes in the format {sorted(listing.other_suffixes)}, not only in "
-            f"`{directory.suffix}`. Give the `serialization_strategy` they were written with, or choose another "
-            "`directory`."
-        )
-    return listing, _FORMATS[directory.suffix]() if strategy is None else strategy
-
-
 class Inspection:
-    """Tells whole episodes from other files. Nothing is moved."""
+    """Tells whole episodes from other files, without moving any. Names that were `seen` are passed over.
 
-    def __init__(self, directory: EpisodeDirectory, listing: Listing, strategy: EpisodeSerializationStrategy) -> None:
-        self._directory, self._listing, self._strategy = directory, listing, strategy
+    Without a `strategy`, the format is that of the files. ValueError if the directory holds episodes in another format;
+    a backup, whose suffix is that of no format, is ignored.
+    """
+
+    def __init__(
+        self, directory: EpisodeDirectory, seen: Collection[str], strategy: EpisodeSerializationStrategy | None
+    ) -> None:
+        listing = directory.list(seen)
+        known = [suffix for suffix in _FORMATS if suffix in listing.other_suffixes]
+        if strategy is None and known and not listing.names:
+            directory.suffix = known.pop(0)
+            listing = directory.list(seen)
+        if not seen and (known or (listing.other_suffixes and not listing.names)):
+            raise ValueError(
+                f"{directory.path} holds episodes in the format {sorted(listing.other_suffixes)}, not only in "
+                f"`{directory.suffix}`. Give the `serialization_strategy` they were written with, or choose another "
+                "`directory`."
+            )
+        self.listing = listing
+        self.strategy = _FORMATS[directory.suffix]() if strategy is None else strategy
+        self._directory = directory
         self._errors: dict[str, Exception] = {}
 
     @property
@@ -68,11 +65,11 @@ class Inspection:
         Raises:
             ValueError: The fields, or the version, of the files are not known, or the fields are not those stated.
         """
-        for name, length in zip(self._listing.names, self._listing.rows[:, 1].tolist(), strict=True):
-            found = self._try(name, self._strategy.load_fields)
+        for name, length in zip(self.listing.names, self.listing.rows[:, 1].tolist(), strict=True):
+            found = self._try(name, self.strategy.load_fields)
             if name not in self._errors:
                 fields = self._agree(found, stated)
-                self._try(name, self._strategy.check, fields, length)
+                self._try(name, self.strategy.check, fields, length)
                 if name not in self._errors:
                     return fields
         unknown = [error for error in self._errors.values() if isinstance(error, UnknownVersionError)]
@@ -84,8 +81,8 @@ class Inspection:
 
     def whole_episodes(self, fields: Fields, verify: Verify) -> npt.NDArray[np.int64]:
         """Start, length and id of whole episodes, int64 `(n, 3)`, after looking as closely as `verify` says."""
-        names, rows = self._listing.names, self._listing.rows
-        method = self._strategy.verify if verify == "full" else self._strategy.check
+        names, rows = self.listing.names, self.listing.rows
+        method = self.strategy.verify if verify == "full" else self.strategy.check
         for i in self._suspects(fields) if verify == "size" else range(len(names)):
             if names[i] not in self._errors:
                 self._try(names[i], method, fields, int(rows[i, 1]))
@@ -111,7 +108,7 @@ class Inspection:
         path, fields = self._directory.path, found if stated is None else stated
         if fields is None:
             raise ValueError(
-                f"{path} holds episodes in the format `{self._strategy.suffix}`, which does not keep their fields. "
+                f"{path} holds episodes in the format `{self.strategy.suffix}`, which does not keep their fields. "
                 "State them with `info=EpisodeDatasetInfo(fields)`."
             )
         conflict = None if found is None else found.conflict_with(fields)
@@ -124,10 +121,10 @@ class Inspection:
 
     def _suspects(self, fields: Fields) -> list[int]:
         """Positions of files with an unlikely size; of all files, if two have the same numbers."""
-        rows, bounds = self._listing.rows, self._strategy.overhead(fields)
+        rows, bounds = self.listing.rows, self.strategy.overhead(fields)
         starts, lengths, ids = rows.T
         has_same_numbers = (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])
         if bounds is None or has_same_numbers.any():
             return list(range(len(rows)))
-        overhead = self._listing.sizes - lengths * fields.nbytes
+        overhead = self.listing.sizes - lengths * fields.nbytes
         return np.flatnonzero((overhead < bounds[0]) | (overhead > bounds[1])).tolist()

@@ -56,10 +56,8 @@ class EpisodeSerializationStrategy(ABC):
     """A file format. One of your own needs a `suffix`, `save` and `load`.
 
     Files may come from anyone, so reading must not run code from a file, and must check what the file says before
-    allocating memory for it. The arguments say what to expect.
-
-    A file is set aside if, and only if, a method raises a DamagedEpisodeError. Any other exception is a failure of the
-    process or a bug in the format: it reaches the caller, and the file stays.
+    allocating memory for it. A DamagedEpisodeError sets a file aside. Any other exception reaches the caller, and the
+    file stays.
 
     Attributes:
         suffix: The end of file names, ".safetensors" for example.
@@ -216,10 +214,7 @@ def check_fields(found: Fields, expected: Fields) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    array: Any = tensor.view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_rows(file: Any, tensor_type: TensorType, length: int) -> torch.Tensor:
@@ -244,15 +239,3 @@ def check_strategy(strategy: object) -> None:
         raise ValueError(
             f"The `suffix` of a format must be like `.name`, other than .lock and .next; found {suffix!r}."
         )
-
-
-def tensors_to_store(episode: Mapping[str, np.ndarray], fields: Fields) -> dict[str, torch.Tensor]:
-    """Copies of an episode's rows, in the order and with the types of the fields; ValueError for another shape."""
-    length = len(next(iter(episode.values())))
-    tensors = {}
-    for name, tensor_type in fields.items():
-        rows = np.array(episode[name], tensor_type.numpy_dtype, order="C")
-        if rows.shape != (length, *tensor_type.shape):
-            raise ValueError(f"Field `{name}` has shape {rows.shape}, expected {(length, *tensor_type.shape)}.")
-        tensors[name] = as_tensor(rows, tensor_type)
-    return tensors
