@@ -196,8 +196,11 @@ class IndividualFileDataset(EpisodeDataset):
         self._written = name = self._name(start, len(next(iter(episode.values()))), episode_id)
         tensors = {}
         for field, tensor_type in fields.items():
-            rows = np.empty((name.length, *tensor_type.shape), tensor_type.numpy_dtype)
-            rows[...] = episode[field]
+            rows = np.array(episode[field], tensor_type.numpy_dtype, order="C")
+            if rows.shape != (name.length, *tensor_type.shape):
+                raise ValueError(
+                    f"Field `{field}` has shape {rows.shape}, expected {(name.length, *tensor_type.shape)}."
+                )
             tensors[field] = as_tensor(rows, tensor_type)
         try:
             self._directory.commit(str(name), lambda file: strategy.save(tensors, fields, file))
