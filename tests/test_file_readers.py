@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from buffers.dataset import IndividualFileDataset
+from buffers.dataset.files.directory import EpisodeDirectory
 from tests import tagged
 from tests.faults import as_nobody
 from tests.file_helpers import add, files, numbers, numbers_drawn
@@ -51,6 +52,20 @@ def test_a_reader_finds_new_episodes_by_drawing_alone(tmp_path) -> None:
         if {number for _, number, _, _ in tagged.origins(stream.take())} == {1, 2, 3}:
             return
     raise AssertionError("never found")
+
+
+def test_a_directory_that_does_not_change_is_not_listed(tmp_path, monkeypatch) -> None:
+    writer = IndividualFileDataset(9, directory=tmp_path, durability="rename")
+    add(writer, [3])
+    os.utime(tmp_path, ns=(10**18, 10**18))
+    reader = IndividualFileDataset(9, directory=tmp_path, mode="r")
+    reader.refresh()
+    reader._directory._next_look = 0.0
+    monkeypatch.setattr(EpisodeDirectory, "list", None)
+    numbers_drawn(reader)
+    os.utime(tmp_path, ns=(10**18 + 1, 10**18 + 1))
+    with pytest.raises(TypeError):
+        numbers_drawn(reader)
 
 
 def test_a_late_sight_of_an_older_episode_finds_its_place(tmp_path) -> None:
@@ -113,7 +128,7 @@ def test_a_reader_whose_files_are_unlinked_draws_from_the_others(tmp_path) -> No
     dataset = IndividualFileDataset(100, directory=tmp_path, durability="rename")
     add(dataset, [5] * 10)
     reader = IndividualFileDataset(100, directory=tmp_path, mode="r")
-    reader._watch._next_look = float("inf")  # It does not look by itself.
+    reader._directory._next_look = float("inf")  # It does not look by itself.
     for name in files(tmp_path)[:9]:
         os.unlink(tmp_path / name)
     for each in (dataset, reader):

@@ -195,7 +195,9 @@ def test_lies_about_shapes_dtypes_and_fields_are_refused(strategy, opened, monke
             continue  # Only sizes are compared with the schema there.
         # A schema that says what is expected, over rows that are something else.
         with monkeypatch.context() as patch:
-            patch.setattr(archives, "_find_storages", lambda *_: {})  # Writing such a file is refused, too.
+            patch.setattr(
+                archives.TorchSerialization, "_find_members", lambda *_: {}
+            )  # Writing such a file is refused, too.
             lie = saved(strategy, made(fields, 4), FIELDS)
         refused(lie)
 

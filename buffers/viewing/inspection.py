@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from buffers.dataset.files import IndividualFileDataset
 from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory
+from buffers.dataset.files.individual_file import IndividualFileDataset
 from buffers.dataset.files.lock import LOCK, NO_SURPRISES
 from buffers.dataset.files.opening import Verify
 from buffers.dataset.printing import fields_table
