@@ -203,6 +203,8 @@ class Fields(Mapping[str, TensorType]):
             if type(leaf) is np.ndarray:
                 if leaf.dtype is not dtype and not leaf.dtype.isnative:
                     leaves[i] = as_array(name, leaf)
+            elif isinstance(leaf, dict):
+                raise ValueError(f"Field `{name}` is a dict with the keys {list(leaf)}, expected {self[name]}.")
             else:
                 leaves[i] = number_as(dtype, as_array(name, leaf), leaf)
         return leaves

@@ -14,7 +14,6 @@ from buffers.fields import Fields
 __all__ = [
     "find_final_obs",
     "is_per_env",
-    "leaves_of",
     "put_items",
     "split_dones",
     "to_array",
@@ -43,15 +42,6 @@ def tree_of(name: str, value: Any, convert: Callable[[str, Any], np.ndarray] = t
     if isinstance(value, Mapping):
         return {key: tree_of(f"{name}/{key}", item, convert) for key, item in value.items()}
     return convert(name, value)
-
-
-def leaves_of(fields: Fields, tree: dict[str, Any]) -> list[np.ndarray]:
-    """The arrays of nested dicts in the order of the fields; ValueError for missing or unexpected keys."""
-    leaves = fields.flatten(tree)
-    for name, leaf in zip(fields.names, leaves, strict=True):
-        if not isinstance(leaf, np.ndarray):
-            raise ValueError(f"`{name}` is a dict with the keys {list(leaf)}, expected {fields[name]}, as before.")
-    return leaves
 
 
 def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
@@ -96,7 +86,7 @@ def put_items(fields: Fields, arrived: list[np.ndarray], wanted: np.ndarray, nam
         raise ValueError(f"`{name}` has {len(items)} items, expected one of each of {len(wanted)} environments.")
     found = wanted & np.array([item is not None for item in items], np.bool_)
     for env in found.nonzero()[0].tolist():
-        leaves = leaves_of(fields, {"obs": tree_of(f"obs ({name})", items[env])})
+        leaves = fields.arrays({"obs": tree_of(f"obs ({name})", items[env])})
         for (field, dtype, shape), array, leaf in zip(fields.layout, arrived, leaves, strict=True):
             # Of the same kind is enough: an environment may return float64 where the vector environment makes it the
             # float32 of its space.
