@@ -30,6 +30,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch.utils._pytree import tree_map
 
 from buffers import observations
 from buffers.conversion import number_as
@@ -102,6 +103,8 @@ class Recorder:
         self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (writer.fields or ())
         self._token = writer.owner = object()
         writer.leading = (self.num_envs,)
+        # For single numbers, which take the dtype of their field.
+        self._dtypes = _dtypes_of(writer.fields)
         # Those of `obs`, from the first reset on.
         self._obs_fields: Fields | None = None
         # First observations that wait for a transition where `_is_pending`; elsewhere the last known ones, if needed.
@@ -131,6 +134,7 @@ class Recorder:
         self.writer.truncate(is_reset)
         if self._obs_fields is None:
             self._obs_fields, self._kept = fields, [np.zeros_like(leaf) for leaf in leaves]
+            self._dtypes = _dtypes_of(fields) | self._dtypes
         self._keep(leaves, is_reset)
         self._is_pending = is_reset if self._is_pending is None else self._is_pending | is_reset
         self._was_done = _and_not(self._was_done, is_reset)
@@ -170,7 +174,8 @@ class Recorder:
             TypeError: A value that is no tensor, array or number.
             ValueError: Other fields, dtypes, shapes or N than before, or a final observation that was not found.
                 Nothing has changed.
-            RuntimeError: An environment was not reset, or another recorder has taken over the buffer.
+            RuntimeError: An environment was not reset, or the buffer has a newer recorder.
+            Exception: The dataset could not store an episode, as in `ReplayBuffer.add_step`.
         """
         self._check_ready()
         is_terminated = self._flag("terminated", terminated)
@@ -189,7 +194,9 @@ class Recorder:
         rows = self.writer.checked(row, {})
         if self._is_pending is not None:
             if not self._first_row:
-                self._first_row = self._first_row_like(row)
+                first = {"obs": self._obs_tree(self._kept), "is_first": np.ones(self.num_envs, np.bool_)}
+                self._first_row = {**tree_map(np.zeros_like, row), **first}
+                self._dtypes = _dtypes_of(self.writer.fields)
             first_rows = self.writer.checked(self._first_row, {})
             self.writer.take(first_rows, mask=self._is_pending)
             self._is_pending = None
@@ -243,19 +250,12 @@ class Recorder:
             row[_MISSING] = is_missing
         return row
 
-    def _first_row_like(self, row: dict[str, Any]) -> dict[str, Any]:
-        is_first = np.ones(self.num_envs, np.bool_)
-        return {**_zeros_like(row), "obs": self._obs_tree(self._kept), "is_first": is_first}
-
     def _array(self, name: str, value: Any) -> np.ndarray:
         array = observations.to_array(name, value)
         if not self._is_single:
             return array
-        fields = self.writer.fields or self._obs_fields
-        if fields is not None and name in fields:
-            # A single environment may return np.int32(1) once and 1 then.
-            array = number_as(fields[name].numpy_dtype, array, array)
-        return array[None]
+        # A single environment may return np.int32(1) once and 1 then.
+        return number_as(self._dtypes.get(name, array.dtype), array, array)[None]
 
     def _tree(self, name: str, value: Any) -> Any:
         return observations.tree_of(name, value, self._array)
@@ -300,11 +300,9 @@ class Recorder:
         if is_missing.any():
             if not self._may_be_missing:
                 raise ValueError(
-                    f"Environments {np.flatnonzero(is_missing).tolist()} ended without a final observation: with "
-                    "'same_step', `obs` is already the next episode's first, and neither `final_obs` nor `infos` "
-                    "('final_obs', 'final_observation', or SB3's 'terminal_observation') has it. Pass `final_obs`, or "
-                    "make the recorder with `final_obs_may_be_missing=True`: it repeats the last one known and says so "
-                    "in the field `final_obs_missing`."
+                    f"Environments {np.flatnonzero(is_missing).tolist()} ended without a final observation: it is "
+                    "neither in `final_obs` nor in `infos` ('final_obs', 'final_observation', or SB3's "
+                    "'terminal_observation'). Pass it, or make the recorder with `final_obs_may_be_missing=True`."
                 )
             for array, kept in zip(arrived, self._kept, strict=True):
                 array[is_missing] = kept[is_missing]
@@ -335,10 +333,8 @@ class Recorder:
             )
 
 
-def _zeros_like(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _zeros_like(item) for key, item in tree.items()}
-    return np.zeros_like(tree)
+def _dtypes_of(fields: Fields | None) -> dict[str, np.dtype]:
+    return {name: dtype for name, dtype, _ in (fields.layout if fields else ())}
 
 
 def _and_not(mask: Mask, other: Mask) -> Mask:

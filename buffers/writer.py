@@ -18,50 +18,19 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from buffers.accumulator import Accumulator
 from buffers.conversion import as_array
+from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.fields import Fields
 from buffers.utils import integer
 
-__all__ = ["EpisodeSink", "EpisodeWriter"]
-
-
-class EpisodeSink(Protocol):
-    """What takes complete episodes: a dataset, or something that sends them to one."""
-
-    @property
-    def fields(self) -> Fields | None:
-        """The fields, None before they are settled."""
-
-    @property
-    def episode_capacity(self) -> int:
-        """Steps of the longest episode that fits."""
-
-    @property
-    def verification_mode(self) -> VerificationMode:
-        """How closely rows are checked."""
-
-    @property
-    def refuses_values(self) -> bool:
-        """Whether `check` may refuse values; then it sees every row before its episode ends."""
-
-    def settle_fields(self, fields: Fields) -> None:
-        """Lay out storage. Calling it again with the same fields does nothing; ValueError for others."""
-
-    def check_writable(self) -> None:
-        """RuntimeError if no episode can be added."""
-
-    def check(self, rows: dict[str, np.ndarray]) -> None:
-        """ValueError for values that would not come back as they are."""
-
-    def add(self, episode: dict[str, np.ndarray]) -> int:
-        """Copy and store `name -> (L, *shape)` of the settled fields; returns its id. An error leaves no change."""
+__all__ = ["EpisodeWriter"]
 
 
 class EpisodeWriter:
@@ -76,7 +45,8 @@ class EpisodeWriter:
         ([3], 1)
 
     Args:
-        sink: Takes the complete episodes.
+        sink: Takes the complete episodes: a dataset, or an object with these members of one: `fields`, `settle_fields`,
+            `episode_capacity`, `verification_mode`, `refuses_values`, `check`, `check_writable` and `add`.
         num_envs: As for `ReplayBuffer`; so are the errors.
         max_episode_length: As for `ReplayBuffer`.
         check_fields: Called with the fields before they are settled; raises to refuse them.
@@ -84,6 +54,7 @@ class EpisodeWriter:
 
     Attributes:
         owner: The recorder that may write, as an object that it made; None before the first.
+        num_envs: N, None before it is known.
         leading: The axes before those of a field: `(N,)`, or `()` for a single environment without an axis of its own.
             Settled by the first row, or set by a recorder.
         is_closed: Whether `close` was called; a closed writer takes no step.
@@ -91,7 +62,7 @@ class EpisodeWriter:
 
     def __init__(
         self,
-        sink: EpisodeSink,
+        sink: EpisodeDataset,
         num_envs: int | None = None,
         max_episode_length: int | None = None,
         *,
@@ -99,7 +70,7 @@ class EpisodeWriter:
         on_stored: Callable[[dict[str, np.ndarray]], object] | None = None,
     ) -> None:
         self.sink = sink
-        self._num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
+        self.num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
         if max_episode_length is not None:
             max_episode_length = integer("max_episode_length", max_episode_length, 1)
             if max_episode_length > sink.episode_capacity:
@@ -221,11 +192,6 @@ class EpisodeWriter:
         return self.sink.fields
 
     @property
-    def num_envs(self) -> int | None:
-        """N, None before it is known."""
-        return self._num_envs if self._accumulator is None else self._accumulator.num_envs
-
-    @property
     def num_open_rows(self) -> int:
         """Steps in open episodes."""
         return 0 if self._accumulator is None else self._accumulator.num_open_rows
@@ -237,8 +203,8 @@ class EpisodeWriter:
         sizes = [len(flag) for flag in flags.values() if not isinstance(flag, bool)]
         if 0 in sizes:
             raise ValueError("A flag has shape (0,), expected one for each of at least one environment.")
-        if self._num_envs is not None:
-            return () if self._num_envs == 1 and not sizes else (self._num_envs,)
+        if self.num_envs is not None:
+            return () if self.num_envs == 1 and not sizes else (self.num_envs,)
         if sizes:
             return (max(sizes),)
         row = Fields.from_rows(step_data, 0)
@@ -278,16 +244,16 @@ class EpisodeWriter:
             self._check_fields(fields)
         # Now, so that no other writer settles other fields while episodes are open here.
         self.sink.settle_fields(fields)
-        self.leading = leading
+        self.leading, self.num_envs = leading, leading[0] if leading else 1
         self._accumulator = Accumulator(
-            fields, leading[0] if leading else 1, self.sink.episode_capacity, self._max_episode_length, self._outbox.put
+            fields, self.num_envs, self.sink.episode_capacity, self._max_episode_length, self._outbox.put
         )
 
 
 class _Outbox:
     """Passes episodes to the sink. Keeps copies of those that wait, oldest first, and the sink's last error."""
 
-    def __init__(self, sink: EpisodeSink, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
+    def __init__(self, sink: EpisodeDataset, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored
         self.waiting: deque[dict[str, np.ndarray]] = deque()
         self.error: Exception | None = None
