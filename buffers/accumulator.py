@@ -1,11 +1,11 @@
 """Accumulator: rows with boundaries in, complete episodes out.
 
-A row lies in memory as one record, all fields side by side, and each environment has a contiguous run of them, so that
-adding a row of N environments touches N places, and a finished episode is one slice.
+A row is one record in memory, with all fields side by side, and the open rows of an environment are contiguous. So
+adding a row of N environments writes to N addresses, and a complete episode is one slice.
 
-    env 0    # # # # . . . .        4 rows open: the next goes to place 0 * room + 4
-    env 1    # . . . . . . .        1 row open:                        1 * room + 1
-    env 2    # # # # # # . .        6 rows open:                       2 * room + 6
+    env 0    # # # # . . . .        4 rows open: the next is written at 0 * room + 4
+    env 1    # . . . . . . .        1 row open:                         1 * room + 1
+    env 2    # # # # # # . .        6 rows open:                        2 * room + 6
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from buffers.fields import Fields
 __all__ = ["Accumulator"]
 
 _INITIAL_ROOM = 64
-# Up to so many environments are written one by one; for more, one pass over all of them is faster.
+# Up to this many environments are written one by one; for more, one pass over all of them is faster.
 _FEW = 6
-# Small records of many environments are put together before they are scattered, which saves cache misses.
-_MANY = 64
-_SMALL_RECORD = 1024
+# From this many environments on, records of up to this many bytes are assembled before they are scattered: each address
+# is then written once, not once a field.
+_MANY, _SMALL_RECORD = 64, 1024
 _VIEWS = ("_columns", "_items", "_whole_rows", "_whole_packed")
 
 
@@ -36,8 +36,8 @@ class Accumulator:
         num_envs: N.
         max_rows: A longer episode is refused.
         cut_after: Rows after which an open episode counts as complete; None to never cut.
-        emit: Takes each complete episode, `name -> (L, *shape)`, as views that are valid during the call only. The
-            episode is closed before the call.
+        emit: Called with each complete episode, `name -> (L, *shape)`, once it is closed. The arrays are views, valid
+            during the call only.
     """
 
     def __init__(
@@ -50,18 +50,17 @@ class Accumulator:
     ) -> None:
         self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
         self._emit = emit
-        self._limit = max_rows if cut_after is None else min(cut_after, max_rows)
         self._record = _record_of(fields, {})
         self._is_packed = num_envs >= _MANY and self._record.itemsize <= _SMALL_RECORD
         self._packed, self._rows = np.empty(num_envs, self._record), np.empty(0, self._record)
-        # Where the run of each environment begins, and its next row goes.
+        # Where the rows of each environment begin, and where its next row goes.
         self._begin = self._next = np.zeros(num_envs, np.int64)
-        # No open episode is longer than this; the exact length is found only when it matters.
+        # An upper bound on the length of all open episodes, made exact only when it reaches `_full`.
         self._longest = 0
         self._set_room(_INITIAL_ROOM)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of views would be arrays of their own.
+        # Copies of views would no longer share memory.
         return {name: value for name, value in self.__dict__.items() if name not in _VIEWS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -74,7 +73,7 @@ class Accumulator:
         return int((self._next - self._begin).sum())
 
     def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
-        """`add_rows` for the only environment, whose row is `(*shape)` a field."""
+        """`add_rows` for a single environment, with `(*shape)` a field."""
         if is_first:
             self._close(0)
         length = int(self._next[0])
@@ -93,13 +92,13 @@ class Accumulator:
         is_last: np.ndarray | None = None,
         mask: np.ndarray | None = None,
     ) -> None:
-        """Append one row of every environment under the mask; only those that complete an episode are visited.
+        """Append one row of every environment under the mask.
 
         Args:
             rows: `(N, *shape)` a field, in the order of the fields.
-            is_first: bool `(N,)`, the rows before this one are complete.
-            is_last: bool `(N,)`, with this row, the episode is complete.
-            mask: bool `(N,)`; elsewhere, the other two mean nothing.
+            is_first: bool `(N,)`: the rows before this one are a complete episode.
+            is_last: bool `(N,)`: the episode is complete with this row.
+            mask: bool `(N,)`: False where there is no row, and the other two flags are ignored; None for all True.
 
         Raises:
             ValueError: An episode would be longer than `max_rows`; nothing has changed.
@@ -117,7 +116,7 @@ class Accumulator:
             self._close_all(self._next - self._begin == self.cut_after, None)
 
     def flush(self, mask: np.ndarray | None = None, **changes: Any) -> None:
-        """Complete open episodes, those under the mask or all, with changes to fields of their last rows."""
+        """Complete the open episodes under the mask, or all, after setting the fields `changes` of their last rows."""
         is_open = self._next > self._begin
         if mask is not None:
             is_open &= mask
@@ -126,22 +125,22 @@ class Accumulator:
         self._close_all(is_open, None)
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
-        """Put a row behind each open episode, to which it belongs once the lengths say so."""
+        """Write a row behind each open episode, masked or not: it counts only once `_next` has moved past it."""
         envs = None if mask is None else mask.nonzero()[0]
         if envs is not None and len(envs) <= _FEW:
             for env in envs.tolist():
-                place = self._next[env]
+                position = self._next[env]
                 for column, values in zip(self._columns, rows, strict=True):
-                    column[place] = values[env]
+                    column[position] = values[env]
             return
-        places = slice(None) if self._is_packed else self._next
+        positions = slice(None) if self._is_packed else self._next
         for (items, item), array in zip(self._items, rows, strict=True):
-            items[places] = array if item is None else np.frombuffer(np.ascontiguousarray(array), item)
+            items[positions] = array if item is None else np.frombuffer(np.ascontiguousarray(array), item)
         if self._is_packed:
             self._whole_rows[self._next] = self._whole_packed
 
     def _make_room(self, is_first: np.ndarray | None, mask: np.ndarray | None) -> None:
-        """Ensure that a row can follow every open episode; also where none comes, as `_write` puts one there."""
+        """Ensure that a row can be written behind every open episode, masked or not."""
         lengths = self._next - self._begin
         self._longest = int(lengths.max())
         if is_first is not None:
@@ -156,11 +155,11 @@ class Accumulator:
             self._set_room(2 * self._room)
 
     def _set_room(self, room: int) -> None:
-        room = min(room, self._limit + 1)
+        room = min(room, 1 + (self.max_rows if self.cut_after is None else min(self.cut_after, self.max_rows)))
         lengths, begin = self._next - self._begin, np.arange(self.num_envs) * room
         rows = np.empty(self.num_envs * room, self._record)
         for env in lengths.nonzero()[0].tolist():
-            # Memory that is never touched is never used.
+            # One by one, because memory that is never touched takes no room.
             rows[begin[env] : begin[env] + lengths[env]] = self._rows[self._begin[env] : self._next[env]]
         self._rows, self._begin, self._next = rows, begin, begin + lengths
         self._room, self._full = room, min(room, self.max_rows)
@@ -170,7 +169,7 @@ class Accumulator:
         self._columns = [self._rows[name] for name in self.fields.names]
         whole = np.dtype((np.void, self._record.itemsize))
         self._whole_rows, self._whole_packed = self._rows.view(whole), self._packed.view(whole)
-        # The values of N environments are moved as opaque items; single numbers as they are, where numpy has them.
+        # Values of several numbers are copied as opaque items of so many bytes, which numpy does faster.
         target = self._packed if self._is_packed else self._rows
         items = {
             name: np.dtype((np.void, field.nbytes))
@@ -192,7 +191,7 @@ class Accumulator:
 
 
 def _record_of(fields: Fields, items: dict[str, np.dtype]) -> np.dtype:
-    # The largest numbers come first, so that all are aligned.
+    # Largest numbers first, so that all are aligned.
     names = sorted(fields.names, key=lambda name: -fields[name].dtype.itemsize)
     sizes = [fields[name].nbytes for name in names]
     alignment = max(fields[name].dtype.itemsize for name in names)

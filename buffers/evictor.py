@@ -1,41 +1,27 @@
-"""Evictors: which episode leaves when another needs its room."""
+"""Evictors: which episode is evicted when another needs its room."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from buffers.table import EpisodeTable
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
 
-__all__ = ["Evictable", "Evictor", "FIFOEvictor"]
-
-
-class Evictable(Protocol):
-    """What an evictor sees of a dataset."""
-
-    capacity: int
-    table: EpisodeTable
-
-    @property
-    def num_episodes(self) -> int:
-        """Live episodes."""
-
-    @property
-    def episode_lengths(self) -> list[int]:
-        """Steps of each live episode, oldest first."""
+__all__ = ["Evictor", "FIFOEvictor"]
 
 
 class Evictor(ABC):
-    """Chooses the episode that leaves when another needs its room."""
+    """Chooses the episode that is evicted when another needs its room."""
 
     @abstractmethod
-    def evict(self, dataset: Evictable) -> int:
-        """The index of an episode, 0 for the oldest, of a dataset with at least one; called until there is room."""
+    def evict(self, dataset: EpisodeDataset) -> int:
+        """Return the index of an episode, 0 for the oldest; called until there is room, never without an episode."""
 
 
 class FIFOEvictor(Evictor):
-    """The oldest episode leaves first."""
+    """Evicts the oldest episode first."""
 
-    def evict(self, dataset: Evictable) -> int:
-        """Choose the oldest episode, index 0."""
+    def evict(self, dataset: EpisodeDataset) -> int:
+        """Return 0, the index of the oldest."""
         return 0

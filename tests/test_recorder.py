@@ -440,6 +440,16 @@ def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)[2:]] == [[0.0, 1.0, 1.0]] * 2
 
 
+def test_a_recorder_goes_on_in_a_buffer_that_had_steps_of_one_environment_without_an_axis() -> None:
+    buffer = make_buffer(num_envs=1)
+    row = {"obs": 0.5, "action": 1, "reward": 1.0, "terminated": True, "truncated": False, "is_first": True}
+    buffer.add_step(row, True)
+    recorder = Recorder(buffer, None, "disabled")
+    recorder.reset(np.float64(1.0))
+    recorder.step(np.int32(2), 2.0, 1.0, True, False)
+    assert [episode["obs"].tolist() for episode in recorded(buffer)] == [[0.5], [1.0, 2.0]]
+
+
 def test_a_dataset_of_other_fields_is_refused_and_keeps_its_episodes() -> None:
     info = EpisodeDatasetInfo(Fields(obs=Vector(3), reward=Scalar()))
     buffer = ReplayBuffer(RingBufferDataset(100, info), batch_size=1)

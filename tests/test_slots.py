@@ -68,13 +68,13 @@ def test_slots_are_used_again_unless_batches_are_kept() -> None:
         assert function is _unpack
         batch = function(*arguments)
         assert (batch["x"] == n).all() and (batch["y"] == n).all()
-        is_extra = arguments[2]
-        assert is_extra is (len(kept) >= 2)
+        is_single_use = arguments[2]
+        assert is_single_use is (len(kept) >= 2)
         if n >= 10:
             kept.append(batch)
         del batch
     assert all((batch["x"] == 10 + i).all() for i, batch in enumerate(kept))
-    assert len(slots._parting) == 1
+    assert len(slots._open) == 2
 
 
 def test_a_batch_of_a_worker_that_is_gone_is_an_error() -> None:
