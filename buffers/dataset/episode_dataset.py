@@ -160,10 +160,9 @@ class EpisodeDataset(EpisodeSource):
         if conflict is not None:
             raise ValueError(f"The fields differ from those of the dataset: {conflict}.")
 
-    def tell_fields(self, fields: Fields) -> bool:
-        """As `settle_fields`; True."""
+    def tell_fields(self, fields: Fields) -> None:
+        """As `settle_fields`."""
         self.settle_fields(fields)
-        return True
 
     def check(self, rows: dict[str, np.ndarray]) -> None:
         """ValueError for rows that this dataset, or one behind it, could not give back as they are."""

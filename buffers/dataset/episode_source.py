@@ -246,9 +246,8 @@ class EpisodeSource(IterableDataset, ABC):
     def _find_fields(self) -> None:
         """Settle the fields, if they can be known without an episode."""
 
-    def tell_fields(self, fields: Fields) -> bool:
-        """Settle the fields before there is an episode; whether that is possible."""
-        return False
+    def tell_fields(self, fields: Fields) -> None:
+        """Settle the fields before there is an episode, if that is possible."""
 
     @property
     def num_episodes(self) -> int:

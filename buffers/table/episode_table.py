@@ -53,7 +53,7 @@ class EpisodeTable:
         self._state = other._state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_state": self._state, "_cumulations": {}}
+        return {**self.__dict__, "_cumulations": {}}
 
     def __len__(self) -> int:
         return self._state.last - self._state.first
