@@ -17,11 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
-import torch
 
 from buffers.dataset.composing.mixture_fields import common_fields
 from buffers.dataset.composing.weights import Float64Array, SharedWeights, shares
-from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.printing import counts_line
 from buffers.fields import Fields
 from buffers.sampler import Sampler
@@ -187,7 +186,7 @@ class MixtureDataset(EpisodeSource):
         """The member of each window, int64 `(B,)`."""
         return self._member_of_leaf[windows.source]
 
-    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+    def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
         assert windows.source is not None  # It was drawn here.
         whole = np.ones(len(windows), np.bool_)
         bounds = [0, *(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]
@@ -266,7 +265,7 @@ def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
     return Windows(max(part.length for part in parts), **columns, weight=np.concatenate(weights), source=source)
 
 
-def _read_part(leaf: EpisodeSource, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+def _read_part(leaf: EpisodeSource, windows: Windows, out: Rows) -> np.ndarray | None:
     longest = int(windows.num_rows.max())
     if longest == windows.length:
         return leaf.read(windows, out)[1]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from buffers.fields import TensorType, as_tensor
-from buffers.sharing.huge_pages import HugePages
+from buffers.sharing import SharedArrays
 
 __all__ = ["Column"]
 
@@ -24,26 +24,27 @@ _GRAIN = 1 << 15
 class Column:
     """The storage of one field: `(capacity, *shape)` of type `stored`, read as `dtype`.
 
-    On a CPU, it lies in `array`; `pages` makes its pages huge.
+    On a CPU it is the array `name` of `memory`.
     """
 
     def __init__(
         self,
-        capacity: int,
+        name: str,
         stored: TensorType,
         dtype: torch.dtype,
+        capacity: int,
         device: torch.device,
-        array: np.ndarray | None = None,
-        pages: HugePages | None = None,
+        memory: SharedArrays | None,
     ) -> None:
-        self.capacity, self.stored, self.array = capacity, stored, array
+        self.capacity, self.stored = capacity, stored
         self._read_as, self._needs_cast = TensorType(stored.shape, dtype), dtype != stored.dtype
-        # Rows before `_num_paged` need no more pages.
-        self._pages, self._num_paged = pages, capacity if pages is None else 0
-        if array is not None:
-            self.tensor = as_tensor(array, stored)
-        else:
+        if memory is None:
+            self.array, self._pages = None, None
             self.tensor = torch.empty((capacity, *stored.shape), dtype=stored.dtype, device=device)
+        else:
+            self.array, self._pages = memory[name], memory.huge_pages(name)
+            self.tensor = as_tensor(self.array, stored)
+        self._num_paged = 0  # Rows before this one need no more huge pages.
         self._word = _word(stored)
         self._rows = self._in_words(self.tensor)
         self._views: dict[int, torch.Tensor] = {}
@@ -52,13 +53,11 @@ class Column:
         """Copy rows `(L, *shape)` to the offsets from `offset` on."""
         end, array = offset + len(rows), self.array
         if array is not None:
-            if end > self._num_paged and self._pages is not None:
+            if self._pages is not None and end > self._num_paged:
                 self._num_paged = self._pages.reach(end)
             array[offset:end] = rows
             return
-        # `torch.tensor` cannot read bfloat16, which is opaque to numpy; `as_tensor` cannot cast.
-        is_opaque = self.tensor.dtype == torch.bfloat16
-        self.tensor[offset:end].copy_(as_tensor(rows.copy(), self.stored) if is_opaque else torch.tensor(rows))
+        self.tensor[offset:end].copy_(as_tensor(rows.astype(self.stored.numpy_dtype), self.stored))
 
     def gather(self, offsets: torch.Tensor, length: int, out: torch.Tensor) -> None:
         """Copy `out[b] = rows[offsets[b] : offsets[b] + length]`, for offsets `(B,)` up to capacity - length."""

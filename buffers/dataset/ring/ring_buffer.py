@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.ring.column import Column
 from buffers.evictor import Evictor, FIFOEvictor
@@ -75,7 +76,7 @@ class RingBufferDataset(EpisodeDataset):
             )
         self.device = _usable_device(device)
         self.half_precision = self.refuses_values = bool(half_precision)
-        self._memory: SharedArrays | None = None
+        # Its memory holds the rows, too. None on a GPU.
         self._published: PublishedTable | None = None
         # Rows before this step id may be overwritten.
         self._oldest_step = 0
@@ -89,7 +90,7 @@ class RingBufferDataset(EpisodeDataset):
             if self.device.type == "cpu":
                 rows = {name: ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
                 # Episodes leave in order, so a published table of this size never has to move a live one.
-                self._memory = SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)})
+                self._published = PublishedTable(SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)}))
             self._set_columns(fields)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             size = format_bytes(sum(field.nbytes for field in stored.values()) * self.capacity)
@@ -99,15 +100,12 @@ class RingBufferDataset(EpisodeDataset):
             ) from None
 
     def _set_columns(self, fields: Fields) -> None:
-        memory = self._memory
-        if memory is not None:
-            self._published = PublishedTable(memory)
+        memory = None if self._published is None else self._published.memory
         self._item_gathers: dict[tuple[int, int, int], ItemGathers] = {}
-        self._columns: dict[str, Column] = {}
-        for name, field in fields.items():
-            array = None if memory is None else memory[f"rows/{name}"]
-            pages = None if memory is None else memory.huge_pages(f"rows/{name}")
-            self._columns[name] = Column(self.capacity, self.stored_type(field), field.dtype, self.device, array, pages)
+        self._columns = {
+            name: Column(f"rows/{name}", self.stored_type(field), field.dtype, self.capacity, self.device, memory)
+            for name, field in fields.items()
+        }
 
     def stored_type(self, field: TensorType) -> TensorType:
         """The type of a field in memory: float16 for float32 with `half_precision`, else the same."""
@@ -126,7 +124,7 @@ class RingBufferDataset(EpisodeDataset):
 
     def check_writable(self) -> None:
         """RuntimeError in any process but the one that made the ring."""
-        # Not `Process.number`, which may be wrong after a fork in C: a second writer would destroy the data.
+        # Ask the kernel: `Process.number` is stale after a fork outside of Python, and a second writer destroys data.
         if os.getpid() != self._writer:
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
@@ -159,7 +157,7 @@ class RingBufferDataset(EpisodeDataset):
         if self._published is not None:
             self._published.retire(self._oldest_step)
 
-    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+    def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
         offsets, last_offset = windows.start % self.capacity, self.capacity - windows.length
         # The padding of whole episodes may reach beyond the end of the ring: read those row by row.
         late = (offsets > last_offset).nonzero()[0]
@@ -172,9 +170,7 @@ class RingBufferDataset(EpisodeDataset):
                 self._columns[name].gather_rows(self._on_device(rows), self._on_device(late), tensor)
         return self._which_are_whole(windows)
 
-    def read(
-        self, windows: Windows, out: dict[str, torch.Tensor] | None = None
-    ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
+    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`."""
         if out is None:
             size = (len(windows.start), windows.length, torch.get_num_threads())
@@ -232,18 +228,17 @@ class RingBufferDataset(EpisodeDataset):
         state = self.__dict__.copy()
         state.pop("_item_gathers", None)
         columns = state.pop("_columns", {})
-        if self._memory is None:
+        if self._published is None:
             state["tensors"] = {name: column.tensor for name, column in columns.items()}
         else:
             state["table"], state["_drawn_table"] = EpisodeTable(), EpisodeTable()
-            state.pop("_published")
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tensors = state.pop("tensors", {})
         self.__dict__.update(state)
         # An unpickled ring is a reader, even in the writer's process; on a GPU it has its own data.
-        self._writer = Process.number if self._memory is None else -1
+        self._writer = Process.number if self._published is None else -1
         if self._fields is not None:
             self._set_columns(self._fields)
         for name, tensor in tensors.items():
