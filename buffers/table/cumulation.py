@@ -75,6 +75,7 @@ class Cumulation:
             rows += self._ends.take(rows) <= totals
             if self._max_steps > 1:
                 late = (self._ends.take(rows) <= totals).nonzero()[0]
-                live = self._totals[self.first : self.counted + 1]
-                rows[late] = live.searchsorted(totals[late], "right") - 1 + self.first
+                if len(late):  # Searching nothing would still let other threads run meanwhile.
+                    live = self._totals[self.first : self.counted + 1]
+                    rows[late] = live.searchsorted(totals[late], "right") - 1 + self.first
         return rows, totals - self._totals.take(rows)
