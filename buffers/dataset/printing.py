@@ -26,7 +26,7 @@ def counts_line(source: EpisodeSource) -> str:
 
 
 def fields_table(source: EpisodeSource) -> str:
-    """A table of the fields, one line each: type, dtype, shape, and the bytes that they take."""
+    """A table of the fields, a line each: type, dtype, shape, bytes."""
     if source.fields is None:
         return "(no fields yet: the first episode decides)"
     sizes = bytes_per_step(source)
@@ -44,5 +44,5 @@ def fields_table(source: EpisodeSource) -> str:
 
 
 def bytes_per_step(source: EpisodeSource) -> dict[str, int]:
-    """The bytes that each field takes for a stored step, by the field's name."""
+    """The bytes of a stored step, by the name of the field."""
     return {name: source.stored_type(field).nbytes for name, field in (source.fields or {}).items()}
