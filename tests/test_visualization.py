@@ -217,6 +217,47 @@ print("matplotlib.pyplot" in sys.modules, settings()["backend"].__class__.__name
     assert found.stdout.split() == ["False", "object"]
 
 
+def test_a_script_writes_a_picture_to_output_and_shows_nothing(tmp_path: Path, live: Any) -> None:
+    dataset = dataset_of(None, tagged.episode(5, 0))
+    visualizer, batch = MatplotlibVisualizer(dataset), next(iter(dataset.get_loader(2, 3)))
+    for name, magic in (("a.png", b"\x89PNG"), ("b.pdf", b"%PDF")):
+        pictures = tmp_path / f"batch-{name}", tmp_path / f"dataset-{name}", tmp_path / f"method-{name}"
+        visualizer.visualize(batch, output=pictures[0])
+        plot_dataset(dataset, output=str(pictures[1]))
+        visualizer.plot_dataset(output=pictures[2])
+        assert [path.read_bytes().startswith(magic) for path in pictures] == [True] * 3
+    assert live.get_fignums() == []
+
+
+INTERACTIVE = """
+from tests.figure_helpers import dataset_of, film
+from buffers.visualization import MatplotlibVisualizer
+visualizer, batch = MatplotlibVisualizer(dataset_of()), {"image": film(5)}
+"""
+
+
+@pytest.mark.parametrize("magic", ["", "%matplotlib widget"])
+def test_a_cell_of_a_notebook_shows_an_interactive_figure_once(magic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    if magic:
+        pytest.importorskip("ipympl")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cells = [
+        f"{magic}\n{INTERACTIVE}",
+        "visualizer.visualize(batch, interactive=True)",
+        "from matplotlib import pyplot\npyplot.plot([1]);",
+        "figure = visualizer.visualize(batch, interactive=True)",
+        "figure",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
+    # Widgets come with a picture, for viewers that cannot run them. `pyplot.plot` draws into the widget shown before.
+    shown = [[output.get("data", {}) for output in cell.outputs] for cell in notebook.cells]
+    assert [len(outputs) for outputs in shown] == [0, 1, 0 if magic else 1, 0, 1]
+    kind = "application/vnd.jupyter.widget-view+json" if magic else "image/png"
+    assert kind in shown[1][0] and kind in shown[4][0]
+
+
 def test_a_notebook_shows_a_figure_without_pyplot() -> None:
     figure = draw({"x": torch.zeros(1, 3)})
     assert figure._repr_png_().startswith(b"\x89PNG")
@@ -321,4 +362,4 @@ def test_without_matplotlib_the_error_names_the_extra() -> None:
     assert found.returncode == 1
     assert "ImportError: `buffers.visualization` needs matplotlib" in found.stderr
     assert "pip install 'buffers[extras]'" in found.stderr
-    assert "in <module>\n    from matplotlib.figure import Figure" in found.stderr
+    assert "in <module>\n    from matplotlib.backends.backend_agg import FigureCanvasAgg" in found.stderr

@@ -1,15 +1,21 @@
 """Pictures of datasets and batches, drawn with matplotlib. No other module imports it.
 
-    figure = MatplotlibVisualizer(dataset).visualize(buffer.sample())
-    figure.savefig("batch.png")
+    MatplotlibVisualizer(dataset).visualize(buffer.sample(), output="batch.png")
 
-Figures are not registered with pyplot: their memory is freed when the last reference goes, `plt.show()` does not show
-them, and no backend is chosen. A notebook shows a figure that is the last value of a cell or is passed to `display`.
+Drawing shows nothing yet. A notebook shows a figure that is the last value of a cell or is passed to `display`. A
+script writes it to a file with `output=`, or opens a window:
+
+    MatplotlibVisualizer(dataset).visualize(buffer.sample(), interactive=True)
+    matplotlib.pyplot.show()
+
+Figures that are not interactive are not registered with pyplot: their memory is freed when the last reference goes,
+`pyplot.show()` does not show them, and no backend is chosen.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import Any, final
@@ -18,6 +24,7 @@ import numpy as np
 import torch
 
 try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(
@@ -81,7 +88,13 @@ class MatplotlibVisualizer:
         self.dataset = dataset
 
     def visualize(
-        self, batch: Any, batch_index: int = 0, *, merge_pointclouds: bool = False, interactive: bool = False
+        self,
+        batch: Any,
+        batch_index: int = 0,
+        *,
+        merge_pointclouds: bool = False,
+        interactive: bool = False,
+        output: str | os.PathLike[str] | None = None,
     ) -> Figure:
         """Draw one sequence of a batch.
 
@@ -94,14 +107,17 @@ class MatplotlibVisualizer:
             batch_index: Which sequence; negative numbers count from the end.
             merge_pointclouds: Draw the points of up to 12 steps in one picture, coloured by step.
             interactive: Add a slider over the steps. It needs an interactive pyplot backend (in a notebook,
-                `%matplotlib widget` with ipympl). The figure then belongs to pyplot: close it with `plt.close`.
+                `%matplotlib widget` with ipympl). The figure then belongs to pyplot: a script shows it with
+                `pyplot.show()`; close it with `pyplot.close(figure)`.
+            output: A file to write the figure to, .png, .pdf or .svg.
 
         Returns:
-            The figure, 9 inches wide.
+            The figure, 9 inches wide. It is not shown.
 
         Raises:
             TypeError: `batch` is not a batch.
             ValueError: `batch_index` is out of range, or sequences have no steps.
+            OSError: `output` cannot be written.
         """
         sequence = read_sequence(batch, batch_index, self.dataset.fields)
         panels = [_panel_for(track, sequence.timeline, merge_pointclouds, interactive) for track in sequence.tracks]
@@ -119,14 +135,18 @@ class MatplotlibVisualizer:
         _add_head(figure, grid[0], sequence)
         if interactive:
             _add_slider(figure, grid[-1], panels, sequence.timeline)
+        if output is not None:
+            figure.savefig(output)
         return figure
 
-    def plot_dataset(self) -> Figure:
+    def plot_dataset(self, *, output: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the dataset itself: `plot_dataset(self.dataset)`."""
-        return plot_dataset(self.dataset)
+        return plot_dataset(self.dataset, output=output)
 
 
-def plot_dataset(dataset: EpisodeSource, *, max_episodes: int = 500) -> Figure:
+def plot_dataset(
+    dataset: EpisodeSource, *, max_episodes: int = 500, output: str | os.PathLike[str] | None = None
+) -> Figure:
     """Draw what a dataset holds: lengths and returns of its episodes, oldest first, its fill, and bytes by field.
 
     Returns are drawn if there is a scalar field `reward`. All episodes are read for them, or evenly spaced ones if all
@@ -135,13 +155,15 @@ def plot_dataset(dataset: EpisodeSource, *, max_episodes: int = 500) -> Figure:
     Args:
         dataset: A dataset or a mixture.
         max_episodes: How many episodes are read at most.
+        output: A file to write the figure to, .png, .pdf or .svg.
 
     Returns:
-        The figure, 9 inches wide.
+        The figure, 9 inches wide. It is not shown.
 
     Raises:
         TypeError: `dataset` is not an EpisodeSource, or `max_episodes` is not an integer.
         ValueError: `max_episodes` is negative.
+        OSError: `output` cannot be written.
     """
     _check_source(dataset)
     max_episodes = integer("max_episodes", max_episodes, 0)
@@ -150,6 +172,8 @@ def plot_dataset(dataset: EpisodeSource, *, max_episodes: int = 500) -> Figure:
     draw_overview(figure, dataset, max_episodes)
     name = f"{type(dataset).__name__}: {dataset.num_episodes:,} episodes, {dataset.num_timesteps:,} steps"
     figure.suptitle(name, x=0.01, ha="left", fontsize=10)
+    if output is not None:
+        figure.savefig(output)
     return figure
 
 
@@ -168,13 +192,31 @@ class _StaticFigure(Figure):
         return picture.getvalue()
 
 
+class _PyplotFigure(_StaticFigure):
+    """A figure of pyplot's that a notebook shows as its widget, or else as a picture."""
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        if hasattr(self.canvas, "_repr_mimebundle_"):
+            return self.canvas._repr_mimebundle_(**options)
+        if type(self.canvas) is FigureCanvasAgg:
+            # The inline backend, too, closes what it shows. Else the next cell that draws would show it again.
+            from matplotlib import pyplot
+
+            pyplot.close(self)
+        return {}
+
+
 def _new_figure(height: float, interactive: bool) -> Figure:
     if not interactive:
         return _StaticFigure(figsize=(_WIDTH, height), layout="constrained")
     # Only pyplot can make a figure of the interactive backend.
     from matplotlib import pyplot
 
-    return pyplot.figure(figsize=(_WIDTH, height), layout="constrained")
+    # Load the backend, which may turn the interactive mode on: only then can it be turned off for a while.
+    pyplot.draw_if_interactive()
+    # In the interactive mode, a notebook would show the figure twice: as new, and as the value of the cell.
+    with pyplot.ioff():
+        return pyplot.figure(figsize=(_WIDTH, height), layout="constrained", FigureClass=_PyplotFigure)
 
 
 def _panel_for(track: Track, timeline: Timeline, merge: bool, interactive: bool) -> Panel:
