@@ -313,6 +313,17 @@ def test_marks_of_images_move_with_their_frames(live: Any) -> None:
         assert len(verticals(ax, "--")) == num_marks
 
 
+def test_the_slider_moves_stacked_frames_and_clouds_of_several_fields(live: Any) -> None:
+    stack = torch.arange(30, dtype=torch.uint8).view(1, 30, 1, 1, 1).expand(1, 30, 4, 8, 8)
+    batch = {"stack": stack, "left": clouds(list(range(30)), size=30), "right": clouds([1] * 30)}
+    figure = draw(batch, interactive=True, pointclouds=("left", "right"), merge_fields=True)
+    figure.time_slider.set_val(17)
+    frames = [int(image.get_array()[0, 0, 0]) for image in axes_of(figure, "stack").images]
+    assert frames == [step for step in range(12, 22) for _ in range(4)]
+    (cloud,) = clouds_of(figure)
+    assert caption(cloud) == "step 17: 18 points"
+
+
 def test_an_interactive_figure_and_its_slider_belong_to_pyplot(live: Any) -> None:
     before = live.get_fignums()
     figure = draw({"x": torch.zeros(1, 1)}, interactive=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -32,7 +32,7 @@ except ImportError as error:
     ) from error
 
 from buffers.dataset.episode_source import EpisodeSource
-from buffers.fields import ColorImage, PaddedPointcloud
+from buffers.fields import ColorImage, PaddedPointcloud, Scalar, TensorType
 from buffers.utils import integer
 from buffers.viewing.overview import draw_overview, has_returns
 from buffers.viewing.panels import (
@@ -51,7 +51,7 @@ from buffers.viewing.panels import (
     shorten,
 )
 from buffers.viewing.scenes import Filmstrip, PointClouds
-from buffers.viewing.tracks import DrawnSequence, Timeline, Track, read_sequence
+from buffers.viewing.tracks import DrawnSequence, Timeline, Track, joined, read_sequence
 
 __all__ = ["MatplotlibVisualizer", "plot_dataset"]
 
@@ -61,6 +61,8 @@ _WIDTH = 9.0
 _AXIS_HEIGHT, _HEAD_HEIGHT, _LEGEND_HEIGHT, _SLIDER_HEIGHT = 0.35, 0.35, 0.15, 0.2
 # Renderers refuse pictures of 65,536 pixels or more, so hundreds of rows are squeezed.
 _MAX_HEIGHT = 300.0
+# Smaller arrays are taken for matrices, and those of more dimensions or frames for neither.
+_MIN_SIDE, _MAX_STACK = 8, 8
 
 
 @final
@@ -69,9 +71,9 @@ class MatplotlibVisualizer:
 
     | field | panel |
     |---|---|
-    | `ColorImage` | a filmstrip of at most 10 steps |
+    | `ColorImage`, and uint8 or floats `(H, W)` or `(k, H, W)` of at least 8 x 8 | a filmstrip of at most 10 steps |
     | `Scalar`, or `Vector` of at most 7 | lines, stepped for integers |
-    | the same with dtype bool | a mark where the value is True |
+    | the same with dtype bool | a mark where the value is True; flags that are never True share a row |
     | a larger `Vector`, or more dimensions (flattened) | a heat map |
     | `PaddedPointcloud` | points in 3-D, at 4 steps or merged |
 
@@ -92,7 +94,9 @@ class MatplotlibVisualizer:
         batch: Any,
         batch_index: int = 0,
         *,
+        pointclouds: str | Collection[str] = (),
         merge_pointclouds: bool = False,
+        merge_fields: bool = False,
         interactive: bool = False,
         output: str | os.PathLike[str] | None = None,
     ) -> Figure:
@@ -105,7 +109,10 @@ class MatplotlibVisualizer:
             batch: `field -> (B, T, *shape)`, nested like the steps, on any device. It is not changed. Only an
                 interactive figure keeps a reference to it.
             batch_index: Which sequence; negative numbers count from the end.
+            pointclouds: Names of float fields that are point clouds, besides those that the dataset declares:
+                `(n, 3)`, or `(n, 4)` with a mask, where points of mask 0 are left out.
             merge_pointclouds: Draw the points of up to 12 steps in one picture, coloured by step.
+            merge_fields: Draw the point clouds of all fields in one picture, coloured by field.
             interactive: Add a slider over the steps. It needs an interactive pyplot backend (in a notebook,
                 `%matplotlib widget` with ipympl). The figure then belongs to pyplot: a script shows it with
                 `pyplot.show()`; close it with `pyplot.close(figure)`.
@@ -116,11 +123,15 @@ class MatplotlibVisualizer:
 
         Raises:
             TypeError: `batch` is not a batch.
-            ValueError: `batch_index` is out of range, or sequences have no steps.
+            ValueError: `batch_index` is out of range, sequences have no steps, or `pointclouds` names what is none.
             OSError: `output` cannot be written.
         """
-        sequence = read_sequence(batch, batch_index, self.dataset.fields)
-        panels = [_panel_for(track, sequence.timeline, merge_pointclouds, interactive) for track in sequence.tracks]
+        named = (pointclouds,) if isinstance(pointclouds, str) else tuple(pointclouds)
+        sequence = read_sequence(batch, batch_index, self.dataset.fields, named)
+        panels = [
+            _panel_for(tracks, sequence.timeline, merge_pointclouds, interactive)
+            for tracks in _rows_of(sequence, merge_fields)
+        ]
         has_axis = [
             isinstance(panel, TimePanel) and not (i + 1 < len(panels) and isinstance(panels[i + 1], TimePanel))
             for i, panel in enumerate(panels)
@@ -219,17 +230,41 @@ def _new_figure(height: float, interactive: bool) -> Figure:
         return pyplot.figure(figsize=(_WIDTH, height), layout="constrained", FigureClass=_PyplotFigure)
 
 
-def _panel_for(track: Track, timeline: Timeline, merge: bool, interactive: bool) -> Panel:
+def _rows_of(sequence: DrawnSequence, merge_fields: bool) -> list[list[Track]]:
+    """The tracks of each row of the figure: mostly one, but flags that are never set share a row, as may clouds."""
+    rows: dict[tuple[str, ...], list[Track]] = {}
+    for track in sequence.tracks:
+        kind = track.kind
+        if merge_fields and isinstance(kind, PaddedPointcloud) and 0 not in kind.shape:
+            key: tuple[str, ...] = ("point clouds",)
+        elif kind == Scalar((), torch.bool) and not track.rows()[sequence.timeline.is_real].any():
+            key = ("flags",)
+        else:
+            key = ("field", track.name)
+        rows.setdefault(key, []).append(track)
+    return list(rows.values())
+
+
+def _panel_for(tracks: list[Track], timeline: Timeline, merge: bool, interactive: bool) -> Panel:
+    track = joined(tracks)
     kind = track.kind
     if 0 in kind.shape:
         return EmptyField(track, timeline)
-    if isinstance(kind, ColorImage):
+    if isinstance(kind, ColorImage) or _looks_like_frames(kind):
         return Filmstrip(track, timeline)
     if isinstance(kind, PaddedPointcloud):
-        return PointClouds(track, timeline, merge, single=interactive)
+        return PointClouds(tracks, timeline, merge, single=interactive)
     if len(kind.shape) > 1 or int(np.prod(kind.shape)) > MAX_LINES:
         return HeatMap(track, timeline)
     return Marks(track, timeline) if kind.dtype == torch.bool else Lines(track, timeline)
+
+
+def _looks_like_frames(kind: TensorType) -> bool:
+    """Whether a field without a type of its own holds gray frames `(H, W)` or `(k, H, W)`, rather than a matrix."""
+    is_large = len(kind.shape) in (2, 3) and min(kind.shape[-2:]) >= _MIN_SIDE
+    is_stack = int(np.prod(kind.shape[:-2])) <= _MAX_STACK
+    has_pixels = kind.dtype == torch.uint8 or kind.dtype.is_floating_point
+    return type(kind) is TensorType and is_large and is_stack and has_pixels
 
 
 def _join_axes(panels: Sequence[Panel], has_axis: Sequence[bool], timeline: Timeline) -> None:
