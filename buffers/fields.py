@@ -82,18 +82,16 @@ class Vector(TensorType):
 
 @dataclass(frozen=True)
 class ColorImage(TensorType):
-    """An image `(height, width, channels)` or `(channels, height, width)` of 1, 3 or 4 channels."""
+    """An image: `(H, W)` gray or depth, `(H, W, C)` or `(C, H, W)` with C 1 or 3, `(H, W, 4)` with opacity.
+
+    Or four gray frames, as environments stack them: `(4, H, W)`.
+    """
 
     dtype: torch.dtype = torch.uint8
 
     def _check_shape(self) -> None:
-        if not _is_image(self.shape):
-            raise ValueError(f"A ColorImage has shape (H, W, C) or (C, H, W), C 1, 3 or 4, found {self.shape}.")
-
-    @property
-    def channels_first(self) -> bool:
-        """Whether the layout is `(C, H, W)`."""
-        return self.shape[2] not in (1, 3, 4)
+        if len(self.shape) != 2 and not _is_image(self.shape):
+            raise ValueError(f"A ColorImage has shape (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4, found {self.shape}.")
 
 
 @dataclass(frozen=True)

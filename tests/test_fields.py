@@ -60,6 +60,12 @@ def test_fields_of_an_episode_and_their_bytes() -> None:
     assert [str(tensor_type) for tensor_type in lists.values()] == ["float64 (3,)", "float32 ()", "float32 (2,)"]
 
 
+def test_layouts_of_images_are_known() -> None:
+    for shape in ((64, 48), (64, 48, 1), (64, 48, 3), (64, 48, 4), (1, 64, 48), (3, 64, 48), (4, 64, 48)):
+        assert (ColorImage(shape).shape, ColorImage(shape).dtype) == (shape, torch.uint8)
+    assert PaddedPointcloud((100, 6)).nbytes == 2400
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -71,7 +77,8 @@ def test_fields_of_an_episode_and_their_bytes() -> None:
         (lambda: Fields(a={}), ValueError, "`a` is an empty dict"),
         (lambda: Scalar((3,)), ValueError, r"A Scalar has shape \(\)"),
         (lambda: Vector((3, 3)), ValueError, "A Vector has shape"),
-        (lambda: ColorImage((3, 3)), ValueError, "A ColorImage has shape"),
+        (lambda: ColorImage((3,)), ValueError, "A ColorImage has shape"),
+        (lambda: ColorImage((64, 48, 2)), ValueError, "A ColorImage has shape"),
         (lambda: PaddedPointcloud((5, 2)), ValueError, "A PaddedPointcloud has shape"),
         (lambda: TensorType((-1,)), ValueError, "negative"),
         (lambda: TensorType((1,), "U4"), TypeError, "no torch counterpart"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.individual_file import NumpyCompressedSerialization, TorchSerialization
+from buffers.table import EpisodeTable, Windows
 from buffers.viewing import inspection
 from buffers.viewing.commands import main
 from tests.file_helpers import add, files
@@ -107,7 +109,7 @@ def test_it_lists_damaged_unfinished_and_set_aside_files(episodes: Path, inspect
     assert "  damaged-1/00: 1.5 kB" in out.splitlines()
     # Of very many, the first 20 are named.
     assert "damaged/18: 1.5 kB" in out and "damaged/19" not in out and "  and 6 more" in out.splitlines()
-    out = inspect(episodes, "--verify", "full")[1]
+    out = inspect("--verify", episodes)[1]
     assert "6 episodes," in out
     assert line_of(out, "Damaged") == "Damaged: 2 (left out)"
     assert "checksum" in line_of(out, f"  {changed}")
@@ -116,7 +118,7 @@ def test_it_lists_damaged_unfinished_and_set_aside_files(episodes: Path, inspect
 def test_nothing_in_the_directory_changes(episodes: Path, tmp_path: Path, inspect: Inspect) -> None:
     damage(episodes)
     before = state(episodes)
-    for options in (["--verify", "full"], ["--episode", "7", "--output", tmp_path / "film.png"]):
+    for options in (["--verify"], ["--episode", "7", "--output", tmp_path / "film.png"]):
         assert inspect(episodes, *options)[0] == 0
     assert inspect(episodes, "--episode", "0")[0] == 1
     assert state(episodes) == before
@@ -165,6 +167,26 @@ def test_episodes_are_found_by_their_ids(episodes: Path, inspect: Inspect) -> No
     for missing in ("0", "10", "-1"):
         message = f"There is no episode {missing}: 8 have ids from 2 to 9.\n"
         assert inspect(episodes, "--episode", missing) == (1, "", message)
+
+
+def test_the_episode_is_the_named_one_while_others_leave(
+    episodes: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = IndividualFileDataset.read
+
+    def lose_the_oldest(dataset: IndividualFileDataset, windows: Windows, *rest: Any) -> Any:
+        dataset.table.remove(0)
+        return read(dataset, windows, *rest)
+
+    def find_and_lose(table: EpisodeTable, episode_id: int) -> int | None:
+        found = position(table, episode_id)
+        table.remove(0)
+        return found
+
+    position = EpisodeTable.position
+    monkeypatch.setattr(IndividualFileDataset, "read", lose_the_oldest)
+    monkeypatch.setattr(EpisodeTable, "position", find_and_lose)
+    assert inspect(episodes, "--episode", "5")[1].startswith("Episode 5: 6 steps, ")
 
 
 def test_a_damaged_episode_is_an_error_with_its_reason(episodes: Path, inspect: Inspect) -> None:

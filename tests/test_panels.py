@@ -9,9 +9,10 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from buffers.dataset.fields import ColorImage, Fields
+from buffers.dataset.fields import ColorImage, Fields, Scalar
 from buffers.visualization import MatplotlibVisualizer
 from tests.figure_helpers import (
+    assert_texts_are_apart,
     axes_of,
     caption,
     cloud_fields,
@@ -35,8 +36,7 @@ from tests.figure_helpers import (
 # Images.
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize(("channels", "channels_first"), [(1, False), (1, True), (3, False), (3, True), (4, False)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16])
 def test_images_of_every_layout_are_the_right_side_up(channels: int, channels_first: bool, dtype: Any) -> None:
     # It differs from each of its reflections, and by channel.
@@ -53,6 +53,42 @@ def test_images_of_every_layout_are_the_right_side_up(channels: int, channels_fi
     for drawn, pixels in zip(ax.images, expected, strict=True):
         np.testing.assert_allclose(np.asarray(drawn.get_array()), pixels.astype(drawn.get_array().dtype))
     assert "black" not in details(ax)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(8, 9), (4, 8, 9), (2, 8, 9), (8, 8, 9)])
+def test_gray_images_and_stacks_are_filmstrips_of_every_frame(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    frames = torch.arange(3 * int(np.prod(shape))).view(1, 3, *shape) % 251
+    frames = frames.to(torch.uint8) if dtype == torch.uint8 else frames / 251
+    declared = [Fields(x=ColorImage(shape, dtype))] if shape in ((8, 9), (4, 8, 9)) else []
+    for fields in (None, *declared):
+        ax = axes_of(draw({"x": frames}, fields), "x")
+        expected = frames[0].reshape(-1, 8, 9, 1).expand(-1, -1, -1, 3)
+        assert len(ax.images) == len(expected)
+        for drawn, pixels in zip(ax.images, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(drawn.get_array()), pixels.numpy())
+        # The frames of a step lie in one column, the first on top, and share its label.
+        lefts = np.array([image.get_extent()[0] for image in ax.images]).reshape(3, -1)
+        bottoms = np.array([image.get_extent()[2] for image in ax.images]).reshape(3, -1)
+        assert (np.ptp(lefts, 1) == 0).all() and (np.diff(lefts[:, 0]) > 9).all()
+        assert (np.diff(bottoms) < -8).all() and labels(ax) == ["0", "1", "2"]
+        num = len(expected) // 3
+        assert (f"{num} frames a step" in details(ax)) == (num > 1)
+
+
+def test_depth_is_a_filmstrip_from_the_nearest_to_the_farthest() -> None:
+    depth = torch.linspace(0.5, 12.5, 2 * 60 * 80).view(1, 2, 60, 80)
+    depth[0, 0, 0, 0] = torch.inf
+    ax = panel(depth)
+    assert "is black and 12.5 white" in details(ax) and "1 infinite" in details(ax)
+    pixels = np.asarray(ax.images[1].get_array())
+    np.testing.assert_allclose(pixels[..., 0], (depth[0, 1].numpy() - 0.5) / 12, atol=1e-3)
+
+
+def test_matrices_and_what_cannot_be_pixels_are_no_pictures() -> None:
+    for values in (torch.zeros(1, 2, 7, 9), torch.zeros(1, 2, 30, 3), torch.zeros(1, 2, 9, 9, dtype=torch.int64)):
+        assert "flattened" in details(panel(values))
+    assert "flattened" in details(panel(torch.zeros(1, 2, 9, 8, 8)))
 
 
 def test_first_row_of_an_image_is_on_top() -> None:
@@ -153,6 +189,68 @@ def test_coloured_huge_empty_and_flat_clouds_are_drawn() -> None:
         assert len(drawn_points(clouds_of(figure)[0])) == num_points
 
 
+def test_fields_named_as_point_clouds_are_drawn_as_such() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.rand(1, 3, 10, size, generator=generator) for size in (3, 4))
+    right[..., 3] = torch.arange(10) < 6
+    batch = {"obs": {"left": left, "right": right.half()}, "next_obs": {"right": right}}
+    figure = draw(batch, pointclouds=["obs/left", "obs/right"])
+    assert names(figure) == ["obs/left", "obs/right", "next_obs/right"] and len(clouds_of(figure)) == 9
+    for ax in clouds_of(figure)[:3]:
+        assert caption(ax).endswith(": 10 points")
+    # The fourth number of a point is its mask.
+    for t, ax in enumerate(clouds_of(figure)[6:]):
+        np.testing.assert_allclose(drawn_points(ax), right[0, t, :6, :3].numpy())
+        assert caption(ax) == f"step {t}: 6 points"
+    assert "PaddedPointcloud float32 (10, 4), coloured by z" in details(axes_of(figure, "next_obs/right"))
+    merged = axes_of(draw({"a": left, "b": right}, pointclouds=("a", "b"), merge_fields=True), "a, b")
+    types = "PaddedPointcloud float32 (10, 3), PaddedPointcloud float32 (10, 4)"
+    assert details(merged) == f"{types}, coloured by field"
+    (ax,) = clouds_of(draw(batch, pointclouds="obs/right", merge_pointclouds=True))[:1]
+    assert caption(ax) == "step 0 to 2: 18 points"
+
+
+def test_a_mask_that_is_nan_or_of_a_declared_cloud_counts_too() -> None:
+    cloud = clouds([3], features=1)
+    cloud[0, 0, :3, 3] = torch.tensor([1.0, 0.0, torch.nan])
+    (ax,) = clouds_of(draw({"points": cloud}, cloud_fields(features=1), pointclouds=("points",)))
+    assert caption(ax) == "step 0: 1 points"
+    # Unless it is named, the fourth number is a feature.
+    (ax,) = clouds_of(draw({"points": cloud}, cloud_fields(features=1)))
+    assert caption(ax) == "step 0: 3 points" and "coloured by feature 3" in details(ax)
+
+
+def test_point_clouds_of_several_fields_are_merged_on_request() -> None:
+    left, right = clouds([2, 3, 4]), clouds([5, 6, 7])
+    batch = {"left": left, "x": torch.zeros(1, 3), "right": right}
+    named = {"pointclouds": ("left", "right"), "merge_fields": True}
+    figure = draw(batch, **named)
+    assert names(figure) == ["left, right", "x"]
+    assert [caption(ax) for ax in clouds_of(figure)] == ["step 0: 7 points", "step 1: 9 points", "step 2: 11 points"]
+    ax = clouds_of(figure)[1]
+    np.testing.assert_allclose(drawn_points(ax), torch.cat([left[0, 1, :3], right[0, 1, :6]]).numpy())
+    drawn = ax.collections[0]
+    colours = [to_hex(drawn.cmap(drawn.norm(hue))) for hue in drawn.get_array()]
+    legend = clouds_of(figure)[-1].get_legend()
+    of_field = {
+        text.get_text(): to_hex(line.get_color()) for text, line in zip(legend.texts, legend.get_lines(), strict=True)
+    }
+    assert colours == [of_field["left"]] * 3 + [of_field["right"]] * 6 and len(set(of_field.values())) == 2
+    assert_texts_are_apart(figure, at_least=20)
+    (both,) = clouds_of(draw(batch, merge_pointclouds=True, **named))
+    assert caption(both) == "step 0 to 2: 27 points" and "coloured by field" in details(both)
+    assert names(draw(batch, pointclouds=("left",), merge_fields=True)) == ["left", "x", "right"]
+
+
+def test_fields_that_cannot_be_point_clouds_are_refused() -> None:
+    batch = {"x": torch.zeros(1, 2, 5, 2), "n": torch.zeros(1, 2, 5, 3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"`pointclouds` names `y`, expected fields of the batch: \['x', 'n'\]"):
+        draw(batch, pointclouds=("y",))
+    for name, found in (("x", r"float32 \(5, 2\)"), ("n", r"int64 \(5, 3\)")):
+        with pytest.raises(ValueError, match=rf"`pointclouds` names `{name}`, .* \(n, 3\) or \(n, 4\), found {found}"):
+            draw(batch, pointclouds=(name,))
+
+
 # Panels over time.
 
 
@@ -196,6 +294,21 @@ def test_flags_are_marks_where_they_are_true() -> None:
     first, second = axes_of(figure, "contact").lines
     assert (first.get_xdata().tolist(), set(first.get_ydata())) == ([0], {0})
     assert (second.get_xdata().tolist(), set(second.get_ydata())) == ([1, 2], {1})
+
+
+def test_flags_that_are_never_set_share_a_panel() -> None:
+    off, on = torch.zeros(1, 5, dtype=torch.bool), torch.arange(5)[None] > 3
+    batch = {"x": torch.zeros(1, 5), "terminated": off, "truncated": off, "y": torch.zeros(1, 5), "is_first": off}
+    fields = Fields(is_first=Scalar((), torch.bool))
+    figure = draw(batch, fields)
+    assert names(figure) == ["x", "terminated, truncated, is_first", "y"]
+    ax = axes_of(figure, "terminated, truncated, is_first")
+    assert details(ax) == "Scalar bool (), True 0 of 5 times"
+    assert names(draw({**batch, "truncated": on}, fields)) == ["x", "terminated, is_first", "truncated", "y"]
+    # What is set in padding only is not set.
+    assert names(draw({"a": on, "b": off, "mask": ~on})) == ["a, b"]
+    assert names(draw({"a": on, "b": off})) == ["a", "b"]
+    assert names(draw({"contact": off[..., None], "b": off, "c": on})) == ["contact", "b", "c"]
 
 
 def test_padding_is_shaded_and_its_values_are_not_drawn() -> None:

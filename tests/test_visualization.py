@@ -180,6 +180,47 @@ def test_figures_that_are_dropped_leave_nothing_behind() -> None:
     assert [figure for figure in figures if figure() is not None] == []
 
 
+def test_a_script_writes_a_picture_to_output_and_shows_nothing(tmp_path: Path, live: Any) -> None:
+    dataset = dataset_of(None, tagged.episode(5, 0))
+    visualizer, batch = MatplotlibVisualizer(dataset), next(iter(dataset.get_loader(2, 3)))
+    for name, magic in (("a.png", b"\x89PNG"), ("b.pdf", b"%PDF")):
+        pictures = tmp_path / f"batch-{name}", tmp_path / f"dataset-{name}", tmp_path / f"method-{name}"
+        visualizer.visualize(batch, output=pictures[0])
+        plot_dataset(dataset, output=str(pictures[1]))
+        visualizer.plot_dataset(output=pictures[2])
+        assert [path.read_bytes().startswith(magic) for path in pictures] == [True] * 3
+    assert live.get_fignums() == []
+
+
+INTERACTIVE = """
+from tests.figure_helpers import dataset_of, film
+from buffers.visualization import MatplotlibVisualizer
+visualizer, batch = MatplotlibVisualizer(dataset_of()), {"image": film(5)}
+"""
+
+
+@pytest.mark.parametrize("magic", ["", "%matplotlib widget"])
+def test_a_cell_of_a_notebook_shows_an_interactive_figure_once(magic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    if magic:
+        pytest.importorskip("ipympl")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cells = [
+        f"{magic}\n{INTERACTIVE}",
+        "visualizer.visualize(batch, interactive=True)",
+        "from matplotlib import pyplot\npyplot.plot([1]);",
+        "figure = visualizer.visualize(batch, interactive=True)",
+        "figure",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
+    # Widgets come with a picture, for viewers that cannot run them. `pyplot.plot` draws into the widget shown before.
+    shown = [[output.get("data", {}) for output in cell.outputs] for cell in notebook.cells]
+    assert [len(outputs) for outputs in shown] == [0, 1, 0 if magic else 1, 0, 1]
+    kind = "application/vnd.jupyter.widget-view+json" if magic else "image/png"
+    assert kind in shown[1][0] and kind in shown[4][0]
+
+
 def test_a_notebook_shows_a_figure_without_pyplot() -> None:
     figure = draw({"x": torch.zeros(1, 3)})
     assert figure._repr_png_().startswith(b"\x89PNG")
@@ -224,6 +265,17 @@ def test_the_slider_adds_merged_clouds_and_moves_marks(live: Any) -> None:
     for step, num_marks in ((3, 0), (29, 1)):
         figure.time_slider.set_val(step)
         assert len(verticals(axes_of(figure, "image"), "--")) == num_marks
+
+
+def test_the_slider_moves_stacked_frames_and_clouds_of_several_fields(live: Any) -> None:
+    stack = torch.arange(30, dtype=torch.uint8).view(1, 30, 1, 1, 1).expand(1, 30, 4, 8, 8)
+    batch = {"stack": stack, "left": clouds(list(range(30)), size=30), "right": clouds([1] * 30)}
+    figure = draw(batch, interactive=True, pointclouds=("left", "right"), merge_fields=True)
+    figure.time_slider.set_val(17)
+    frames = [int(image.get_array()[0, 0, 0]) for image in axes_of(figure, "stack").images]
+    assert frames == [step for step in range(12, 22) for _ in range(4)]
+    (cloud,) = clouds_of(figure)
+    assert caption(cloud) == "step 17: 18 points"
 
 
 def test_an_interactive_figure_and_its_slider_belong_to_pyplot(live: Any) -> None:
