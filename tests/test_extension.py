@@ -100,8 +100,6 @@ def test_additions_of_any_lengths_keep_the_promises(lengths, num_before, capacit
     assert [str(warning.message)[: len(text)] for warning, text in zip(caught, expected, strict=True)] == expected
 
 
-# `Extension._note` forgets the note that makes it tidy up, as its episode is stored only then.
-@pytest.mark.xfail(strict=True, reason="a fault of extension.py that is not mended yet")
 def test_no_episode_is_here_twice_however_many_have_come() -> None:
     ring, large = RingBufferDataset(40), ListDataset(80)
     ring.extend(large, other_batch_size=8, seed=0)

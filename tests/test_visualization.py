@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_a_cell_of_a_notebook_shows_an_interactive_figure_once(magic: str, monke
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     if magic:
         pytest.importorskip("ipympl")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     cells = [
         f"{magic}\n{INTERACTIVE}",
         "visualizer.visualize(batch, interactive=True)",

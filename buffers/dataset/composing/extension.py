@@ -211,9 +211,10 @@ class Extension:
         return episode_id is not None and dataset.table.position(episode_id) is not None
 
     def _note(self, dataset: EpisodeDataset, other_id: int, episode_id: int) -> None:
-        self._ids_here[other_id] = episode_id
         if len(self._ids_here) > 2 * len(dataset.table) + _SPARE_IDS:
             self._ids_here = {key: value for key, value in self._ids_here.items() if self._is_here(dataset, key)}
+        # Last, as its episode is not here yet.
+        self._ids_here[other_id] = episode_id
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
