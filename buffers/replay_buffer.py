@@ -143,7 +143,9 @@ class ReplayBuffer:
     def add_episode(self, episode: Mapping[str, Any]) -> int:
         """`EpisodeDataset.add_episode`; open episodes stay open."""
         self._check_open()
-        episode_id = self.writer.sink.add_episode(episode)
+        dataset = self.writer.sink
+        assert isinstance(dataset, EpisodeDataset)  # It has a writer.
+        episode_id = dataset.add_episode(episode)
         _note_return(self._returns, episode)
         return episode_id
 

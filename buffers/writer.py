@@ -18,19 +18,50 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from buffers.accumulator import Accumulator
 from buffers.conversion import as_array
-from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.fields import Fields
 from buffers.utils import integer
 
-__all__ = ["EpisodeWriter"]
+__all__ = ["EpisodeSink", "EpisodeWriter"]
+
+
+class EpisodeSink(Protocol):
+    """What takes complete episodes: a dataset, or something that sends them to one."""
+
+    @property
+    def fields(self) -> Fields | None:
+        """The fields, None before they are settled."""
+
+    @property
+    def episode_capacity(self) -> int:
+        """Steps of the longest episode that it takes."""
+
+    @property
+    def verification_mode(self) -> VerificationMode:
+        """How closely rows are checked."""
+
+    @property
+    def refuses_values(self) -> bool:
+        """Whether `check` may refuse values; then it is shown every row before its episode ends."""
+
+    def settle_fields(self, fields: Fields) -> None:
+        """Lay out storage. The same fields again are no error; ValueError for others."""
+
+    def check_writable(self) -> None:
+        """RuntimeError if no episode can be added."""
+
+    def check(self, rows: dict[str, np.ndarray]) -> None:
+        """ValueError for values that it could not give back."""
+
+    def add(self, episode: dict[str, np.ndarray]) -> int:
+        """Copy and store `name -> (L, *shape)` of the settled fields, and return its id; or raise and be as before."""
 
 
 class EpisodeWriter:
@@ -45,8 +76,7 @@ class EpisodeWriter:
         ([3], 1)
 
     Args:
-        sink: Takes the complete episodes: a dataset, or an object with these members of one: `fields`, `settle_fields`,
-            `episode_capacity`, `verification_mode`, `refuses_values`, `check`, `check_writable` and `add`.
+        sink: Takes the complete episodes.
         num_envs: As for `ReplayBuffer`; so are the errors.
         max_episode_length: As for `ReplayBuffer`.
         check_fields: Called with the fields before they are settled; raises to refuse them.
@@ -62,7 +92,7 @@ class EpisodeWriter:
 
     def __init__(
         self,
-        sink: EpisodeDataset,
+        sink: EpisodeSink,
         num_envs: int | None = None,
         max_episode_length: int | None = None,
         *,
@@ -253,7 +283,7 @@ class EpisodeWriter:
 class _Outbox:
     """Passes episodes to the sink. Keeps copies of those that wait, oldest first, and the sink's last error."""
 
-    def __init__(self, sink: EpisodeDataset, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
+    def __init__(self, sink: EpisodeSink, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored
         self.waiting: deque[dict[str, np.ndarray]] = deque()
         self.error: Exception | None = None

@@ -105,5 +105,3 @@ def test_conflicts_name_what_differs() -> None:
 def test_defaults_numpy_dtypes_and_names_are_taken() -> None:
     assert TensorType(3, np.uint8) == TensorType((3,), torch.uint8)
     assert TensorType(3, ">f8").dtype == torch.float64
-    assert ColorImage((64, 48, 3)).dtype == torch.uint8 and not ColorImage((64, 48, 3)).channels_first
-    assert ColorImage((4, 64, 48)).channels_first and PaddedPointcloud((100, 6)).nbytes == 2400
