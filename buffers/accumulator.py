@@ -1,13 +1,13 @@
 """Accumulator: rows with boundaries in, complete episodes out.
 
-A row lies in memory as one record, all fields side by side. Each environment has a short run of records, and address
-space for a long one, which takes memory only where it is written to:
+A row is one record in memory, with all fields side by side. Each environment has a short run of records, and addresses
+for a long one, which take memory only where they are written to:
 
-    env 0    # # # # . . . .                        4 rows open: the next goes to place 0 * 64 + 4
+    env 0    # # # # . . . .                        4 rows open: the next is written at 0 * 64 + 4
     env 1    # . . . . . . .                        1 row open:                         1 * 64 + 1
-    env 2    . . . . . . . .   # # # # # # # # #    outgrew its short run, and moved:   3 * 64 + 2 * room + 9
+    env 2    . . . . . . . .   # # # # # # # # #    outgrew its short run:              3 * 64 + 2 * room + 9
 
-So adding a row of N environments touches N places, and a complete episode is one slice.
+So adding a row of N environments writes to N addresses, and a complete episode is one slice.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SHORT = 64
 _MOST_ADDRESSES = 2**43
 _HUGE_PAGE = 2**21
 _NO_RESERVE = 0x4000  # MAP_NORESERVE, which Python names since 3.13.
-# Up to so many environments are written one by one; for more, one pass over all of them is faster.
+# Up to this many environments are written one by one; for more, one pass over all of them is faster.
 _FEW = 6
-# Small records of many environments are put together before they are scattered, which saves cache misses.
-_MANY = 64
-_SMALL_RECORD = 1024
+# From this many environments on, records of up to this many bytes are assembled before they are scattered: each address
+# is then written once, not once a field.
+_MANY, _SMALL_RECORD = 64, 1024
 _WHOLE = Cut()
 
 
@@ -79,26 +79,29 @@ class Accumulator:
         self._make_views()
 
     def __getstate__(self) -> dict[str, Any]:
-        arguments = self.fields, self.num_envs, self.max_rows, self.cut_after, self.overlap, self._emit
-        runs = zip(self._begin.tolist(), self._next.tolist(), strict=True)
-        return {"arguments": arguments, "cuts": self._cuts, "open": [self._rows[begin:end].copy() for begin, end in runs]}
+        runs = zip(self._begins.tolist(), self._nexts.tolist(), strict=True)
+        return {
+            "arguments": (self.fields, self.num_envs, self.max_rows, self.cut_after, self.overlap, self._emit),
+            "runs": [self._rows[begin:end].copy() for begin, end in runs],
+            "cuts": self._cuts,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])  # type: ignore[misc]
-        self._cuts = state["cuts"]
-        for env, rows in enumerate(state["open"]):
+        self._cuts, self._num_free = state["cuts"], 0
+        for env, rows in enumerate(state["runs"]):
             if len(rows) > self._max_short:
                 self._begins[env], self._ends[env] = self._long_run(env)
             self._nexts[env] = self._begins[env] + len(rows)
             self._rows[self._begins[env] : self._nexts[env]] = rows
-        self._num_free = 0
+
     @property
     def num_open_rows(self) -> int:
         """Rows of all open episodes."""
         return int((self._next - self._begin).sum())
 
     def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
-        """`add_rows` for the only environment, whose row is `(*shape)` a field."""
+        """`add_rows` for a single environment, with `(*shape)` a field."""
         if is_first:
             self._close(0)
         place = self._nexts[0]
@@ -118,13 +121,13 @@ class Accumulator:
         is_last: np.ndarray | None = None,
         mask: np.ndarray | None = None,
     ) -> None:
-        """Append one row of every environment under the mask; only those that complete an episode are visited.
+        """Append one row of every environment under the mask.
 
         Args:
             rows: `(N, *shape)` a field, in the order of the fields.
-            is_first: bool `(N,)`, the rows before this one are complete.
-            is_last: bool `(N,)`, with this row, the episode is complete.
-            mask: bool `(N,)`; elsewhere, the other two mean nothing.
+            is_first: bool `(N,)`: the rows before this one are a complete episode.
+            is_last: bool `(N,)`: the episode is complete with this row.
+            mask: bool `(N,)`: False where there is no row, and the other two flags are ignored; None for all True.
 
         Raises:
             ValueError: An episode would be longer than `max_rows`; nothing has changed.
@@ -140,7 +143,7 @@ class Accumulator:
             self._close_all(is_last, mask)
 
     def flush(self, mask: np.ndarray | None = None, **changes: Any) -> None:
-        """Complete open episodes, those under the mask or all, with changes to fields of their last rows."""
+        """Complete the open episodes under the mask, or all, after setting the fields `changes` of their last rows."""
         is_open = self._next > self._begin
         if mask is not None:
             is_open &= mask
@@ -149,17 +152,17 @@ class Accumulator:
         self._close_all(is_open, None)
 
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
-        """Put a row behind each open episode, to which it belongs once the lengths say so."""
+        """Write a row behind each open episode, masked or not: it counts only once `_next` has moved past it."""
         envs = None if mask is None else mask.nonzero()[0]
         if envs is not None and len(envs) <= _FEW:
             for env in envs.tolist():
-                place = self._next[env]
+                position = self._nexts[env]
                 for column, values in zip(self._columns, rows, strict=True):
-                    column[place] = values[env]
+                    column[position] = values[env]
             return
-        places = slice(None) if self._is_packed else self._next
+        positions = slice(None) if self._is_packed else self._next
         for (items, item), array in zip(self._items, rows, strict=True):
-            items[places] = array if item is None else np.frombuffer(np.ascontiguousarray(array), item)
+            items[positions] = array if item is None else np.frombuffer(np.ascontiguousarray(array), item)
         if self._is_packed:
             self._whole_rows[self._next] = self._whole_packed
 
@@ -175,8 +178,8 @@ class Accumulator:
         if longest == self._max_long and longest != self.cut_after:
             limit = "the `capacity` of the dataset" if longest == self.max_rows else "for which there are addresses"
             raise ValueError(
-                f"An open episode has reached {longest} steps, {limit}, and cannot take another. End it, or cut endless "
-                "streams into pieces with `max_episode_length`."
+                f"An open episode has reached {longest} steps, {limit}, and cannot take another. End it, or cut "
+                "endless streams into pieces with `max_episode_length`."
             )
         for env in envs:
             if self._nexts[env] - self._begins[env] == self.cut_after:
@@ -229,7 +232,7 @@ class Accumulator:
         self._columns = [self._rows[name] for name in self.fields.names]
         whole = np.dtype((np.void, self._record.itemsize))
         self._whole_rows, self._whole_packed = self._rows.view(whole), self._packed.view(whole)
-        # The values of N environments are moved as opaque items; single numbers as they are, where numpy has them.
+        # Values of several numbers are copied as opaque items of so many bytes, which numpy does faster.
         target = self._packed if self._is_packed else self._rows
         items = {
             name: np.dtype((np.void, field.nbytes))
@@ -285,7 +288,7 @@ def _reserved(num_bytes: int, num_short: int, run: int) -> tuple[Any, Any]:
 
 
 def _record_of(fields: Fields, items: dict[str, np.dtype]) -> np.dtype:
-    # The largest numbers come first, so that all are aligned.
+    # Largest numbers first, so that all are aligned.
     names = sorted(fields.names, key=lambda name: -fields[name].dtype.itemsize)
     sizes = [fields[name].nbytes for name in names]
     alignment = max(fields[name].dtype.itemsize for name in names)

@@ -1,4 +1,4 @@
-"""Between torch and numpy: dtypes, and arrays of whatever a caller gives."""
+"""Between torch and numpy: dtypes, and arrays of the values that a caller passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 __all__ = ["TO_NUMPY", "TO_TORCH", "as_array", "cast_if_kept", "dtype_name", "number_as", "torch_dtype"]
 
 _NAMES = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
-# numpy has no bfloat16: its two bytes travel as an opaque item, which no other dtype is equal to.
+# numpy has no bfloat16. An opaque item of two bytes stands for it, which equals no other dtype.
 _BFLOAT16 = np.dtype("V2")
 TO_TORCH: dict[np.dtype, torch.dtype] = {np.dtype(name): getattr(torch, name) for name in _NAMES.split()}
 TO_TORCH[_BFLOAT16] = torch.bfloat16
@@ -30,10 +30,10 @@ def torch_dtype(dtype: Any) -> torch.dtype:
 
 
 def as_array(name: str, value: Any) -> np.ndarray:
-    """A numpy view of what the caller gave, copied only where it has to be (GPU, lists, byte order).
+    """A numpy view of a value, or a copy where there is no view (GPU, lists, byte order).
 
-    Python floats become float32 (lists of them too), ints int64, bools bool; all else keeps its dtype. A TypeError for
-    what is no tensor, array or number, or of a dtype that torch has not; a ValueError for a ragged list.
+    Python floats become float32 (lists of them too), ints int64, bools bool; other dtypes are kept. TypeError for what
+    is no tensor, array or number, or has a dtype that torch does not have; ValueError for a ragged list.
     """
     if isinstance(value, torch.Tensor):
         try:
@@ -59,20 +59,20 @@ def as_array(name: str, value: Any) -> np.ndarray:
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """What the dtype of an array is called."""
+    """The name of an array's dtype."""
     return "bfloat16" if dtype == _BFLOAT16 else str(dtype)
 
 
 def number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
-    """The array of a single number in the field's dtype, where that is of its kind; any other array as it is."""
+    """Cast the array of a single number `value` to a field's dtype of the same kind; other arrays are unchanged."""
     if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
         return array
-    is_of_its_kind = (type(value) is int and dtype.kind in "iufc") or np.can_cast(array.dtype, dtype, "same_kind")
-    return cast_if_kept(array, dtype) if is_of_its_kind else array
+    is_same_kind = (type(value) is int and dtype.kind in "iufc") or np.can_cast(array.dtype, dtype, "same_kind")
+    return cast_if_kept(array, dtype) if is_same_kind else array
 
 
 def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in another dtype; as it is if an integer would change or a finite number become infinite."""
+    """Cast an array, unless an integer would change or a finite number become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype)
     if dtype.kind in "iub":
@@ -81,7 +81,7 @@ def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
-    """Of a tensor that has no array as it is: it is on a GPU, has a gradient, is bfloat16, ..."""
+    """For a tensor without a numpy view: on a GPU, with a gradient, of bfloat16, and so on."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.dtype not in TO_NUMPY:
         found = f"{tensor.layout}, {tensor.dtype}"

@@ -1,4 +1,4 @@
-"""Evictors: which episode leaves when another needs its room."""
+"""Evictors: which episode is evicted when another needs its room."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Evictable(Protocol):
 
 
 class Evictor(ABC):
-    """Chooses the episode that leaves when another needs its room."""
+    """Chooses the episode that is evicted when another needs its room."""
 
     @abstractmethod
     def evict(self, dataset: Evictable) -> int:
-        """The index of an episode, 0 for the oldest, of a dataset with at least one; called until there is room."""
+        """Return the index of an episode, 0 for the oldest; called until there is room, never without an episode."""
 
 
 class FIFOEvictor(Evictor):
-    """The oldest episode leaves first."""
+    """Evicts the oldest episode first."""
 
     def evict(self, dataset: Evictable) -> int:
-        """Choose the oldest episode, index 0."""
+        """Return 0, the index of the oldest."""
         return 0

@@ -20,10 +20,10 @@ __all__ = ["ColorImage", "Fields", "PaddedPointcloud", "Scalar", "TensorType", "
 
 @dataclass(frozen=True)
 class TensorType:
-    """What one step holds in one field."""
+    """Shape and dtype of one field in one step."""
 
-    shape: tuple[int, ...]  # Of one step, without time and batch. An int stands for a shape of one dimension.
-    dtype: torch.dtype = torch.float32  # numpy dtypes and their names are converted.
+    shape: tuple[int, ...]  # Without time and batch. An int stands for a shape of one dimension.
+    dtype: torch.dtype = torch.float32  # Or a numpy dtype, or its name.
 
     def __post_init__(self) -> None:
         shape = (self.shape,) if isinstance(self.shape, int) else tuple(int(size) for size in self.shape)
@@ -51,7 +51,7 @@ class TensorType:
 
     @staticmethod
     def infer(shape: Iterable[int], dtype: torch.dtype) -> TensorType:
-        """The most telling type for a shape and dtype; a `PaddedPointcloud` looks like any matrix: state it."""
+        """The most specific type for a shape and dtype, but no `PaddedPointcloud`, which looks like any matrix."""
         shape = tuple(shape)
         if len(shape) < 2:
             return Vector(shape, dtype) if shape else Scalar(shape, dtype)
@@ -82,18 +82,16 @@ class Vector(TensorType):
 
 @dataclass(frozen=True)
 class ColorImage(TensorType):
-    """An image `(height, width, channels)` or `(channels, height, width)` of 1, 3 or 4 channels."""
+    """An image: `(H, W)` gray or depth, `(H, W, C)` or `(C, H, W)` with C 1 or 3, `(H, W, 4)` with opacity.
+
+    Or four gray frames, as environments stack them: `(4, H, W)`.
+    """
 
     dtype: torch.dtype = torch.uint8
 
     def _check_shape(self) -> None:
-        if not _is_image(self.shape):
-            raise ValueError(f"A ColorImage has shape (H, W, C) or (C, H, W), C 1, 3 or 4, found {self.shape}.")
-
-    @property
-    def channels_first(self) -> bool:
-        """Whether the layout is `(C, H, W)`."""
-        return self.shape[2] not in (1, 3, 4)
+        if len(self.shape) != 2 and not _is_image(self.shape):
+            raise ValueError(f"A ColorImage has shape (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4, found {self.shape}.")
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class Fields(Mapping[str, TensorType]):
                 raise ValueError(f"Two fields would both be named `{name}`; rename one of them.")
             self._types[name] = leaf
         self.names: tuple[str, ...] = tuple(self._types)
-        # What the checks of each added row compare with, ready to be compared.
+        #: Name, numpy dtype and shape of each field, for checks of each added row.
         self.layout: tuple[tuple[str, np.dtype, tuple[int, ...]], ...] = tuple(
             (name, tensor_type.numpy_dtype, tensor_type.shape) for name, tensor_type in self._types.items()
         )
@@ -154,7 +152,7 @@ class Fields(Mapping[str, TensorType]):
 
     @classmethod
     def from_rows(cls, rows: Mapping[str, Any], num_leading_axes: int) -> Fields:
-        """Infer the fields of data whose leaves have leading axes (environment, time) that are no part of them."""
+        """Infer the fields of data whose leaves have leading axes (environment, time) before those of a step."""
 
         def infer(name: str, value: Any) -> TensorType:
             array = as_array(name, value)
@@ -177,12 +175,12 @@ class Fields(Mapping[str, TensorType]):
 
     def flatten(self, tree: Any) -> list[Any]:
         """The leaves of a nested dict in the order of the fields; ValueError for missing or unexpected keys."""
-        # To ask an abstract class takes as long as all the rest.
+        # `isinstance` of an abstract class is slow.
         if self.is_flat and (type(tree) is dict or isinstance(tree, Mapping)) and len(tree) == len(self.names):
             try:
                 return [tree[name] for name in self.names]
             except KeyError:
-                pass  # The general way below finds out which names differ and says so.
+                pass  # What follows finds out which names differ.
         leaves = dict(_walk(tree))
         missing = ["/".join(path) for path in self.paths if path not in leaves]
         unexpected = ["/".join(path) for path in leaves if path not in self.paths]
@@ -194,8 +192,8 @@ class Fields(Mapping[str, TensorType]):
     def arrays(self, tree: Any) -> list[np.ndarray]:
         """The leaves in the order of the fields, as arrays of native byte order, views where that is possible.
 
-        A single number takes the dtype of its field if that is of its kind: a reward may be 0.0 once, np.float64 then.
-        Errors are those of `flatten` and `as_array`.
+        A single number takes the dtype of its field if that is of the same kind: rewards may be float and np.float64.
+        Errors are those of `flatten` and `as_array`; ValueError for a dict in place of a leaf.
         """
         leaves = self.flatten(tree)
         for i, (name, dtype, _) in enumerate(self.layout):
@@ -203,6 +201,8 @@ class Fields(Mapping[str, TensorType]):
             if type(leaf) is np.ndarray:
                 if leaf.dtype is not dtype and not leaf.dtype.isnative:
                     leaves[i] = as_array(name, leaf)
+            elif isinstance(leaf, dict):
+                raise ValueError(f"Field `{name}` is a dict with the keys {list(leaf)}, expected {self[name]}.")
             else:
                 leaves[i] = number_as(dtype, as_array(name, leaf), leaf)
         return leaves
@@ -212,12 +212,12 @@ class Fields(Mapping[str, TensorType]):
         return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
 
     def select(self, names: Collection[str]) -> Fields:
-        """The fields of these names, in the order that they have here."""
+        """The fields of these names, in their order here."""
         pairs = zip(self.paths, self.items(), strict=True)
         return Fields(_unwalk((path, leaf) for path, (name, leaf) in pairs if name in names))
 
     def conflict_with(self, other: Fields) -> str | None:
-        """What differs from `other` in names, shapes or dtypes, in words; None if data of one fits the other."""
+        """Describe what differs from `other` in names, shapes or dtypes; None if data of one fits the other."""
         missing, unexpected = set(other) - set(self), set(self) - set(other)
         if missing or unexpected:
             return f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"

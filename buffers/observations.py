@@ -1,4 +1,4 @@
-"""Observations in the many forms in which environments deliver them, as arrays; pure functions for the recorder."""
+"""Arrays from the many forms in which environments return observations, for the recorder."""
 
 from __future__ import annotations
 
@@ -11,21 +11,13 @@ import torch
 from buffers.conversion import as_array
 from buffers.fields import Fields
 
-__all__ = [
-    "find_final_obs",
-    "is_per_env",
-    "leaves_of",
-    "put_items",
-    "split_dones",
-    "to_array",
-    "tree_of",
-]
+__all__ = ["find_final_obs", "is_per_env", "put_items", "split_dones", "to_array", "tree_of"]
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-    """As `as_array`, also for what numpy can read (JAX arrays, lazy frames)."""
+    """As `as_array`, but also takes what numpy can read (JAX arrays, lazy frames), and no bfloat16."""
     if type(value) is np.ndarray and value.dtype.char in "?bBfdlq" and value.dtype.isnative:
-        return value  # Nearly all that comes, and `as_array` would say the same.
+        return value  # The usual case; `as_array` would return the same.
     if isinstance(value, torch.Tensor):
         if value.dtype == torch.bfloat16:
             raise TypeError(
@@ -45,17 +37,8 @@ def tree_of(name: str, value: Any, convert: Callable[[str, Any], np.ndarray] = t
     return convert(name, value)
 
 
-def leaves_of(fields: Fields, tree: dict[str, Any]) -> list[np.ndarray]:
-    """The arrays of nested dicts in the order of the fields; ValueError for missing or unexpected keys."""
-    leaves = fields.flatten(tree)
-    for name, leaf in zip(fields.names, leaves, strict=True):
-        if not isinstance(leaf, np.ndarray):
-            raise ValueError(f"`{name}` is a dict with the keys {list(leaf)}, expected {fields[name]}, as before.")
-    return leaves
-
-
 def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
-    """Where the final observations of environments that reset themselves are.
+    """Find the final observations of environments that reset themselves.
 
         final_obs                         as passed
         infos["final_obs"]                Gymnasium: an object array, None where there is none, of arrays, dicts, tuples
@@ -64,7 +47,7 @@ def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
         infos[i]["terminal_observation"]  SB3
 
     Returns:
-        The name of the place; what is there, None if nothing is; its mask `infos["_" + name]`, None if there is none.
+        Their name; the observations, or None; their mask `infos["_" + name]`, or None.
     """
     if final_obs is not None:
         return "final_obs", final_obs, None
@@ -78,28 +61,25 @@ def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
 
 
 def is_per_env(source: Any) -> bool:
-    """Whether final observations come one by one (a list, an object array), None where there is none."""
+    """Whether there is one item per environment (a list, an object array), None where there is none."""
     return isinstance(source, list) or (isinstance(source, np.ndarray) and source.dtype == np.object_)
 
 
 def put_items(fields: Fields, arrived: list[np.ndarray], wanted: np.ndarray, name: str, items: Any) -> np.ndarray:
-    """Write final observations, one item an environment, into `arrived` where wanted; say where there were any.
+    """Write final observations into the arrays `arrived` `(N, *shape)`, where `wanted`, bool `(N,)`.
 
-    Args:
-        fields: Of observations.
-        arrived: `(N, *shape)` each, in the order of the fields.
-        wanted: bool `(N,)`.
-        name: Where the items come from.
-        items: N of them, None where there is none.
+    `items` has one observation per environment, None where there is none; errors call it `name`.
+
+    Returns:
+        bool `(N,)`, where one was written.
     """
     if len(items) != len(wanted):
         raise ValueError(f"`{name}` has {len(items)} items, expected one of each of {len(wanted)} environments.")
     found = wanted & np.array([item is not None for item in items], np.bool_)
     for env in found.nonzero()[0].tolist():
-        leaves = leaves_of(fields, {"obs": tree_of(f"obs ({name})", items[env])})
+        leaves = fields.arrays({"obs": tree_of(f"obs ({name})", items[env])})
         for (field, dtype, shape), array, leaf in zip(fields.layout, arrived, leaves, strict=True):
-            # Of the same kind is enough: an environment may return float64 where the vector environment makes it the
-            # float32 of its space.
+            # An environment may return float64 where the vector environment casts to the float32 of its space.
             if leaf.shape != shape or not np.can_cast(leaf.dtype, dtype, "same_kind"):
                 raise ValueError(
                     f"The final observation of environment {env} in `{name}` has dtype {leaf.dtype} and shape "
@@ -110,7 +90,7 @@ def put_items(fields: Fields, arrived: list[np.ndarray], wanted: np.ndarray, nam
 
 
 def split_dones(is_done: np.ndarray, infos: Any) -> tuple[np.ndarray, np.ndarray]:
-    """SB3's dones `(N,)` as terminated and truncated, by the "TimeLimit.truncated" of its infos."""
+    """Split SB3's dones, bool `(N,)`, into terminated and truncated by the "TimeLimit.truncated" of its infos."""
     if not isinstance(infos, (list, tuple)) or len(infos) != len(is_done):
         raise ValueError(
             "`truncated` is None, which needs `infos` to be a list of one dict an environment with "

@@ -20,8 +20,8 @@ The episode of environment i ends at call t, by action a and with reward r; o0' 
     disabled     a -> oT, r, done            reset(mask) -> o0'            t: (oT, a, r, done) closes
                                                                            reset: o0' is held
 
-A first row is held back until a transition follows it, so that an episode without one is never stored. Which calls
-are resets is known from the done before them, never from a reward of 0: there are environments that pay at a reset.
+A first row is held until a transition follows it, so an episode without a transition is never stored. Which calls reset
+is known from the done before them, never from a reward of 0: some environments pay a reward at a reset.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch.utils._pytree import tree_map
 
 from buffers import observations
-from buffers.conversion import cast_if_kept
+from buffers.conversion import number_as
 from buffers.dataset.verification import check_rows
 from buffers.fields import Fields
 from buffers.replay_buffer import ReplayBuffer
-from buffers.utils import integer
+from buffers.utils import integer, one_of
 from buffers.writer import EpisodeWriter
 
 __all__ = ["Recorder"]
 
-Arrays = list[np.ndarray]
 Mask = np.ndarray | None
 MODES = ("next_step", "same_step", "disabled")
 _MISSING = "final_obs_missing"
@@ -61,24 +61,23 @@ class Recorder:
         >>> buffer.dataset.get_episode(0)["action"]
         tensor([0, 1, 0])
 
-    The rows have the fields `obs`, `action`, `reward`, `terminated`, `truncated`, `is_first`, and those of `extras`,
-    aligned on arrival. In first rows all but `obs` and `is_first` is zero. dtypes are kept as they are delivered.
-    Tuples become dicts with the keys "0", "1", ...
+    The rows have the fields `obs`, `action`, `reward`, `terminated`, `truncated`, `is_first`, and those of `extras`. In
+    first rows everything but `obs` and `is_first` is zero. dtypes are kept. Tuples become dicts with the keys "0", "1",
+    and so on.
 
     Args:
-        buffer: Where the rows go, a `ReplayBuffer` or an `EpisodeWriter`. It takes the rows of one recorder at a time:
-            the newest.
-        num_envs: N; all that is passed has N as leading size, also for N = 1. None for a single environment, whose
+        buffer: Where the rows go, a `ReplayBuffer` or an `EpisodeWriter`. Only its newest recorder may write.
+        num_envs: N; everything passed has N as leading size, also for N = 1. None for a single environment, whose
             values have no such axis; its rewards, if they are single numbers, are stored as float32.
-        autoreset_mode: "next_step" (the call after the last one of an episode resets), "same_step" (the last call
-            itself resets, and the final observation is passed aside) or "disabled" (the caller resets).
+        autoreset_mode: "next_step" (the call after an episode's last resets), "same_step" (the last call itself resets,
+            and the final observation is passed separately) or "disabled" (the caller resets).
         final_obs_may_be_missing: Whether an episode may end under "same_step" without its final observation. The
-            closing row then repeats the last one known, and the bool field `final_obs_missing` says so. A buffer that
-            has this field already needs no telling.
+            closing row then repeats the last known one, and is marked by the bool field `final_obs_missing`. Implied
+            if the buffer has this field already.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An unknown mode, or a `num_envs` that is not positive, or not that of the buffer.
+        ValueError: An unknown mode, or a `num_envs` that is not positive or differs from the buffer's.
     """
 
     def __init__(
@@ -92,9 +91,8 @@ class Recorder:
         writer = buffer.writer if isinstance(buffer, ReplayBuffer) else buffer
         if not isinstance(writer, EpisodeWriter):
             raise TypeError(f"`buffer` must be a ReplayBuffer or an EpisodeWriter, found {type(buffer).__name__}.")
-        if autoreset_mode not in MODES:
-            raise ValueError(f"`autoreset_mode` must be one of {MODES}, found {autoreset_mode!r}.")
-        self.writer, self.autoreset_mode = writer, autoreset_mode
+        self.writer = writer
+        self.autoreset_mode = one_of("autoreset_mode", autoreset_mode, MODES)
         self.num_envs = 1 if num_envs is None else integer("num_envs", num_envs, 1)
         self._is_single = num_envs is None
         if writer.num_envs not in (None, self.num_envs):
@@ -104,37 +102,39 @@ class Recorder:
             )
         self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (writer.fields or ())
         self._token = writer.owner = object()
-        # A row in two parts, as the first observation comes before anything is known about the rest.
+        writer.leading = (self.num_envs,)
+        # For single numbers, which take the dtype of their field.
+        self._dtypes = _dtypes_of(writer.fields)
+        # Those of `obs`, from the first reset on.
         self._obs_fields: Fields | None = None
-        self._rest_fields: Fields | None = None
-        # Where `_is_pending`, first observations that are not rows yet; elsewhere the last ones known, if needed.
-        self._kept: Arrays = []
-        self._first_rest: Arrays = []
-        # Where each of the buffer's fields is among those of the two parts.
-        self._order: list[int] = []
+        # First observations that wait for a transition where `_is_pending`; elsewhere the last known ones, if needed.
+        self._kept: list[np.ndarray] = []
+        # `_kept` with zeros for everything else, from the first step on.
+        self._first_row: dict[str, Any] = {}
         # An environment is in one of these states, or in the middle of an episode. None stands for no environment.
         self._needs_reset: Mask = np.ones(self.num_envs, np.bool_)
         self._is_pending: Mask = None
         self._was_done: Mask = None
 
     def reset(self, obs: Any, mask: Any = None) -> None:
-        """Take the first observations after a reset of the environments, or of some.
+        """Take the first observations after a reset of all environments, or of some.
 
-        An episode in whose middle it comes is closed as truncated; one without a transition is dropped.
+        An open episode is closed as truncated; if it has no transition, it is dropped.
 
         Args:
             obs: Observations `(N, *shape)`; nested dicts and tuples of arrays or tensors allowed.
-            mask: bool `(N,)`, which environments were reset; None for all. The others' observations are not looked at.
+            mask: bool `(N,)`, which environments were reset; None for all. Observations of the others are ignored.
 
         Raises:
             Exception: As in `step`.
         """
         self._check_owner()
-        fields, leaves = self._leaves(self._obs_fields, {"obs": self._tree("obs", obs)})
+        fields, leaves = self._obs_leaves(self._tree("obs", obs))
         is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask)
         self.writer.truncate(is_reset)
         if self._obs_fields is None:
             self._obs_fields, self._kept = fields, [np.zeros_like(leaf) for leaf in leaves]
+            self._dtypes = _dtypes_of(fields) | self._dtypes
         self._keep(leaves, is_reset)
         self._is_pending = is_reset if self._is_pending is None else self._is_pending | is_reset
         self._was_done = _and_not(self._was_done, is_reset)
@@ -160,21 +160,22 @@ class Recorder:
             obs: What they returned, as in `reset`.
             reward: `(N,)`.
             terminated: bool `(N,)`, or numbers that are 0 or 1.
-            truncated: The same; both may be set. None with SB3's infos: then `terminated` takes its dones, and "infos"
-                tell truncations.
+            truncated: The same; both may be set. None with SB3's infos: `terminated` then takes its dones, and "infos"
+                tell which of them are truncations.
             final_obs: Under "same_step", the final observations of the environments that are done: a full batch, or
-                one item an environment (a list, an object array), None where there is none.
-            infos: As the environments return them; under "same_step", searched for final observations that are not
-                passed: "final_obs", "final_observation", with its mask if there is one, or SB3's
+                one item per environment (a list, an object array), None where there is none.
+            infos: As the environments return them. Under "same_step", final observations that are not passed are looked
+                up here: "final_obs", "final_observation", with its mask if there is one, or SB3's
                 "terminal_observation".
             extras: Further fields of the rows, `name -> (N, *shape)`, zero in first rows: what belongs to the action,
-                as its log-probability; what belongs to the observation is better put into `obs`.
+                such as its log-probability. What belongs to the observation goes into `obs`.
 
         Raises:
             TypeError: A value that is no tensor, array or number.
             ValueError: Other fields, dtypes, shapes or N than before, or a final observation that was not found.
                 Nothing has changed.
-            RuntimeError: An environment was not reset, or another recorder has taken over the buffer.
+            RuntimeError: An environment was not reset, or the buffer has a newer recorder.
+            Exception: The dataset could not store an episode, as in `ReplayBuffer.add_step`.
         """
         self._check_ready()
         is_terminated = self._flag("terminated", terminated)
@@ -184,23 +185,27 @@ class Recorder:
             is_truncated = self._flag("truncated", truncated)
         is_done = is_terminated | is_truncated
         is_last = is_done if is_done.any() else None
-        _, leaves = self._leaves(self._obs_fields, {"obs": self._tree("obs", obs)})
-        arrived, is_missing = leaves, np.zeros(self.num_envs, np.bool_)
+        arrived = self._tree("obs", obs)
+        _, leaves = self._obs_leaves(arrived)
+        is_missing = np.zeros(self.num_envs, np.bool_)
         if self.autoreset_mode == "same_step" and is_last is not None:
             arrived, is_missing = self._with_final_obs(leaves, is_done, final_obs, infos)
-        fields, rest = self._rest(action, reward, is_terminated, is_truncated, is_missing, extras)
+        row = self._row(action, arrived, reward, is_terminated, is_truncated, is_missing, extras)
+        rows = self.writer.checked(row, {})
         if self._is_pending is not None:
-            first_rest = self._first_rest or _first_rest(fields, rest)
-            self._write(fields, self._kept, first_rest, self._is_pending, None, self._is_pending)
-            self._rest_fields, self._first_rest = fields, first_rest
-            # At once: should what follows be refused and called again, the first rows must not come twice.
+            if not self._first_row:
+                first = {"obs": self._obs_tree(self._kept), "is_first": np.ones(self.num_envs, np.bool_)}
+                self._first_row = {**tree_map(np.zeros_like, row), **first}
+                self._dtypes = _dtypes_of(self.writer.fields)
+            first_rows = self.writer.checked(self._first_row, {})
+            self.writer.take(first_rows, mask=self._is_pending)
             self._is_pending = None
-        self._write(fields, arrived, rest, None, is_last, None if self._was_done is None else ~self._was_done)
+        self.writer.take(rows, None, is_last, None if self._was_done is None else ~self._was_done)
         self._move_on(leaves, is_last)
         self.writer.check_stored()
 
-    def _move_on(self, obs: Arrays, is_done: Mask) -> None:
-        """What each environment is waiting for after a step."""
+    def _move_on(self, leaves: list[np.ndarray], is_done: Mask) -> None:
+        """Set the states after a step that returned these observations."""
         if self.autoreset_mode == "disabled":
             self._needs_reset = is_done
             return
@@ -210,47 +215,30 @@ class Recorder:
             is_first = _and_not(self._was_done, is_done)
             self._was_done = is_done
         elif self._may_be_missing:
-            for kept, leaf in zip(self._kept, obs, strict=True):
+            for kept, leaf in zip(self._kept, leaves, strict=True):
                 np.copyto(kept, leaf)
         if is_first is not None:
-            self._keep(obs, is_first)
+            self._keep(leaves, is_first)
         self._is_pending = is_first
 
-    def _keep(self, obs: Arrays, mask: np.ndarray) -> None:
-        envs = mask.nonzero()[0]  # Copied, as environments use their arrays again.
-        for kept, leaf in zip(self._kept, obs, strict=True):
-            kept[envs] = leaf[envs]
+    def _keep(self, leaves: list[np.ndarray], mask: np.ndarray) -> None:
+        envs = mask.nonzero()[0]
+        for kept, leaf in zip(self._kept, leaves, strict=True):
+            kept[envs] = leaf[envs]  # Copied, as environments reuse their arrays.
 
-    def _write(self, rest_fields: Fields, obs: Arrays, rest: Arrays, is_first: Mask, is_last: Mask, mask: Mask) -> None:
-        """Write one row of each environment under `mask`."""
-        if not self._order:
-            self._begin(rest_fields, obs, rest)
-        leaves = [*obs, *rest]
-        self.writer.add_rows([leaves[i] for i in self._order], is_first, is_last, mask)
+    # Values in, as arrays `(N, *shape)`; N = 1 for a single environment.
 
-    def _begin(self, rest_fields: Fields, obs: Arrays, rest: Arrays) -> None:
-        assert self._obs_fields is not None  # A step comes after a reset.
-        row: dict[str, Any] = {}
-        for fields, leaves in ((self._obs_fields, obs), (rest_fields, rest)):
-            values = [leaf[0] for leaf in leaves] if self._is_single else leaves
-            row.update(fields.unflatten(dict(zip(fields.names, values, strict=True))))
-        self.writer.begin(row, False if self._is_single else np.zeros(self.num_envs, np.bool_))
-        names = [*self._obs_fields.names, *rest_fields.names]
-        self._order = [names.index(name) for name in self.writer.fields or ()]
-
-    # What came in, as arrays that are known to fit.
-
-    def _rest(
-        self, action: Any, reward: Any, terminated: Any, truncated: Any, is_missing: Any, extras: Any
-    ) -> tuple[Fields, Arrays]:
-        """All of a row but its observation."""
+    def _row(
+        self, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any, is_missing: Any, extras: Any
+    ) -> dict[str, Any]:
         if not isinstance(extras, Mapping | None):
             raise TypeError(f"`extras` must be a dict from field to value, found {type(extras).__name__}.")
         reserved = sorted(_RESERVED.intersection(extras or ()))
         if reserved:
             raise ValueError(f"`extras` has {reserved}, which the recorder writes itself. Rename them.")
         reward = self._array("reward", reward)
-        rest = {
+        row = {
+            "obs": obs,
             "action": self._tree("action", action),
             "reward": reward.astype(np.float32) if self._is_single and reward.ndim == 1 else reward,
             "terminated": terminated,
@@ -259,31 +247,32 @@ class Recorder:
             **{name: self._tree(name, value) for name, value in (extras or {}).items()},
         }
         if self._may_be_missing:
-            rest[_MISSING] = is_missing
-        return self._leaves(self._rest_fields, rest)
+            row[_MISSING] = is_missing
+        return row
 
     def _array(self, name: str, value: Any) -> np.ndarray:
-        """`(N, *shape)`, N = 1 for a single environment."""
         array = observations.to_array(name, value)
-        return array[None] if self._is_single else array
+        if not self._is_single:
+            return array
+        # A single environment may return np.int32(1) once and 1 then.
+        return number_as(self._dtypes.get(name, array.dtype), array, array)[None]
 
     def _tree(self, name: str, value: Any) -> Any:
         return observations.tree_of(name, value, self._array)
 
-    def _leaves(self, fields: Fields | None, tree: dict[str, Any]) -> tuple[Fields, Arrays]:
-        """The arrays in the order of the fields, which are inferred if there are none yet."""
-        fields = fields or Fields.from_rows(tree, 1)
-        leaves = observations.leaves_of(fields, tree)
-        if self._is_single:
-            # An action may be np.int32(1) once and 1 then: numbers take the dtype that the first had.
-            for i, (_, dtype, shape) in enumerate(fields.layout):
-                if not shape and leaves[i].dtype != dtype and np.can_cast(leaves[i].dtype, dtype, "same_kind"):
-                    leaves[i] = cast_if_kept(leaves[i], dtype)
+    def _obs_leaves(self, tree: Any) -> tuple[Fields, list[np.ndarray]]:
+        """The fields of observations, and arrays that fit in their order."""
+        fields = self._obs_fields or Fields.from_rows({"obs": tree}, 1)
+        leaves = fields.arrays({"obs": tree})
         check_rows(fields, leaves, (self.num_envs,), self.writer.sink.verification_mode)
         return fields, leaves
 
+    def _obs_tree(self, leaves: list[np.ndarray]) -> Any:
+        assert self._obs_fields is not None  # A reset comes first.
+        return self._obs_fields.unflatten(dict(zip(self._obs_fields.names, leaves, strict=True)))["obs"]
+
     def _flag(self, name: str, value: Any) -> np.ndarray:
-        """The value as bool `(N,)`."""
+        """A copy as bool `(N,)`."""
         array = self._array(name, value)
         if array.shape != (self.num_envs,):
             raise ValueError(f"`{name}` has shape {array.shape}, expected {(self.num_envs,)}.")
@@ -293,41 +282,36 @@ class Recorder:
         return flags
 
     def _with_final_obs(
-        self, obs: Arrays, is_done: np.ndarray, final_obs: Any, infos: Any
-    ) -> tuple[Arrays, np.ndarray]:
-        """`obs` with the final observations where done, and bool `(N,)`, whose is missing."""
-        fields = self._obs_fields
-        assert fields is not None  # A step comes after a reset.
-        arrived = [leaf.copy() for leaf in obs]
+        self, leaves: list[np.ndarray], is_done: np.ndarray, final_obs: Any, infos: Any
+    ) -> tuple[Any, np.ndarray]:
+        """The observations with final ones where done, and bool `(N,)`, where these are missing."""
+        assert self._obs_fields is not None  # A reset comes first.
+        arrived = [leaf.copy() for leaf in leaves]
         name, source, mask = observations.find_final_obs(final_obs, infos)
-        wanted = is_done if mask is None else is_done & self._flag(f"_{name}", mask)
-        if observations.is_per_env(source):
-            found = observations.put_items(fields, arrived, wanted, name, source)
-        elif source is None:
-            found = np.zeros_like(wanted)
+        found = is_done if mask is None else is_done & self._flag(f"_{name}", mask)
+        if source is None:
+            found = np.zeros_like(is_done)
+        elif observations.is_per_env(source):
+            found = observations.put_items(self._obs_fields, arrived, found, name, source)
         else:
-            found = wanted
-            for array, leaf in zip(arrived, self._leaves(fields, {"obs": self._tree("obs", source)})[1], strict=True):
+            for array, leaf in zip(arrived, self._obs_leaves(self._tree("obs", source))[1], strict=True):
                 array[found] = leaf[found]
         is_missing = is_done & ~found
         if is_missing.any():
             if not self._may_be_missing:
                 raise ValueError(
-                    f"Environments {np.flatnonzero(is_missing).tolist()} ended without a final observation: with "
-                    "'same_step', `obs` is already the next episode's first, and neither `final_obs` nor `infos` "
-                    "('final_obs', 'final_observation', or SB3's 'terminal_observation') has it. Pass `final_obs`, or "
-                    "make the recorder with `final_obs_may_be_missing=True`: it repeats the last one known and says so "
-                    "in the field `final_obs_missing`."
+                    f"Environments {np.flatnonzero(is_missing).tolist()} ended without a final observation: it is "
+                    "neither in `final_obs` nor in `infos` ('final_obs', 'final_observation', or SB3's "
+                    "'terminal_observation'). Pass it, or make the recorder with `final_obs_may_be_missing=True`."
                 )
             for array, kept in zip(arrived, self._kept, strict=True):
                 array[is_missing] = kept[is_missing]
-        check_rows(fields, arrived, (self.num_envs,), self.writer.sink.verification_mode)
-        return arrived, is_missing
+        return self._obs_tree(arrived), is_missing
 
-    # The state.
+    # Who may step.
 
     def invalidate(self) -> None:
-        """Take no further step before a reset, which closes the open episodes: a step could not be recorded."""
+        """Refuse steps until a reset, because one could not be recorded; the reset closes the open episodes."""
         self._needs_reset = np.ones(self.num_envs, np.bool_)
 
     def _check_owner(self) -> None:
@@ -349,14 +333,12 @@ class Recorder:
             )
 
 
-def _first_rest(fields: Fields, rest: Arrays) -> Arrays:
-    first = [np.zeros_like(leaf) for leaf in rest]
-    first[fields.names.index("is_first")][:] = True
-    return first
+def _dtypes_of(fields: Fields | None) -> dict[str, np.dtype]:
+    return {name: dtype for name, dtype, _ in (fields.layout if fields else ())}
 
 
 def _and_not(mask: Mask, other: Mask) -> Mask:
-    """Those of `mask` that are not of `other`, None if there are none."""
+    """The environments of `mask` that are not in `other`; None if there are none."""
     if mask is None or other is None:
         return mask
     left = mask & ~other

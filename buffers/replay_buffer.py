@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
+
+from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Fields
 from buffers.sampler import Sampler
-from buffers.statistics import Statistics
 from buffers.writer import EpisodeWriter
 
 __all__ = ["ReplayBuffer"]
 
+_NUM_RETURNS = 100
+
 
 class ReplayBuffer:
-    """Splits streams of steps into episodes, hands them to a dataset, and draws batches from it.
+    """Splits streams of steps into episodes, adds these to a dataset, and draws batches from it.
 
         >>> import numpy as np
         >>> from buffers.dataset import RingBufferDataset
@@ -29,18 +35,10 @@ class ReplayBuffer:
         {'obs': (32, 16, 4), 'reward': (32, 16)}
 
     Args:
-        dataset: Where episodes live, or a source that batches are only drawn from (a `MixtureDataset`).
-        batch_size: B, sequences a batch.
-        sequence_length: T, steps of each; None for whole episodes, padded, with `mask`.
-        chunk_size: As in `EpisodeSource.get_loader`; so are all that are not named here.
-        num_workers: Processes that load; 0 by default.
-        num_envs: N. 1 says that steps have no environment axis (unless `done` has one); None leaves it to the first.
-        sampler: Which windows are drawn; uniformly over all windows by default.
-        transform: A function on the batch.
-        include: What else a batch holds, see `SequenceStream`.
-        seed: Of all draws; None takes it from the operating system.
+        dataset: Where episodes are stored, or a source that batches are only drawn from (a `MixtureDataset`).
+        batch_size: B; this and all arguments that are not listed here are those of `EpisodeSource.get_loader`.
+        num_envs: N. With 1, steps have no environment axis, unless `done` has one. None leaves it to the first step.
         max_episode_length: Steps after which an open episode counts as complete, for streams that never end.
-        **loader_options: Go to torch's `DataLoader` as they are.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -77,13 +75,13 @@ class ReplayBuffer:
             seed=seed,
             **loader_options,
         )
-        # Without workers and pinning, all that a DataLoader adds to a batch is time.
+        # Without workers and pinning, a DataLoader adds nothing but time.
         loader = self.dataloader
         self._direct = not (loader.num_workers or loader.pin_memory or loader_options.get("collate_fn"))
         self._batches: Iterator[Any] | None = None
         self._generation = 0
         self._is_closed = False
-        self._statistics = Statistics(dataset)
+        self._returns: deque[float] = deque(maxlen=_NUM_RETURNS)
         self._writer: EpisodeWriter | None = None
         if isinstance(dataset, EpisodeDataset):
             self._writer = EpisodeWriter(
@@ -91,14 +89,14 @@ class ReplayBuffer:
                 num_envs,
                 max_episode_length,
                 check_fields=loader.stream.check_include,
-                on_stored=self._statistics.note,
+                on_stored=partial(_note_return, self._returns),
             )
 
     # Steps in.
 
     @property
     def writer(self) -> EpisodeWriter:
-        """What splits steps into episodes; RuntimeError for a source that takes none."""
+        """What splits steps into episodes; RuntimeError for a source that takes no episodes."""
         if self._writer is None:
             raise RuntimeError(
                 f"A {type(self.dataset).__name__} holds no episodes of its own: add to one of its members, or evict "
@@ -111,23 +109,23 @@ class ReplayBuffer:
 
             single         o0 o1 o2 | o0 ...       done=True comes with o2: this row is the episode's last,
                       done F  F  T    F            which can be drawn at once
-            vectorized     o0 o1 o2 | o0 ...       done[i]=True comes with o0': environment i ended on the call
+            vectorized     o0 o1 o2 | o0 ...       done[i]=True comes with o0: environment i ended on the call
                    done[i] F  F  F    T            before and was reset, so this row is its next episode's first
 
-        With batched rows, a plain bool stands for all N. The first step decides which of the two it is: by `num_envs`
-        if given; else vectorized if `done` has one axis; else if all leaves share their leading size, with a warning.
+        The first step decides between the two: by `num_envs` if given; else it is vectorized if `done` has an axis, or
+        if all leaves share their leading size, which gives a warning.
 
         Args:
             step_data: `field -> (*shape)`, or `(N, *shape)`; nested dicts allowed. Values are copied. dtypes are
                 kept, Python floats become float32.
-            done: bool, or bool `(N,)`.
+            done: bool, or bool `(N,)`. A plain bool stands for all N.
 
         Raises:
             TypeError: A value that is no tensor, array or number; a `done` that is not bool.
             ValueError: Other fields, dtypes, shapes or N than before, or an open episode as long as the capacity.
-                The buffer is as it was.
-            Exception: Whatever the dataset raised for an episode that ends here or did before: an OSError of a full
-                disk. The step was taken, and the next call tries again to store the episode.
+                Nothing has changed.
+            Exception: The dataset could not store an episode that ended now or before, because of a full disk for
+                example. The step was taken, and the next call tries again to store the episode.
         """
         (self._writer or self.writer).add_step(step_data, done)
 
@@ -137,29 +135,29 @@ class ReplayBuffer:
         Args:
             step_data: As in `add_step`; so are the errors.
             is_first: bool, or bool `(N,)`: the rows before this one are a complete episode.
-            is_last: bool, or bool `(N,)`: with this row, the episode is complete.
-            mask: bool, or bool `(N,)`: False where the environment brings no row, and the rest is not looked at.
+            is_last: bool, or bool `(N,)`: the episode is complete with this row.
+            mask: bool, or bool `(N,)`: False where the environment has no row; its other values are ignored.
         """
         self.writer.add(step_data, is_first=is_first, is_last=is_last, mask=mask)
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
-        """Add a whole episode, as by `EpisodeDataset.add_episode`; open ones are left alone."""
+        """`EpisodeDataset.add_episode`; open episodes stay open."""
         self._check_open()
         dataset = self.writer.sink
         assert isinstance(dataset, EpisodeDataset)  # It has a writer.
         episode_id = dataset.add_episode(episode)
-        self._statistics.note(episode)
+        _note_return(self._returns, episode)
         return episode_id
 
     def flush(self) -> None:
-        """Complete the open episodes as they stand: at the end of a run, or when all environments are reset."""
+        """Complete the open episodes as they are: at the end of a run, or when all environments are reset."""
         if self._writer is not None:
             self._writer.flush()
 
     # Batches out.
 
     def sample(self) -> Any:
-        """The next batch, `field -> (B, T, *shape)` with what `include` asked for, or what `transform` made of it.
+        """The next batch, `field -> (B, T, *shape)` with what `include` adds, or what `transform` made of it.
 
         Raises:
             RuntimeError: No complete episode is long enough.
@@ -178,7 +176,7 @@ class ReplayBuffer:
         try:
             return next(self._batches)
         except BaseException:
-            # The workers may be gone: the next call starts over, where this one stood.
+            # The workers may have ended. The next call starts others, which go on with the batch after this one.
             self._batches = None
             raise
 
@@ -191,7 +189,7 @@ class ReplayBuffer:
             yield self.sample()
 
     def close(self) -> None:
-        """Complete the open episodes and end the workers. If an episode cannot be stored, the buffer stays open."""
+        """Flush and end the workers. If an episode cannot be stored, the buffer stays open."""
         if not self._is_closed:
             try:
                 if self._writer is not None:
@@ -222,12 +220,12 @@ class ReplayBuffer:
 
     @property
     def num_episodes(self) -> int:
-        """Complete episodes that live."""
+        """Complete episodes that are stored."""
         return self.dataset.num_episodes
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of complete episodes that live; open episodes do not count."""
+        """Steps of complete episodes that are stored."""
         return self.dataset.num_timesteps
 
     @property
@@ -239,12 +237,26 @@ class ReplayBuffer:
         """Numbers for a logger.
 
         Returns:
-            `num_episodes` and `num_timesteps` that live, `fill` (their share of the capacity), `mean_episode_length`,
-            `num_evicted` episodes so far, `num_batches` taken, `num_rejected_windows` (drawn again, as their episode
-            was evicted meanwhile); `mean_episode_return` of the last 100 complete episodes if there is a scalar
-            `reward`; and, after a batch, `newest_age`: steps added since the newest row in it (not for a mixture).
+            `num_episodes` and `num_timesteps` that are stored, `fill` (their share of the capacity),
+            `mean_episode_length`, `num_evicted` episodes so far, `num_batches` taken, `num_rejected_windows` (drawn
+            again because their episode was evicted); `mean_episode_return` of the last 100 complete episodes if there
+            is a scalar `reward`; after a batch, `newest_age`: steps added since its newest row (not for a mixture).
         """
-        return self._statistics.numbers(self.dataloader.stream)
+        dataset, stream = self.dataset, self.dataloader.stream
+        found: dict[str, float] = {
+            "num_episodes": dataset.num_episodes,
+            "num_timesteps": dataset.num_timesteps,
+            "fill": dataset.num_timesteps / dataset.capacity,
+            "mean_episode_length": dataset.average_episode_length,
+            "num_evicted": dataset.num_evicted,
+            "num_batches": stream.position,
+            "num_rejected_windows": stream.num_rejected,
+        }
+        if self._returns:
+            found["mean_episode_return"] = sum(self._returns) / len(self._returns)
+        if stream.newest_step is not None and not dataset.has_members:
+            found["newest_age"] = dataset.table.num_steps_after(stream.newest_step)
+        return found
 
     def __len__(self) -> int:
         return self.num_timesteps
@@ -255,3 +267,17 @@ class ReplayBuffer:
             f"ReplayBuffer: batches of {stream.batch_size} x {stream.sequence_length or 'whole episodes'}, "
             f"{self._num_open_rows:,} steps in open episodes\n{self.dataset!r}"
         )
+
+
+def _note_return(returns: deque[float], episode: Mapping[str, Any]) -> None:
+    """Append an episode's return: the sum of `reward`, if that is one real number a step."""
+    rewards = episode.get("reward")
+    if rewards is None or isinstance(rewards, Mapping):
+        return
+    if type(rewards) is not np.ndarray:
+        rewards = as_array("reward", rewards)
+    if rewards.dtype.kind == "V":
+        # bfloat16 is the upper half of a float32.
+        rewards = (rewards.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if rewards.ndim == 1 and rewards.dtype.kind in "fiub":
+        returns.append(float(np.add.reduce(rewards)))

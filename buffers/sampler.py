@@ -12,7 +12,7 @@ __all__ = ["Sampler", "UniformEpisodeSampler", "UniformSampler", "Windows", "int
 
 
 class Sampler(ABC):
-    """Draws windows over a table of episodes. It holds no generator and no state, so two loaders can share one."""
+    """Draws windows over a table of episodes. It has no state, so loaders can share it."""
 
     @abstractmethod
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
@@ -22,7 +22,7 @@ class Sampler(ABC):
             table: The live episodes. Build the result with `table.windows(position, step, length)`.
             num_windows: B, at least 1.
             length: T, in steps; None for whole episodes (then T is that of the longest one drawn).
-            rng: Source of randomness, a function of the loader's seed, the number of the batch and the attempt.
+            rng: Source of randomness: a function of the loader's seed, the batch's number and the attempt.
 
         Raises:
             RuntimeError: No live episode has `length` rows.
@@ -30,21 +30,19 @@ class Sampler(ABC):
 
 
 def integers_below(rng: np.random.Generator, high: int | Int64Array, num: int) -> Int64Array:
-    """Draw int64 `(num,)`, each of [0, high) equally likely, faster than by `rng.integers`.
-
-    They are remainders of 64-bit words, which favours small integers by less than high / 2**64.
+    """Draw int64 `(num,)` uniformly from [0, high), faster than `rng.integers`; `high` is one number or `(num,)`.
 
         >>> integers_below(np.random.Generator(np.random.Philox(0)), 10, 5)
         array([7, 5, 6, 9, 2])
 
-    `high` is at least 1, one number or `(num,)`.
+    They are remainders of 64-bit words, which favours small integers by less than high / 2**64.
     """
     divisor = high if isinstance(high, int) else high.view(np.uint64)
     return (rng.bit_generator.random_raw(num) % divisor).view(np.int64)
 
 
 def _draw_whole_episodes(table: EpisodeTable, num_windows: int, rng: np.random.Generator) -> Windows:
-    """Draw whole episodes, uniformly over episodes, with replacement; T is the length of the longest drawn."""
+    """Draw whole episodes, each equally likely; T is the length of the longest drawn."""
     if len(table) == 0:
         raise RuntimeError(table.no_window_message(None))
     position = integers_below(rng, len(table), num_windows)
@@ -61,7 +59,7 @@ class UniformSampler(Sampler):
                            # # #
                              # # #
 
-    So long episodes are drawn in proportion to their windows; whole episodes (T = None) all alike.
+    So long episodes are drawn in proportion to their windows. Whole episodes (T = None) are equally likely.
 
         >>> table = EpisodeTable()
         >>> episode_ids = table.append(5), table.append(14)  # 3 and 12 windows of 3 rows.
@@ -71,7 +69,7 @@ class UniformSampler(Sampler):
     """
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
-        """Draw one integer a window, which stands for it in the order of episodes and steps; see `Sampler.draw`."""
+        """`Sampler.draw`: one integer a window, its number in the order of episodes and steps."""
         if length is None:
             return _draw_whole_episodes(table, num_windows, rng)
         windows = table.count_windows(length)
@@ -84,7 +82,7 @@ class UniformSampler(Sampler):
 class UniformEpisodeSampler(Sampler):
     """Every episode of at least T rows is equally likely, then every window in it.
 
-    How long an episode is does not change its share:
+    The share of an episode does not depend on its length:
 
         >>> table = EpisodeTable()
         >>> episode_ids = table.append(5), table.append(14)
@@ -94,7 +92,7 @@ class UniformEpisodeSampler(Sampler):
     """
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
-        """Draw episodes, then a start in each; see `Sampler.draw`."""
+        """`Sampler.draw`: episodes, then a start in each."""
         if length is None:
             return _draw_whole_episodes(table, num_windows, rng)
         episodes = table.count_episodes(length)
@@ -102,8 +100,8 @@ class UniformEpisodeSampler(Sampler):
         if num == 0:
             raise RuntimeError(table.no_window_message(length))
         position = integers_below(rng, num, num_windows)
-        if num < len(table):  # Else all are long enough, and the integer is the position.
-            places, _ = episodes.locate(position)
-            position = places - episodes.first
+        if num < len(table):  # Otherwise all are long enough, and the integer is the position.
+            offsets, _ = episodes.locate(position)
+            position = offsets - episodes.first
         step = integers_below(rng, table.lengths[position] - (length - 1), num_windows)
         return table.windows(position, step, length)

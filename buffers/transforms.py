@@ -1,4 +1,4 @@
-"""Functions on a batch of recorded rows; each can be the `transform=` of a loader."""
+"""Functions on a batch of recorded rows, for the `transform=` of a loader."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ _PER_SEQUENCE = ("episode", "weight", "source")
 
 
 def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """From T + 1 rows aligned on arrival to T transitions.
+    """Make T transitions of T + 1 rows aligned on arrival, as views of the batch.
 
         rows            o0        o1        o2             row t holds what led to o_t
                         -    a0 r1 d1   a1 r2 d2
         transitions     o0 a0 r1 d1 o1     o1 a1 r2 d2 o2
 
-    With `sequence_length=2`, every stored transition is one window, and all are equally likely. The results are views
-    of the batch.
+    With `sequence_length=2`, every stored transition is one window, and all are equally likely.
 
         >>> rows = {"obs": torch.tensor([0.0, 0.1, 0.2]), "action": torch.tensor([0, 1, 0])}
         >>> rows |= {"reward": torch.tensor([0.0, 0.5, 0.7]), "terminated": torch.tensor([False, False, True])}
@@ -34,11 +33,11 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: As recorded, `field -> (B, T + 1, *shape)`, or `(T + 1, *shape)` for a single sequence, T at least 1.
 
     Returns:
-        `field -> (B, T, *shape)`: `obs` and `is_first` from the row before the transition; `next_obs`, and all other
-        fields, from the row on arrival. `episode`, `weight` and `source` `(B,)` are left as they are.
+        `field -> (B, T, *shape)`: `obs` and `is_first` from the row before the transition; `next_obs` and all other
+        fields from the row on arrival. `episode`, `weight` and `source` `(B,)` are unchanged.
 
     Raises:
-        ValueError: A field is missing, there is a `next_obs` already, or sequences have one row.
+        ValueError: A field is missing, `next_obs` exists already, or sequences have one row.
     """
     missing = [name for name in _ROW_FIELDS if name not in batch]
     if missing:
@@ -51,7 +50,7 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     transitions = {}
     for name, value in batch.items():
         start = 0 if name in ("obs", "is_first") else 1
-        # An extra field of rows may have such a name, too, but it has the axis of time.
+        # A field of the rows with such a name has the time axis.
         is_per_sequence = name in _PER_SEQUENCE and isinstance(value, torch.Tensor) and value.dim() <= axis
         transitions[name] = value if is_per_sequence else _narrow(value, axis, start, length - 1)
     transitions["next_obs"] = _narrow(batch["obs"], axis, 1, length - 1)
@@ -59,15 +58,15 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, Any]:
-    """Discounted sums of up to n rewards, and what to bootstrap from behind them.
+    """Add discounted sums of up to n rewards, and the observations to bootstrap from after them.
 
         target = batch["return"] + batch["discount"] * value(batch["bootstrap_obs"])
 
-    From transition t on, m rewards are summed: n, or fewer where the episode or the sequence ends before. Only
-    `terminated` leaves nothing to bootstrap from.
+    From transition t on, m rewards are summed: n, or fewer if the episode or the sequence ends before. Only after
+    `terminated` is there nothing to bootstrap from.
 
         n = 3, T = 5       t     0 1 2 3 4
-                           m     3 3 3 2 1            never over an end: with one at t = 2    3 2 1 2 1
+                           m     3 3 3 2 1            if an episode ends at t = 2:    3 2 1 2 1
 
         >>> no, reward = torch.zeros(1, 5, dtype=torch.bool), torch.ones(1, 5)
         >>> batch = {"reward": reward, "terminated": no, "truncated": no, "next_obs": torch.arange(1, 6)[None]}
@@ -75,20 +74,21 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
         >>> found["return"], found["bootstrap_obs"]
         (tensor([[3., 3., 3., 2., 1.]]), tensor([[3, 4, 5, 5, 5]]))
 
-    For always n rewards, draw `sequence_length=n + 1` and use t = 0 alone; none then starts at an episode's last n - 1.
+    To sum n rewards always, draw `sequence_length=n + 1` and use t = 0 alone, which is never one of an episode's last
+    n - 1 transitions.
 
     Args:
-        batch: Transitions of `to_transitions`, `(B, T, *shape)`, with `reward` `(B, T)`. Where there is a `mask`, what
-            is not real is left out, and has a return and a discount of 0.
+        batch: Transitions of `to_transitions`, `(B, T, *shape)`, with `reward` `(B, T)`. What a `mask` marks as padding
+            is left out, and has a return and a discount of 0.
         n: At least 1.
         gamma: Discount of a step, 0 to 1.
 
     Returns:
         The batch, with `return` `(B, T)`: the sum over k < m of gamma**k * reward[t + k]; `discount` `(B, T)`:
-        gamma**m, or 0 where the last of them terminated; `bootstrap_obs` `(B, T, *shape)`: the observation after them.
+        gamma**m, or 0 if the last of the m terminated; `bootstrap_obs` `(B, T, *shape)`: the observation after it.
 
     Raises:
-        ValueError: `n` or `gamma` out of range, no transitions, names that are taken, or rewards of another shape.
+        ValueError: `n` or `gamma` out of range, no transitions, fields of these names, or rewards of another shape.
     """
     if n < 1 or not 0.0 <= gamma <= 1.0:
         raise ValueError(f"`n` must be at least 1 and `gamma` from 0 to 1, found {n} and {gamma}.")
@@ -103,14 +103,14 @@ def n_step_returns(batch: Mapping[str, Any], n: int, gamma: float) -> dict[str, 
     if not reward.is_floating_point():
         reward = reward.float()
     is_real = batch.get("mask", torch.ones_like(terminated))
-    # Whether the sum may go on from a transition to the next.
-    goes_on = ~(terminated | batch["truncated"]) & _shifted(is_real, 1)
+    # Whether the sum may continue from a transition to the next.
+    continues = ~(terminated | batch["truncated"]) & _shifted(is_real, 1)
     returns, count = torch.zeros_like(reward), torch.zeros_like(reward, dtype=torch.int64)
     is_summed = is_real
     for k in range(min(n, reward.shape[-1])):
         returns = returns + gamma**k * torch.where(is_summed, _shifted(reward, k), 0)
         count = count + is_summed
-        is_summed = is_summed & _shifted(goes_on, k)
+        is_summed = is_summed & _shifted(continues, k)
     last = torch.arange(reward.shape[-1], device=reward.device) + (count - 1).clamp(min=0)
     stops = terminated.gather(-1, last) | ~is_real
     discount = torch.where(stops, 0, torch.pow(torch.as_tensor(gamma, dtype=reward.dtype, device=reward.device), count))
@@ -124,19 +124,19 @@ def _check_free(batch: Mapping[str, Any], *names: str) -> None:
 
 
 def _narrow(value: Any, axis: int, start: int, length: int) -> Any:
-    # Whether it is a mapping takes longer to ask.
+    # The cheaper test first.
     if type(value) is not torch.Tensor and isinstance(value, Mapping):
         return {key: _narrow(item, axis, start, length) for key, item in value.items()}
     return value.narrow(axis, start, length)
 
 
 def _shifted(values: torch.Tensor, k: int) -> torch.Tensor:
-    """`values[..., t + k]` at t, 0 behind the end."""
+    """`values[..., t + k]` at t, 0 after the end."""
     return torch.nn.functional.pad(values[..., k:], (0, k)) if k else values
 
 
 def _take(value: Any, indices: torch.Tensor) -> Any:
-    """`value[b, indices[b, t]]` at (b, t), for `(B, T, *shape)` or without the B."""
+    """`value[b, indices[b, t]]` at (b, t), with or without the axis B."""
     if isinstance(value, Mapping):
         return {key: _take(item, indices) for key, item in value.items()}
     if indices.dim() == 1:

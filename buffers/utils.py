@@ -1,4 +1,4 @@
-"""Small things that several rooms share."""
+"""Helpers that several packages share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from buffers.conversion import as_array
+
 __all__ = ["to_torch"]
 
 
@@ -22,15 +24,15 @@ def how_to_install(extra: str) -> str:
 
 
 class Process:
-    """This process: its number is kept, as asking the kernel takes long where a batch has just used the caches."""
+    """Its process id, kept here because asking the kernel is slow."""
 
     number = os.getpid()
 
 
 class ThreadLock(type(threading.RLock())):  # type: ignore[misc]
-    """A lock between the threads of one process; a forked child and a copy begin with one of their own.
+    """A lock between the threads of one process; a forked child and a copy start with a free one.
 
-    It is taken and given back by C: Ctrl-C between the two lines of a method would leave it taken for ever.
+    A subclass of the C type, because Ctrl-C within Python methods for `with` could leave it locked for ever.
     """
 
     all: weakref.WeakSet[ThreadLock] = weakref.WeakSet()
@@ -43,7 +45,7 @@ class ThreadLock(type(threading.RLock())):  # type: ignore[misc]
 
 
 def _renew() -> None:
-    """In a forked child, where a thread that is not here may have held the locks."""
+    """In a forked child: threads that it does not have may have held the locks."""
     Process.number = os.getpid()
     for lock in ThreadLock.all:
         lock._at_fork_reinit()
@@ -56,9 +58,9 @@ if hasattr(os, "register_at_fork"):
 def to_torch(value: Any, device: torch.device | str | None = None) -> Any:
     """Turn numbers and arrays into tensors, also inside lists, tuples (named ones too) and dicts, which are rebuilt.
 
-    dtypes are kept; Python floats become float32, ints int64, bools bool. Arrays share their memory with the tensor
-    where torch allows it, so copy the result if the array is used again. What is neither (a string, None, an object
-    array) comes back as it is. `device` is where the tensors shall live; None leaves them where they are.
+    dtypes are kept; Python floats become float32, ints int64, bools bool. A tensor shares the memory of its array where
+    torch allows it, so copy the result if the array is reused. Other values (a string, None, an object array) are
+    returned as they are. `device` is where to move tensors; None leaves them where they are.
 
         >>> to_torch({"obs": np.zeros(2, np.float32), "reward": 0.5, "name": "left"})
         {'obs': tensor([0., 0.]), 'reward': tensor(0.5000), 'name': 'left'}
@@ -69,32 +71,19 @@ def to_torch(value: Any, device: torch.device | str | None = None) -> Any:
         return type(value)(*(to_torch(item, device) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(to_torch(item, device) for item in value)
-    if isinstance(value, (np.ndarray, np.generic)):
+    if not isinstance(value, torch.Tensor):
         try:
-            tensor = _from_numpy(np.asarray(value))
-        except TypeError:  # Of a dtype that torch has not.
+            array = as_array("value", value)
+        except TypeError:
             return value
-    elif isinstance(value, torch.Tensor):
-        tensor = value
-    elif isinstance(value, bool) or (isinstance(value, int) and -(2**63) <= value < 2**63):
-        tensor = torch.tensor(value)
-    elif isinstance(value, (float, complex)):
-        tensor = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.complex64)
-    else:
-        return value
-    return tensor if device is None else tensor.to(device)
-
-
-def _from_numpy(array: np.ndarray) -> torch.Tensor:
-    # torch knows neither foreign byte orders, nor negative strides, nor memory that must not be written.
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    is_plain = array.flags.writeable and all(stride >= 0 for stride in array.strides)
-    return torch.from_numpy(array if is_plain else array.copy())
+        # torch supports neither negative strides nor read-only memory.
+        is_plain = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+        value = torch.from_numpy(array if is_plain else array.copy())
+    return value if device is None else value.to(device)
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
-    """An argument that must be an integer of at least `minimum`, and no bool."""
+    """Check an argument that must be an integer of at least `minimum`, and no bool."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"`{name}` must be an integer, found {type(value).__name__}: {value!r:.60}.")
     if value < minimum:
@@ -103,14 +92,14 @@ def integer(name: str, value: Any, minimum: int) -> int:
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> Any:
-    """An argument that must be one of a few words."""
+    """Check an argument that must be one of a few words."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, found {value!r:.60}.")
     return value
 
 
 def format_bytes(num_bytes: float) -> str:
-    """A number of bytes for people: `1.5 MB`, in powers of 1,000."""
+    """A number of bytes as `1.5 MB`, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -119,7 +108,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text whose columns are aligned; the first row is the head and is underlined."""
+    """Lines of text with aligned columns; the first row is the head and is underlined."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,7 @@ from buffers.writer import EpisodeWriter
 
 __all__ = ["RecordEpisodes", "VectorRecordEpisodes"]
 
-
-# They step the environments without passing by `step` and `reset`, so what they do would be missing in the buffer.
+# They bypass `step` and `reset`, so what they do would be missing in the buffer.
 _UNRECORDED = ("step_async", "step_wait", "reset_async", "reset_wait")
 
 
@@ -44,12 +42,8 @@ class RecordEpisodes(gymnasium.Wrapper):
         >>> buffer.dataset.episode_lengths  # Eleven transitions are twelve rows.
         [12]
 
-    The fields are those of `Recorder`. Observations and actions have the dtypes of their spaces (where what is
-    delivered is of that kind), rewards are float32. An `Autoreset` wrapper may lie below or above.
-
-    Args:
-        env: The environment.
-        buffer: Where the episodes go.
+    The fields and `buffer` are those of `Recorder`. Observations and actions take the dtypes of their spaces where
+    numpy's "same_kind" casts allow it; rewards are float32. An `Autoreset` wrapper may lie below or above this one.
     """
 
     def __init__(self, env: gymnasium.Env, buffer: ReplayBuffer | EpisodeWriter) -> None:
@@ -57,7 +51,7 @@ class RecordEpisodes(gymnasium.Wrapper):
         self.recorder = Recorder(buffer, None, _single_mode(env))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset; an episode in the middle is closed as truncated."""
+        """Reset; an open episode is closed as truncated."""
         obs, info = self.env.reset(seed=seed, options=options)
         self.recorder.reset(_as_in(self.env.observation_space, obs))
         return obs, info
@@ -65,9 +59,13 @@ class RecordEpisodes(gymnasium.Wrapper):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step and record."""
         taken = _as_in(self.env.action_space, action, copy=True)
-        with _whole_step(self.recorder):
+        try:
             obs, reward, terminated, truncated, info = self.env.step(action)
             self.recorder.step(taken, _as_in(self.env.observation_space, obs), reward, terminated, truncated)
+        except BaseException:
+            # The environment may have stepped without a record of it.
+            self.recorder.invalidate()
+            raise
         return obs, reward, terminated, truncated, info
 
 
@@ -84,16 +82,15 @@ class VectorRecordEpisodes(VectorWrapper):
         >>> buffer.num_episodes
         8
 
-    The fields are those of `Recorder`. Observations are stored as they are delivered, actions have the dtype of their
-    space (where what is given is of that kind), rewards are float32. Whatever else the environments have is reached
-    through the wrapper, but for `step_async` and its like, which would go unrecorded.
+    The fields and arguments are those of `Recorder`. Observations are stored as they are returned, actions take the
+    dtype of their space where numpy's "same_kind" casts allow it, and rewards are float32. Other attributes of the
+    environments are reached through the wrapper, but for `step_async` and the like, which would go unrecorded.
 
     Args:
         envs: The environments.
         buffer: Where the episodes go.
-        autoreset_mode: "next_step", "same_step" or "disabled", or gymnasium's `AutoresetMode`. None takes it from
-            `envs.metadata["autoreset_mode"]`.
-        final_obs_may_be_missing: As for `Recorder`.
+        autoreset_mode: As in `Recorder`, or gymnasium's; None takes it from `envs.metadata["autoreset_mode"]`.
+        final_obs_may_be_missing: As in `Recorder`.
 
     Raises:
         ValueError: The mode is neither given nor in the metadata, or the two differ.
@@ -114,11 +111,11 @@ class VectorRecordEpisodes(VectorWrapper):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset all, or those under `options["reset_mask"]`; episodes in the middle are closed as truncated.
+        """Reset all, or those under `options["reset_mask"]` or in ManiSkill's `options["env_idx"]`.
 
-        ManiSkill's `options["env_idx"]` is understood as well.
+        Their open episodes are closed as truncated.
         """
-        # Before the call, as gymnasium takes the mask out of the options.
+        # Before the call, because gymnasium removes the mask from the options.
         mask = _reset_mask(self.num_envs, options)
         obs, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         self.recorder.reset(obs, mask)
@@ -127,11 +124,15 @@ class VectorRecordEpisodes(VectorWrapper):
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step and record."""
         taken = _as_in(self.env.action_space, actions, copy=True)
-        with _whole_step(self.recorder):
+        try:
             obs, rewards, terminated, truncated, infos = self.env.step(actions)
-            # Gymnasium's rewards are float64 for no more reason than numpy's default, and would make a loss float64.
+            # Gymnasium's rewards are float64 by numpy's default, and would make a loss float64.
             stored_rewards = to_array("reward", rewards).astype(np.float32)
             self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos)
+        except BaseException:
+            # The environments may have stepped without a record of it.
+            self.recorder.invalidate()
+            raise
         return obs, rewards, terminated, truncated, infos
 
     def __getattr__(self, name: str) -> Any:
@@ -143,16 +144,6 @@ class VectorRecordEpisodes(VectorWrapper):
         while isinstance(env, VectorWrapper) and not hasattr(env, name):
             env = env.env
         return getattr(env, name)
-
-
-@contextlib.contextmanager
-def _whole_step(recorder: Recorder) -> Iterator[None]:
-    """After a failure in here the environment may have moved on, unrecorded."""
-    try:
-        yield
-    except BaseException:
-        recorder.invalidate()
-        raise
 
 
 def _single_mode(env: gymnasium.Env) -> str:
@@ -185,7 +176,7 @@ def _mode_name(mode: Any) -> str:
 
 
 def _reset_mask(num_envs: int, options: Mapping[str, Any] | None) -> np.ndarray | None:
-    """Which environments, bool `(N,)`, the options ask to be reset; None for all."""
+    """Which environments the options ask to reset, bool `(N,)`; None for all."""
     options = options or {}
     if options.get("reset_mask") is not None:
         return np.array(to_array("reset_mask", options["reset_mask"]))
@@ -197,7 +188,7 @@ def _reset_mask(num_envs: int, options: Mapping[str, Any] | None) -> np.ndarray 
 
 
 def _as_in(space: gymnasium.Space, value: Any, copy: bool = False) -> Any:
-    """The value as arrays of the dtypes of its space, where it is of that kind; else as it is."""
+    """The value as arrays, cast to the dtypes of its space where numpy's "same_kind" casts allow it."""
     if isinstance(space, gymnasium.spaces.Dict) and isinstance(value, Mapping):
         return {key: _as_in(space[key], item, copy) if key in space.spaces else item for key, item in value.items()}
     if isinstance(space, gymnasium.spaces.Tuple) and isinstance(value, (tuple, list)):

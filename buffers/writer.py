@@ -1,7 +1,7 @@
 """EpisodeWriter: steps of environments in, complete episodes out, into a sink.
 
-A call with valid rows always takes them. An episode that the sink cannot store waits, and each call tries again before
-it does anything else. Two environments a and b, and a sink that fails for b0 b1 twice:
+A call with valid rows always takes them. An episode that the sink cannot store waits, and every call first tries to
+store what waits. Two environments a and b, and a sink that fails twice to store the episode b0 b1:
 
     call    rows     completes       the sink                  waits afterwards    the call
     1       a0 b0    -               -                         -                   returns
@@ -9,8 +9,8 @@ it does anything else. Two environments a and b, and a sink that fails for b0 b1
     3       a2 b2    -               fails for b               b0 b1               takes its rows, raises the error
     4       a3 b3    a2 a3           stores b, then a          -                   returns
 
-So a caller that catches the error goes on with the next step, and never repeats a call. Ctrl-C while an episode is
-stored leaves it stored or not, and it is not tried again; go on with a reset.
+So a caller that catches the error goes on with the next step and never repeats a call. An episode that is being stored
+when Ctrl-C comes is not tried again; go on with a reset.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class EpisodeSink(Protocol):
 
 
 class EpisodeWriter:
-    """Splits the steps of one environment, or of N that step together, into episodes, and hands these to a sink.
+    """Splits the steps of one environment, or of N that step together, into episodes, and passes these to a sink.
 
         >>> from buffers.dataset import RingBufferDataset
         >>> dataset = RingBufferDataset(capacity=1_000)
@@ -76,15 +76,18 @@ class EpisodeWriter:
         ([3], 1)
 
     Args:
-        sink: What takes complete episodes.
+        sink: Takes the complete episodes.
         num_envs: As for `ReplayBuffer`; so are the errors.
         max_episode_length: As for `ReplayBuffer`.
-        check_fields: Called with the fields before they are settled; it may refuse them by raising.
-        on_stored: Called with each episode once the sink has it.
+        check_fields: Called with the fields before they are settled; raises to refuse them.
+        on_stored: Called with each episode after the sink has stored it.
 
     Attributes:
-        owner: Set by a recorder to an object of its own: one recorder at a time may write.
-        is_closed: Whether `close` was called; no step is taken any more.
+        owner: The recorder that may write, as an object that it made; None before the first.
+        num_envs: N, None before it is known.
+        leading: The axes before those of a field: `(N,)`, or `()` for a single environment without an axis of its own.
+            Settled by the first row, or set by a recorder.
+        is_closed: Whether `close` was called; a closed writer takes no step.
     """
 
     def __init__(
@@ -97,31 +100,33 @@ class EpisodeWriter:
         on_stored: Callable[[dict[str, np.ndarray]], object] | None = None,
     ) -> None:
         self.sink = sink
-        self._num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
+        self.num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
         if max_episode_length is not None:
             max_episode_length = integer("max_episode_length", max_episode_length, 1)
-        if max_episode_length is not None and max_episode_length > sink.episode_capacity:
-            raise ValueError(
-                f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {sink.episode_capacity} steps."
-            )
+            if max_episode_length > sink.episode_capacity:
+                raise ValueError(
+                    f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {sink.episode_capacity} "
+                    "steps."
+                )
         self._max_episode_length = max_episode_length
         self.owner: object | None = None
         self.is_closed = False
         self._check_fields = check_fields
         self._outbox = _Outbox(sink, on_stored)
+        # Made by the first row, which settles N and the fields.
         self._accumulator: Accumulator | None = None
-        # `(N,)`, or `()` for a single environment whose rows have no axis for it.
-        self._leading: tuple[int, ...] = ()
+        self.leading: tuple[int, ...] = ()
 
     # Steps in.
 
     def add_step(self, step_data: Mapping[str, Any], done: Any) -> None:
         """`ReplayBuffer.add_step`."""
         flag = _as_flag("done", done)
-        rows = self._checked(step_data, {"done": flag})
-        flag = self._flag_for("done", flag)
-        is_first, is_last = (flag, None) if self._leading else (None, flag)
-        self._take(rows, is_first, is_last, None)
+        rows = self.checked(step_data, {"done": flag})
+        if self.leading:
+            self.take(rows, self._per_env(flag))
+        else:
+            self.take(rows, None, flag)
         if self._outbox.waiting:
             self.check_stored()
 
@@ -129,63 +134,92 @@ class EpisodeWriter:
         """`ReplayBuffer.add`."""
         given = {"is_first": is_first, "is_last": is_last, "mask": mask}
         flags = {name: _as_flag(name, flag) for name, flag in given.items() if flag is not None}
-        rows = self._checked(step_data, flags)
-        self._take(rows, *[self._flag_for(name, flags[name]) if name in flags else None for name in given])
+        rows = self.checked(step_data, flags)
+        self.take(rows, *[self._per_env(flags.get(name)) for name in given])
         self.check_stored()
 
     def flush(self) -> None:
         """`ReplayBuffer.flush`."""
-        self._check_open()
-        self._outbox.retry()
-        if self._accumulator is not None:
-            self._accumulator.flush()
+        self._complete(None)
         self.check_stored()
 
     def close(self) -> None:
-        """Complete the open episodes and take no further step. If one cannot be stored, this can be called again."""
+        """Flush and take no further step. If an episode cannot be stored, the writer stays open."""
         if not self.is_closed:
             self.flush()
             self.is_closed = True
 
-    # Steps in, of a recorder, which takes its step whole before it lets `check_stored` raise the sink's error.
+    # Steps in, in parts: for a recorder, which takes all rows of a call before it raises the sink's error.
 
-    def begin(self, step_data: Mapping[str, Any], mask: bool | np.ndarray) -> None:
-        """Settle N (by the mask's axis, if it has one) and the fields by rows that are not added; errors of `add`."""
-        self._checked(step_data, {"mask": mask})
+    def checked(self, step_data: Mapping[str, Any], flags: Mapping[str, Any]) -> list[np.ndarray]:
+        """The values in the order of the fields, as arrays `(*leading, *shape)` that fit; nothing is added.
 
-    def add_rows(self, rows: Sequence[np.ndarray], is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
-        """Add rows that fit, `(N, *shape)` a field in the order of `fields`, with flags bool `(N,)` or None."""
-        self._check_open()
-        assert self._accumulator is not None  # It has begun.
+        The first call settles N and the fields. Errors are those of `add`.
+        """
+        if self.is_closed:
+            self._check_open()
+        if self._accumulator is None:
+            leading = self.leading or self._leading_of(step_data, flags)
+            fields = self._fields_of(step_data, leading, flags)
+        else:
+            leading, fields = self.leading, self._accumulator.fields
+        for name, flag in flags.items():
+            if not isinstance(flag, bool) and flag.shape != leading:
+                expected = f"a bool array of shape {leading}, or a plain bool" if leading else "a plain bool"
+                raise ValueError(f"`{name}` has shape {flag.shape}, expected {expected}.")
+        mode = self.sink.verification_mode
+        # A single environment gives numbers, which have to become arrays first.
+        rows = _exact_rows(fields, leading, step_data) if leading and mode is not VerificationMode.ALL_CHECKS else None
+        if rows is None:
+            rows = fields.arrays(step_data)
+            check_rows(fields, rows, leading, mode)
         if self.sink.refuses_values:
-            self._check_values(self._accumulator.fields, rows)
-        self._outbox.retry()
-        self._accumulator.add_rows(rows, is_first, is_last, mask)
+            self.sink.check(dict(zip(fields.names, rows, strict=True)))
+        if self._accumulator is None:
+            self._settle(fields, leading)
+        return rows
+
+    def take(self, rows: Sequence[np.ndarray], is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
+        """Add `checked` rows; flags are bool `(N,)` or None, without an environment axis plain bools or None."""
+        if self._outbox.waiting:
+            self._outbox.retry()
+        accumulator = self._accumulator
+        assert accumulator is not None  # The rows were checked.
+        if self.leading:
+            accumulator.add_rows(rows, is_first, is_last, mask)
+        elif mask is not False:
+            accumulator.add_row(rows, bool(is_first), bool(is_last))
 
     def truncate(self, mask: np.ndarray) -> None:
         """Complete the open episodes under the mask, bool `(N,)`; their field `truncated`, if any, ends with True."""
-        self._check_open()
-        self._outbox.retry()
-        if self._accumulator is not None:
-            changes = {"truncated": True} if "truncated" in self._accumulator.fields else {}
-            self._accumulator.flush(mask, **changes)
+        self._complete(mask, truncated=True)
 
     def check_stored(self) -> None:
         """Raise the sink's last error if an episode waits."""
         if self._outbox.error is not None:
             raise self._outbox.error
 
-    # What there is.
+    def _complete(self, mask: np.ndarray | None, **changes: Any) -> None:
+        self._check_open()
+        self._outbox.retry()
+        if self._accumulator is not None:
+            fields = self._accumulator.fields
+            self._accumulator.flush(mask, **{name: value for name, value in changes.items() if name in fields})
+
+    def _per_env(self, flag: Any) -> Any:
+        """A plain bool as bool `(N,)`, if the rows have an environment axis; anything else as it is."""
+        return np.full(self.leading, flag) if self.leading and isinstance(flag, bool) else flag
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("The writer is closed.")
+
+    # State.
 
     @property
     def fields(self) -> Fields | None:
         """The fields, None before they are settled."""
         return self.sink.fields
-
-    @property
-    def num_envs(self) -> int | None:
-        """N, None before it is known."""
-        return self._num_envs if self._accumulator is None else self._accumulator.num_envs
 
     @property
     def num_open_rows(self) -> int:
@@ -194,42 +228,13 @@ class EpisodeWriter:
 
     # The first row.
 
-    def _begin(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> None:
-        """Fix N and the fields; nothing is kept if the row is refused."""
-        self._leading = leading = self._leading_of(step_data, flags)
-        for name, flag in flags.items():
-            _check_shape(name, flag, leading)
-        sink = self.sink
-        sink.check_writable()
-        fields = sink.fields or self._inferred(step_data, flags)
-        self._fitting(fields, leading, step_data)
-        if self._check_fields is not None:
-            self._check_fields(fields)
-        # At once, so that no other writer brings other fields while episodes are open here.
-        sink.settle_fields(fields)
-        self._accumulator = Accumulator(
-            fields, leading[0] if leading else 1, sink.episode_capacity, self._max_episode_length, self._outbox.put
-        )
-
-    def _inferred(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> Fields:
-        arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
-        try:
-            return Fields.from_rows(step_data, len(self._leading))
-        except ValueError as error:
-            if not arrays:
-                raise
-            raise ValueError(
-                f"{error} As `{arrays[0]}` is an array, these are rows of {self._leading[0]} environments; for a "
-                "single one, pass a plain bool."
-            ) from None
-
-    def _leading_of(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> tuple[int, ...]:
+    def _leading_of(self, step_data: Mapping[str, Any], flags: Mapping[str, Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
-        sizes = {len(flag) for flag in flags.values() if not isinstance(flag, bool)}
+        sizes = [len(flag) for flag in flags.values() if not isinstance(flag, bool)]
         if 0 in sizes:
             raise ValueError("A flag has shape (0,), expected one for each of at least one environment.")
-        if self._num_envs is not None:
-            return () if self._num_envs == 1 and not sizes else (self._num_envs,)
+        if self.num_envs is not None:
+            return () if self.num_envs == 1 and not sizes else (self.num_envs,)
         if sizes:
             return (max(sizes),)
         row = Fields.from_rows(step_data, 0)
@@ -239,65 +244,44 @@ class EpisodeWriter:
         shapes = [tensor_type.shape for tensor_type in row.values()]
         if not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
             return ()
+        num_envs = shapes[0][0]
         warnings.warn(
-            f"All fields of the first step have leading size {shapes[0][0]}, so they are taken for the rows of "
-            f"{shapes[0][0]} environments, and done=True for 'was done on the call before'. Say so with "
-            f"`num_envs={shapes[0][0]}`, or `num_envs=1` if it is a single environment.",
-            stacklevel=6,  # The caller of `ReplayBuffer.add_step`.
+            f"All fields of the first step have leading size {num_envs}, so they are taken for the rows of {num_envs} "
+            f"environments, and done=True for 'was done on the call before'. Say so with `num_envs={num_envs}`, or "
+            "`num_envs=1` if it is a single environment.",
+            stacklevel=5,  # The caller of `ReplayBuffer.add_step`.
         )
-        return (shapes[0][0],)
+        return (num_envs,)
 
-    # Every row.
+    def _fields_of(self, step_data: Mapping[str, Any], leading: tuple[int, ...], flags: Mapping[str, Any]) -> Fields:
+        """The fields of the sink, inferred from the first row if it has none yet."""
+        self.sink.check_writable()
+        if self.sink.fields is not None:
+            return self.sink.fields
+        arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
+        try:
+            return Fields.from_rows(step_data, len(leading))
+        except ValueError as error:
+            if not arrays:
+                raise
+            raise ValueError(
+                f"{error} As `{arrays[0]}` is an array, these are rows of {leading[0]} environments; for a single one, "
+                "pass a plain bool."
+            ) from None
 
-    def _checked(self, step_data: Mapping[str, Any], flags: dict[str, Any]) -> list[Any]:
-        """The values in the order of the fields, as arrays that are known to fit."""
-        if self.is_closed:
-            self._check_open()
-        if self._accumulator is None:
-            self._begin(step_data, flags)
-        assert self._accumulator is not None  # It has begun.
-        return self._fitting(self._accumulator.fields, self._leading, step_data)
-
-    def _fitting(self, fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[Any]:
-        mode = self.sink.verification_mode
-        # Of a single environment, numbers come, which are no arrays yet.
-        rows = _exact_rows(fields, leading, step_data) if leading and mode is not VerificationMode.ALL_CHECKS else None
-        if rows is None:
-            rows = fields.arrays(step_data)
-            check_rows(fields, rows, leading, mode)
-        if self.sink.refuses_values:
-            self._check_values(fields, rows)
-        return rows
-
-    def _check_values(self, fields: Fields, rows: Sequence[Any]) -> None:
-        # Now, as nothing can be done about it when the episode ends.
-        self.sink.check(dict(zip(fields.names, rows, strict=True)))
-
-    def _flag_for(self, name: str, flag: bool | np.ndarray) -> Any:
-        """A flag as the accumulator takes it; of N environments bool `(N,)`, or None where that says the same."""
-        if isinstance(flag, bool):
-            return flag if not self._leading else None if flag is (name == "mask") else np.full(self._leading, flag)
-        _check_shape(name, flag, self._leading)
-        return flag
-
-    def _take(self, rows: Sequence[Any], is_first: Any, is_last: Any, mask: Any) -> None:
-        """Take checked rows; before, try again to store what waits."""
-        if self._outbox.waiting:
-            self._outbox.retry()
-        accumulator = self._accumulator
-        assert accumulator is not None  # Every caller has begun.
-        if self._leading:
-            accumulator.add_rows(rows, is_first, is_last, mask)
-        elif mask is not False:
-            accumulator.add_row(rows, bool(is_first), bool(is_last))
-
-    def _check_open(self) -> None:
-        if self.is_closed:
-            raise RuntimeError("The writer is closed.")
+    def _settle(self, fields: Fields, leading: tuple[int, ...]) -> None:
+        if self._check_fields is not None:
+            self._check_fields(fields)
+        # Now, so that no other writer settles other fields while episodes are open here.
+        self.sink.settle_fields(fields)
+        self.leading, self.num_envs = leading, leading[0] if leading else 1
+        self._accumulator = Accumulator(
+            fields, self.num_envs, self.sink.episode_capacity, self._max_episode_length, self._outbox.put
+        )
 
 
 class _Outbox:
-    """Complete episodes on their way to the sink: copies of those that wait, oldest first, and why it could not be."""
+    """Passes episodes to the sink. Keeps copies of those that wait, oldest first, and the sink's last error."""
 
     def __init__(self, sink: EpisodeSink, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored
@@ -312,7 +296,7 @@ class _Outbox:
         """Store what waits, up to the first that fails."""
         self.error = None
         while self.waiting:
-            # Taken out first: if Ctrl-C comes while it is stored, it may be there already, and must not come twice.
+            # Taken out first: if Ctrl-C interrupts the sink after it has stored the episode, it must not come twice.
             episode = self.waiting.popleft()
             if not self._is_stored(episode):
                 self.waiting.appendleft(episode)
@@ -330,7 +314,7 @@ class _Outbox:
 
 
 def _exact_rows(fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """The values if all are arrays that fit as they are; None if there is more to look at."""
+    """The values if all are arrays that fit as they are; None if they have to be converted, or refused."""
     if type(step_data) is not dict or len(step_data) != len(fields.layout):
         return None
     rows = []
@@ -352,9 +336,3 @@ def _as_flag(name: str, value: Any) -> bool | np.ndarray:
     if value.ndim > 1:
         raise ValueError(f"`{name}` must have at most one axis, that of the environments, found shape {value.shape}.")
     return value if value.ndim else bool(value)
-
-
-def _check_shape(name: str, flag: bool | np.ndarray, leading: tuple[int, ...]) -> None:
-    if not isinstance(flag, bool) and flag.shape != leading:
-        expected = f"a bool array of shape {leading}, or a plain bool" if leading else "a plain bool"
-        raise ValueError(f"`{name}` has shape {flag.shape}, expected {expected}.")

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,9 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[[bytes], io.FileIO]]:
-    """A function from content to an open file that has it."""
-    with open(tmp_path / "content", "w+b", buffering=0) as file:
+def opened() -> Iterator[Callable[[bytes], io.FileIO]]:
+    """A function from content to an open file that has it, in memory."""
+    with os.fdopen(os.memfd_create("episode"), "w+b", buffering=0) as file:
 
         def write(content: bytes) -> io.FileIO:
             file.seek(0)

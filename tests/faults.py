@@ -121,6 +121,16 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
+def kill_worker(worker: Any) -> None:
+    """Kill a worker of a DataLoader; torch, which raises the news wherever the trainer is, finds out later."""
+    torchs_own = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        worker.kill()
+        worker.join()
+    finally:
+        signal.signal(signal.SIGCHLD, torchs_own)
+
+
 def killed_before_call(num_calls: int, action: Callable[[], object]) -> bool:
     """Run it in a process that kills itself before its n-th change; whether it got so far."""
 

@@ -43,10 +43,8 @@ def cloud_fields(size: int = 20, features: int = 0) -> Fields:
 
 
 def draw(batch: Mapping[str, Any], fields: Fields | None = None, b: int = 0, **options: Any) -> Any:
-    """The figure of a batch, rendered once, so that everything has its final place."""
-    figure = MatplotlibVisualizer(dataset_of(fields)).visualize(batch, b, **options)
-    rendered(figure)
-    return figure
+    """The figure of a batch; not rendered yet, which takes most of the time, so nothing has its final place."""
+    return MatplotlibVisualizer(dataset_of(fields)).visualize(batch, b, **options)
 
 
 def panel(values: Any, **rest: torch.Tensor) -> Any:

@@ -13,6 +13,12 @@ def files(path: Path) -> list[str]:
     return sorted(name for name in os.listdir(path) if not name.startswith("."))
 
 
+def open_files(path: Path) -> list[str]:
+    """Files below a folder that this process has open."""
+    found = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    return [name for name in found if name.startswith(str(path))]
+
+
 def numbers(dataset: EpisodeDataset) -> list[tuple[int, int]]:
     """(number, length) of all episodes, each checked whole."""
     return [tagged.number_and_length(episode) for episode in dataset.episodes()]

@@ -6,11 +6,10 @@ Every observation says which environment, episode and step it is; rewards are ex
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from buffers import Recorder, ReplayBuffer
 from buffers.dataset import RingBufferDataset
@@ -76,11 +75,11 @@ class Game:
 
 
 class Games:
-    """N games that step together; under "next_step", an environment is paid `reset_reward` when it is reset."""
+    """N games that step together; under "next_step", an environment pays a reward on the call that resets it."""
 
-    def __init__(self, num_envs: int, mode: str, reset_reward: float = 0.0) -> None:
+    def __init__(self, num_envs: int, mode: str) -> None:
         self.games = [Game(env) for env in range(num_envs)]
-        self.mode, self.reset_reward = mode, reset_reward
+        self.mode = mode
         self.is_over = np.zeros(num_envs, np.bool_)
         # One array for all calls, as simulators have: whoever keeps it without a copy keeps the newest.
         self.obs = np.zeros((num_envs, 3), np.float32)
@@ -102,7 +101,7 @@ class Games:
         self.final = [None] * num_envs
         for env, game in enumerate(self.games):
             if self.is_over[env] and self.mode == "next_step":
-                self.obs[env], rewards[env], self.is_over[env] = game.reset(), self.reset_reward, False
+                self.obs[env], rewards[env], self.is_over[env] = game.reset(), -2.25, False
                 continue
             self.obs[env], rewards[env], terminated[env], truncated[env] = game.step(actions[env].copy())
             self.is_over[env] = game.is_over
@@ -122,14 +121,22 @@ def final_as_gymnasium(games: Games) -> np.ndarray:
     return array
 
 
+def as_gymnasium(games: Games, call: dict[str, Any]) -> dict[str, Any]:
+    return {"infos": {"final_obs": final_as_gymnasium(games)}}
+
+
 def play(
     games: Games,
     recorder: Recorder,
     num_steps: int = 60,
     reset_at: dict[int, np.ndarray | None] | None = None,
     ignored: type[Exception] | tuple[()] = (),
+    returns: Callable[[Games, dict[str, Any]], dict[str, Any]] = as_gymnasium,
 ) -> None:
-    """Step games and record them; reset before the steps in `reset_at` and at the end; go on after `ignored` errors."""
+    """Step games and record them; reset before the steps in `reset_at` and at the end; go on after `ignored` errors.
+
+    Of each call, `returns` gives what `Recorder.step` takes beside, or instead of, its arrays.
+    """
 
     def reset(mask: np.ndarray | None = None) -> None:
         obs, lent = games.reset(mask), None if mask is None else mask.copy()
@@ -143,9 +150,10 @@ def play(
         if step in (reset_at or {}):
             reset((reset_at or {})[step])
         taken = actions(len(games.games), step)
-        obs, reward, terminated, truncated = games.step(taken)
+        values = (taken, *games.step(taken))
+        call = dict(zip(("action", "obs", "reward", "terminated", "truncated"), values, strict=True))
         with contextlib.suppress(ignored):
-            recorder.step(taken, obs, reward, terminated, truncated, infos={"final_obs": final_as_gymnasium(games)})
+            recorder.step(**{**call, **returns(games, call)})
         if games.mode == "disabled" and games.is_over.any():
             reset(games.is_over.copy())
     reset()
@@ -193,11 +201,26 @@ def stored(dataset: RingBufferDataset) -> list[tuple[int, int, list[int]]]:
     return found
 
 
-def expected_rows(log: dict[str, list[Any]]) -> dict[str, Any]:
-    """The T + 1 rows that a log of T transitions shall become, `field -> (T + 1, *shape)`."""
-    first = {"action": _zeros_like(log["action"][0]), "reward": 0.0, "terminated": False, "truncated": False}
-    rows = {name: _stack([first[name], *log[name]]) for name in first}
-    return {"obs": _stack(log["obs"]), **rows, "is_first": np.arange(len(log["obs"])) == 0}
+def expected_rows(log: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+    """The T + 1 rows that a log of T transitions shall become, `name/of/field -> (T + 1, *shape)`."""
+    rows = {"is_first": np.arange(len(log["obs"])) == 0}
+    for name in ("obs", "action", "reward", "terminated", "truncated"):
+        values = [_leaves(name, value) for value in log[name]]
+        if name != "obs":
+            values.insert(0, {leaf: np.zeros_like(array) for leaf, array in values[0].items()})
+        rows |= {leaf: np.stack([value[leaf] for value in values]) for leaf in values[0]}
+    return rows
+
+
+def _leaves(name: str, value: Any) -> dict[str, np.ndarray]:
+    if isinstance(value, tuple):
+        value = {str(i): item for i, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return {name: np.asarray(value)}
+    leaves = {}
+    for key, item in value.items():
+        leaves |= _leaves(f"{name}/{key}", item)
+    return leaves
 
 
 def assert_recorded(episodes: Sequence[dict[str, Any]], logs: Sequence[Sequence[dict[str, list[Any]]]]) -> None:
@@ -215,40 +238,16 @@ def assert_recorded(episodes: Sequence[dict[str, Any]], logs: Sequence[Sequence[
         found[key] = episode
     assert sorted(found) == sorted(expected)
     for key, rows in expected.items():
+        flat = tagged.flatten(found[key])
+        assert not [name for name in flat if "/" in name and name not in rows], key
         for name, value in rows.items():
-            _assert_same(found[key][name], value, f"{name} of episode {key}")
+            np.testing.assert_array_equal(flat[name].numpy(), value, err_msg=f"{name} of episode {key}")
 
 
 def _origin(obs: Any) -> tuple[int, int]:
     """(environment, episode) of an episode's first row."""
     if isinstance(obs, dict):
-        obs = obs["vector"] if "vector" in obs else obs["policy"] if "policy" in obs else obs["0"]
+        obs = obs["vector"] if "vector" in obs else obs["0"]
     if obs.ndim == 1:
         return int(obs[0]) // 10_000, int(obs[0]) % 10_000 // 100
     return int(obs[0, 0]), int(obs[0, 1])
-
-
-def _zeros_like(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _zeros_like(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(map(_zeros_like, value))
-    return np.zeros_like(value)
-
-
-def _stack(values: list[Any]) -> Any:
-    if isinstance(values[0], dict):
-        return {key: _stack([value[key] for value in values]) for key in values[0]}
-    if isinstance(values[0], tuple):
-        return {str(i): _stack([value[i] for value in values]) for i in range(len(values[0]))}
-    return np.stack([np.asarray(value) for value in values])
-
-
-def _assert_same(found: Any, expected: Any, name: str) -> None:
-    if isinstance(expected, dict):
-        assert sorted(found) == sorted(expected), name
-        for key, item in expected.items():
-            _assert_same(found[key], item, f"{name}/{key}")
-        return
-    assert isinstance(found, torch.Tensor)
-    np.testing.assert_array_equal(found.numpy(), expected, err_msg=name)

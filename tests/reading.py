@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -75,15 +77,27 @@ def batch_of(stream: SequenceStream, n: int) -> Any:
 
 
 def read(ring: RingBufferDataset, num_batches: int, seed: int, connection: Connection) -> None:
-    """Draw batches; send (windows, inconsistent ones, distinct newest step ids)."""
+    """Draw so many batches and on until told to stop; send the number of inconsistent windows."""
     torch.set_num_threads(1)
     stream = ring.get_loader(BATCH_SIZE, 3, include=("index", "step"), seed=seed).stream
+    oldest, inconsistent = int(stream.batch(0)["index"].max()), 0
     connection.send("ready")
-    inconsistent, newest = 0, set()
-    for n in range(num_batches):
+    for n in itertools.count(1):
+        is_last = n > num_batches and connection.poll()
         batch = batch_of(stream, n)
         inconsistent += count_inconsistent(batch)
-        newest.add(int(batch["index"].max()))
-        if n % 50 == 0 and connection.poll():
+        if is_last:
             break
-    connection.send((BATCH_SIZE * (n + 1), inconsistent, len(newest)))
+    assert int(batch["index"].min()) > oldest, "it saw nothing new"
+    connection.send(inconsistent)
+
+
+def start(ring: RingBufferDataset, method: str, num_batches: int, seed: int) -> tuple[Any, Connection]:
+    """A process that reads, and has begun to; and the connection to it."""
+    context: Any = multiprocessing.get_context(method)
+    mine, theirs = context.Pipe()
+    process = context.Process(target=read, args=(ring, num_batches, seed, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    assert mine.recv() == "ready"
+    return process, mine

@@ -1,4 +1,4 @@
-"""Accumulator: limits, memory and costs. That it splits rows rightly is shown in test_writer.py."""
+"""Accumulator: limits and memory. That it splits rows rightly is shown in test_writer.py."""
 
 from __future__ import annotations
 
@@ -11,32 +11,16 @@ import pytest
 import torch
 
 from buffers.accumulator import Accumulator
+from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
-from buffers.table import Cut
 from tests import tagged
+from tests.logged_game import stored
 
 
-class Recording:
-    """Takes episodes, and checks them: `episodes` has (environment, steps) of each."""
-
-    def __init__(self) -> None:
-        self.episodes: list[tuple[int, list[int]]] = []
-        self.cuts: list[Cut] = []
-
-    def __call__(self, env: int, episode: dict[str, np.ndarray], cut: Cut) -> None:
-        steps = episode["obs/state"][:, 2].astype(int)
-        for name, value in tagged.flatten(tagged.rows(env, 0, steps)).items():
-            np.testing.assert_array_equal(episode[name], value, strict=True)
-        self.episodes.append((env, steps.tolist()))
-        self.cuts.append(cut)
-
-
-def make(
-    num_envs: int, cut_after: int | None = None, max_rows: int = 10_000, overlap: int = 0
-) -> tuple[Accumulator, Recording]:
-    recording = Recording()
-    fields = Fields.from_rows(tagged.rows(np.zeros(num_envs, int), 0, 0), 1)
-    return Accumulator(fields, num_envs, max_rows, cut_after, overlap, recording), recording
+def make(num_envs: int, max_rows: int = 10_000) -> tuple[Accumulator, RingBufferDataset]:
+    ring, fields = RingBufferDataset(10_000), Fields.from_rows(tagged.rows(np.zeros(num_envs, int), 0, 0), 1)
+    ring.settle_fields(fields)
+    return Accumulator(fields, num_envs, max_rows, None, 0, lambda env, episode, cut: ring.add(episode)), ring
 
 
 def rows(num_envs: int, step: int) -> list[np.ndarray]:
@@ -45,23 +29,23 @@ def rows(num_envs: int, step: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_an_episode_that_outgrows_the_limit_is_refused(num_envs: int) -> None:
-    accumulator, recording = make(num_envs, max_rows=70)
+    accumulator, ring = make(num_envs, max_rows=70)
     for step in range(70):
         accumulator.add_rows(rows(num_envs, step))
     for _ in range(3):
         with pytest.raises(ValueError, match=r"reached 70 steps, the `capacity` .* `max_episode_length`"):
             accumulator.add_rows(rows(num_envs, 70))
-        assert accumulator.num_open_rows == 70 * num_envs and not recording.episodes
+        assert accumulator.num_open_rows == 70 * num_envs and ring.is_empty
     # Only environments that bring a row count, and one that ends makes room for its own.
     first = np.arange(num_envs) == 0
     accumulator.add_rows(rows(num_envs, 70), is_first=first, mask=first)
-    assert recording.episodes == [(0, list(range(70)))]
+    assert stored(ring) == [(0, 0, list(range(70)))]
     if num_envs > 1:
         with pytest.raises(ValueError, match="reached 70 steps"):
             accumulator.add_rows(rows(num_envs, 71), is_first=first)
-        assert len(recording.episodes) == 1
+        assert ring.num_episodes == 1
     accumulator.flush()
-    assert sum(len(steps) for _, steps in recording.episodes) == 70 * num_envs + 1
+    assert ring.num_timesteps == 70 * num_envs + 1
 
 
 def bytes_in_use(accumulator: Accumulator) -> int:
@@ -76,18 +60,17 @@ def bytes_in_use(accumulator: Accumulator) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
 def test_one_long_episode_takes_its_own_memory_and_gives_it_back() -> None:
-    num_envs, record = 64, 4096
+    num_envs, record, lengths = 64, 4096, []
     fields = Fields(x=Vector(record, dtype=torch.uint8))
     accumulator = Accumulator(
         fields, num_envs, 10**6, None, 0, lambda env, episode, cut: lengths.append((env, len(episode["x"])))
     )
-    lengths: list[tuple[int, int]] = []
     row, first = [np.ones((num_envs, record), np.uint8)], np.arange(num_envs) == 0
     most_short = num_envs * 64 * record
     for _ in range(20_000):
         accumulator.add_rows(row, mask=first)
     assert accumulator.num_open_rows == 20_000
-    assert bytes_in_use(accumulator) < 2 * 20_000 * record + most_short
+    assert bytes_in_use(accumulator) < 20_000 * record + most_short + 2**12
     accumulator.add_rows(row, is_first=first)
     assert lengths == [(0, 20_000)] and bytes_in_use(accumulator) <= most_short + 2**12
     # Where all are long, one after the other, their memory stays, and is used again.
@@ -98,49 +81,16 @@ def test_one_long_episode_takes_its_own_memory_and_gives_it_back() -> None:
     assert 500 * record <= bytes_in_use(accumulator) <= most_short + 2 * 500 * record
 
 
-def test_a_step_takes_equally_many_calls_for_any_number_of_environments() -> None:
-    def count(num_envs: int) -> int:
-        accumulator, _ = make(num_envs)
-        row, done = rows(num_envs, 0), np.zeros(num_envs, bool)
-        accumulator.add_rows(row, done)
-        calls = 0
-
-        def profile(frame: object, event: str, argument: object) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
-        sys.setprofile(profile)
-        accumulator.add_rows(row, done)
-        sys.setprofile(None)
-        return calls
-
-    assert count(1) == count(256)
-
-
-def test_a_flush_may_change_the_last_rows_of_some_open_episodes() -> None:
-    emitted = []
-    fields = Fields.from_rows({"step": np.zeros(3, int), "flag": np.zeros(3, bool)}, 1)
-    accumulator = Accumulator(
-        fields, 3, 100, None, 0, lambda env, episode, cut: emitted.append(episode["flag"].tolist())
-    )
-    for step in range(2):
-        accumulator.add_rows([np.full(3, step), np.zeros(3, bool)], mask=np.array([True, True, False]))
-    accumulator.flush(np.array([True, False, True]), flag=True)
-    assert emitted == [[False, True]]
-    accumulator.flush(flag=True)
-    assert emitted == [[False, True], [False, True]]
-
-
 @pytest.mark.parametrize("max_rows", [64, 1000])
 def test_a_row_that_is_not_brought_is_written_nowhere_else(max_rows: int) -> None:
     # With 64 rows, five environments fill their room; behind it lie the rows of their neighbours.
-    accumulator, recording = make(12, max_rows=max_rows)
+    accumulator, ring = make(12, max_rows=max_rows)
     is_full = np.arange(12) < 5
     for step in range(64):
         accumulator.add_rows(rows(12, step), mask=is_full)
     accumulator.add_rows(rows(12, 64), mask=~is_full)
     accumulator.flush()
-    assert recording.episodes == [(env, list(range(64)) if env < 5 else [64]) for env in range(12)]
+    assert stored(ring) == [(env, 0, list(range(64)) if env < 5 else [64]) for env in range(12)]
 
 
 def test_a_bfloat16_is_not_made_of_another_numbers_first_bytes() -> None:

@@ -12,12 +12,10 @@ import pytest
 
 from benchmarks import driver, environments, holding_up, results
 from benchmarks.checks import common
-from benchmarks.claims import COLUMNS, NO_SEQUENCES, NOT_CHECKED, claims
+from benchmarks.claims import NO_SEQUENCES, NOT_CHECKED, claims
 from benchmarks.driver import ContestantError, Driver, Row
 from benchmarks.environments import NAMES
 from benchmarks.peers import CONTESTANTS
-from benchmarks.picture import _apart
-from benchmarks.timing import calls_to_fill, microseconds
 from benchmarks.verification import LENGTHS, is_crossing, rule_of
 from benchmarks.workloads import FIELDS, Store, TaggedEnvs, Workload, blocks, tags_of, transitions_of, workloads
 
@@ -129,21 +127,27 @@ def test_an_earlier_build_is_measured_by_todays_benchmarks(monkeypatch, tmp_path
         home = Path(takers["before"].imported_from).parents[1]
         assert home.parent == tmp_path and running.versions["before"] in home.name
         assert Path(takers["ours"].imported_from).parents[1] == driver.ROOT
-    by_sampler = [f"{name}{variant}" for name in ("ours", "before") for variant in ("", "_episodes", "_own")]
-    assert set(samplers.timings) == set(by_sampler)
+    by_sampler = {f"{name}{variant}" for name in ("ours", "before") for variant in ("", "_episodes", "_own")}
+    assert set(samplers.timings) == by_sampler
     assert set(wrapping.timings) == {"ours", "ours_long", "before", "before_long"}
     assert all(len(measured) == 2 for measured in (*samplers.measured.values(), *wrapping.measured.values()))
-    # Columns of variants stand behind their contestant, and ours are compared with before's.
     page = results.timing_tables({"found": [asdict(samplers)]}, "samplers")
-    assert results._names([asdict(samplers)]) == by_sampler
     assert "before, a sampler of one's own" in page and "Times before." in page
 
 
-def test_an_unknown_commit_leaves_before_out(tiny, capsys):
-    with Driver(["before"], rounds=1, before="no-such-commit") as running:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("before", "before is left out: commit no-such-commit cannot be taken from git"),
+        ("torchrl", "TorchRL is left out: its environment is not there: `python -m benchmarks environments`"),
+    ],
+)
+def test_a_contestant_that_is_not_there_is_left_out_with_a_line(tiny, monkeypatch, capsys, name, why):
+    if name != "before":
+        monkeypatch.setattr(driver, "python_of", lambda environment: None)
+    with Driver([name], rounds=1, before="no-such-commit") as running:
         (row,) = running.run("sampling")
-    assert not row.timings
-    assert "before is left out: commit no-such-commit cannot be taken from git" in capsys.readouterr().err
+    assert not row.timings and why in capsys.readouterr().err
 
 
 def test_additions_are_timed_while_a_thread_reads(tmp_path):
@@ -151,16 +155,6 @@ def test_additions_are_timed_while_a_thread_reads(tmp_path):
         found = holding_up.hold_up(str(tmp_path), num_added=3, limit=60, large_length=20)
         assert len(found["milliseconds"]) == 3 and min(found["milliseconds"]) > 0
     assert holding_up.hold_up(str(tmp_path), num_added=3, limit=0, large_length=20)["milliseconds"] == []
-
-
-def test_a_contestant_without_its_environment_is_left_out_with_a_line(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(driver, "python_of", lambda environment: None)
-    with Driver(["torchrl", "sb3"], rounds=1) as running:
-        (row,) = running.run("sampling")
-    assert set(running.missing) == {"torchrl", "sb3"} and not row.timings
-    assert "TorchRL is left out: its environment is not there: `python -m benchmarks environments`" in (
-        capsys.readouterr().err
-    )
 
 
 class FakeContestant:
@@ -184,10 +178,11 @@ class FakeContestant:
         self._is_alive = False
 
 
-def with_fakes(monkeypatch, calls, **by_name):
-    monkeypatch.setattr(
-        driver, "Contestant", lambda name, *arguments: FakeContestant(name, calls, **by_name.get(name, {}))
-    )
+def with_fakes(monkeypatch, calls, **answers):
+    def fake(name, *arguments):
+        return FakeContestant(name, calls, **answers.get(name, {}))
+
+    monkeypatch.setattr(driver, "Contestant", fake)
 
 
 def test_measurements_are_interleaved_until_a_contestants_time_is_up(tiny, monkeypatch):
@@ -201,12 +196,8 @@ def test_measurements_are_interleaved_until_a_contestants_time_is_up(tiny, monke
 
 
 def test_a_contestant_that_fails_is_left_out_and_the_others_go_on(tiny, monkeypatch):
-    with_fakes(
-        monkeypatch,
-        [],
-        torchrl={"build": ContestantError("it took more than 120 s")},
-        cpprb={"measure": ContestantError("its process has ended")},
-    )
+    slow, ended = ContestantError("it took more than 120 s"), ContestantError("its process has ended")
+    with_fakes(monkeypatch, [], torchrl={"build": slow}, cpprb={"measure": ended})
     # SB3 stores every row twice, for which there is no memory here.
     monkeypatch.setattr(driver, "memory_available", lambda: driver._SPARE_BYTES + TINY.store.num_bytes)
     with Driver(["ours", "torchrl", "cpprb", "sb3"], rounds=2) as running:
@@ -251,56 +242,20 @@ def test_tables_stand_between_their_markers_and_nothing_else_changes(tmp_path, m
     assert page.read_text() == once
 
 
-def test_labels_of_the_picture_keep_apart():
-    places = _apart({"a": 100.0, "b": 99.0, "c": 101.0, "d": 5_000.0}, least_ratio=1.3)
-    heights = sorted(places.values())
-    assert all(upper / lower > 1.29 for lower, upper in itertools.pairwise(heights))
-    assert places["d"] == 5_000.0 and places["b"] < places["a"] < places["c"]
-
-
 def test_claims_come_from_checks_and_measurements(monkeypatch):
-    with_fakes(
-        monkeypatch,
-        [],
-        ours={"check": {"cell": "yes"}},
-        cpprb={"check": ContestantError("no such thing")},
-    )
+    failing = {"check": ContestantError("no such thing")}
+    with_fakes(monkeypatch, [], ours={"check": {"cell": "yes"}}, cpprb=failing)
     drawn = {"rule": "all windows alike", "share_crossing": 0.0, "last_step": True}
-    found = {
-        "parts": {
-            "distribution": {
-                "found": {"ours": {**drawn, "draws_sequences": True}, "cpprb": {**drawn, "draws_sequences": False}}
-            },
-            "growth": {
-                "found": [
-                    {"label": label, "timings": {"ours": {"median": median}}}
-                    for label, median in (("100", 10.0), ("1,000", 25.0))
-                ]
-            },
-        }
-    }
-    with Driver(list(COLUMNS)[:1] + ["cpprb"], rounds=1) as running:
+    distribution = {name: {**drawn, "draws_sequences": name == "ours"} for name in ("ours", "cpprb")}
+    medians = {"100": 10.0, "1,000": 25.0}
+    growth = [{"label": label, "timings": {"ours": {"median": median}}} for label, median in medians.items()]
+    found = {"parts": {"distribution": {"found": distribution}, "growth": {"found": growth}}}
+    with Driver(["ours", "cpprb"], rounds=1) as running:
         rows = {row["claim"]: row["cells"] for row in claims(running, found)["rows"]}
     assert rows["Sequences never cross the end of an episode"] == {"ours": "yes", "cpprb": NO_SEQUENCES}
     assert rows["On disk, survives a kill"] == {"ours": "yes", "cpprb": NOT_CHECKED}
-    growth = rows["Cost as episodes are stored, one added before each batch"]
-    assert growth == {"ours": "2.5 times, 10 to 25 us, 100 to 1,000 episodes", "cpprb": NOT_CHECKED}
-
-
-def test_a_measurement_warms_the_process_and_is_of_as_many_calls_as_were_settled(monkeypatch):
-    clock, called_at = [0.0], []
-
-    def work() -> None:
-        called_at.append(clock[0])
-        clock[0] += 0.001
-
-    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
-    assert calls_to_fill(work, seconds=0.0035) == 4
-    called_at.clear()
-    assert microseconds(work, 4) == pytest.approx(1000)
-    assert len(called_at) == 100 + 4, "a hundred milliseconds of them to warm up"
-    assert microseconds(work, 1) == pytest.approx(1000)
-    assert len(called_at) == 100 + 4 + 1, "none where one call takes longer than that"
+    cost = rows["Cost as episodes are stored, one added before each batch"]
+    assert cost == {"ours": "2.5 times, 10 to 25 us, 100 to 1,000 episodes", "cpprb": NOT_CHECKED}
 
 
 @pytest.mark.parametrize(("episode", "is_new"), [(3, False), (5_000, False), (1e9, False), (7_654_321 + 19, True)])

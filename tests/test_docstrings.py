@@ -28,19 +28,3 @@ def test_examples_print_what_they_show(
     monkeypatch.chdir(tmp_path)
     failed, tried = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST).run(example, clear_globs=False)
     assert tried and not failed, capsys.readouterr().out
-
-
-# What users meet first, relative to `buffers`.
-NEED_EXAMPLES = """
-recorder.Recorder replay_buffer.ReplayBuffer transforms.n_step_returns transforms.to_transitions utils.to_torch
-dataset.episode_source.EpisodeSource.get_loader dataset.episode_source.EpisodeSource.sequences fields.Fields
-dataset.files.individual_file.IndividualFileDataset dataset.info.EpisodeDatasetInfo writer.EpisodeWriter
-dataset.composing.mixture.MixtureDataset dataset.ring.ring_buffer.RingBufferDataset
-sampler.UniformEpisodeSampler sampler.UniformSampler
-wrappers.RecordEpisodes wrappers.VectorRecordEpisodes
-"""
-
-
-@pytest.mark.parametrize("name", NEED_EXAMPLES.split())
-def test_the_main_parts_have_an_example(name: str) -> None:
-    assert f"buffers.{name}" in [example.id for example in EXAMPLES]

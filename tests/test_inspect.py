@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.individual_file import NumpyCompressedSerialization, TorchSerialization
+from buffers.table import EpisodeTable, Windows
 from buffers.viewing import inspection
 from buffers.viewing.commands import main
 from tests.file_helpers import add, files
@@ -71,19 +73,13 @@ def test_it_prints_fields_and_lengths_but_no_capacity(episodes: Path, inspect: I
         assert line_of(out, name) == f"{name}: none"
 
 
-def test_bars_of_the_histogram_count_every_episode() -> None:
-    lengths = np.array([1] * 400 + [2] * 10 + [95] * 1)
-    lines = inspection._histogram(lengths)
-    assert lines[2].split() == ["1-10", "410", "#" * 40]
-    assert lines[-1].split() == ["91-95", "1", "#"]
-    assert sum(int(line.split()[1]) for line in lines[2:]) == len(lengths)
-
-
 @pytest.mark.parametrize("strategy", [NumpyCompressedSerialization(), TorchSerialization()])
 def test_it_finds_the_format_of_the_files(strategy, tmp_path: Path, inspect: Inspect) -> None:
     with IndividualFileDataset(100, directory=tmp_path, serialization_strategy=strategy) as dataset:
-        add(dataset, [3, 4])
-    assert line_of(inspect(tmp_path)[1], "Format") == f"Format: {strategy.suffix}"
+        add(dataset, [3, 40])
+    out = inspect(tmp_path)[1]
+    assert line_of(out, "Format") == f"Format: {strategy.suffix}"
+    assert re.search(r"^3-6 +1 +#{40}$", out, re.MULTILINE), "of lengths far apart, one bar stands for several"
 
 
 def damage(episodes: Path) -> tuple[str, str]:
@@ -113,7 +109,7 @@ def test_it_lists_damaged_unfinished_and_set_aside_files(episodes: Path, inspect
     assert "  damaged-1/00: 1.5 kB" in out.splitlines()
     # Of very many, the first 20 are named.
     assert "damaged/18: 1.5 kB" in out and "damaged/19" not in out and "  and 6 more" in out.splitlines()
-    out = inspect(episodes, "--verify", "full")[1]
+    out = inspect("--verify", episodes)[1]
     assert "6 episodes," in out
     assert line_of(out, "Damaged") == "Damaged: 2 (left out)"
     assert "checksum" in line_of(out, f"  {changed}")
@@ -122,8 +118,7 @@ def test_it_lists_damaged_unfinished_and_set_aside_files(episodes: Path, inspect
 def test_nothing_in_the_directory_changes(episodes: Path, tmp_path: Path, inspect: Inspect) -> None:
     damage(episodes)
     before = state(episodes)
-    picture = ("--output", tmp_path / "film.png")
-    for options in ([], ["--verify", "full"], ["--episode", "7"], ["--episode", "7", *picture]):
+    for options in (["--verify"], ["--episode", "7", "--output", tmp_path / "film.png"]):
         assert inspect(episodes, *options)[0] == 0
     assert inspect(episodes, "--episode", "0")[0] == 1
     assert state(episodes) == before
@@ -174,6 +169,26 @@ def test_episodes_are_found_by_their_ids(episodes: Path, inspect: Inspect) -> No
         assert inspect(episodes, "--episode", missing) == (1, "", message)
 
 
+def test_the_episode_is_the_named_one_while_others_leave(
+    episodes: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = IndividualFileDataset.read
+
+    def lose_the_oldest(dataset: IndividualFileDataset, windows: Windows, *rest: Any) -> Any:
+        dataset.table.remove(0)
+        return read(dataset, windows, *rest)
+
+    def find_and_lose(table: EpisodeTable, episode_id: int) -> int | None:
+        found = position(table, episode_id)
+        table.remove(0)
+        return found
+
+    position = EpisodeTable.position
+    monkeypatch.setattr(IndividualFileDataset, "read", lose_the_oldest)
+    monkeypatch.setattr(EpisodeTable, "position", find_and_lose)
+    assert inspect(episodes, "--episode", "5")[1].startswith("Episode 5: 6 steps, ")
+
+
 def test_a_damaged_episode_is_an_error_with_its_reason(episodes: Path, inspect: Inspect) -> None:
     with open(episodes / files(episodes)[2], "r+b") as file:
         file.seek(20)
@@ -182,16 +197,15 @@ def test_a_damaged_episode_is_an_error_with_its_reason(episodes: Path, inspect: 
     assert status == 1 and err.startswith("Episode 4 cannot be read: 1 files in ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("name", "magic"), [("film.png", b"\x89PNG"), ("film.pdf", b"%PDF"), ("film", b"\x89PNG")])
+@pytest.mark.parametrize(
+    ("options", "name", "magic"), [([], "film", b"\x89PNG"), (["--episode", "5"], "film.pdf", b"%PDF")]
+)
 def test_pictures_are_drawn_into_the_named_file(
-    name: str, magic: bytes, episodes: Path, tmp_path: Path, inspect: Inspect
+    options: list[str], name: str, magic: bytes, episodes: Path, tmp_path: Path, inspect: Inspect
 ) -> None:
-    output = tmp_path / name
-    for options in ([], ["--episode", "5"]):
-        status, out, _ = inspect(episodes, *options, "--output", output)
-        assert status == 0 and out.endswith(f"Drawn: {output}\n")
-        assert output.read_bytes().startswith(magic)
-        output.unlink()
+    status, out, _ = inspect(episodes, *options, "--output", tmp_path / name)
+    assert status == 0 and out.endswith(f"Drawn: {tmp_path / name}\n")
+    assert (tmp_path / name).read_bytes().startswith(magic)
 
 
 def test_no_picture_is_written_into_the_directory(episodes: Path, tmp_path: Path, inspect: Inspect) -> None:
@@ -239,14 +253,10 @@ def test_damaged_files_are_listed_if_all_are(tmp_path: Path, inspect: Inspect) -
     assert err == f"{tmp_path} holds no whole episode of a known format.\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("a.xyz", "Format 'xyz' is not supported"), ("none/a.png", "No such file or directory")]
-)
-def test_a_picture_that_cannot_be_written_is_an_error(
-    name: str, message: str, episodes: Path, tmp_path: Path, inspect: Inspect
-) -> None:
-    status, _, err = inspect(episodes, "--episode", "3", "--output", tmp_path / name)
-    assert status == 1 and message in err and err.count("\n") == 1
+def test_a_picture_that_cannot_be_written_is_an_error(episodes: Path, tmp_path: Path, inspect: Inspect) -> None:
+    for name, message in (("a.xyz", "Format 'xyz' is not supported"), ("none/a.png", "No such file or directory")):
+        status, _, err = inspect(episodes, "--episode", "3", "--output", tmp_path / name)
+        assert status == 1 and message in err and err.count("\n") == 1
 
 
 def test_names_from_files_cannot_control_the_terminal(tmp_path: Path, inspect: Inspect) -> None:

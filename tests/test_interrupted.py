@@ -67,8 +67,8 @@ def in_a_thread(action: Callable[[], object]) -> None:
 class Drawing:
     """Draws from a source, and remembers which episode had which id."""
 
-    def __init__(self, source: Any) -> None:
-        self.stream, self.ids = source.get_loader(8, 3, include=("episode", "step"), seed=0).stream, {}
+    def __init__(self, source: Any, length: int = 3) -> None:
+        self.stream, self.ids = source.get_loader(8, length, include=("episode", "step"), seed=0).stream, {}
 
     def check(self) -> set[int]:
         """The numbers of the episodes drawn, after checking that each sequence is whole and of the episode it says."""
@@ -92,77 +92,76 @@ def add(dataset: EpisodeDataset, *numbers: int) -> None:
         dataset.add_episode(tagged.episode(3 + number % 5, number))
 
 
-def close(datasets: list[EpisodeDataset]) -> None:
-    for dataset in datasets:
-        if isinstance(dataset, IndividualFileDataset):
-            dataset.close()
+class Chain:
+    """Datasets that extend one another, and all who draw from them: before and after two episodes more were added."""
+
+    def __init__(self, kinds: str, directory: Path) -> None:
+        self.datasets = [
+            make_dataset(kind, 31 if n == 0 else 400, directory / str(n)) for n, kind in enumerate(kinds.split("+"))
+        ]
+        self.front, self.last = self.datasets[0], self.datasets[-1]
+        for front, behind in reversed(list(itertools.pairwise(self.datasets))):
+            front.extend(behind, other_batch_size=2, seed=0)
+        add(self.front, *BEFORE[:-2])
+        readers = [pickle.loads(pickle.dumps(dataset)) for dataset in self.datasets]
+        self.drawings = [Drawing(source) for source in (*self.datasets, *readers)]
+        for drawing in self.drawings:
+            drawing.check()
+        add(self.front, *BEFORE[-2:])
+        # Windows of 2 steps were not counted before.
+        self.drawings.append(Drawing(MixtureDataset([self.front], [1]), 2))
+        self.stored = numbers(self.last)
+
+    def add(self) -> None:
+        add(self.front, CUT)
+
+    def draw(self) -> None:
+        self.drawings[0].stream.take()
+
+    def draw_from_mixture(self) -> None:
+        self.drawings[-1].stream.take()
+
+    def check(self) -> tuple[bool, bool]:
+        """Whether the episode is in the front and in the last, after checking that all else is as it should be."""
+        found = numbers(self.last)
+        others = [number for number in found if number != CUT]
+        assert found in (others, [*others, CUT]), "it is there once, as the newest, or it is not"
+        num_evicted = len(self.stored) - len(others)
+        assert others == self.stored[num_evicted:] and num_evicted <= (self.front is self.last)
+        assert set(numbers(self.front)) <= {*BEFORE, CUT}
+        is_there = CUT in numbers(self.front), CUT in found
+        in_a_thread(lambda: add(self.front, *LATER))
+        for drawing in self.drawings:
+            assert drawing.check() <= {*BEFORE, CUT, *LATER}
+        assert set(LATER) <= set(numbers(self.front)) and numbers(self.last)[-2:] == list(LATER)
+        for dataset in self.datasets:
+            if isinstance(dataset, IndividualFileDataset):
+                dataset.close()
+        return is_there
 
 
 # What was cut off while it opened a file is closed by the collector, which says so.
-FILES_STAY_OPEN = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
-)
-
-
-@FILES_STAY_OPEN
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize(
-    ("kind", "num_before", "num_since", "every"),
-    [("ring", 5, 0, 1), ("ring", 62, 2, 5), ("mixture", 5, 1, 3), ("file", 5, 1, 17)]
-    + [pytest.param(kind, 5, 1, 1, marks=pytest.mark.slow) for kind in ("mixture", "file")],
-)
-def test_a_draw_cut_off_anywhere_harms_no_later_one(kind, num_before, num_since, every, tmp_path) -> None:
-    def make(num_events: int) -> tuple[EpisodeDataset, Drawing]:
-        dataset = make_dataset(kind.replace("mixture", "ring"), 1000, tmp_path / str(num_events))
-        add(dataset, *range(num_before))
-        drawing = Drawing(MixtureDataset([dataset], [1]) if kind == "mixture" else dataset)
-        if num_since:  # What was counted for the first draw is counted on.
-            drawing.check()
-            add(dataset, *range(50, 50 + num_since))
-        return dataset, drawing
-
-    for dataset, drawing in each_cut(make, lambda made: made[1].stream.take(), every):
-        drawing.check()
-        in_a_thread(lambda dataset=dataset, drawing=drawing: (drawing.check(), add(dataset, *LATER)))
-        drawing.check()
-        assert numbers(dataset) == [*range(num_before), *range(50, 50 + num_since), *LATER]
-        close([dataset])
-
-
-@FILES_STAY_OPEN
-@pytest.mark.parametrize(
-    ("kinds", "every"),
-    [("ring", 1), ("file", 23), ("ring+file", 41), ("file+ring", 41), ("ring+file+ring", 41)]
-    + [
-        pytest.param(kinds, 1, marks=pytest.mark.slow) for kinds in ("file", "ring+file", "file+ring", "ring+file+ring")
+    ("kinds", "action", "every"),
+    [
+        ("ring", Chain.draw, 1),
+        ("ring", Chain.draw_from_mixture, 3),
+        ("file", Chain.draw, 17),
+        ("ring", Chain.add, 1),
+        ("file", Chain.add, 23),
+        ("ring+file", Chain.add, 41),
+        ("file+ring", Chain.add, 41),
+        ("ring+file+ring", Chain.add, 41),
+        pytest.param("file", Chain.draw, 1, marks=pytest.mark.slow),
+        pytest.param("file", Chain.add, 1, marks=pytest.mark.slow),
+        pytest.param("ring+file", Chain.add, 1, marks=pytest.mark.slow),
+        pytest.param("file+ring", Chain.add, 1, marks=pytest.mark.slow),
+        pytest.param("ring+file+ring", Chain.add, 1, marks=pytest.mark.slow),
     ],
 )
-def test_an_addition_cut_off_anywhere_harms_no_other_episode(kinds, every, tmp_path) -> None:
-    def make(num_events: int) -> tuple[list[EpisodeDataset], list[Drawing], list[int]]:
-        directory = tmp_path / str(num_events)
-        datasets = [
-            make_dataset(kind, 23 if n == 0 else 400, directory / str(n)) for n, kind in enumerate(kinds.split("+"))
-        ]
-        for front, behind in reversed(list(itertools.pairwise(datasets))):
-            front.extend(behind, other_batch_size=2, seed=0)
-        add(datasets[0], *BEFORE)
-        readers = [pickle.loads(pickle.dumps(dataset)) for dataset in datasets]
-        drawings = [Drawing(source) for source in (*datasets, *readers)]
-        for drawing in drawings:
-            drawing.check()
-        return datasets, drawings, numbers(datasets[-1])
-
-    for datasets, drawings, stored in each_cut(make, lambda made: add(made[0][0], CUT), every):
-        front, last = datasets[0], datasets[-1]
-        found = numbers(last)
-        others = [number for number in found if number != CUT]
-        assert found in (others, [*others, CUT]), "it is there once, as the newest, or it is not"
-        num_evicted = len(stored) - len(others)
-        assert others == stored[num_evicted:] and num_evicted <= (front is last)
-        assert set(numbers(front)) <= {*BEFORE, CUT}
-        is_there = CUT in numbers(front), CUT in numbers(last)
-        in_a_thread(lambda front=front: add(front, *LATER))
-        for drawing in drawings:
-            assert drawing.check() <= {*BEFORE, CUT, *LATER}
-        assert set(LATER) <= set(numbers(front)) and numbers(last)[-2:] == list(LATER)
-        close(datasets)
-    assert is_there == (True, True), "where it was not cut off"
+def test_what_is_cut_off_anywhere_harms_no_other_episode(kinds, action, every, tmp_path) -> None:
+    is_there = False, False
+    for chain in each_cut(lambda num_events: Chain(kinds, tmp_path / str(num_events)), action, every):
+        is_there = chain.check()
+    assert is_there == (action is Chain.add, action is Chain.add), "where it was not cut off"

@@ -35,20 +35,11 @@ def take(loader: Any, num: int) -> list[Any]:
 def test_the_number_of_workers_changes_nothing(num_workers: int, persistent: bool) -> None:
     dataset = filled()
     reference = take(dataset.get_loader(6, 3, seed=11, include=("index",)), 13)
-    loader = dataset.get_loader(
-        6, 3, num_workers=num_workers, seed=11, include=("index",), persistent_workers=persistent
-    )
+    options: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent}
+    loader = dataset.get_loader(6, 3, seed=11, include=("index",), **options)
     found = [*take(loader, 5), *take(loader, 1), *take(loader, 7)]
     for one, two in zip(reference, found, strict=True):
         assert_same_batch(one, two)
-
-
-def test_two_iterators_of_a_loader_share_its_batches() -> None:
-    loader = filled().get_loader(6, 3, seed=1)
-    reference = take(filled().get_loader(6, 3, seed=1), 4)
-    one, two = iter(loader), iter(loader)
-    for expected, found in zip(reference, [next(one), next(two), next(one), next(two)], strict=True):
-        assert_same_batch(expected, found)
 
 
 def test_an_error_in_a_worker_reaches_the_trainer() -> None:

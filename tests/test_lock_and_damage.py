@@ -100,6 +100,9 @@ def test_a_forked_child_follows_its_parent_and_cannot_write(tmp_path) -> None:
 # Setting aside.
 
 
+NOT_OURS = "notes.txt", ".tmp-notes"
+
+
 def test_what_is_no_episode_is_set_aside_with_one_warning(tmp_path) -> None:
     path = tmp_path / "episodes"
     outside = tmp_path / "outside"
@@ -116,15 +119,21 @@ def test_what_is_no_episode_is_set_aside_with_one_warning(tmp_path) -> None:
     os.mkfifo(path / "0000000011-000000000200-5.safetensors")
     (path / "0000000012-000000000300-5.safetensors").mkdir()
     (path / "00000000013-000000000400-5.safetensors").write_bytes(content)
-    (path / "notes.txt").write_text("mine")
-    with pytest.warns(UserWarning, match="6 files in .* are no whole episodes and were moved .*; and 1 more") as found:
+    (path / "0000000014-999999999999990-20.safetensors").write_bytes(content)  # A name that no episode can have.
+    for name in NOT_OURS:
+        (path / name).write_text("mine")
+    (path / ".tmp-folder").mkdir()
+    (path / ".tmp-0000000004-000000000021-5.safetensors").write_text("unfinished")
+    with pytest.warns(UserWarning, match="7 files in .* are no whole episodes and were moved .*; and 2 more") as found:
         dataset = IndividualFileDataset(100, directory=path)
     assert len(found) == 1
     assert numbers(dataset) == [(0, 5), (1, 3), (2, 9)]
-    assert len(os.listdir(path / "damaged")) == len(dataset.damaged_files) == 6
+    assert len(os.listdir(path / "damaged")) == len(dataset.damaged_files) == 7
     assert outside.read_bytes() == b"precious"
     # Files that are not named like episodes are nobody's business.
-    assert {"notes.txt", "model.safetensors", "00000000013-000000000400-5.safetensors"} <= set(os.listdir(path))
+    left = set(os.listdir(path))
+    assert left >= {*NOT_OURS, ".tmp-folder", "model.safetensors", "00000000013-000000000400-5.safetensors"}
+    assert ".tmp-0000000004-000000000021-5.safetensors" not in left
     assert dataset.add_episode(tagged.episode(2, 13)) == 13
     dataset.close()
     with warnings.catch_warnings():

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.dataset.composing.weights import SharedWeights, shares
-from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sampler import Sampler
@@ -93,15 +92,18 @@ def test_shares_are_right_on_average(weights) -> None:
     st.sampled_from([1, 3, 4, None]),
     st.integers(0, 100),
 )
+@example([[4, 4], [12, 9, 12]], 16, None, 0)
 @settings(max_examples=60)
 def test_sequences_are_whole_and_of_their_member(lengths, batch_size, length, seed) -> None:
-    datasets = [member(n, (RingBufferDataset, ListDataset)[n % 2](30), each) for n, each in enumerate(lengths)]
+    # Some can hold no episode that is as long as those of others.
+    datasets = [member(n, (RingBufferDataset, ListDataset)[n % 2](max(each)), each) for n, each in enumerate(lengths)]
     nested = MixtureDataset([datasets[0], MixtureDataset(datasets, [1] * len(datasets))], [1, 1])
     loader = nested.get_loader(batch_size, length, include=("source", "episode"), seed=seed)
     for batch in itertools.islice(loader, 3):
         mask = batch.get("mask")
         found = tagged.origins(batch, mask)
         assert batch["source"].tolist() == sorted(batch["source"].tolist())
+        assert mask is None or mask.shape[1] == max(rows for _, _, _, rows in found)
         for (env, number, _, rows), source, episode in zip(found, batch["source"], batch["episode"], strict=True):
             assert (source == 1 or env == 0) and episode == number
             assert rows == (lengths[env][number] if length is None else length)
@@ -112,15 +114,6 @@ def test_a_mixture_may_be_a_member(members) -> None:
     batch = mixture.get_loader(16, 3, include=("source",)).stream.take()
     assert [env for env, _, _, _ in tagged.origins(batch)] == [0] * 8 + [1] * 2 + [2] * 6
     assert batch["source"].tolist() == [0] * 8 + [1] * 8, "the member of the outer mixture"
-
-
-def test_whole_episodes_longer_than_another_member_can_hold_are_padded(members) -> None:
-    small = member(3, RingBufferDataset(5), [2, 3])
-    mixture = MixtureDataset([small, members[1]], [1, 1])
-    for batch in itertools.islice(mixture.get_loader(8, include=("source",), seed=0), 20):
-        found = tagged.origins(batch, batch["mask"])
-        assert [env for env, _, _, _ in found] == [3] * 4 + [1] * 4
-        assert batch["mask"].shape[1] == max(rows for _, _, _, rows in found)
 
 
 def test_chunks_and_seeds_do_as_with_any_dataset(members) -> None:
@@ -177,15 +170,6 @@ def test_windows_that_are_gone_are_drawn_again_from_their_member(members) -> Non
         assert {number for env, number, _, _ in tagged.origins(batch) if env == 1} == {1}
 
 
-def test_weights_can_be_changed_while_iterating(members) -> None:
-    mixture = MixtureDataset(members[:2], [1, 0])
-    batches = iter(mixture.get_loader(8, 3))
-    for share in (0, 2, 4, 8):
-        mixture.weights = [8 - share, share]
-        assert sources(next(batches)) == [0] * (8 - share) + [1] * share
-    assert mixture.weights.tolist() == [0, 1]
-
-
 def test_a_change_of_weights_is_seen_whole_or_not_at_all() -> None:
     weights, stop = SharedWeights(64), threading.Event()
     weights.set([1.0] * 64)
@@ -228,12 +212,6 @@ def test_it_counts_all_members_together(members) -> None:
 
 def to_numpy(tree: Any) -> Any:
     return {k: to_numpy(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.numpy()
-
-
-def test_it_is_a_source_and_takes_no_episodes(members) -> None:
-    mixture = MixtureDataset(members, [1, 1, 1])
-    assert isinstance(mixture, EpisodeSource) and not isinstance(mixture, EpisodeDataset)
-    assert not any(hasattr(mixture, name) for name in ("add_episode", "evict_episode", "extend", "settle_fields"))
 
 
 def test_a_pickled_one_draws_the_same_and_a_copy_goes_on(members) -> None:
@@ -305,9 +283,6 @@ def test_a_member_without_fields_takes_those_of_the_others() -> None:
     mixture = MixtureDataset([full, empty], [1, 0])
     assert empty.fields == full.fields == mixture.fields
     assert sources(mixture.get_loader(4, 3).stream.take()) == [0] * 4
-    mixture.weights = [1, 1]
-    with pytest.raises(RuntimeError, match=r"Member 1 \(RingBufferDataset\) of the mixture: The dataset is empty"):
-        mixture.get_loader(4, 3).stream.take()
     unsure = MixtureDataset([full, RingBufferDataset(40)], [1, 0], fields="common")
     for num_workers in (0, 1):
         with pytest.raises(RuntimeError, match=r"fields of members \[1\] are not known yet"):
@@ -329,15 +304,12 @@ def test_an_empty_or_short_member_is_an_error_in_every_batch(members) -> None:
     inner = MixtureDataset([members[0], RingBufferDataset(20)], [1, 1])
     mixture = MixtureDataset([members[2], inner], [0.999, 0.001])
     for _ in range(5):
-        with pytest.raises(
-            RuntimeError, match=r"Member 1\.1 \(RingBufferDataset\) of the mixture: The dataset is empty"
-        ):
+        with pytest.raises(RuntimeError, match=r"Member 1\.1 \(RingBufferDataset\) of the mixture: .* is empty"):
             mixture.get_loader(4, 3).stream.take()
     mixture = MixtureDataset([members[0], members[2]], [1, 1])
-    with pytest.raises(RuntimeError, match="Member 1 .* `sequence_length`=9 is longer than every stored episode"):
-        mixture.get_loader(4, 9).stream.take()
-    with pytest.raises(RuntimeError, match="Member 1 .* longer than every"):
-        next(iter(mixture.get_loader(4, 9, num_workers=1)))
+    for num_workers in (0, 1):
+        with pytest.raises(RuntimeError, match="Member 1 .* `sequence_length`=9 is longer than every stored episode"):
+            next(iter(mixture.get_loader(4, 9, num_workers=num_workers)))
 
 
 @pytest.mark.parametrize(

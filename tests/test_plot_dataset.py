@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.viewing import overview
 from buffers.visualization import MatplotlibVisualizer, plot_dataset
@@ -45,10 +46,8 @@ def test_many_episodes_have_a_moving_mean() -> None:
     dataset = RingBufferDataset(10_000)
     for i in range(60):
         dataset.add_episode({"reward": np.full(10 + i, 1.0, np.float32)})
-    lengths, returns, *_ = plot_dataset(dataset).axes
-    for ax in (lengths, returns):
-        points, mean = ax.lines
-        assert len(points.get_xdata()) == 60
+    for ax in plot_dataset(dataset).axes[:2]:
+        mean = ax.lines[1]
         np.testing.assert_allclose(mean.get_ydata(), mean.get_xdata() + 10)
         assert "mean of 5 (line)" in ax.get_title(loc="left")
 
@@ -58,13 +57,11 @@ def test_a_limited_number_of_episodes_is_read(monkeypatch: pytest.MonkeyPatch) -
     for i in range(30):
         dataset.add_episode({"reward": np.array([float(i)]), "image": np.zeros((1, 10, 10, 3), np.uint8)})
     figure = plot_dataset(dataset, max_episodes=4)
-    assert figure.axes[1].lines[0].get_xdata().tolist() == [0, 10, 19, 29]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0, 10, 19, 29]
     assert "(4 of 30 episodes read)" in titles(figure)[1]
-    monkeypatch.setattr(overview, "MAX_BYTES", 308 * 7.5)
-    assert "(7 of 30 episodes read)" in titles(plot_dataset(dataset))[1]
-    monkeypatch.setattr(overview, "MAX_BYTES", 1)
-    assert "(1 of 30 episodes read)" in titles(plot_dataset(dataset))[1]
+    for most_bytes, num_read in ((308 * 7.5, 7), (1, 1)):
+        monkeypatch.setattr(overview, "MAX_BYTES", most_bytes)
+        assert f"({num_read} of 30 episodes read)" in titles(plot_dataset(dataset))[1]
 
 
 def test_datasets_without_rewards_or_episodes_are_drawn() -> None:
@@ -77,13 +74,21 @@ def test_datasets_without_rewards_or_episodes_are_drawn() -> None:
     assert len(figure.axes) == 3
 
 
-def test_a_reader_of_files_shows_no_fill(tmp_path: Path) -> None:
+def test_a_reader_of_files_has_no_fill_alone_or_in_a_mixture(tmp_path: Path) -> None:
     with IndividualFileDataset(100, directory=tmp_path) as writer:
         writer.add_episode({"reward": np.ones(60, np.float32)})
+        assert "60 of 100 steps (60%)" in repr(writer)
     reader: EpisodeDataset = IndividualFileDataset(10, directory=tmp_path, mode="r")
-    figure = plot_dataset(reader)
-    assert titles(figure)[2] == "fill: 60 steps, opened read-only"
-    assert [patch.get_width() for patch in figure.axes[2].patches] == [60, 60]
+    ring = RingBufferDataset(30)
+    ring.add_episode({"reward": np.ones(15, np.float32)})
+    sources: list[tuple[EpisodeSource, int]] = [(reader, 60), (MixtureDataset([reader, ring], [0.5, 0.5]), 75)]
+    for source, num in sources:
+        line = repr(source).splitlines()[0]
+        assert f" episodes, {num} steps (read-only), length " in line and "%" not in line
+        figure = plot_dataset(source)
+        assert titles(figure)[2] == f"fill: {num} steps (read-only)"
+        assert [patch.get_width() for patch in figure.axes[2].patches] == [num, num]
+    assert "15 of 60 steps (25%)" in repr(MixtureDataset([ring, RingBufferDataset(30)], [0.5, 0.5]))
 
 
 def test_episodes_that_vanish_are_left_out(tmp_path: Path) -> None:

@@ -33,27 +33,14 @@ def test_a_buffer_keeps_the_number_of_environments_that_its_rows_had() -> None:
 # The log is the oracle.
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_envs", [1, N, 20])
-@pytest.mark.parametrize("stated", [None, "num_envs"])
-def test_what_is_recorded_is_the_log(mode: str, num_envs: int, stated: str | None) -> None:
-    games = Games(num_envs, mode)
-    buffer = make_buffer(num_envs=None if stated is None else num_envs)
-    play(games, Recorder(buffer, num_envs, mode))
-    assert_recorded(recorded(buffer), games.logs)
-    assert any(len(log["action"]) == 1 for log in games.logs[0])
-    ends = {(log["terminated"][-1], log["truncated"][-1]) for log in sum(games.logs, []) if log["action"]}
-    assert ends == {(True, False), (False, True), (True, True)}
-
-
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), mode=st.sampled_from(MODES), num_envs=st.integers(1, 5), num_steps=st.integers(1, 40))
+@given(st.data(), st.sampled_from(MODES), st.sampled_from([1, 2, 5, 20]), st.integers(1, 40))
 def test_resets_at_any_time_close_episodes_as_truncated_and_drop_those_without_a_transition(
     data: st.DataObject, mode: str, num_envs: int, num_steps: int
 ) -> None:
     masks = st.none() | st.lists(st.booleans(), min_size=num_envs, max_size=num_envs).map(np.array)
     reset_at = data.draw(st.dictionaries(st.integers(0, num_steps - 1), masks, max_size=6))
-    games, buffer = Games(num_envs, mode, reset_reward=3.5), make_buffer()
+    games, buffer = Games(num_envs, mode), make_buffer(num_envs=num_envs)
     play(games, Recorder(buffer, num_envs, mode), num_steps, reset_at)
     assert_recorded(recorded(buffer), games.logs)
 
@@ -123,28 +110,13 @@ class _LeavesTheMiddleOpen(Recorder):
     ],
 )
 def test_mutants_do_not_pass_the_comparison_with_the_log(mutant: type[Recorder], mode: str) -> None:
-    for recorder_type, passes in ((Recorder, True), (mutant, False)):
-        games, buffer = Games(N, mode), make_buffer()
-        play(games, recorder_type(buffer, N, mode), reset_at={20: None, 21: None, 40: np.arange(N) < 2})
-        if passes:
-            assert_recorded(recorded(buffer), games.logs)
-        else:
-            with pytest.raises(AssertionError):
-                assert_recorded(recorded(buffer), games.logs)
+    games, buffer = Games(N, mode), make_buffer()
+    play(games, mutant(buffer, N, mode), reset_at={20: None, 21: None, 40: np.arange(N) < 2})
+    with pytest.raises(AssertionError):
+        assert_recorded(recorded(buffer), games.logs)
 
 
 # Where final observations are found.
-
-
-def _play_same_step(recorder: Recorder, step: Any, num_steps: int = 60) -> Games:
-    """`step(games)` gives what else `Recorder.step` takes."""
-    games = Games(recorder.num_envs, "same_step")
-    recorder.reset(games.reset())
-    for index in range(num_steps):
-        taken = actions(recorder.num_envs, index)
-        recorder.step(taken, *games.step(taken), **step(games))
-    recorder.reset(games.reset())
-    return games
 
 
 def _mask(games: Games) -> np.ndarray:
@@ -162,22 +134,22 @@ class _JaxArray:
 
 
 LAYOUTS = {
-    "argument, full batch": lambda games: {"final_obs": games.full_final()},
-    "argument, tensor": lambda games: {"final_obs": torch.from_numpy(games.full_final())},
-    "argument, list": lambda games: {"final_obs": list(games.final)},
-    "argument before infos": lambda games: {"final_obs": list(games.final), "infos": {"final_obs": games.obs}},
-    "final_obs, object array": lambda games: {"infos": {"final_obs": final_as_gymnasium(games)}},
-    "final_obs, float64 items": lambda games: {
+    "argument, full batch": lambda games, call: {"final_obs": games.full_final()},
+    "argument, tensor": lambda games, call: {"final_obs": torch.from_numpy(games.full_final())},
+    "argument, list": lambda games, call: {"final_obs": list(games.final)},
+    "argument before infos": lambda games, call: {"final_obs": list(games.final), "infos": {"final_obs": games.obs}},
+    "final_obs, object array": lambda games, call: {"infos": {"final_obs": final_as_gymnasium(games)}},
+    "final_obs, float64 items": lambda games, call: {
         "infos": {"final_obs": [None if item is None else item.astype(np.float64) for item in games.final]}
     },
-    "final_obs, full batch": lambda games: {"infos": {"final_obs": games.full_final()}},
-    "final_observation, object array": lambda games: {
+    "final_obs, full batch": lambda games, call: {"infos": {"final_obs": games.full_final()}},
+    "final_observation, object array": lambda games, call: {
         "infos": {"final_observation": final_as_gymnasium(games), "_final_observation": _mask(games)}
     },
-    "final_observation, full batch": lambda games: {
+    "final_observation, full batch": lambda games, call: {
         "infos": {"final_observation": games.full_final(), "_final_observation": torch.from_numpy(_mask(games))}
     },
-    "terminal_observation": lambda games: {
+    "terminal_observation": lambda games, call: {
         "infos": [{} if item is None else {"terminal_observation": item} for item in games.final]
     },
 }
@@ -185,12 +157,12 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_final_observations_are_found_in_every_layout(layout: str) -> None:
-    buffer = make_buffer()
-    games = _play_same_step(Recorder(buffer, N, "same_step"), LAYOUTS[layout])
+    games, buffer = Games(N, "same_step"), make_buffer()
+    play(games, Recorder(buffer, N, "same_step"), returns=LAYOUTS[layout])
     assert_recorded(recorded(buffer), games.logs)
 
 
-def _without_every_second(games: Games) -> dict[str, Any]:
+def _without_every_second(games: Games, call: Any) -> dict[str, Any]:
     return {"infos": {"final_obs": games.full_final(), "_final_obs": _mask(games) & (np.arange(N) % 2 == 0)}}
 
 
@@ -202,133 +174,75 @@ def _with_the_last_known(log: list[dict[str, list[Any]]]) -> list[dict[str, list
 
 
 def test_a_missing_final_observation_is_the_last_known_one_and_marked() -> None:
-    buffer = make_buffer()
-    recorder = Recorder(buffer, N, "same_step", final_obs_may_be_missing=True)
-    games = _play_same_step(recorder, _without_every_second)
-    logs = [_with_the_last_known(log) if env % 2 else log for env, log in enumerate(games.logs)]
-    assert_recorded(recorded(buffer), logs)
-    for episode in recorded(buffer):
-        env, number = (int(value) for value in episode["obs"][0, :2])
-        ended = games.logs[env][number]["ended"]
-        expected = [False, *(flag and env % 2 == 1 for flag in ended)]
-        assert episode["final_obs_missing"].tolist() == expected
+    dataset = RingBufferDataset(20_000)
+    for options in ({"final_obs_may_be_missing": True}, {}):  # Of the second, the dataset knows it already.
+        num_before, games, buffer = dataset.num_episodes, Games(N, "same_step"), ReplayBuffer(dataset, 8)
+        play(games, Recorder(buffer, N, "same_step", **options), returns=_without_every_second)
+        episodes = recorded(buffer)[num_before:]
+        assert_recorded(episodes, [_with_the_last_known(log) if env % 2 else log for env, log in enumerate(games.logs)])
+        for episode in episodes:
+            env, number = (int(value) for value in episode["obs"][0, :2])
+            expected = [False, *(flag and env % 2 == 1 for flag in games.logs[env][number]["ended"])]
+            assert episode["final_obs_missing"].tolist() == expected
 
 
-def test_a_recorder_goes_on_with_the_field_for_missing_final_observations_of_its_dataset() -> None:
-    buffer = make_buffer()
-    action, no = np.ones((1, 1), np.float32), np.zeros(1, np.bool_)
-    for options in ({"final_obs_may_be_missing": True}, {}):
-        recorder = Recorder(ReplayBuffer(buffer.dataset, batch_size=1), 1, "same_step", **options)
-        recorder.reset(np.array([[5.0]]))
-        recorder.step(action, np.array([[6.0]]), np.ones(1), no, no)
-        recorder.step(action, np.array([[7.0]]), np.ones(1), ~no, no)
-        assert recorded(buffer)[-1]["final_obs_missing"].tolist() == [False, False, True]
-        assert recorded(buffer)[-1]["obs"].flatten().tolist() == [5.0, 6.0, 6.0]
+# Stand-ins for simulators: each gives what that library returns, as the arguments of `Recorder.step`.
 
 
-def test_a_missing_final_observation_is_an_error_that_changes_nothing_if_it_was_not_announced() -> None:
-    games, buffer = Games(N, "same_step"), make_buffer()
-    recorder = Recorder(buffer, N, "same_step")
-    recorder.reset(games.reset())
-    for index in range(60):
-        taken = actions(N, index)
-        results = games.step(taken)
-        if _mask(games).any():
-            with pytest.raises(ValueError, match=r"Environments \[.*\] ended without a final observation"):
-                recorder.step(taken, *results, infos={"final_obs": None})
-        recorder.step(taken, *results, final_obs=games.final)
-    recorder.reset(games.reset())
-    assert_recorded(recorded(buffer), games.logs)
+def _as_tensors(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(array) for name, array in call.items()}
 
 
-# Stand-ins for simulators: each gives what that library gives, as the arguments of `Recorder.step`.
+def _isaac_gym(games: Games, call: dict[str, Any]) -> dict[str, Any]:
+    """Dones of int64."""
+    tensors = _as_tensors(call)
+    return {**tensors, "terminated": tensors["terminated"].long()}
 
 
-def _isaac_gym(games: Games, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any) -> dict[str, Any]:
-    """Next step, rewards at resets, dones of int64."""
-    dones, time_outs = torch.from_numpy(terminated | truncated).long(), torch.from_numpy(truncated)
-    flags = {"terminated": dones.bool() & ~time_outs, "truncated": time_outs}
-    return {"action": torch.from_numpy(action), "obs": obs, "reward": torch.from_numpy(reward), **flags}
-
-
-def _isaac_lab(games: Games, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any) -> dict[str, Any]:
+def _isaac_lab(games: Games, call: dict[str, Any]) -> dict[str, Any]:
     """Dicts of tensors, with a full batch of final observations where any is done."""
-    extras: dict[str, Any] = {"log": {}}
-    if (terminated | truncated).any():
-        extras["final_obs"] = {"policy": torch.from_numpy(games.full_final())}
-    flags = {"terminated": torch.from_numpy(terminated), "truncated": torch.from_numpy(truncated)}
-    obs = {"policy": torch.from_numpy(obs)}
-    return {
-        "action": torch.from_numpy(action),
-        "obs": obs,
-        "reward": torch.from_numpy(reward),
-        **flags,
-        "infos": extras,
-    }
+    tensors = _as_tensors(call)
+    infos: dict[str, Any] = {"log": {}}
+    if (call["terminated"] | call["truncated"]).any():
+        infos["final_obs"] = {"policy": torch.from_numpy(games.full_final())}
+    return {**tensors, "obs": {"policy": tensors["obs"]}, "infos": infos}
 
 
-def _brax(games: Games, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any) -> dict[str, Any]:
+class _OfIsaacLab(Recorder):
+    def reset(self, obs: Any, mask: Any = None) -> None:
+        super().reset({"policy": torch.from_numpy(obs)}, mask)
+
+
+def _brax(games: Games, call: dict[str, Any]) -> dict[str, Any]:
     """Arrays that are not numpy's, flags of float32."""
-    flags = {"terminated": terminated.astype(np.float32), "truncated": (truncated & ~terminated).astype(np.float32)}
-    arrays = {"action": action, "obs": obs, "reward": reward, **flags}
-    infos = {"final_obs": _JaxArray(games.full_final())}
-    return {**{name: _JaxArray(array) for name, array in arrays.items()}, "infos": infos}
+    flags = {name: call[name].astype(np.float32) for name in ("terminated", "truncated")}
+    arrays = {name: _JaxArray(array) for name, array in {**call, **flags}.items()}
+    return {**arrays, "infos": {"final_obs": _JaxArray(games.full_final())}}
 
 
-def _sb3(games: Games, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any) -> dict[str, Any]:
-    """Dones and a list of infos."""
-    infos = [{"TimeLimit.truncated": bool(flag)} for flag in truncated & ~terminated]
-    for info, final in zip(infos, games.final, strict=True):
-        info.update({} if final is None else {"terminal_observation": final})
-    flags = {"terminated": terminated | truncated, "truncated": None}
-    return {"action": action, "obs": obs, "reward": reward, **flags, "infos": infos}
+def _on_a_gpu(games: Games, call: dict[str, Any]) -> dict[str, Any]:
+    tensors = _as_tensors({**call, "final_obs": games.full_final()})
+    return {name: tensor.cuda() for name, tensor in tensors.items()}
 
 
-def _on_a_gpu(games: Games, action: Any, *results: Any) -> dict[str, Any]:
-    names = ("action", "obs", "reward", "terminated", "truncated", "final_obs")
-    arrays = (action, *results, games.full_final())
-    return {name: torch.from_numpy(array).cuda() for name, array in zip(names, arrays, strict=True)}
-
-
-def _unless(log: list[dict[str, list[Any]]], name: str, other: str) -> list[dict[str, list[Any]]]:
-    """A log whose episodes end by `name` only if they do not end by `other`."""
-    return [
-        {**e, name: [a and not (b and over) for a, b, over in zip(e[name], e[other], e["ended"], strict=True)]}
-        for e in log
-    ]
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.parametrize(
-    ("library", "mode", "yields"),
+    ("library", "mode"),
     [
-        (_isaac_gym, "next_step", ("terminated", "truncated")),
-        (_isaac_lab, "same_step", None),
-        (_brax, "same_step", ("truncated", "terminated")),
-        (_sb3, "same_step", ("truncated", "terminated")),
-        pytest.param(
-            _on_a_gpu,
-            "same_step",
-            None,
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ),
+        (_isaac_gym, "next_step"),
+        (_isaac_lab, "same_step"),
+        (_brax, "same_step"),
+        pytest.param(_on_a_gpu, "same_step", marks=NEEDS_CUDA),
     ],
 )
-def test_what_a_library_returns_is_recorded_as_the_log_says(library: Any, mode: str, yields: Any) -> None:
-    games, buffer = Games(N, mode, reset_reward=-2.25 if mode == "next_step" else 0.0), make_buffer()
-    recorder = Recorder(buffer, N, mode)
-
-    def reset() -> None:
-        obs = games.reset()
-        recorder.reset({"policy": obs} if library is _isaac_lab else obs)
-
-    reset()
-    for step in range(60):
-        taken = actions(N, step)
-        recorder.step(**library(games, taken, *games.step(taken)))
-    reset()
-    logs = games.logs if yields is None else [_unless(log, *yields) for log in games.logs]
-    unwrapped = library is _isaac_lab
-    assert_recorded([{**e, "obs": e["obs"]["policy"]} if unwrapped else e for e in recorded(buffer)], logs)
+def test_what_a_library_returns_is_recorded_as_the_log_says(library: Any, mode: str) -> None:
+    games, buffer = Games(N, mode), make_buffer()
+    of_isaac_lab = library is _isaac_lab
+    play(games, (_OfIsaacLab if of_isaac_lab else Recorder)(buffer, N, mode), returns=library)
+    found = recorded(buffer)
+    assert_recorded([{**e, "obs": e["obs"]["policy"]} for e in found] if of_isaac_lab else found, games.logs)
 
 
 # Fields and forms of data.
@@ -457,15 +371,19 @@ _DONE = np.array([True, False])
         ({"terminated": _DONE, "final_obs": np.ones((1, 3), np.float32)}, ValueError, "`obs` has dtype"),
         ({"terminated": _DONE, "final_obs": [np.ones(4), None]}, ValueError, "environment 0 in `final_obs` has dtype"),
         ({"terminated": _DONE, "infos": [{}, {}]}, ValueError, "ended without a final observation"),
+        ({"terminated": _DONE, "infos": {"final_obs": None}}, ValueError, "ended without a final observation"),
+        ({"obs": np.zeros((2, 4), np.float32), "mask": None}, ValueError, "`obs` has"),
+        ({"obs": np.zeros((1, 3), np.float32), "mask": _DONE}, ValueError, "`obs` has"),
+        ({"obs": np.zeros((2, 3), np.float32), "mask": _DONE[:1]}, ValueError, r"`mask` .* \(1,\), expected \(2,\)"),
     ],
 )
-def test_a_bad_step_says_what_is_wrong_and_changes_nothing(
+def test_a_bad_step_or_reset_says_what_is_wrong_and_changes_nothing(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     buffer, recorder = _begun("same_step")
     for _ in range(2):
         with pytest.raises(error, match=message):
-            recorder.step(**_call(**changes))
+            recorder.reset(**changes) if "mask" in changes else recorder.step(**_call(**changes))
     final = np.full((2, 3), 9, np.float32)
     recorder.step(**_call(terminated=np.ones(2, np.bool_), final_obs=final))
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)] == [[0.0, 1.0, 9.0]] * 2
@@ -478,23 +396,6 @@ def test_a_bad_first_step_changes_nothing(bad: dict[str, Any]) -> None:
         recorder.step(**_call(**bad))
     recorder.step(**_call(terminated=np.ones(2, np.bool_)))
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)] == [[0.0, 1.0]] * 2
-
-
-@pytest.mark.parametrize(
-    ("obs", "mask", "message"),
-    [
-        (np.zeros((2, 4), np.float32), None, "`obs` has"),
-        (np.zeros((1, 3), np.float32), np.array([True, False]), "`obs` has"),
-        (np.zeros((2, 3), np.float32), np.array([True]), r"`mask` has shape \(1,\), expected \(2,\)"),
-    ],
-)
-def test_a_bad_reset_says_what_is_wrong_and_changes_nothing(obs: Any, mask: Any, message: str) -> None:
-    buffer, recorder = _begun()
-    with pytest.raises(ValueError, match=message):
-        recorder.reset(obs, mask)
-    assert buffer.is_empty
-    recorder.step(**_call(terminated=np.ones(2, np.bool_)))
-    assert buffer.dataset.episode_lengths == [3, 3]
 
 
 def test_numbers_that_all_checks_refuse_leave_no_row_behind() -> None:
@@ -537,6 +438,16 @@ def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
         recorder.step(**_call())
     new.reset(np.zeros((2, 3), np.float32))
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)[2:]] == [[0.0, 1.0, 1.0]] * 2
+
+
+def test_a_recorder_goes_on_in_a_buffer_that_had_steps_of_one_environment_without_an_axis() -> None:
+    buffer = make_buffer(num_envs=1)
+    row = {"obs": 0.5, "action": 1, "reward": 1.0, "terminated": True, "truncated": False, "is_first": True}
+    buffer.add_step(row, True)
+    recorder = Recorder(buffer, None, "disabled")
+    recorder.reset(np.float64(1.0))
+    recorder.step(np.int32(2), 2.0, 1.0, True, False)
+    assert [episode["obs"].tolist() for episode in recorded(buffer)] == [[0.5], [1.0, 2.0]]
 
 
 def test_a_dataset_of_other_fields_is_refused_and_keeps_its_episodes() -> None:

@@ -12,20 +12,14 @@ from hypothesis import strategies as st
 
 from buffers import Recorder, ReplayBuffer
 from buffers.transforms import n_step_returns, to_transitions
-from tests.logged_game import Games, actions, make_buffer
+from tests.logged_game import Games, make_buffer, play
 
 N = 3
 
 
 def recorded_games(buffer: ReplayBuffer) -> Games:
     games = Games(N, "next_step")
-    recorder = Recorder(buffer, N, "next_step")
-    recorder.reset(games.reset())
-    for step in range(60):
-        taken = actions(N, step)
-        obs, reward, terminated, truncated = games.step(taken)
-        recorder.step(taken, obs, reward, terminated, truncated, extras={"value": reward * 2})
-    recorder.reset(games.reset())
+    play(games, Recorder(buffer, N, "next_step"), returns=lambda games, call: {"extras": {"value": call["reward"] * 2}})
     return games
 
 
@@ -54,23 +48,14 @@ def transitions_in(batch: dict[str, Any]) -> list[tuple[tuple[float, ...], tuple
     return found
 
 
-def test_with_two_rows_every_stored_transition_is_one_window() -> None:
-    buffer = make_buffer()
-    logged = logged_transitions(recorded_games(buffer))
-    found = []
-    for episode in buffer.dataset.episodes():
-        for start in range(len(episode["reward"]) - 1):
-            found += transitions_in(to_transitions({name: value[start : start + 2] for name, value in episode.items()}))
-    assert len(found) == len(logged)
-    assert dict(found) == logged
-
-
 @pytest.mark.parametrize("num_transitions", [1, 3])
-def test_what_a_loader_draws_as_transitions_is_in_the_log(num_transitions: int) -> None:
+def test_transitions_that_a_loader_draws_are_those_of_the_log(num_transitions: int) -> None:
     buffer = make_buffer()
     logged = logged_transitions(recorded_games(buffer))
-    drawing = ReplayBuffer(buffer.dataset, 256, num_transitions + 1, transform=to_transitions, seed=0)
-    assert all(logged[key] == transition for key, transition in transitions_in(drawing.sample()))
+    drawing = ReplayBuffer(buffer.dataset, 2000, num_transitions + 1, transform=to_transitions, seed=0)
+    found = dict(transitions_in(drawing.sample()))
+    assert found.items() <= logged.items()
+    assert num_transitions > 1 or found == logged, "and all of them"
 
 
 def test_included_names_follow_the_row_on_arrival() -> None:
@@ -86,20 +71,17 @@ def test_included_names_follow_the_row_on_arrival() -> None:
 
 
 def test_nested_fields_are_split_and_share_their_memory() -> None:
-    rows = {
-        "obs": {"image": torch.arange(24).reshape(2, 3, 4), "deep": {"state": torch.arange(6.0).reshape(2, 3)}},
-        "action": {"0": torch.zeros(2, 3)},
-        "reward": torch.zeros(2, 3, dtype=torch.float64),
-        "terminated": torch.zeros(2, 3, dtype=torch.bool),
-        "truncated": torch.zeros(2, 3, dtype=torch.bool),
-    }
+    image, state = torch.arange(24).reshape(2, 3, 4), torch.arange(6.0).reshape(2, 3)
+    reward, no = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool)
+    obs = {"image": image, "deep": {"state": state}}
+    rows = {"obs": obs, "action": {"0": state}, "reward": reward, "terminated": no, "truncated": no}
     found = to_transitions(rows)
-    assert torch.equal(found["obs"]["deep"]["state"], rows["obs"]["deep"]["state"][:, :2])
-    assert torch.equal(found["next_obs"]["image"], rows["obs"]["image"][:, 1:])
-    assert found["next_obs"]["image"].untyped_storage().data_ptr() == rows["obs"]["image"].untyped_storage().data_ptr()
+    assert torch.equal(found["obs"]["deep"]["state"], state[:, :2])
+    assert torch.equal(found["next_obs"]["image"], image[:, 1:])
+    assert found["next_obs"]["image"].untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
     assert found["action"]["0"].shape == (2, 2)
     with_returns = n_step_returns(found, 2, 0.9)
-    assert torch.equal(with_returns["bootstrap_obs"]["image"][:, 0], rows["obs"]["image"][:, 2])
+    assert torch.equal(with_returns["bootstrap_obs"]["image"][:, 0], image[:, 2])
     assert with_returns["return"].dtype == torch.float64
 
 

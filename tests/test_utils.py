@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from buffers.dataset import RingBufferDataset
-from buffers.utils import Process, ThreadLock, format_bytes, to_torch
+from buffers.utils import ThreadLock, format_bytes, to_torch
 from tests.faults import in_child, status_of
 
 
@@ -72,7 +72,6 @@ def test_bytes_are_printed_for_people() -> None:
     assert found == "0 B 999 B 1.5 kB 2.5 MB 1.0 GB 3.0 TB"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_can_take_a_lock_held_elsewhere() -> None:
     lock, is_held, may_end = ThreadLock(), threading.Event(), threading.Event()
 
@@ -91,16 +90,13 @@ def test_a_forked_child_can_take_a_lock_held_elsewhere() -> None:
     assert lock.acquire(blocking=False)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_cannot_change_a_ring() -> None:
     ring = RingBufferDataset(10)
     ring.add_episode({"x": np.arange(3.0)})
-    assert Process.number == os.getpid()
 
     def change() -> None:
-        assert Process.number == os.getpid() != os.getppid()
         with pytest.raises(RuntimeError, match="Only the process that made"):
             ring.add_episode({"x": np.arange(3.0)})
 
     assert status_of(in_child(change)) == 0
-    assert Process.number == os.getpid() and ring.num_episodes == 1
+    assert ring.num_episodes == 1

@@ -1,4 +1,4 @@
-"""EpisodeDataset: the contract of a store of whole episodes, and all that is common to stores."""
+"""EpisodeDataset: what all stores of whole episodes share, and what each implements."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from buffers.dataset.composing.extension import Extension
-from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_episode
 from buffers.evictor import Evictor, FIFOEvictor
@@ -24,25 +23,20 @@ __all__ = ["EpisodeDataset"]
 class EpisodeDataset(EpisodeSource):
     """Episodes in, windows out.
 
-    A store of its own implements four methods and inherits the rest. Data is flat there: `name -> array`, the
-    names being those of `fields` ("obs/image" for nested dicts).
-
-        _allocate(fields)                 make room; called once, when the fields are known
-        _write(episode, start, id)        store `name -> (L, *shape)` numpy arrays
-        _read(windows, out)               fill `name -> (B, T, *shape)` tensors
-        _erase(id, start, length)         forget an episode
+    A store implements `_allocate`, `_write`, `_read` and `_erase`. There, data is flat: `name -> array`, by the names
+    of `fields` ("obs/image" for nested dicts).
 
     Args:
         capacity: In steps, over all episodes.
-        info: What is known beforehand; with its `fields`, storage is laid out now.
+        info: Fields and checks; if it has `fields`, room is made for them now.
         evictor: Chooses the episode that leaves when room is needed; the oldest by default.
     """
 
-    #: False in a store whose `_write` may fail (a full disk): it loses no episode to one that it could not take.
+    #: False if `_write` may fail (a full disk): then no episode is evicted before the new one is written.
     evicts_before_writing = True
-    #: Whether `_check` may refuse values for what they are, so that rows are shown to it before their episode ends.
+    #: Whether `_check` may refuse values, so that writers call it for rows of open episodes, too.
     refuses_values = False
-    #: Whether several threads may call `_read` while another adds and evicts. If not, all of them take turns.
+    #: Whether threads may call `_read` while another adds and evicts. If not, they take turns.
     reads_beside_writers = False
 
     def __init__(self, capacity: int, info: EpisodeDatasetInfo | None = None, evictor: Evictor | None = None) -> None:
@@ -55,72 +49,70 @@ class EpisodeDataset(EpisodeSource):
         self.verification_mode = VerificationMode.BASIC_CHECKS if info is None else info.verification_mode
         #: The larger dataset behind this one, see `extend`.
         self.extension: Extension | None = None
-        #: Whether it is the larger one behind another.
+        #: Whether another dataset is extended by this one.
         self.is_behind = False
-        # Threads that add or evict take turns. Those that draw and read are not held up, and hold up none.
+        # For adding and evicting. Drawing does not take it.
         self._lock = ThreadLock()
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
 
     @abstractmethod
     def _allocate(self, fields: Fields) -> None:
-        """Make room for the fields: once, before all else, and again only if the first episode could not be stored."""
+        """Make room for the fields; called before all else, and again if the first episode could not be stored."""
 
     @abstractmethod
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        """Store an episode that is checked and has room: `name -> (L, *shape)`, valid during the call only, so copy.
+        """Copy a checked episode `name -> (L, *shape)`, for which there is room.
 
-        `start` is the step id of its first row. Step ids ascend, with gaps between episodes, and so do episode ids.
+        `start` is the step id of its first row. Both kinds of ids ascend; step ids may skip between episodes.
         """
 
     @abstractmethod
     def _erase(self, episode_id: int, start: int, length: int) -> None:
-        """Give up the room of an episode."""
+        """Free the room of an episode."""
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
-        """ValueError for an episode that the store could not give back as it is."""
+        """ValueError for an episode whose values the store cannot keep."""
 
     def check_writable(self) -> None:
-        """RuntimeError where nothing can be added or evicted."""
+        """RuntimeError if nothing can be added or evicted here."""
 
     def _publish(self, start: int, length: int, episode_id: int) -> None:
-        """Tell readers elsewhere of an episode, which is stored and in the table."""
+        """Show an episode, which is stored and in the table, to other processes."""
 
     def _announce(self) -> None:
-        """Tell readers elsewhere that episodes leave for one that is about to come: they may find nothing meanwhile."""
+        """Tell other processes that episodes leave because another is about to come."""
 
     def start_of_next(self, length: int) -> int:
         """The step id at which an episode of `length` rows will begin."""
         return self.table.next_start
 
     def lacks_room(self, start: int, length: int) -> bool:
-        """Whether another episode has to leave before `length` rows can be stored from step id `start` on."""
+        """Whether an episode must be evicted before `length` rows can be stored from step id `start` on."""
         return self.table.num_steps + length > self.capacity
 
-    def read(
-        self, windows: Windows, out: dict[str, torch.Tensor] | None = None
-    ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
-        """The rows of windows, see `EpisodeSource.read`."""
+    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
+        """As `EpisodeSource.read`."""
         if self.reads_beside_writers:
             return super().read(windows, out)
         with self._lock:
-            # Another thread may have evicted since they were drawn. What lives is read again with what replaces it.
+            # If another thread has evicted some since the draw, read nothing: the batch is read again with others.
             lives = np.isin(windows.episode, self.table.ids)
             return super().read(windows, out) if lives.all() else ({} if out is None else out, lives)
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
-        """Store a complete episode, evicting others if it needs their room. It can be drawn at once.
+        """Store a complete episode, evicting others if there is no room. It can be drawn at once.
 
         Args:
-            episode: `field -> (L, *shape)` arrays or tensors, or lists of L rows; nested as the steps are. Copied.
+            episode: `field -> (L, *shape)` arrays, tensors, or lists of L rows, which may be nested; copied.
 
         Returns:
             The episode's id.
 
         Raises:
             TypeError: A value that is no tensor, array or list of numbers.
-            ValueError: No rows, rows of unequal number, more than the capacity, or other fields than the dataset's.
-                The dataset is as it was.
+            ValueError: No rows, fields of unequal length, more rows than the capacity, or other fields than the
+                dataset's. The dataset is unchanged.
         """
         with self._lock:
             self.check_writable()
@@ -131,7 +123,7 @@ class EpisodeDataset(EpisodeSource):
             check_episode(fields, arrays, self.verification_mode)
             rows = dict(zip(fields.names, arrays, strict=True))
             if self._fields is not None:
-                return self.store(rows) if self.extension is None else self.extension.add(self, rows)
+                return self.add(rows)
             # The first episode settles the fields, unless it cannot be stored.
             self._check_length(len(arrays[0]))
             self.check(rows)
@@ -143,13 +135,13 @@ class EpisodeDataset(EpisodeSource):
                 raise
 
     def add(self, episode: dict[str, np.ndarray]) -> int:
-        """`add_episode` for flat arrays, `name -> (L, *shape)`, that fit the fields, which are settled."""
+        """`add_episode` for flat arrays `name -> (L, *shape)` that fit the fields, which are known."""
         with self._lock:
             self.check_writable()
             return self.store(episode) if self.extension is None else self.extension.add(self, episode)
 
     def settle_fields(self, fields: Fields) -> None:
-        """Lay out the storage, here and in `other`. The same fields again are no error; ValueError for others."""
+        """Set the fields, here and in the dataset behind, and make room for them; ValueError if others are set."""
         if self.extension is not None:
             self.extension.other.settle_fields(fields)
         if self._fields is None:
@@ -160,28 +152,26 @@ class EpisodeDataset(EpisodeSource):
         if conflict is not None:
             raise ValueError(f"The fields differ from those of the dataset: {conflict}.")
 
-    def tell_fields(self, fields: Fields) -> bool:
-        """As `settle_fields`; True."""
+    def tell_fields(self, fields: Fields) -> None:
+        """As `settle_fields`."""
         self.settle_fields(fields)
-        return True
 
     def check(self, rows: dict[str, np.ndarray]) -> None:
-        """ValueError for rows that this dataset, or one behind it, could not give back as they are."""
+        """ValueError for rows whose values this dataset, or one behind it, cannot keep."""
         self._check(rows)
         if self.extension is not None:
             self.extension.other.check(rows)
 
     @property
     def episode_capacity(self) -> int:
-        """Steps of the longest episode that can be added: the capacity, or that of the dataset behind this one."""
+        """The most steps of an episode that can be added, here or to the dataset behind this one."""
         return self.capacity if self.extension is None else max(self.capacity, self.extension.other.episode_capacity)
 
     def store(self, episode: dict[str, np.ndarray]) -> int:
         """As `add`, but not to the dataset behind."""
         self._check(episode)
         length = len(next(iter(episode.values())))
-        if length > self.capacity:
-            self._check_length(length)
+        self._check_length(length)
         start = self.start_of_next(length)
         if self.evicts_before_writing:
             self.make_room(start, length)
@@ -193,7 +183,7 @@ class EpisodeDataset(EpisodeSource):
         return episode_id
 
     def make_room(self, start: int, length: int, keep: int | None = None) -> bool:
-        """Evict until `length` rows can be stored from step id `start` on; False if episode `keep` would have to go."""
+        """Evict until `length` rows can be stored from step id `start` on; False if episode `keep` is in the way."""
         is_first_in_first_out = type(self.evictor) is FIFOEvictor
         while self.lacks_room(start, length):
             position = 0 if is_first_in_first_out else self._position(self.evictor.evict(self))
@@ -205,7 +195,7 @@ class EpisodeDataset(EpisodeSource):
         return True
 
     def evict(self, position: int) -> None:
-        """`evict_episode` for a position that is known to be good."""
+        """Evict the episode at a valid position of the table; the caller holds the lock."""
         start, length, episode_id = self.table.episode(position)
         self._erase(episode_id, start, length)
         self.table.remove(position)
@@ -218,7 +208,7 @@ class EpisodeDataset(EpisodeSource):
             )
 
     def evict_episode(self, episode_index: int) -> None:
-        """Forget an episode, by its index as in `get_episode`; ValueError if it is not there."""
+        """Remove the episode with this index, as in `get_episode`; ValueError if there is none."""
         with self._lock:
             self.check_writable()
             self.evict(self._position(episode_index))
@@ -243,19 +233,19 @@ class EpisodeDataset(EpisodeSource):
                    |                               |
                    '------> this (small: memory) <-'   whole episodes; the oldest here leave
 
-        Every added episode goes to both, or, if one refuses it, to neither. Once this dataset is full, an addition also
-        brings whole episodes of `other`, each of them here once at most, and never so many that the newest would have
-        to leave; they get new ids and step ids. An empty `other` gets a copy of what is here already.
+        An episode is added to both, or, if one refuses it, to neither. Once this dataset is full, an addition also
+        brings episodes from `other` that are not here, with new ids, but never so many that the newest would leave. An
+        empty `other` first gets a copy of what is here.
 
-        An episode that is longer than the capacity here is kept by `other` only, with one warning; `add_episode` then
-        returns -1. Extend before a buffer takes its first step, and, for three levels, the largest first.
+        An episode longer than the capacity here goes to `other` only, with one warning, and `add_episode` returns -1.
+        Extend before a buffer takes its first step. For three levels, extend the largest first.
 
         Args:
             other: The larger dataset.
-            other_batch_size: Episodes that one addition draws from `other`.
-            other_num_workers: Processes that read them beforehand, so that adding does not wait for the disk.
-            fetch_from_other_every: An addition in so many brings episodes.
-            seed: Of what is drawn from `other`; None takes it from the operating system.
+            other_batch_size: Episodes that are drawn from `other` at a time.
+            other_num_workers: Processes that read them ahead, so that adding does not wait for the disk.
+            fetch_from_other_every: Draw at every such addition.
+            seed: Of the draws from `other`; None takes one from the operating system.
 
         Raises:
             TypeError: An argument of the wrong type.
@@ -269,16 +259,16 @@ class EpisodeDataset(EpisodeSource):
         extension = Extension(self, other, other_batch_size, other_num_workers, fetch_from_other_every, seed)
         with other._lock, self._lock:
             extension.begin(self)
-            # One lock for both, as an addition needs both.
+            # An addition changes both.
             self.extension, self._lock = extension, other._lock
             other.is_behind = True
             self.refuses_values |= other.refuses_values
 
     def refill(self) -> int:
-        """Fill the room that is left with whole episodes of `other`, its newest among them; how many came.
+        """Fill free room with whole episodes of `other`, its newest first; returns how many.
 
-        For a restart: `extend` an empty dataset in memory by the one on disk, then `refill` it. Nothing is evicted. A
-        RuntimeError says that the dataset is not extended.
+        After a restart, `extend` an empty dataset in memory by the one on disk, then `refill` it. Nothing is evicted.
+        RuntimeError if the dataset is not extended.
         """
         if self.extension is None:
             raise RuntimeError("There is nothing to refill from: call `extend(other)` first.")
@@ -287,11 +277,11 @@ class EpisodeDataset(EpisodeSource):
             return self.extension.refill(self)
 
     def end_workers(self) -> None:
-        """End the workers that read from `other`; an addition that wants them starts others."""
+        """End the workers that read from `other`; later additions start new ones."""
         if self.extension is not None:
             self.extension.end_workers()
 
     @property
     def info(self) -> EpisodeDatasetInfo:
-        """What another dataset needs to be told to hold the same episodes."""
+        """Fields and checks, for another dataset of the same kind of episodes."""
         return EpisodeDatasetInfo(self.fields, self.verification_mode)

@@ -1,4 +1,4 @@
-"""EpisodeSource: what windows are drawn from; the reading half of an EpisodeDataset."""
+"""EpisodeSource: the reading half of an EpisodeDataset, which a mixture shares."""
 
 from __future__ import annotations
 
@@ -17,53 +17,55 @@ from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Windows
 from buffers.utils import ThreadLock, integer
 
-__all__ = ["EpisodeSource"]
+__all__ = ["EpisodeSource", "Rows"]
+
+Rows = dict[str, torch.Tensor]
 
 
 class EpisodeSource(IterableDataset, ABC):
-    """Whole episodes that can be counted, looked at, and drawn windows from; `capacity` is in steps over all."""
+    """Episodes that windows are drawn from; `capacity` is in steps over all."""
 
     device = torch.device("cpu")
-    #: How often windows are drawn again whose episode had gone before it was read.
+    #: How often a batch is completed by other windows, where episodes are gone before they are read.
     max_sampling_attempts = 100
-    #: Whether it is a mixture, whose sequences come from members.
+    #: Whether it is a mixture, see `sources_of`.
     has_members = False
 
     def __init__(self, capacity: int) -> None:
         self.capacity = integer("capacity", capacity, minimum=1)
         self.table = EpisodeTable()
-        # Drawing works on a snapshot with counts of its own, so that it never holds up an addition.
+        # A snapshot, so that drawing never holds up an addition.
         self._drawn_table, self._draw_lock = EpisodeTable(), ThreadLock()
         self._num_evicted = 0
         self._has_evicted = False
         self._fields: Fields | None = None
 
     @abstractmethod
-    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+    def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
         """Copy windows into `out`.
 
         Args:
             windows: B windows of T rows; row t of window b is row `windows.step[b] + t` of its episode.
-            out: `name -> (B, T, *shape)`, contiguous, for some of the fields or all. Rows behind the end of an episode
-                (where whole episodes are padded) may be left as they come.
+            out: `name -> (B, T, *shape)`, contiguous, for some or all of the fields. Padding behind the end of an
+                episode need not be written.
 
         Returns:
-            None if all were read, else bool `(B,)`, False for windows whose episode is gone: they are drawn again.
+            None if all were read, else bool `(B,)`, False for windows whose episode is gone: others replace them.
         """
 
     def stored_type(self, field: TensorType) -> TensorType:
-        """How the store keeps a field."""
+        """The type as which a field is stored."""
         return field
 
     def _refresh(self) -> None:
-        """Look for what another process has added. Called before windows are drawn."""
+        """Bring the table up to date with what another process has added; called before each draw."""
 
     def has_news(self) -> bool:
-        """Whether another process has added an episode since `_refresh`, or is about to."""
+        """Whether another process has added an episode since the last draw, or is about to."""
         return False
 
     def check_workers(self) -> None:
-        """ValueError where worker processes could not read."""
+        """ValueError if worker processes cannot read from here."""
 
     def check_drawable(self) -> None:
         """RuntimeError while the fields are not known."""
@@ -71,8 +73,8 @@ class EpisodeSource(IterableDataset, ABC):
             raise RuntimeError(self.table.no_window_message(None))
 
     def sources_of(self, windows: Windows) -> np.ndarray:
-        """Of a mixture, the member of each window, int64 `(B,)`."""
-        raise NotImplementedError(f"A {type(self).__name__} has no members.")
+        """The member of a mixture that each window is in, int64 `(B,)`."""
+        raise NotImplementedError
 
     def draw(
         self,
@@ -82,28 +84,28 @@ class EpisodeSource(IterableDataset, ABC):
         rng: np.random.Generator,
         again: Windows | None = None,
     ) -> Windows:
-        """`Sampler.draw`, of what is stored now; a ValueError says that the sampler has drawn something else.
+        """Draw as `Sampler.draw` does; `again`: the windows to be replaced, which were gone before they were read.
 
-        If `again` is given, in place of these windows, which were gone before they could be read.
+        Raises:
+            RuntimeError: No episode is long enough.
+            ValueError: The sampler did not draw what it was asked for.
         """
         with self._draw_lock:
             self._refresh()
             self._drawn_table.show(self.table)
             return _checked(sampler, sampler.draw(self._drawn_table, num_windows, length, rng), num_windows, length)
 
-    def read(
-        self, windows: Windows, out: dict[str, torch.Tensor] | None = None
-    ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
-        """The rows of windows, `name -> (B, T, *shape)`, in `out` if it is given; and which were read, see `_read`."""
+    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
+        """Rows `name -> (B, T, *shape)`, in `out` if that is given, and which windows were read, as `_read` returns."""
         out = self.empty_batch(windows) if out is None else out
         return out, self._read(windows, out)
 
-    def empty_batch(self, windows: Windows) -> dict[str, torch.Tensor]:
-        """Memory for windows: `name -> (B, T, *shape)`."""
+    def empty_batch(self, windows: Windows) -> Rows:
+        """Uninitialized memory for windows, `name -> (B, T, *shape)`."""
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
         leading = (len(windows), windows.length)
         if self.device.type == "cpu":
-            # numpy takes less time, and huge pages for large arrays.
+            # numpy is faster, and asks for huge pages.
             return {
                 name: as_tensor(np.empty(leading + shape, dtype), self._fields[name])
                 for name, dtype, shape in self._fields.layout
@@ -115,7 +117,7 @@ class EpisodeSource(IterableDataset, ABC):
 
     @property
     def longest_window(self) -> int:
-        """Steps that an episode can have at most to be drawn from here."""
+        """The most steps that an episode can have."""
         return self.capacity
 
     def get_episode(self, episode_index: int) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class EpisodeSource(IterableDataset, ABC):
 
         Raises:
             ValueError: There is no such episode.
-            RuntimeError: It is gone (a file that someone has removed).
+            RuntimeError: Its file has been removed.
         """
         while True:
             num_evicted = self.num_evicted
@@ -131,25 +133,26 @@ class EpisodeSource(IterableDataset, ABC):
             episode = self.episode_of_id(episode_id)
             if episode is not None:
                 return episode
-            # If another thread has evicted it meanwhile, another episode has its index now.
+            # If another thread has evicted one meanwhile, the index now means another episode.
             if self.num_evicted == num_evicted:
                 raise RuntimeError(f"Episode {episode_id} is gone from the store.")
 
     def episodes(self) -> Iterator[dict[str, Any]]:
-        """Copies of all episodes, oldest first; those that are evicted meanwhile are left out."""
+        """Copies of all episodes, oldest first, without those that are evicted meanwhile."""
         for episode_id in self.table.ids.tolist():
             episode = self.episode_of_id(episode_id)
             if episode is not None:
                 yield episode
 
     def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
-        """A copy of an episode; None if it does not live."""
-        table = self.table.rows
-        position = int(table[:, 2].searchsorted(episode_id))
-        start, length, found_id = table[position : position + 1].T
-        if found_id.tolist() != [episode_id]:
+        """A copy of an episode, `field -> (L, *shape)`; None if it is gone."""
+        table = EpisodeTable()
+        table.show(self.table)
+        position = table.position(episode_id)
+        if position is None:
             return None
-        rows, was_read = self.read(Windows(int(length[0]), start, np.zeros(1, np.int64), found_id, length))
+        _, length, _ = table.episode(position)
+        rows, was_read = self.read(table.windows(np.array([position]), np.zeros(1, np.int64), length))
         if was_read is not None or self._fields is None:
             return None
         return self._fields.unflatten({name: tensor[0] for name, tensor in rows.items()})
@@ -174,7 +177,7 @@ class EpisodeSource(IterableDataset, ABC):
         seed: int | None = None,
         **loader_options: Any,
     ) -> SequenceLoader:
-        """A `DataLoader` of batches without end: `field -> (batch_size, sequence_length, *shape)`.
+        """An endless `DataLoader` of batches, `field -> (batch_size, sequence_length, *shape)`.
 
             >>> from buffers.dataset import RingBufferDataset
             >>> dataset = RingBufferDataset(capacity=1_000)
@@ -184,17 +187,17 @@ class EpisodeSource(IterableDataset, ABC):
             {'obs': (8, 10, 4), 'reward': (8, 10), 'step': (8, 10)}
 
         Args:
-            batch_size: B, sequences a batch.
-            sequence_length: T, steps of each; None for whole episodes, padded with zeros to the longest of the batch,
-                with their `mask`.
-            chunk_size: Sequences that one read brings, a divisor of `batch_size`. It changes nothing that is drawn.
-            num_workers: Processes that load; 0 by default.
+            batch_size: B, sequences in a batch.
+            sequence_length: T, in steps; None for whole episodes, padded with zeros to the longest of the batch, with
+                their `mask`.
+            chunk_size: Sequences in one read, a divisor of `batch_size`. It does not change what is drawn.
+            num_workers: Worker processes; 0 by default.
             pin_memory: As in `DataLoader`.
-            sampler: Which windows are drawn; uniformly over all windows by default.
-            transform: A function on the batch, called where it is made (in the worker).
+            sampler: Chooses the windows; uniformly over all by default.
+            transform: A function of the batch, called in the worker.
             include: What else a batch holds, see `SequenceStream`.
-            seed: Of all draws; None takes it from the operating system.
-            **loader_options: Go to torch's `DataLoader` as they are.
+            seed: Of all draws; None takes one from the operating system.
+            **loader_options: Other options of torch's `DataLoader`.
 
         Raises:
             TypeError: An argument of the wrong type.
@@ -213,7 +216,7 @@ class EpisodeSource(IterableDataset, ABC):
         include: Iterable[str] = (),
         seed: int | None = None,
     ) -> SequenceStream:
-        """An `IterableDataset` of single sequences `field -> (T, *shape)`, for a `DataLoader` of one's own.
+        """An `IterableDataset` of single sequences `field -> (T, *shape)`, for your own `DataLoader`.
 
             >>> from torch.utils.data import DataLoader
             >>> from buffers.dataset import RingBufferDataset
@@ -222,18 +225,19 @@ class EpisodeSource(IterableDataset, ABC):
             >>> next(iter(DataLoader(dataset.sequences(16), batch_size=32)))["obs"].shape
             torch.Size([32, 16, 4])
 
-        Arguments as in `get_loader`; `transform` is called on single sequences. Without `seed`, each worker draws its
-        own; with one, iterating again repeats what workers drew.
+        Arguments are those of `get_loader`; `transform` gets single sequences. Without `seed`, each worker has its own;
+        with one, workers draw the same again in each iteration.
         """
         if sequence_length is None:
             raise TypeError(
                 "Whole episodes come in padded batches: use `get_loader(batch_size, sequence_length=None)`."
             )
-        options: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
-        return SequenceStream(self, None, sequence_length, **options)
+        return SequenceStream(
+            self, None, sequence_length, sampler=sampler, transform=transform, include=include, seed=seed
+        )
 
     def __iter__(self) -> Iterator[Any]:
-        """As `iter(dataset.sequences(1))`."""
+        """Iterate `sequences(1)`."""
         return iter(self.sequences(1))
 
     @property
@@ -244,11 +248,10 @@ class EpisodeSource(IterableDataset, ABC):
         return self._fields
 
     def _find_fields(self) -> None:
-        """Settle the fields, if they can be known without an episode."""
+        """Set `_fields` if they can be known without an episode."""
 
-    def tell_fields(self, fields: Fields) -> bool:
-        """Settle the fields before there is an episode; whether that is possible."""
-        return False
+    def tell_fields(self, fields: Fields) -> None:
+        """Settle the fields before there is an episode, if that is possible."""
 
     @property
     def num_episodes(self) -> int:
@@ -272,11 +275,11 @@ class EpisodeSource(IterableDataset, ABC):
 
     @property
     def num_evicted(self) -> int:
-        """Episodes evicted so far, for whatever reason."""
+        """Episodes evicted so far."""
         return self._num_evicted
 
     def take_counts_of(self, other: EpisodeSource) -> None:
-        """Be a copy of `other` in what has been evicted."""
+        """Take over what `other` has counted as evicted."""
         self._num_evicted, self._has_evicted = other._num_evicted, other._has_evicted
 
     @property
@@ -286,7 +289,7 @@ class EpisodeSource(IterableDataset, ABC):
 
     @property
     def is_full(self) -> bool:
-        """Whether every step is taken, or episodes have already had to leave for others."""
+        """Whether every step is taken, or an episode has been evicted to make room."""
         return self._has_evicted or self.num_timesteps == self.capacity
 
     def __len__(self) -> int:
@@ -300,7 +303,7 @@ class EpisodeSource(IterableDataset, ABC):
 
 
 def _checked(sampler: Sampler, windows: Windows, num_windows: int, length: int | None) -> Windows:
-    """The windows that a sampler has drawn, refused by a ValueError where they are not what was asked for."""
+    """The windows that a sampler has drawn; ValueError if they are not what it was asked for."""
     if type(windows) is not Windows or len(windows.start) != num_windows:
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
     if length is not None and length != windows.length:

@@ -1,4 +1,4 @@
-"""What a dataset can be told before its first episode."""
+"""What is known about a dataset before its first episode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["EpisodeDatasetInfo"]
 
 @dataclass(frozen=True)
 class EpisodeDatasetInfo:
-    """What is known of a dataset's episodes.
+    """The fields of a dataset's episodes, and how they are checked.
 
         >>> from buffers.dataset import RingBufferDataset
         >>> from buffers.fields import Scalar, Vector
@@ -21,9 +21,8 @@ class EpisodeDatasetInfo:
         Fields(obs: float32 (4,), reward: float32 ())
 
     Attributes:
-        fields: With it, storage is laid out at construction and every episode must match; without it, the
-            first episode decides.
-        verification_mode: How closely added data is checked.
+        fields: If given, room is made at construction and every episode must match; else the first episode decides.
+        verification_mode: What is checked in added data.
     """
 
     fields: Fields | None = None

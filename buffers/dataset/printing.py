@@ -14,11 +14,11 @@ __all__ = ["bytes_per_step", "counts_line", "fields_table"]
 
 def counts_line(source: EpisodeSource) -> str:
     """Type, episodes, steps, fill and lengths, on one line."""
-    share = source.num_timesteps / source.capacity
-    line = (
-        f"{type(source).__name__}: {source.num_episodes:,} episodes, "
-        f"{source.num_timesteps:,} of {source.capacity:,} steps ({share:.0%})"
-    )
+    stored = f"{source.num_timesteps:,} of {source.capacity:,} steps ({source.num_timesteps / source.capacity:.0%})"
+    # A reader of files sees all there are, whatever its own capacity.
+    if source.longest_window > source.capacity:
+        stored = f"{source.num_timesteps:,} steps (read-only)"
+    line = f"{type(source).__name__}: {source.num_episodes:,} episodes, {stored}"
     if not source.is_empty:
         lengths = source.table.lengths
         line += f", length {lengths.min()} to {lengths.max()}, mean {source.average_episode_length:.1f}"
@@ -26,7 +26,7 @@ def counts_line(source: EpisodeSource) -> str:
 
 
 def fields_table(source: EpisodeSource) -> str:
-    """A table of the fields, one line each: type, dtype, shape, and the bytes that they take."""
+    """A table of the fields, a line each: type, dtype, shape, bytes."""
     if source.fields is None:
         return "(no fields yet: the first episode decides)"
     sizes = bytes_per_step(source)
@@ -44,5 +44,5 @@ def fields_table(source: EpisodeSource) -> str:
 
 
 def bytes_per_step(source: EpisodeSource) -> dict[str, int]:
-    """The bytes that each field takes for a stored step, by the field's name."""
+    """The bytes of a stored step, by the name of the field."""
     return {name: source.stored_type(field).nbytes for name, field in (source.fields or {}).items()}

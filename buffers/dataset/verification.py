@@ -1,4 +1,4 @@
-"""How closely added data is looked at."""
+"""What is checked in added data."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class VerificationMode(enum.Enum):
 
     | mode | checked |
     |---|---|
-    | `NO_CHECKS` | keys, and that all fields have as many rows; the caller vouches for shapes and dtypes |
+    | `NO_CHECKS` | keys, and that all fields have equally many rows |
     | `BASIC_CHECKS` | also shapes and dtypes (the default) |
-    | `ALL_CHECKS` | also that every floating number is finite, which reads all of the data |
+    | `ALL_CHECKS` | also that every floating-point number is finite, which reads all data |
     """
 
     NO_CHECKS = "no_checks"
@@ -30,7 +30,7 @@ class VerificationMode(enum.Enum):
 
 
 def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int, ...], mode: VerificationMode) -> None:
-    """Check arrays `(*leading, *shape)`, in the order of the fields; a ValueError names the first that differs."""
+    """Check arrays `(*leading, *shape)`, in the order of the fields; ValueError names the first that differs."""
     if mode is VerificationMode.NO_CHECKS:
         return
     for (name, dtype, shape), array in zip(fields.layout, arrays, strict=True):
@@ -46,7 +46,7 @@ def check_rows(fields: Fields, arrays: Sequence[np.ndarray], leading: tuple[int,
 
 
 def check_episode(fields: Fields, arrays: Sequence[np.ndarray], mode: VerificationMode) -> None:
-    """`check_rows` for an episode, `(L, *shape)`, and a ValueError for no rows, or rows of unequal number."""
+    """`check_rows` for an episode `(L, *shape)`; also ValueError for no rows, or fields of unequal length."""
     num_rows = len(arrays[0]) if arrays[0].ndim else 0
     if not num_rows:
         raise ValueError(f"Field `{fields.names[0]}` has no rows: an episode needs at least one step.")

@@ -16,7 +16,7 @@ INCLUDABLE = ("index", "episode", "step", "is_first", "is_last", "mask", "weight
 
 
 def checked_include(include: Iterable[str], whole_episodes: bool) -> tuple[str, ...]:
-    """The names that `include` asks for, each once; whole episodes have `mask` in any case."""
+    """The names in `include`, each once; whole episodes always have `mask`."""
     if isinstance(include, str):
         raise TypeError(f"`include` must be a tuple of names, found the string {include!r}: write ({include!r},).")
     include = tuple(dict.fromkeys(include))
@@ -27,7 +27,7 @@ def checked_include(include: Iterable[str], whole_episodes: bool) -> tuple[str, 
 
 
 def included(name: str, windows: Windows) -> torch.Tensor:
-    """The tensor that `include` calls `name`; but for "source", which the source knows."""
+    """The tensor that `include` calls `name`, except "source", which `EpisodeSource.sources_of` returns."""
     if name == "episode":
         return torch.from_numpy(windows.episode.copy())
     if name == "weight":
@@ -46,10 +46,10 @@ def included(name: str, windows: Windows) -> torch.Tensor:
 
 
 def zero_padding(windows: Windows, rows: dict[str, torch.Tensor]) -> None:
-    """Zero the rows behind the end of episodes."""
+    """Set the rows after the end of episodes to zero."""
     padding = np.arange(windows.length) >= windows.num_rows[:, None]
     if padding.any():
         for tensor in (tensor for tensor in rows.values() if tensor.numel()):
-            # torch assigns bytes whatever the dtype is, but none of its dtypes can all be assigned.
+            # As bytes, because torch cannot assign values of all its dtypes.
             data = tensor.view(*tensor.shape[:2], math.prod(tensor.shape[2:])).view(torch.uint8)
             data[torch.from_numpy(padding).to(tensor.device)] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,9 @@ __all__ = ["SequenceLoader"]
 
 
 class SequenceLoader(DataLoader):
-    """torch's `DataLoader` over a `SequenceStream`: one endless sequence of batches.
+    """torch's `DataLoader`, with its options, over a `SequenceStream`: one endless sequence of batches.
 
-    Iterating again goes on where the last iteration stopped. So does a loader that has been given the
-    `state_dict()` of another. Its options are those of torch.
+    A new iteration goes on where the last one stopped. So does a loader that has loaded the `state_dict()` of another.
     """
 
     def __init__(
@@ -48,15 +47,15 @@ class SequenceLoader(DataLoader):
         if num_workers:
             stream.source.check_workers()
             stream.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in COUNTERS.items()})
-            # Batches that wait for the trainer, one that it has, and one that is being made.
+            # Batches that wait for the trainer, the one that it uses, and the one that is being made.
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
-            collate_fn = partial(_collate_and_pack, stream, collate_fn)
-        # torch draws a seed for its workers, from the global generator unless it is given another.
+            collate_fn = partial(stream.collate_and_pack, collate_fn)
+        # Without a generator, torch would draw its workers' seed from the global one.
         loader_options.setdefault("generator", torch.Generator().manual_seed(stream.random.seed % 2**63))
         loader_options |= {"num_workers": num_workers, "pin_memory": bool(pin_memory), "collate_fn": collate_fn}
         super().__init__(stream, batch_size=None, **loader_options)
         self.stream = stream
-        #: Counts up when iterators from before are out of date.
+        #: Counts up when earlier iterators become invalid.
         self.generation = 0
 
     def __iter__(self) -> Any:
@@ -66,26 +65,26 @@ class SequenceLoader(DataLoader):
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
         if self._iterator is not None and not _all_alive(self._iterator):
-            self.end_workers()  # A persistent one was killed since the last iteration.
+            self.end_workers()  # A persistent worker was killed since the last iteration.
         try:
             return _BatchesOfWorkers(self, super().__iter__())
         except RuntimeError:
             if self._iterator is None:
                 raise
-            self.end_workers()  # It was still dying a moment ago.
+            self.end_workers()  # A worker was killed, but had not ended when it was asked.
             return _BatchesOfWorkers(self, super().__iter__())
 
     def end_workers(self) -> None:
-        """End persistent workers, if there are any; iterating again starts others."""
+        """End persistent workers, if any; the next iteration starts new ones."""
         self._iterator = None
         self.generation += 1
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: `seed`, and `position`, the number of batches taken."""
+        """`seed`, and `position`, the number of batches taken."""
         return {"seed": self.stream.random.seed, "position": self.stream.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another loader stood; takes effect with the next iteration."""
+        """Go on where another loader stood, from the next iteration on."""
         if not state.keys() >= {"seed", "position"}:
             raise ValueError(f"A state has 'seed' and 'position', as `state_dict()` gives them, found {sorted(state)}.")
         self.stream.random = BatchRandom(integer("seed", state["seed"], 0))
@@ -97,16 +96,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _collate_and_pack(stream: SequenceStream, collate_fn: Callable[[Any], Any], batch: Any) -> Any:
-    return stream.pack(collate_fn(batch))
-
-
 def _all_alive(batches: Any) -> bool:
     return all(worker.is_alive() for worker in batches._workers)
 
 
 class _BatchesOfWorkers(Iterator[Any]):
-    """Counts the batches that the trainer takes from its workers, so that the next iteration goes on behind them."""
+    """Counts the batches that the trainer takes from its workers, so that the next iteration starts after them."""
 
     def __init__(self, loader: SequenceLoader, batches: Any) -> None:
         self._loader, self._batches = loader, batches
@@ -117,9 +112,9 @@ class _BatchesOfWorkers(Iterator[Any]):
             batch = next(self._batches)
         except BaseException:
             if _all_alive(self._batches):
-                self._loader.stream.position += 1  # A batch that failed has its number, too.
+                self._loader.stream.position += 1  # A batch that failed counts.
             else:
-                self._loader.end_workers()  # torch does not start a persistent one again that is gone.
+                self._loader.end_workers()  # torch does not restart a persistent worker that has ended.
             raise
         self._loader.stream.position += 1
         return batch

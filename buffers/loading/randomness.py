@@ -1,8 +1,6 @@
 """Randomness of batch n: a function of (seed, n, attempt), by the counter-based generator Philox.
 
-Philox makes words from a key, which comes from the seed, and a counter of 256 bits, which says what they are for:
-
-    counter, lowest word first    0, 0, n, attempt
+Its key comes from the seed. Its counter of 256 bits, lowest word first, starts at 0, 0, n, attempt.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ __all__ = ["BatchRandom"]
 
 
 class BatchRandom:
-    """Randomness of the batches of a stream, from a seed of at least 0."""
+    """The generators for the batches of a stream, from a seed of at least 0."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -28,8 +26,8 @@ class BatchRandom:
         return BatchRandom, (self.seed,)
 
     def generator(self, n: int, attempt: int = 0) -> np.random.Generator:
-        """The generator for an attempt at batch n. It invalidates the one returned before."""
-        # Setting the counter takes a fraction of the time of a new generator.
+        """The generator for an attempt at batch n. Invalidates the generator returned before."""
+        # Setting the counter is faster than making a generator.
         self._state["state"]["counter"] = (0, 0, n, attempt)
         self._bits.state = self._state
         return self._generator

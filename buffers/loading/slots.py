@@ -1,4 +1,4 @@
-"""How a batch crosses from a worker to the trainer: in shared slots that are used again and again.
+"""How a batch crosses from a worker to the trainer: in shared slots that are reused.
 
     worker                                              trainer
 
@@ -7,8 +7,8 @@
     sends slot number, offsets, shapes, dtypes    ->    makes tensors over the slot
                                                         drops the last of them: a finalizer sets the flag to 0
 
-A batch that the user keeps is never written over. Where no slot is free, the batch crosses in a new piece of shared
-memory of its own: nothing waits, and nothing is taken from `/dev/shm`, which is small in containers.
+A batch that the user keeps is never overwritten. If no slot is free, the batch crosses in new shared memory of its own.
+So nothing waits, and nothing is taken from `/dev/shm`, which is small in containers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from buffers.sharing import SharedArrays
 __all__ = ["Slots", "forget"]
 
 _ALIGNMENT = 64
-_SLACK = 65_536  # Room for what joins the fields in a batch: `include`, what a transform makes.
+_SLACK = 65_536  # Room for what `include` and a transform add to the fields.
 _FREE, _FULL = range(2)
 
 
@@ -44,36 +44,35 @@ class _Leaf:
 
 
 class Slots:
-    """The worker's side, for `num_slots` batches that can be under way or in use at a time."""
+    """The worker's side: `num_slots` batches can be under way or in use at a time."""
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
         self._shared: SharedArrays | None = None
-        self._parting: list[SharedArrays] = []
-        # Where the batch that is being made lies.
+        # All memory that is open here: `_shared`, and what has to stay until the trainer has mapped it.
+        self._open: list[SharedArrays] = []
+        # Where the current batch is assembled.
         self._current: SharedArrays | None = None
         self._slot = self._used = self._minimal_size = 0
         self._memory = np.empty(0, np.uint8)
 
     def begin(self, num_bytes: int) -> None:
-        """Choose the memory of the next batch, whose tensors take about so much."""
+        """Choose the memory of the next batch, whose tensors take about `num_bytes`."""
         num_bytes = max(num_bytes, self._minimal_size)
         num_bytes += num_bytes // 8 + _SLACK
-        self._give_up()  # A transform failed, and the batch was never sent.
-        # Memory under way to the trainer must stay open until that has mapped it; then it lives as long as its batch.
-        self._parting = [memory for memory in self._parting if (memory["flags"] == _FULL).any()]
+        if self._current is not None:
+            self._release()  # The last batch was not sent: its transform failed.
         if self._shared is None or self._shared["slots"].shape[1] < num_bytes:
-            if self._shared is not None:
-                self._parting.append(self._shared)
-            self._shared = _make(self._num_slots, num_bytes)
+            self._shared = self._make(self._num_slots, num_bytes)
+        self._open = [memory for memory in self._open if memory is self._shared or (memory["flags"] == _FULL).any()]
         free = np.flatnonzero(self._shared["flags"] == _FREE)
         if len(free):
             self._use(self._shared, int(free[0]))
         else:
-            self._use(_make(1, num_bytes), 0)
+            self._use(self._make(1, num_bytes), 0)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in the memory of the batch."""
+        """A tensor in the memory of the current batch."""
         tensor = _tensor_at(self._memory, _Leaf(self._used, shape, dtype))
         self._used += _aligned(tensor.nbytes)
         return tensor
@@ -84,38 +83,41 @@ class Slots:
         return {name: self.empty(leading + field.shape, field.dtype) for name, field in fields.items()}
 
     def pack(self, batch: Any) -> Any:
-        """What is sent instead of the batch, and becomes it when it is unpickled."""
-        if self._current is None:
-            return batch
+        """What is sent instead of the batch; unpickling it gives the batch."""
+        assert self._current is not None  # `begin` chose it.
         self._make_room_for(batch)
         tree = tree_map_only(torch.Tensor, self._leaf, batch)
         arguments = (os.getpid(), self._current.__getstate__(), self._current is not self._shared, self._slot, tree)
         self._current = None
         return _Packed(arguments)
 
-    def _give_up(self) -> None:
-        if self._current is not None:
-            self._current["flags"][self._slot] = _FREE
-
-    def _make_room_for(self, batch: Any) -> None:
-        """Change to memory of its own for a batch that a transform has made too large for its slot."""
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and _can_share(leaf)]
-        needed = self._used + sum(_aligned(tensor.nbytes) for tensor in tensors if self._offset(tensor) is None)
-        if needed > len(self._memory):
-            # The next batch has room for the fields and for what becomes of them.
-            self._minimal_size = needed
-            self._give_up()
-            self._use(_make(1, sum(_aligned(tensor.nbytes) for tensor in tensors)), 0)
+    def _make(self, num_slots: int, num_bytes: int) -> SharedArrays:
+        uint8 = np.dtype(np.uint8)
+        memory = SharedArrays({"flags": ((num_slots,), uint8), "slots": ((num_slots, _aligned(num_bytes)), uint8)})
+        self._open.append(memory)
+        return memory
 
     def _use(self, memory: SharedArrays, slot: int) -> None:
         self._current, self._slot = memory, slot
-        if memory is not self._shared:
-            self._parting.append(memory)
         memory["flags"][slot] = _FULL
         self._memory, self._used = memory["slots"][slot], 0
 
+    def _release(self) -> None:
+        assert self._current is not None  # `begin` chose it.
+        self._current["flags"][self._slot] = _FREE
+
+    def _make_room_for(self, batch: Any) -> None:
+        """Move to new memory if a transform has made the batch too large for its slot."""
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and _can_share(leaf)]
+        needed = self._used + sum(_aligned(tensor.nbytes) for tensor in tensors if self._offset(tensor) is None)
+        if needed > len(self._memory):
+            # So the next slot has room for the fields and for what the transform makes of them.
+            self._minimal_size = needed
+            self._release()
+            self._use(self._make(1, sum(_aligned(tensor.nbytes) for tensor in tensors)), 0)
+
     def _offset(self, tensor: torch.Tensor) -> int | None:
-        """Where a tensor lies in the memory of the batch; None if it does not."""
+        """Where a tensor lies in the memory of the batch; None if it lies elsewhere."""
         offset = tensor.data_ptr() - self._memory.ctypes.data
         is_inside = offset >= 0 and offset + tensor.nbytes <= self._used
         is_plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
@@ -140,11 +142,6 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _make(num_slots: int, num_bytes: int) -> SharedArrays:
-    uint8, size = np.dtype(np.uint8), _aligned(num_bytes)
-    return SharedArrays({"flags": ((num_slots,), uint8), "slots": ((num_slots, size), uint8)})
-
-
 class _Packed(NamedTuple):
     arguments: tuple[Any, ...]
 
@@ -154,29 +151,29 @@ class _Packed(NamedTuple):
 
 # The trainer's side.
 
-# The slots of each worker that lives, by its process id: mapped once.
+# The slots of each running worker, by its process id, mapped once.
 _opened: dict[int, tuple[Any, SharedArrays]] = {}
 
 
 def forget(workers: Iterable[int]) -> None:
-    """Give up the slots of workers that have ended; batches in them keep their memory."""
+    """Close the slots of workers that have ended; batches in them keep their memory."""
     for worker in workers:
         _opened.pop(worker, None)
 
 
-def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tree: Any) -> Any:
+def _unpack(worker: int, state: dict[str, Any], is_single_use: bool, slot: int, tree: Any) -> Any:
     """The batch, over the worker's memory."""
     token, shared = _opened.get(worker, (None, None))
-    if shared is None or is_parting or token != state["token"]:
+    if shared is None or is_single_use or token != state["token"]:
         shared = SharedArrays.__new__(SharedArrays)
         try:
             shared.__setstate__(state)
         except RuntimeError as error:
             raise RuntimeError(f"DataLoader worker (pid {worker}) ended before its batch was taken.") from error
-    # An array of its own over the slot, which all tensors of the batch keep alive, and nothing else does.
+    # A new array over the slot: it lives exactly as long as a tensor of the batch.
     memory = np.frombuffer(memoryview(shared["slots"][slot]), np.uint8)
-    if is_parting:
-        shared["flags"][slot] = _FREE  # It is mapped, so the worker need not keep it, and will not use it again.
+    if is_single_use:
+        shared["flags"][slot] = _FREE  # It is mapped here, so the worker may close it. It is not used again.
     else:
         _opened[worker] = state["token"], shared
         weakref.finalize(memory, _free, shared, slot, os.getpid()).atexit = False
@@ -184,7 +181,7 @@ def _unpack(worker: int, state: dict[str, Any], is_parting: bool, slot: int, tre
 
 
 def _free(shared: SharedArrays, slot: int, trainer: int) -> None:
-    # A process that the trainer forked drops its copy of the batch, too, and must not give the slot away.
+    # A process that the trainer forked also drops its copy of the batch, and must not free the slot.
     if os.getpid() == trainer:
         shared["flags"][slot] = _FREE
 

@@ -1,7 +1,7 @@
 """The stream of batches: which windows batch n has, and what it is made of.
 
 Batch n is a function of (seed, n) and of the episodes that live when it is drawn. Worker w of W makes the batches
-w, w + W, w + 2W, ... and the DataLoader takes from its workers in turn, so their number changes nothing.
+w, w + W, w + 2W, ... and the DataLoader takes from its workers in turn, so the batches do not depend on W.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["SequenceStream"]
 
-_SEQUENCES_PER_READ = 32  # Single sequences are drawn and read so many at a time.
-# For an episode that another process has announced, which it will have written long before.
+_SEQUENCES_PER_READ = 32  # Single sequences are drawn and read this many at a time.
+# For an episode that another process has announced; writing it takes far less.
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
+#: Names and sizes of the int64 arrays through which workers and the trainer tell each other:
+#: "first", the position at which the iteration began (which persistent workers see change); "newest", by batch, its
+#: newest step id plus one; "rejected", by worker, windows that were gone before they could be read.
 COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
 
 Rows = dict[str, torch.Tensor]
@@ -70,7 +73,11 @@ class SequenceStream(IterableDataset):
         self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
         if self.num_windows % self.chunk_size:
             raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
-        self.sampler = UniformSampler() if sampler is None else _checked_sampler(sampler)
+        if sampler is not None and not isinstance(sampler, Sampler):
+            is_class = isinstance(sampler, type)
+            found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if is_class else type(sampler).__name__
+            raise TypeError(f"`sampler` must be a Sampler, found {found}.")
+        self.sampler = UniformSampler() if sampler is None else sampler
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
@@ -81,27 +88,25 @@ class SequenceStream(IterableDataset):
         self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
-        # first: the position at which an iteration by workers began; persistent ones see it change. The position would
-        # not do, as it goes on while slow workers are still starting. newest: by batch, its newest step id, and one.
-        # rejected: by worker, windows that were gone before they could be read.
         self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
         #: Makes a batch of windows and their rows, before `transform`.
         self.assemble: Callable[[SequenceStream, Windows, Rows], Any] = _batch_of
-        # Set by the loader for its workers.
+        # For workers; the loader sets them.
         self.trainer, self.num_slots = os.getpid(), 0
         self._worker_number = 0
         self._slots: Slots | None = None
-        # What was drawn last in this process: looking for the newest step in it can wait until someone asks.
+        # What was drawn last in this process. Its newest step is looked up when someone asks for it.
         self._last: Windows | None = None
-        # Threads that draw from one stream take turns.
+        # Threads that draw from this stream take turns.
         self._lock = ThreadLock()
 
     # Batches.
 
     def batch(self, n: int) -> Any:
-        """Draw and read batch n: `field -> (B, T, *shape)` and what `include` asked for; or what `transform` made.
+        """Draw and read batch n: `field -> (B, T, *shape)` with what `include` adds, or what `transform` made of it.
 
-        A RuntimeError says that no episode is long enough, or that episodes leave faster than they can be read.
+        Raises:
+            RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
         """
         windows = self._draw(n, 0)
         rows, was_read = self._read(windows)
@@ -112,33 +117,34 @@ class SequenceStream(IterableDataset):
         else:
             self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max() + 1
         batch = self.assemble(self, windows, rows)
-        # Single sequences are transformed one by one.
+        # `_sequences_of` transforms single sequences.
         return batch if self.transform is None or self.batch_size is None else self.transform(batch)
 
     def take(self) -> Any:
-        """The next batch. One that fails has its number, too: with workers, the next one is under way by then."""
+        """The next batch. One that fails counts: with workers, the next one is already being made."""
         with self._lock:
             self.position += 1
             return self.batch(self.position - 1)
 
     def _draw(self, n: int, attempt: int, again: Windows | None = None) -> Windows:
-        """Draw the windows of batch n; `again`: those that were gone before they could be read."""
+        """Draw the windows of batch n; or replacements for `again`, which were gone before they could be read."""
         num_windows, deadline = self.num_windows if again is None else len(again), 0.0
         while True:
             try:
                 rng = self.random.generator(n, attempt)
                 return self.source.draw(self.sampler, num_windows, self.sequence_length, rng, again)
             except RuntimeError:
-                # All may have left for an episode that is about to come.
+                # All episodes may have been evicted for one that is being written.
                 deadline = deadline or time.monotonic() + _SECONDS_TO_WAIT
                 if not self.source.has_news() or time.monotonic() > deadline:
                     raise
             time.sleep(_PAUSE)
 
     def _read(self, windows: Windows) -> tuple[Rows, np.ndarray | None]:
-        """The rows of windows, in a worker's slot or in new memory, and which of them were read."""
+        """Read windows into a worker's slot or new memory; also returns which were read, as `EpisodeSource.read`."""
         num_windows, out = len(windows.start), None
-        if self._slots is not None and self.source.fields is not None:
+        if self._slots is not None:
+            assert self.source.fields is not None  # Windows are drawn from episodes, so there are fields.
             out = self._slots.empty_batch(self.source.fields, (num_windows, windows.length))
         if self.chunk_size >= num_windows:
             return self.source.read(windows, out)
@@ -152,7 +158,7 @@ class SequenceStream(IterableDataset):
         return out, was_read
 
     def _with_others(self, n: int, windows: Windows, was_read: np.ndarray) -> tuple[Windows, Rows]:
-        """Batch n with others in place of those windows that were gone before they could be read; all is read anew."""
+        """Replace the windows of batch n that were gone before they could be read, and read all windows again."""
         for attempt in range(1, self.source.max_sampling_attempts + 1):
             missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)
@@ -169,7 +175,7 @@ class SequenceStream(IterableDataset):
         )
 
     def check_include(self, fields: Fields) -> None:
-        """Refuse, by a ValueError, names of `include` that are also fields."""
+        """ValueError if a name of `include` is also a field."""
         for name in self.include:
             if name in fields.roots:
                 by_itself = " (whole episodes have it by themselves)" if name == "mask" else ""
@@ -180,7 +186,7 @@ class SequenceStream(IterableDataset):
 
     @property
     def num_rejected(self) -> int:
-        """Windows that were drawn again, as their episode was gone before they could be read."""
+        """Windows that were drawn again because their episode was gone before they could be read."""
         return int(self.counters["rejected"].sum())
 
     @property
@@ -202,7 +208,7 @@ class SequenceStream(IterableDataset):
             if self.num_slots:
                 self._slots = self._slots or Slots(self.num_slots)
             elif not self.is_seeded:
-                # A worker has a copy of the trainer's stream and must not draw what the last iteration's drew.
+                # A worker's copy of the trainer's stream must not repeat what the last iteration drew.
                 self.random = BatchRandom(secrets.randbits(128))
             self._worker_number = worker.id % COUNTERS["rejected"]
             numbers = iter(range(int(self.counters["first"][0]) + worker.id, 2**63 - 1, worker.num_workers))
@@ -215,17 +221,10 @@ class SequenceStream(IterableDataset):
                 sequence = _row(batch, b)
                 yield sequence if self.transform is None else self.transform(sequence)
 
-    def pack(self, batch: Any) -> Any:
-        """What a worker sends instead of a batch."""
-        return batch if self._slots is None else self._slots.pack(batch)
-
-
-def _checked_sampler(sampler: Any) -> Sampler:
-    if not isinstance(sampler, Sampler):
-        name = type(sampler).__name__
-        found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if isinstance(sampler, type) else name
-        raise TypeError(f"`sampler` must be a Sampler, found {found}.")
-    return sampler
+    def collate_and_pack(self, collate_fn: Callable[[Any], Any], batch: Any) -> Any:
+        """What a worker sends for a batch."""
+        assert self._slots is not None  # Only workers of a loader collate by this function.
+        return self._slots.pack(collate_fn(batch))
 
 
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:
@@ -244,7 +243,7 @@ def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str,
 
 
 class _Batches(Iterator[Any]):
-    """An iterator over a function. Unlike a generator it goes on after an error (an empty dataset, say)."""
+    """The results of a function. Unlike a generator, it goes on after an error, such as that of an empty dataset."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function

@@ -1,4 +1,4 @@
-"""Named arrays in memory that other processes see."""
+"""Named arrays in memory that processes share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TOKEN_BYTES = 16
 
 
 class SharedArrays(dict[str, np.ndarray]):
-    """Named arrays in one piece of anonymous memory that other processes can map. Pickling costs a few bytes.
+    """Named arrays in one piece of anonymous memory that other processes can map, from a few pickled bytes.
 
-    On Linux this is a memfd: it has no name, no place in `/dev/shm` and its limit, and is gone with the last process
-    that maps it. Forked processes inherit it, others open its descriptor under `/proc`. Elsewhere it is torch's shared
-    memory. Either way, pages take memory once they are touched.
+    On Linux this is a memfd: it has no name, does not count towards the limit of `/dev/shm`, and ends with the last
+    process that maps it. Forked processes inherit it, others open its descriptor under `/proc`. Elsewhere it is torch's
+    shared memory. Pages take memory once they are touched.
 
-    `layout` is `name -> (shape, numpy dtype)`. A MemoryError says that the allocation failed.
+    `layout` is `name -> (shape, numpy dtype)`. MemoryError if the allocation fails.
     """
 
     def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
@@ -42,7 +42,7 @@ class SharedArrays(dict[str, np.ndarray]):
                 self._descriptor = os.memfd_create("buffers", os.MFD_CLOEXEC)
                 self._mapping, self._offset = map_file(self._descriptor, self.num_bytes)
                 status = os.fstat(self._descriptor)
-                # Where the memory is found (process, descriptor), and what it is.
+                # Where to find the memory (process, descriptor), and how to recognize it.
                 self._handle = os.getpid(), self._descriptor, status.st_dev, status.st_ino
                 memory = np.frombuffer(self._mapping, np.uint8)
             else:
@@ -71,7 +71,7 @@ class SharedArrays(dict[str, np.ndarray]):
             return {**state, "tensor": self._tensor}
         if self._descriptor < 0:
             raise RuntimeError("Shared memory can only be passed on by the process that made it.")
-        # A forked process has the memory under the same number.
+        # A forked process has the memory under the same descriptor.
         assert self._handle is not None
         return {**state, "handle": (os.getpid(), *self._handle[1:]), "offset": self._offset}
 
@@ -89,7 +89,7 @@ class SharedArrays(dict[str, np.ndarray]):
             size = state["offset"] + self.num_bytes
             memory = torch.from_file(_path(self._handle), shared=True, size=size, dtype=torch.uint8).numpy()
             memory = memory[state["offset"] :]
-            # On another machine, the same numbers may mean something else.
+            # On another machine, the same numbers may be those of other memory.
             if memory[-_TOKEN_BYTES:].tobytes() != self._token:
                 raise FileNotFoundError(_path(self._handle))
         except (OSError, RuntimeError) as error:
@@ -100,24 +100,24 @@ class SharedArrays(dict[str, np.ndarray]):
         self._lay_out(memory)
 
     def huge_pages(self, name: str) -> HugePages | None:
-        """The pages of an array, for the process that made the memory; None elsewhere, or where there are none."""
+        """The pages of an array; None if it is empty, or this process did not make the memory."""
         if self._mapping is None or not self[name].size:
             return None
         return HugePages(self._mapping, self._offset, self[name])
 
     @property
     def is_orphaned(self) -> bool:
-        """Whether the process that made it has ended or released it. What it holds stays. Known on Linux only."""
+        """Whether the process that made it has ended or released it; its content stays. Known on Linux only."""
         if self._handle is None:
             return False
         try:
             status = os.stat(_path(self._handle))
         except OSError as error:
-            return isinstance(error, FileNotFoundError)  # Else something is there that may not be looked at.
+            return isinstance(error, FileNotFoundError)  # Otherwise it exists, but we may not look at it.
         return (status.st_dev, status.st_ino) != self._handle[2:]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedArrays:
-        """Memory of its own with the same content."""
+        """Copy the content to new memory."""
         other = SharedArrays(self._layout)
         for name, array in self.items():
             other[name][...] = array

@@ -2,16 +2,15 @@
 
     the writer (the trainer)                             a reader (a worker, or a thread of the trainer)
 
-    1. say that an episode is about to come              1. read the table on, draw
+    1. announce that an episode is about to come         1. read what is new in the table, draw
     2. retire: raise `oldest_step` past the rows that    2. copy rows
        will be overwritten
-    3. write rows                                        3. load `oldest_step` again: keep the windows behind it
+    3. write rows                                        3. load `oldest_step` again: keep windows from there on
     4. publish: write the episode, raise `head`
 
-Retire before writing: rows are overwritten only after `oldest_step` has passed their episode, so a reader that copied
-such rows sees the new value when it looks again, and draws others. A writer that is killed in the middle leaves rows
-that are retired and not published, which nobody reads. The writer never waits for a reader. A reader waits where
-nothing is left to draw but an episode is about to come.
+Retire before writing: a reader that copied overwritten rows sees the new `oldest_step` when it looks again, and draws
+other windows. A writer that is killed in between leaves rows that are retired but not published, which nobody reads.
+The writer never waits for a reader. A reader waits if nothing is left to draw but an episode is about to come.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from buffers.utils import Process
 __all__ = ["PublishedTable", "fence"]
 
 _START, _LENGTH, _ID = range(3)
-# Words that the writer stores, each on a cache line of its own.
+# Words that the writer stores, each on its own cache line.
 _HEAD, _TAIL, _OLDEST_STEP, _IS_ADDING, _HAS_ENDED = range(5)
 _NUM_LINES, _WORDS_PER_LINE = 5, 8
 _MAX_ROWS = 2**28  # 6.4 GB, if all of it were ever used.
@@ -38,15 +37,15 @@ _STORES_STAY_IN_ORDER = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def fence() -> None:
-    """Order what this thread has stored and loaded before it against what comes after.
+    """Order this thread's loads and stores before it against those after it.
 
-    The atomic operations of taking a lock do it. It is a new lock, as a fork could leave a common one taken for ever.
+    Acquiring a lock does that. It is a new lock, because a fork could leave a shared one locked for ever.
     """
     threading.Lock().acquire()
 
 
 def store_fence() -> None:
-    """Order stores of single words. x86-64 does so by itself; only large copies may stream past its caches there."""
+    """Order stores of single words; x86-64 does so by itself (only large copies may bypass its caches)."""
     if not _STORES_STAY_IN_ORDER:
         fence()
 
@@ -54,18 +53,18 @@ def store_fence() -> None:
 class PublishedTable:
     """A circular table of (start, length, id) with a head and a tail.
 
-    A row is an episode that has come or, with length 0, one that has gone. Rows are numbered without end; row n lies
-    at place `n % size`. All live episodes lie between tail and head:
+    A row is an episode that was added or, with length 0, one that was removed. Row n of an endless sequence lies at
+    index `n % size`. All live episodes lie between tail and head:
 
         row       40 41 42 | 43  44  45  46  47 | 48 ...
-        id         8  9  3 | 10  11  -9  12   3 |             episode 9 has gone; 3 was moved to the head
+        id         8  9  3 | 10  11  -9  12   3 |             episode 9 was removed; 3 was moved to the head
                            tail                 head
 
-    When the circle is full, the writer moves the tail on. A live episode that lies there is written again at the head,
-    which readers that know it pass over. With room for twice as many rows as live, that is O(1) a row.
+    When the circle is full, the writer advances the tail. A live episode there is written again at the head; readers
+    that know it skip it. With room for twice as many rows as live episodes, that is amortized O(1) a row.
 
-    A reader copies the rows from where it was to the head, then loads the tail again: rows behind the tail had not
-    been overwritten. A reader that is a lap behind begins at the tail, which tells all.
+    A reader copies the rows from its position to the head, then loads the tail again: rows from the tail on had not
+    been overwritten. A reader that is a lap behind starts over at the tail.
     """
 
     def __init__(self, memory: SharedArrays) -> None:
@@ -77,27 +76,30 @@ class PublishedTable:
         self._is_adding, self._has_ended = lines[_IS_ADDING], lines[_HAS_ENDED]
         self._reader, self._num_read = Process.number, _NOTHING_READ
 
+    def __reduce__(self) -> tuple[type[PublishedTable], tuple[SharedArrays]]:
+        return PublishedTable, (self.memory,)
+
     @staticmethod
     def layout(num_rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """What a table of so many rows takes: two more than episodes that can live at most, better twice as many."""
+        """The arrays for a table of so many rows: at least two more than live episodes, better twice as many."""
         int64, num_rows = np.dtype(np.int64), max(4, min(num_rows, _MAX_ROWS))
         return {"table/lines": ((_NUM_LINES, _WORDS_PER_LINE), int64), "table/rows": ((num_rows, 3), int64)}
 
     # The writer's side.
 
     def announce(self) -> None:
-        """Episodes may leave now for one that is about to come."""
+        """Say that an episode is about to come, for which others may leave."""
         self._is_adding[0] = 1
         store_fence()
 
     def retire(self, oldest_step: int) -> None:
-        """Rows before this step id are about to be overwritten; their episodes are gone."""
+        """Remove the episodes before this step id, whose rows are about to be overwritten."""
         self._oldest_step[0] = oldest_step
         # A reader that copied an overwritten row must see this when it looks again.
         fence()
 
     def add(self, start: int, length: int, episode_id: int, table: EpisodeTable) -> None:
-        """Publish an episode; `table` has all that live, and a RuntimeError says that they are too many."""
+        """Publish an episode; `table` holds all live ones. RuntimeError if they are too many."""
         if self._head[0] - self._tail[0] >= self._size - 1:
             self._move_tail(table)
         self._append(start, length, episode_id)
@@ -106,16 +108,16 @@ class PublishedTable:
             self._is_adding[0] = 0
 
     def add_all(self, table: EpisodeTable) -> None:
-        """Publish all that live, before anyone reads."""
+        """Publish all live episodes, before anyone reads."""
         for start, length, episode_id in table.rows.tolist():
             self.add(start, length, episode_id, table)
 
     def remove(self, episode_id: int, table: EpisodeTable) -> None:
-        """Say that an episode has gone, one that no retired step tells of."""
+        """Publish that an episode was removed, other than by `retire`."""
         self.add(0, 0, episode_id, table)
 
     def end(self) -> None:
-        """The writer ends: what the table says holds no longer than until others change what is stored."""
+        """Say that this writer has ended, so that others may change what is stored without telling this table."""
         self._has_ended[0] = 1
 
     def _append(self, start: int, length: int, episode_id: int) -> None:
@@ -126,7 +128,7 @@ class PublishedTable:
         self._head[0] = head + 1
 
     def _move_tail(self, table: EpisodeTable) -> None:
-        """Move the tail past at least one row that tells of no live episode."""
+        """Advance the tail past at least one row that is no live episode."""
         for _ in range(self._size):
             tail = self._tail[0]
             rows = self._rows[tail % self._size :][:_ROWS_AT_ONCE]
@@ -148,26 +150,26 @@ class PublishedTable:
 
     @property
     def oldest_step(self) -> int:
-        """The least step id that is not retired, as of now and after everything loaded before."""
+        """The smallest step id that is not retired, loaded after everything that was loaded before."""
         fence()
         return self._oldest_step[0]
 
     @property
     def has_news(self) -> bool:
-        """Whether there is more than this reader knows of, or an episode is about to come."""
+        """Whether there are rows that this reader has not read, or an episode is about to come."""
         is_adding = self._is_adding[0]
         fence()
         return bool(is_adding) or self._head[0] != self._num_read
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing will come any more: the writer has said so, or is gone."""
+        """Whether the writer has ended or been killed."""
         return bool(self._has_ended[0]) or self.memory.is_orphaned
 
     def follow(self, table: EpisodeTable) -> list[int]:
-        """Bring a reader's own table up to date; the ids of those episodes that have gone without being retired."""
+        """Update a reader's own table; returns the ids of episodes that were removed other than by `retire`."""
         if self._reader != Process.number:
-            # A fork may have caught another thread in the middle of a change: begin anew.
+            # The fork may have interrupted another thread here: start over.
             self._reader, self._num_read = Process.number, _NOTHING_READ
         gone: list[int] = []
         head = self._head[0]
@@ -183,13 +185,13 @@ class PublishedTable:
         return gone
 
     def _copied(self, begin: int, end: int) -> Int64Array | None:
-        """The rows from `begin` to `end`; None if some were overwritten meanwhile."""
+        """Rows `begin` to `end`; None if some were overwritten meanwhile."""
         rows = self._rows.take(np.arange(begin, end) % self._size, axis=0)
         fence()
         return rows if self._tail[0] <= begin else None
 
     def _read_all(self, table: EpisodeTable) -> list[int]:
-        """Read all from the tail on; the ids of the episodes that are not there any more."""
+        """Replace the reader's table by all rows from the tail on; returns the ids of episodes that are gone."""
         tail = end = self._tail[0]
         rows = np.empty((0, 3), np.int64)
         while True:
@@ -201,23 +203,23 @@ class PublishedTable:
             now = self._tail[0]
             if now == tail:
                 break
-            # What is behind the tail may be overwritten. What of it lives lies at the head now, which is still to read.
+            # Rows before the new tail may be overwritten. Those of live episodes were moved to the head: read on.
             if now > end:
                 rows, end = rows[:0], now
             rows, tail = rows[now - tail :], now
         known = table.ids.copy()
-        came = rows[rows[:, _LENGTH] > 0]
-        came = came[np.unique(came[:, _ID], return_index=True)[1]]
-        table.replace(came[~np.isin(came[:, _ID], rows[rows[:, _LENGTH] == 0, _ID])])
+        added = rows[rows[:, _LENGTH] > 0]
+        added = added[np.unique(added[:, _ID], return_index=True)[1]]
+        table.replace(added[~np.isin(added[:, _ID], rows[rows[:, _LENGTH] == 0, _ID])])
         self._num_read = end
         return np.setdiff1d(known, table.ids).tolist()
 
 
 def _apply(rows: Int64Array, table: EpisodeTable) -> list[int]:
-    has_come = rows[:, _LENGTH] > 0
-    # Episodes that are known already were moved to the head.
-    is_new = has_come & (rows[:, _ID] >= table.next_id)
+    is_added = rows[:, _LENGTH] > 0
+    # Known episodes were moved to the head.
+    is_new = is_added & (rows[:, _ID] >= table.next_id)
     table.extend(rows if is_new.all() else rows[is_new])
-    gone = rows[~has_come, _ID]
+    gone = rows[~is_added, _ID]
     table.discard(gone)
     return gone.tolist()

@@ -1,14 +1,14 @@
-"""The table of episodes: which of them live, how long they are, and where. No payload.
+"""The table of live episodes: where each begins and how long it is. No payload.
 
-An episode is three numbers in flat arrays, 24 bytes, in the order in which episodes were added:
+An episode is three numbers, 24 bytes, in the order in which episodes were added:
 
-    position        0      1      2        position: 0 is the oldest that lives
-    start           0      5      8        step id of its first row; never used again, may skip
+    position        0      1      2        0 is the oldest live episode
+    start           0      5      8        step id of its first row; never reused, may skip
     length          5      3      4        rows
-    id              0      1      2        episode id; never used again
+    id              0      1      2        episode id; never reused
 
-Windows are drawn over cumulated counts (see cumulation.py). The counts of an episode never change and only the oldest
-leave, as a rule, so they stay valid: nothing is ever recounted.
+Windows are drawn over cumulated counts (see cumulation.py), which stay valid when episodes are appended and when the
+oldest leave.
 """
 
 from __future__ import annotations
@@ -28,54 +28,55 @@ _MAX_CUMULATIONS = 8
 
 
 class _State(NamedTuple):
-    """All that a change changes, so that Ctrl-C and other threads find it made or not made."""
+    """Replaced as a whole, so that no other thread sees half a change and Ctrl-C leaves none."""
 
-    rows: Int64Array  # What live rows hold is never changed: a change is written behind them, or to a new array.
-    first: int
-    last: int  # Live episodes are the rows [first, last).
+    rows: Int64Array  # Live rows are never overwritten: changes go behind them or into a new array.
+    first: int  # Live episodes are the rows [first, last).
+    last: int
     num_steps: int
     next_start: int
     next_id: int
 
 
 class EpisodeTable:
-    """The live episodes, oldest first. Appending and removing the oldest are amortized O(1)."""
+    """The live episodes, oldest first. Appending and removing the oldest are amortized O(1).
+
+    All arrays are int64 views of `(E,)` or `(E, 3)` for E live episodes: do not write to them.
+    """
 
     def __init__(self) -> None:
         self._state = _State(np.empty((_INITIAL_SIZE, 3), np.int64), 0, 0, 0, 0, 0)
         self._cumulations: dict[tuple[str, int], tuple[Int64Array, Cumulation]] = {}
 
     def show(self, other: EpisodeTable) -> None:
-        """Be as `other` is now: a snapshot, which later changes of `other` leave alone."""
+        """Become a snapshot of `other`, which its later changes do not affect."""
         self._state = other._state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_state": self._state, "_cumulations": {}}
-
-    # What there is.
+        return {**self.__dict__, "_cumulations": {}}
 
     def __len__(self) -> int:
         return self._state.last - self._state.first
 
     @property
     def rows(self) -> Int64Array:
-        """int64 `(E, 3)`: start, length and id of each episode. A view: do not write to it."""
+        """`(E, 3)`: start, length and id of each episode."""
         rows, first, last, *_ = self._state
         return rows[first:last]
 
     @property
     def starts(self) -> Int64Array:
-        """int64 `(E,)`, step ids of first rows. A view."""
+        """`(E,)`: step ids of first rows."""
         return self.rows[:, _START]
 
     @property
     def lengths(self) -> Int64Array:
-        """int64 `(E,)`, rows of each episode. A view."""
+        """`(E,)`: rows of each episode."""
         return self.rows[:, _LENGTH]
 
     @property
     def ids(self) -> Int64Array:
-        """int64 `(E,)`, ascending episode ids. A view."""
+        """`(E,)`: episode ids, ascending."""
         return self.rows[:, _ID]
 
     @property
@@ -85,7 +86,7 @@ class EpisodeTable:
 
     @property
     def next_start(self) -> int:
-        """The step id behind the newest episode."""
+        """The step id after the last row of the newest episode."""
         return self._state.next_start
 
     @property
@@ -100,27 +101,25 @@ class EpisodeTable:
         return rows.item(first, _START) if first < last else next_start
 
     def episode(self, position: int) -> tuple[int, int, int]:
-        """Start, length and id of the episode at a position."""
+        """The start, length and id of the episode at a position."""
         start, length, episode_id = self.rows[position].tolist()
         return start, length, episode_id
 
     def position(self, episode_id: int) -> int | None:
-        """The position of an episode; None if it does not live."""
+        """The position of an episode; None if it is not in the table."""
         ids = self.ids
         position = int(ids.searchsorted(episode_id))
         return position if position < len(ids) and ids[position] == episode_id else None
 
     def num_steps_after(self, step_id: int) -> int:
-        """Steps that were added after one; if its episode has left, with the step ids that were skipped."""
+        """The number of steps added after a step; if its episode has left, skipped step ids count as steps."""
         position = int(self.starts.searchsorted(step_id, "right")) - 1
         if position < 0:
             return self.next_start - 1 - step_id
         return int(self.lengths[position:].sum() - (step_id - self.starts[position]) - 1)
 
-    # Episodes that come.
-
     def append(self, length: int, start: int | None = None) -> int:
-        """Write down an episode of `length` rows, the first with step id `start` or the next one; returns its id."""
+        """Add an episode of `length` rows that begins at step id `start`, or at `next_start`; returns its id."""
         if self._state.last == len(self._state.rows):
             self.replace(self.rows)
         rows, first, last, num_steps, next_start, next_id = self._state
@@ -130,7 +129,7 @@ class EpisodeTable:
         return next_id
 
     def extend(self, episodes: Int64Array) -> None:
-        """Write down episodes `(n, 3)`, in ascending order; O(all that live) if some are older than some that live."""
+        """Add episodes `(n, 3)` in ascending order; O(E) if one is older than a live one."""
         if not len(episodes):
             return
         if len(self) and episodes[0, _ID] < self.ids[-1]:
@@ -147,7 +146,7 @@ class EpisodeTable:
         self._state = _State(rows, first, end, num_steps, max(next_start, start + length), max(next_id, episode_id + 1))
 
     def replace(self, episodes: Int64Array, num_new: int = 0) -> None:
-        """Let these episodes `(n, 3)`, in ascending order, be all that live, with room for `num_new` and more."""
+        """Replace all episodes by these `(n, 3)`, in ascending order, with room for at least `num_new` more."""
         rows = np.empty((len(episodes) + max(len(episodes) // 4, _INITIAL_SIZE, num_new), 3), np.int64)
         rows[: len(episodes)] = episodes
         start, length, newest_id = episodes[-1].tolist() if len(episodes) else (0, 0, -1)
@@ -156,14 +155,12 @@ class EpisodeTable:
         self._state = _State(rows, 0, len(episodes), num_steps, next_start, next_id)
 
     def skip_to(self, next_id: int, next_start: int) -> None:
-        """Give no number below these to an episode that comes."""
+        """Give later episodes ids and step ids of at least these."""
         rows, first, last, num_steps, start, number = self._state
         self._state = _State(rows, first, last, num_steps, max(next_start, start), max(next_id, number))
 
-    # Episodes that leave.
-
     def retire(self, tail: int) -> None:
-        """Forget the oldest episodes, those that start before step id `tail`."""
+        """Remove the episodes that start before step id `tail`."""
         rows, first, last, num_steps, next_start, next_id = self._state
         if first < last and rows.item(first, _START) < tail:
             num_retired = int(rows[first:last, _START].searchsorted(tail))
@@ -171,7 +168,7 @@ class EpisodeTable:
             self._state = _State(rows, first + num_retired, last, num_steps, next_start, next_id)
 
     def remove(self, position: int) -> None:
-        """Forget the episode at `position`; O(1) for the oldest, O(all that live) for any other."""
+        """Remove the episode at `position`; O(1) for the oldest, O(E) for any other."""
         if position:
             self.replace(np.delete(self.rows, position, axis=0))
             return
@@ -179,7 +176,7 @@ class EpisodeTable:
         self._state = _State(rows, first + 1, last, num_steps - rows.item(first, _LENGTH), next_start, next_id)
 
     def discard(self, ids: Int64Array) -> None:
-        """Forget those of the episodes `ids` that live; O(1) if it is the oldest, else O(all that live)."""
+        """Remove the live episodes among `ids`; O(1) if that is the oldest alone, else O(E)."""
         if len(ids) == 1 and len(self) and self.ids[0] == ids[0]:
             self.remove(0)
         elif len(ids):
@@ -188,31 +185,31 @@ class EpisodeTable:
     # Windows.
 
     def count_windows(self, length: int) -> Cumulation:
-        """The windows of T = `length` of each episode, cumulated: what `windows_of` takes."""
+        """The windows of T = `length` steps, for `windows_of`."""
         return self._cumulated("windows", length)
 
     def count_episodes(self, length: int) -> Cumulation:
-        """The episodes of at least `length` rows, cumulated."""
+        """The episodes of at least `length` rows."""
         return self._cumulated("episodes", length)
 
     def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
-        """The windows of `length` that begin `step` rows into the episodes at `position`."""
+        """The windows of T = `length` that begin at row `step` `(B,)` of the episodes at `position` `(B,)`."""
         found = self.rows.take(position, axis=0)
         windows = Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])
         windows.is_checked, windows.oldest_step = windows.are_within, self.oldest_start
         return windows
 
     def windows_of(self, windows: Cumulation, r: Int64Array, length: int) -> Windows:
-        """The windows that integers stand for, each in [0, num) of `count_windows(length)`."""
-        places, step = windows.locate(r)
-        # One look at 24 bytes an episode: with many episodes, each look is a cache miss.
+        """The windows of integers `r` `(B,)`, each in [0, num) of `windows`, which is `count_windows(length)`."""
+        numbers, step = windows.locate(r)
         rows, first, *_ = self._state
-        found = rows.take(places, axis=0)
+        # All of an episode's row at once: with many episodes, each look is a cache miss.
+        found = rows.take(numbers, axis=0)
         start, oldest_step = found[:, _START] + step, rows.item(first, _START)
         return Windows(length, start, step, found[:, _ID], found[:, _LENGTH], None, None, True, oldest_step)
 
     def no_window_message(self, length: int | None) -> str:
-        """Why no window of `length` can be drawn, for an error."""
+        """The error message where no window of `length` can be drawn."""
         if len(self) == 0:
             return "The dataset is empty. Add a complete episode before sampling."
         stored = f"every stored episode (longest of {len(self)}: {self.lengths.max()} steps)"
@@ -222,20 +219,22 @@ class EpisodeTable:
         rows, first, last, *_ = self._state
         key = (kind, length)
         counted_rows, cumulation = self._cumulations.get(key) or (None, None)
-        if cumulation is None or counted_rows is not rows:
-            self._cumulations.pop(key, None)
-            # A sequence length that changes for ever (a curriculum) must not leave an array behind each time.
-            if len(self._cumulations) == _MAX_CUMULATIONS:
-                del self._cumulations[next(iter(self._cumulations))]
-            cumulation = Cumulation(len(rows), first)
-            self._cumulations[key] = rows, cumulation
-        if cumulation.counted < first:
-            cumulation.restart(first)
-        cumulation.first = first
-        if cumulation.counted + 1 == last:
-            num_rows = rows.item(last - 1, _LENGTH)
-            cumulation.append(max(num_rows - (length - 1), 0) if kind == "windows" else int(num_rows >= length))
-        elif cumulation.counted < last:
-            lengths = rows[cumulation.counted : last, _LENGTH]
-            cumulation.extend(np.maximum(lengths - (length - 1), 0) if kind == "windows" else lengths >= length)
+        if cumulation is not None and counted_rows is rows and cumulation.counted >= first:
+            cumulation.first = first
+            if cumulation.counted == last:
+                return cumulation
+            counts = _counts(kind, rows[cumulation.counted : last, _LENGTH], length)
+            if all(map(cumulation.append, counts.tolist())):
+                return cumulation
+        self._cumulations.pop(key, None)
+        # A sequence length that keeps changing (a curriculum) must not leave an array behind each time.
+        if len(self._cumulations) == _MAX_CUMULATIONS:
+            del self._cumulations[next(iter(self._cumulations))]
+        cumulation = Cumulation(_counts(kind, rows[first:last, _LENGTH], length), first, len(rows))
+        self._cumulations[key] = rows, cumulation
         return cumulation
+
+
+def _counts(kind: str, lengths: Int64Array, length: int) -> Int64Array:
+    num_windows = np.maximum(lengths - (length - 1), 0)
+    return num_windows if kind == "windows" else np.minimum(num_windows, 1)

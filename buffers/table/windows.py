@@ -17,29 +17,29 @@ _COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source")
 
 @dataclass(slots=True)  # Not frozen: that takes longer to make.
 class Windows:
-    """B windows as drawn: what is to be read, and where it lies in its episodes. All arrays are `(B,)`."""
+    """B windows to be read. All arrays are `(B,)`."""
 
-    length: int  # T, steps of each window. Whole episodes have the length of the longest; the shorter are padded.
+    length: int  # T, steps of each window. Whole episodes are padded to the longest.
     start: Int64Array  # Step id of the first row.
     step: Int64Array  # Position of the first row in its episode.
     episode: Int64Array  # Episode ids.
     episode_length: Int64Array  # Rows of the episodes.
     weight: npt.NDArray[np.float32] | None = None  # Importance weights; None stands for ones.
-    source: Int64Array | None = None  # Which of several stores each window is in; None where there is one.
-    is_checked: bool = False  # Whether a table has made them, and so found that each lies within its episode.
-    oldest_step: int = -1  # The step id of the oldest row that lived when a table made them.
+    source: Int64Array | None = None  # Of a mixture: the number of the dataset that each window is in.
+    is_checked: bool = False  # Whether a table has made them and found each within its episode.
+    oldest_step: int = -1  # The step id of the oldest live row when a table made them.
 
     def __len__(self) -> int:
         return len(self.start)
 
     @property
     def num_rows(self) -> Int64Array:
-        """int64 `(B,)`, rows that are real: T, or fewer where the episode ends before the window does."""
+        """int64 `(B,)`, real rows: T, or fewer where the episode ends before the window."""
         return np.minimum(self.length, self.episode_length - self.step)
 
     @property
     def last_steps(self) -> Int64Array:
-        """int64 `(B,)`, step ids of the last rows that are real."""
+        """int64 `(B,)`, step ids of the last real rows."""
         return self.start + self.num_rows - 1
 
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
@@ -59,6 +59,6 @@ class Windows:
     @property
     def are_within(self) -> bool:
         """Whether each window lies within its episode."""
-        # Where one of the two is negative, so is the union of their bits.
+        # The sign bit of the union is set where either is negative.
         outside = self.step | (self.episode_length - self.step - self.length)
         return bool(outside[outside.argmin()] >= 0)

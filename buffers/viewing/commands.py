@@ -6,9 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import get_args
 
-from buffers.dataset.files.opening import Verify
 from buffers.utils import how_to_install
 
 __all__ = ["main"]
@@ -55,9 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--verify",
-        choices=get_args(Verify),
+        action="store_const",
+        const="full",
         default="size",
-        help="check the size of each file (the default), its header too, or all of its content",
+        help="read each file and check all of its content; otherwise, only its size is checked",
     )
     return parser
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from buffers.dataset.files import IndividualFileDataset
 from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory
+from buffers.dataset.files.individual_file import IndividualFileDataset
 from buffers.dataset.files.lock import LOCK, NO_SURPRISES
 from buffers.dataset.files.opening import Verify
 from buffers.dataset.printing import fields_table
@@ -223,16 +223,16 @@ def _read_episode(dataset: IndividualFileDataset, episode_id: int) -> dict[str, 
     """An episode by its id, `name -> (L, *shape)`."""
     ids, fields = dataset.table.ids, dataset.fields
     assert fields is not None  # There is an episode, so there are fields.
-    position = dataset.table.position(episode_id)
-    if position is None:
-        raise InspectionError(f"There is no episode {episode_id}: {len(ids):,} have ids from {ids[0]} to {ids[-1]}.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            episode = dataset.get_episode(position)
-        except (RuntimeError, OSError) as error:
-            reason = str(caught[0].message) if caught else str(error)
-            raise InspectionError(f"Episode {episode_id} cannot be read: {reason}") from error
+            episode = dataset.episode_of_id(episode_id)
+        except OSError as error:
+            raise InspectionError(f"Episode {episode_id} cannot be read: {error}") from error
+    if caught:
+        raise InspectionError(f"Episode {episode_id} cannot be read: {caught[0].message}")
+    if episode is None:
+        raise InspectionError(f"There is no episode {episode_id}: {len(ids):,} have ids from {ids[0]} to {ids[-1]}.")
     return dict(zip(fields, fields.flatten(episode), strict=True))
 
 

@@ -105,9 +105,9 @@ def _episode(dataset: EpisodeSource, episode_id: int) -> dict[str, Any] | None:
 
 def _draw_fill(ax: Axes, dataset: EpisodeSource) -> None:
     stored, capacity = dataset.num_timesteps, dataset.capacity
-    # A read-only dataset sees every episode, so its own capacity says nothing.
-    if getattr(dataset, "mode", "a") == "r":
-        _set_title(ax, f"fill: {stored:,} steps, opened read-only")
+    # A reader of files sees all there are, whatever its own capacity.
+    if dataset.longest_window > capacity:
+        _set_title(ax, f"fill: {stored:,} steps (read-only)")
         capacity = max(stored, 1)
     else:
         _set_title(ax, f"fill: {stored:,} of {capacity:,} steps ({stored / capacity:.0%})")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.fields import ColorImage
 from buffers.viewing.panels import (
     COLORS,
     PADDING,
@@ -19,8 +19,9 @@ from buffers.viewing.panels import (
     count_not_finite,
     mark_ends,
     set_title,
+    shorten,
 )
-from buffers.viewing.tracks import Timeline, Track, evenly_spaced
+from buffers.viewing.tracks import Timeline, Track, evenly_spaced, joined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Filmstrip", "PointClouds"]
 
 Positions = npt.NDArray[np.int64]
-MAX_FRAMES = 10
+MAX_STEPS = 10
 MAX_CLOUDS = 4
 MAX_MERGED = 12
 # Per cloud.
@@ -46,6 +47,7 @@ _NOT_FINITE_COLOR = (0.8, 0.475, 0.655)
 class Filmstrip(Panel):
     """Images side by side, evenly spaced over the real steps; the slider shows the images around a step.
 
+    The frames of a stack lie one below the other.
     All frames share one pair of axes, since the time for the layout grows with the number of axes.
     """
 
@@ -53,58 +55,59 @@ class Filmstrip(Panel):
 
     def __init__(self, track: Track, timeline: Timeline) -> None:
         super().__init__(track, timeline)
-        kind = track.kind
-        assert isinstance(kind, ColorImage)  # Only such fields get this panel.
-        self._channels_first = kind.channels_first
-        self._height, self._width = kind.shape[1:] if kind.channels_first else kind.shape[:2]
+        self._num_frames, self._frame_height, self._width = as_frames(np.empty((0, *track.kind.shape))).shape[1:4]
         self._real = np.flatnonzero(timeline.is_real)
-        self._frames = evenly_spaced(self._real, MAX_FRAMES)
+        self._steps = evenly_spaced(self._real, MAX_STEPS)
         self._low, self._high, self._note = _range_of(track, self._real)
         # All padding together is one shaded frame.
         self._has_padding = len(self._real) < len(timeline)
-        num_columns = len(self._frames) + self._has_padding
+        num_columns = len(self._steps) + self._has_padding
         self._gap = max(1.0, 0.06 * self._width)
-        self._ratio = float(np.clip(self._height / self._width, 1 / _MAX_RATIO, _MAX_RATIO))
-        self.height = float(np.clip(_WIDTH / num_columns * self._ratio, 0.5, 1.5))
+        # Of a column, in pixels.
+        self._height = self._num_frames * (self._frame_height + self._gap) - self._gap
+        self._ratio = float(np.clip(self._frame_height / self._width, 1 / _MAX_RATIO, _MAX_RATIO))
+        column_ratio = self._ratio * self._height / self._frame_height
+        self.height = float(np.clip(_WIDTH / num_columns * column_ratio, 0.5, 1.5 if self._num_frames == 1 else 3.0))
         self._marks: list[Any] = []
         self._outline: Any = None
 
     def draw(self, figure: Figure, cell: SubplotSpec) -> None:
-        """Draw the frames side by side."""
+        """Draw a column of frames for each step."""
         ax = figure.add_subplot(cell)
         self.axes = [ax]
         ax.spines[:].set_visible(False)
         ax.set_yticks([])
         ax.tick_params(length=0, labelsize=TICK_SIZE, pad=2)
-        self._images = [
-            ax.imshow(
-                picture, origin="upper", extent=(self._left(column), self._left(column) + self._width, 0, self._height)
-            )
-            for column, picture in enumerate(self._pictures(self._frames))
-        ]
-        num_columns = len(self._images)
+        self._images = []
+        for number, picture in enumerate(self._pictures(self._steps)):
+            column, row = divmod(number, self._num_frames)
+            left, top = self._left(column), self._height - row * (self._frame_height + self._gap)
+            extent = (left, left + self._width, top - self._frame_height, top)
+            self._images.append(ax.imshow(picture, origin="upper", extent=extent))
+        num_columns = len(self._steps)
         if self._has_padding:
             left = self._left(num_columns)
             ax.fill_between([left, left + self._width], 0, self._height, label=PADDING, **PADDING_STYLE)
             num_columns += 1
-        self._annotate(self._frames)
+        self._annotate(self._steps)
         # Space at the edges for the lines at the ends of an episode.
         ax.set(xlim=(-self._gap, self._left(num_columns)), ylim=(0, self._height), anchor="NW")
-        ax.set_aspect(self._ratio * self._width / self._height)
-        stretched = "" if np.isclose(self._ratio, self._height / self._width) else "pixels are not square"
-        set_title(ax, self.track.name, self.track.describe(self._note, stretched))
+        ax.set_aspect(self._ratio * self._width / self._frame_height)
+        stretched = "" if np.isclose(self._ratio, self._frame_height / self._width) else "pixels are not square"
+        stack = f"{self._num_frames} frames a step, the first on top" if self._num_frames > 1 else ""
+        set_title(ax, self.track.name, self.track.describe(stack, self._note, stretched))
 
     def show(self, t: int) -> None:
-        """Show the frames around step t, with an outline around its own."""
-        num = len(self._images)
+        """Show the steps around step t, with an outline around its own."""
+        num = len(self._steps)
         if not num:
             return
         at = nearest(self._real, t)
         first = int(np.clip(at - num // 2, 0, len(self._real) - num))
-        frames = self._real[first : first + num]
-        for image, picture in zip(self._images, self._pictures(frames), strict=True):
+        steps = self._real[first : first + num]
+        for image, picture in zip(self._images, self._pictures(steps), strict=True):
             image.set_data(picture)
-        self._annotate(frames)
+        self._annotate(steps)
         left, gap = self._left(at - first), self._gap / 2
         right = left + self._width + gap
         if self._outline is None:
@@ -115,25 +118,24 @@ class Filmstrip(Panel):
     def _left(self, column: int) -> float:
         return column * (self._width + self._gap)
 
-    def _annotate(self, frames: Positions) -> None:
-        """Write the steps below the frames, and mark the ends of an episode."""
+    def _annotate(self, steps: Positions) -> None:
+        """Write the steps below their frames, and mark the ends of an episode."""
         ax, timeline = self.axes[0], self.timeline
-        lefts = np.array([self._left(column) for column in range(len(frames))])
-        labels = [str(step) for step in timeline.x[frames]]
+        lefts = np.array([self._left(column) for column in range(len(steps))])
+        labels = [str(step) for step in timeline.x[steps]]
         if self._has_padding:
             labels.append("padding")
         ax.set_xticks([self._left(column) + self._width / 2 for column in range(len(labels))], labels=labels)
         for mark in self._marks:
             mark.remove()
-        begins = lefts[timeline.is_first[frames]] - self._gap / 2
-        ends = lefts[timeline.is_last[frames]] + self._width + self._gap / 2
+        begins = lefts[timeline.is_first[steps]] - self._gap / 2
+        ends = lefts[timeline.is_last[steps]] + self._width + self._gap / 2
         self._marks = mark_ends(ax, begins, ends)
 
-    def _pictures(self, frames: Positions) -> np.ndarray:
-        """The frames as `(n, H, W, 3 or 4)`, uint8, or floats between 0 and 1."""
-        pixels = self.track.rows(frames)
-        if self._channels_first:
-            pixels = np.moveaxis(pixels, 1, -1)
+    def _pictures(self, steps: Positions) -> np.ndarray:
+        """All frames of some steps, `(n, H, W, 3 or 4)`, uint8, or floats between 0 and 1."""
+        frames = as_frames(self.track.rows(steps))
+        pixels = frames.reshape(-1, *frames.shape[2:])
         if pixels.shape[-1] == 1:
             pixels = np.repeat(pixels, 3, -1)
         if pixels.dtype == np.uint8:
@@ -144,6 +146,15 @@ class Filmstrip(Panel):
         pixels = ((pixels - self._low) / (self._high - self._low)).clip(0.0, 1.0)
         pixels[is_not_finite, :3] = _NOT_FINITE_COLOR
         return pixels
+
+
+def as_frames(rows: np.ndarray) -> np.ndarray:
+    """The images or stacks of n steps as `(n, k, H, W, C)`: k frames a step, of 1, 3 or 4 channels."""
+    if rows.ndim == 3:
+        return rows[:, None, :, :, None]
+    if rows.shape[3] in (1, 3, 4):
+        return rows[:, None]
+    return np.moveaxis(rows, 1, -1)[:, None] if rows.shape[1] == 3 else rows[..., None]
 
 
 def _range_of(track: Track, real: Positions) -> tuple[float, float, str]:
@@ -168,7 +179,7 @@ class PointClouds(Panel):
     """Point clouds in 3-D: of some steps side by side, or of several steps in one picture.
 
     Args:
-        track: The field. Points with NaN coordinates are padding.
+        tracks: The fields, drawn in one picture. Points with NaN coordinates or a mask of 0 are padding.
         timeline: Only its real steps are drawn.
         merge: Draw several steps in one picture, coloured by step.
         single: Draw one step, chosen by the slider.
@@ -176,17 +187,17 @@ class PointClouds(Panel):
 
     margin = 0.5
 
-    def __init__(self, track: Track, timeline: Timeline, merge: bool, single: bool) -> None:
-        super().__init__(track, timeline)
-        self._merge, self._single = merge, single
+    def __init__(self, tracks: Sequence[Track], timeline: Timeline, merge: bool, single: bool) -> None:
+        super().__init__(joined(tracks), timeline)
+        self._tracks, self._merge, self._single = tracks, merge, single
         self.height = 2.6 if merge or single else 1.9
         self._real = np.flatnonzero(timeline.is_real)
         self._steps = evenly_spaced(self._real, MAX_MERGED if merge else 1 if single else MAX_CLOUDS)
         self._scatters: dict[Any, Any] = {}
         self._captions: dict[Any, Any] = {}
         self._is_thinned = False
-        # The colour shows the first feature after x, y and z, or else z.
-        self._hue = 3 if track.kind.shape[1] > 3 else 2
+        has_feature = tracks[0].kind.shape[1] > 3 and not tracks[0].has_mask
+        self._hue = "field" if len(tracks) > 1 else "step" if merge else "feature 3" if has_feature else "z"
 
     def draw(self, figure: Figure, cell: SubplotSpec) -> None:
         """Draw the clouds side by side, or one."""
@@ -203,10 +214,13 @@ class PointClouds(Panel):
         for ax, step in zip(self.axes, self._steps, strict=False):
             self._prepare(ax)
             self._fill(ax, self._steps if self._merge else np.array([step]))
-        hue = "step" if self._merge else "z" if self._hue == 2 else f"feature {self._hue}"
         thinned = f"at most {MAX_POINTS:,} points of each shown" if self._is_thinned else ""
-        set_title(self.axes[0], self.track.name, self.track.describe(f"coloured by {hue}", thinned))
-        if self._merge:
+        kinds = dict.fromkeys(track.describe() for track in self._tracks)
+        details = ", ".join(filter(None, (*kinds, f"coloured by {self._hue}", thinned)))
+        set_title(self.axes[0], self.track.name, details)
+        if self._hue == "field":
+            self._add_legend()
+        elif self._merge:
             x = self.timeline.x[self._real]
             mapped, ticks = self._scatters[self.axes[0]], [x[0], x[-1]]
             bar = figure.colorbar(mapped, ax=self.axes[0], ticks=ticks, shrink=0.7, pad=0.1, panchor=False)
@@ -223,12 +237,22 @@ class PointClouds(Panel):
         """Find the box that holds all clouds that are drawn or can be chosen."""
         steps = evenly_spaced(self._real, 64) if self._single or self._merge else self._steps
         points = np.concatenate([self._points(step) for step in steps])
-        points = points if len(points) else np.zeros((1, self.track.kind.shape[1]))
+        points = points if len(points) else np.zeros((1, 4))
         low, high = points.min(0), points.max(0)
         self._center, self._reach = (low[:3] + high[:3]) / 2, (high[:3] - low[:3]) / 2
         # A flat cloud still needs a box with some depth.
         self._reach = np.maximum(self._reach, 0.05 * self._reach.max() or 1.0)
-        self._hues = float(low[self._hue]), float(high[self._hue])
+        self._hues = float(low[3]), float(high[3])
+        if self._hue == "step":
+            self._hues = self.timeline.x[self._real[0]], self.timeline.x[self._real[-1]]
+
+    def _add_legend(self) -> None:
+        """Name the fields in their colours."""
+        ax = self.axes[-1]
+        for number, track in enumerate(self._tracks):
+            color = COLORS[number % len(COLORS)]
+            ax.plot([], [], [], linestyle="none", marker="o", markersize=4, color=color, label=shorten(track.name, 24))
+        ax.legend(loc="center left", bbox_to_anchor=(1.2, 0.5), fontsize=TICK_SIZE, frameon=False, handlelength=1.0)
 
     def _prepare(self, ax: Any) -> None:
         low, high = self._center - self._reach, self._center + self._reach
@@ -247,15 +271,14 @@ class PointClouds(Panel):
         """Draw the clouds of some steps, and remove those drawn before."""
         if ax in self._scatters:
             self._scatters.pop(ax).remove()
-        clouds = [self._points(step) for step in steps]
-        points = np.concatenate(clouds)
+        points = np.concatenate([self._points(step) for step in steps])
         x = self.timeline.x
-        if self._merge:
-            hue, limits = np.repeat(x[steps], [len(cloud) for cloud in clouds]), (x[self._real[0]], x[self._real[-1]])
-        else:
-            hue, limits = points[:, self._hue], self._hues
-        options: dict[str, Any] = {"cmap": "viridis", "vmin": limits[0], "vmax": limits[1], "depthshade": False}
-        self._scatters[ax] = ax.scatter(*points[:, :3].T, c=hue, s=3, **options)
+        colors: dict[str, Any] = {"cmap": "viridis", "vmin": self._hues[0], "vmax": self._hues[1]}
+        if self._hue == "field":
+            from matplotlib.colors import ListedColormap
+
+            colors = {"cmap": ListedColormap(COLORS), "vmin": 0, "vmax": len(COLORS) - 1}
+        self._scatters[ax] = ax.scatter(*points[:, :3].T, c=points[:, 3], s=3, depthshade=False, **colors)
         steps_text = f"{x[steps[0]]} to {x[steps[-1]]}" if len(steps) > 1 else str(x[steps[0]])
         caption = f"step {steps_text}: {len(points):,} points"
         if ax not in self._captions:
@@ -265,11 +288,19 @@ class PointClouds(Panel):
         self._captions[ax].set_text(caption)
 
     def _points(self, step: int) -> np.ndarray:
-        """The points of a step, float64 `(n, 3 + k)`; at most MAX_POINTS of them."""
-        rows = self.track.rows(np.array([step]))[0].astype(np.float64)
-        rows = rows[np.isfinite(rows[:, :3]).all(1)]
-        self._is_thinned |= len(rows) > MAX_POINTS
-        return np.nan_to_num(rows[evenly_spaced(np.arange(len(rows)), MAX_POINTS)])
+        """The points of a step, float64 `(n, 4)`: x, y, z and hue; at most MAX_POINTS of each field."""
+        clouds = []
+        for number, track in enumerate(self._tracks):
+            rows = track.rows(np.array([step]))[0].astype(np.float64)
+            rows = rows[np.isfinite(rows[:, :3]).all(1)]
+            if track.has_mask:
+                rows = rows[np.nan_to_num(rows[:, 3]) != 0]
+            self._is_thinned |= len(rows) > MAX_POINTS
+            rows = rows[evenly_spaced(np.arange(len(rows)), MAX_POINTS)]
+            constant = {"field": number % len(COLORS), "step": self.timeline.x[step]}.get(self._hue)
+            hue = rows[:, 2 if self._hue == "z" else 3] if constant is None else np.full(len(rows), constant)
+            clouds.append(np.column_stack([rows[:, :3], np.nan_to_num(hue)]))
+        return np.concatenate(clouds)
 
 
 def nearest(positions: Positions, t: int) -> int:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.fields import Fields, TensorType
+from buffers.fields import Fields, PaddedPointcloud, TensorType
 from buffers.loading.include import INCLUDABLE
 from buffers.utils import integer, to_torch
 
-__all__ = ["DrawnSequence", "Timeline", "Track", "evenly_spaced", "read_sequence", "to_numpy"]
+__all__ = ["DrawnSequence", "Timeline", "Track", "evenly_spaced", "joined", "read_sequence", "to_numpy"]
 
 BoolArray = npt.NDArray[np.bool_]
 # `to_transitions` and `n_step_returns` make these out of fields, whose types they keep.
@@ -52,11 +52,13 @@ class Track:
         name: Its path.
         kind: Shape and dtype of a row in the batch, as the type that decides on the panel.
         values: `(T, *shape)` on any device; it shares the memory of the batch.
+        has_mask: Whether the fourth number of each point of a cloud is its mask: 0 where there is no point.
     """
 
     name: str
     kind: TensorType
     values: torch.Tensor
+    has_mask: bool = False
 
     def rows(self, positions: npt.NDArray[np.int64] | slice = slice(None)) -> np.ndarray:
         """A copy of some steps, `(n, *shape)`, in dtypes that numpy can calculate with (see `to_numpy`)."""
@@ -68,6 +70,11 @@ class Track:
         kind = "" if type(self.kind) is TensorType else type(self.kind).__name__ + " "
         dtype = str(self.values.dtype).removeprefix("torch.")
         return ", ".join([f"{kind}{dtype} {self.kind.shape}", *(note for note in notes if note)])
+
+
+def joined(tracks: Sequence[Track]) -> Track:
+    """The first track, under the names of all."""
+    return replace(tracks[0], name=", ".join(track.name for track in tracks))
 
 
 @dataclass
@@ -85,7 +92,9 @@ class DrawnSequence:
     facts: list[str] = field(default_factory=list)
 
 
-def read_sequence(batch: Any, batch_index: int, fields: Fields | None) -> DrawnSequence:
+def read_sequence(
+    batch: Any, batch_index: int, fields: Fields | None, pointclouds: Collection[str] = ()
+) -> DrawnSequence:
     """Take one sequence out of a batch, without changing it.
 
     Args:
@@ -93,10 +102,11 @@ def read_sequence(batch: Any, batch_index: int, fields: Fields | None) -> DrawnS
             Values of other shapes are named in the facts.
         batch_index: Which sequence; negative numbers count from the end.
         fields: The fields of the dataset; keys of the same name have the same type.
+        pointclouds: Names of fields that are point clouds `(n, 3)`, or `(n, 4)` with a mask.
 
     Raises:
         TypeError: `batch` is not a batch.
-        ValueError: `batch_index` is out of range, or sequences have no steps.
+        ValueError: `batch_index` is out of range, sequences have no steps, or a named field is no point cloud.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"`batch` must be a dict from field to tensor, found {type(batch).__name__}.")
@@ -116,7 +126,15 @@ def read_sequence(batch: Any, batch_index: int, fields: Fields | None) -> DrawnS
     drawn = {
         name: value for name, value in tensors.items() if name not in included and tuple(value.shape[:2]) == leading
     }
-    tracks = [Track(name, _kind_of(name, value, known), value[b].detach()) for name, value in drawn.items()]
+    unknown = [name for name in pointclouds if name not in drawn]
+    if unknown:
+        raise ValueError(f"`pointclouds` names `{unknown[0]}`, expected fields of the batch: {list(drawn)}.")
+    tracks = [
+        _as_pointcloud(name, value[b].detach())
+        if name in pointclouds or _origin(name) in pointclouds
+        else Track(name, _kind_of(name, value, known), value[b].detach())
+        for name, value in drawn.items()
+    ]
     rest = {name: value for name, value in leaves.items() if name not in drawn and name not in included}
     return DrawnSequence(tracks, timeline, _facts(b, num_sequences, included, timeline, rest))
 
@@ -162,14 +180,27 @@ def _has_shape_of(value: torch.Tensor, kind: TensorType | None) -> bool:
 def _kind_of(name: str, value: torch.Tensor, known: Mapping[str, TensorType]) -> TensorType:
     """The type that the dataset states, with the dtype and shape found; inferred from these if they do not fit it."""
     shape, dtype = tuple(value.shape[2:]), _drawn_dtype(value.dtype)
-    first, _, rest = name.partition("/")
-    stated = known.get(name, known.get("/".join(filter(None, (_DERIVED_FROM.get(first, first), rest)))))
+    stated = known.get(name, known.get(_origin(name)))
     if stated is not None:
         try:
             return type(stated)(shape, dtype)
         except (TypeError, ValueError):
             pass
     return TensorType.infer(shape, dtype)
+
+
+def _origin(name: str) -> str:
+    """The name of the field that this one was made of; its own, if of none."""
+    first, slash, rest = name.partition("/")
+    return _DERIVED_FROM.get(first, first) + slash + rest
+
+
+def _as_pointcloud(name: str, values: torch.Tensor) -> Track:
+    shape = tuple(values.shape[1:])
+    if len(shape) != 2 or shape[1] not in (3, 4) or not values.is_floating_point():
+        found = f"{str(values.dtype).removeprefix('torch.')} {shape}"
+        raise ValueError(f"`pointclouds` names `{name}`, expected a float field (n, 3) or (n, 4), found {found}.")
+    return Track(name, PaddedPointcloud(shape, _drawn_dtype(values.dtype)), values, has_mask=shape[1] == 4)
 
 
 def _drawn_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,13 +1,13 @@
-"""A small dataset extended by a large one: a sink that stores every episode in both, and brings old ones back.
+"""A small dataset extended by a large one: every episode is stored in both, and old ones are brought back.
 
-An addition, in the order in which things happen, so that an error leaves both as they were:
+The order of an addition, by which an error leaves both as they were:
 
-    1. other    store the new episode there                     may fail: nothing has changed
-    2. here     store it here, evicting the oldest              if it fails, it leaves `other` too
-    3. bring    draw whole episodes of `other`, which its loader has read beforehand, and store them here,
-                evicting the oldest, never the newest           what fails here has just not come
+    1. other    store the new episode there                     on failure, nothing has changed
+    2. here     store it here, evicting the oldest              on failure, evict it from `other`
+    3. bring    store episodes that the loader of `other` has   on failure, warn: the addition is done
+                drawn, evicting the oldest, never the newest
 
-A ring can only evict its oldest episode. So where `other` cannot fail and this one can, 2 comes before 1.
+A ring can only evict its oldest episode. So if storing here may fail and storing in `other` cannot, 2 comes before 1.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ if TYPE_CHECKING:
 __all__ = ["Extension"]
 
 _SPARE_IDS = 64
-# An item that crosses from a worker has a cost of its own, however little it holds.
-_EPISODES_PER_ITEM = 8
+_EPISODES_PER_ITEM = 8  # That a worker sends at a time.
 
 
 class Extension:
-    """What a dataset knows of the larger one behind it, `other`; the arguments are those of `EpisodeDataset.extend`."""
+    """The larger dataset `other` behind a dataset. Arguments are those of `EpisodeDataset.extend`."""
 
     def __init__(
         self,
@@ -65,19 +64,19 @@ class Extension:
         self._loader = _episode_loader(other, self._batch_size, num_workers, seed)
         self._rng = np.random.default_rng(None if seed is None else integer("seed", seed, 0))
         self._drawn: Iterator[Any] | None = None
-        #: Ids and rows of episodes that were drawn and have not come yet.
+        # Ids and rows of episodes that were drawn and not stored yet.
         self._waiting: deque[tuple[int, dict[str, np.ndarray]]] = deque()
-        #: Episode ids in `other` of episodes here -> their ids here. Some have left: `_is_here` looks.
+        # Episode id in `other` -> id here, also of some that have left: ask `_is_here`.
         self._ids_here: dict[int, int] = {}
         self._num_additions = 0
         self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the dataset, or one in a worker, is not extended: this becomes None there.
+        # Copies of the dataset are not extended: this becomes None.
         return type(None), ()
 
     def begin(self, dataset: EpisodeDataset) -> None:
-        """Agree on the fields; copy what is here to an empty `other`."""
+        """Agree on the fields, and copy what is here to an empty `other`."""
         theirs, mine = self.other.fields, dataset.fields
         if theirs is not None:
             dataset.settle_fields(theirs)
@@ -102,7 +101,7 @@ class Extension:
             raise
 
     def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> int:
-        """Store an episode in both; its id here, -1 if it is too long to be here."""
+        """Store an episode in both; returns its id here, -1 if it is too long for here."""
         length = _length(episode)
         if length > dataset.capacity:
             self._warn(
@@ -127,12 +126,12 @@ class Extension:
             self._note(dataset, other.add(episode), episode_id)
         else:
             there = [(member, member.table.next_id) for member in _chain(other)]
-            # Noted before it is stored: if Ctrl-C comes in between, it does not come a second time.
+            # Noted before it is stored, so that after Ctrl-C in between it is not brought again.
             self._note(dataset, other.add(episode), dataset.table.next_id)
             try:
                 episode_id = dataset.store(episode)
             except Exception:
-                # A ring cannot give it up. Then those behind it keep it, too.
+                # A ring cannot evict it. Then the datasets behind the ring keep it, too.
                 with contextlib.suppress(Exception):
                     for member, added_id in there:
                         position = member.table.position(added_id)
@@ -142,7 +141,7 @@ class Extension:
         return episode_id
 
     def _bring(self, dataset: EpisodeDataset, newest: int, room: int) -> None:
-        """Store episodes of up to `room` steps together; what fails is no error of the addition, which is done."""
+        """Store drawn episodes of up to `room` steps in all; errors become warnings, as the addition is done."""
         most, what = room, ""
         try:
             for _ in range(self._batch_size):
@@ -152,7 +151,7 @@ class Extension:
                 if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode):
                     continue
                 if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
-                    self._waiting.appendleft((other_id, episode))  # Its turn is next time.
+                    self._waiting.appendleft((other_id, episode))  # Next time: dropping it would favour short ones.
                     return
                 self._note(dataset, other_id, dataset.table.next_id)
                 dataset.store(episode)
@@ -167,7 +166,7 @@ class Extension:
                 self._drawn = iter(self._loader) if self._drawn is None else self._drawn
                 episode_ids, lengths, rows = next(self._drawn)
             except Exception:
-                self._drawn = None  # Workers may be gone: the next addition starts others.
+                self._drawn = None  # Workers may be gone: the next addition starts new ones.
                 raise
             arrays = {name: as_array(name, tensor) for name, tensor in rows.items()}
             for b, (episode_id, length) in enumerate(zip(episode_ids, lengths, strict=True)):
@@ -175,7 +174,7 @@ class Extension:
         return self._waiting.popleft()
 
     def refill(self, dataset: EpisodeDataset) -> int:
-        """Fill what room there is with episodes of `other`, its newest among them, in the order of their ids."""
+        """As `EpisodeDataset.refill`; stored in the order of their ids, so that the newest stays longest."""
         lengths, ids = self.other.table.lengths, self.other.table.ids
         chosen, room = [], dataset.capacity - dataset.table.num_steps
         newest = len(ids) - 1
@@ -212,9 +211,10 @@ class Extension:
         return episode_id is not None and dataset.table.position(episode_id) is not None
 
     def _note(self, dataset: EpisodeDataset, other_id: int, episode_id: int) -> None:
-        self._ids_here[other_id] = episode_id
         if len(self._ids_here) > 2 * len(dataset.table) + _SPARE_IDS:
             self._ids_here = {key: value for key, value in self._ids_here.items() if self._is_here(dataset, key)}
+        # Last, as its episode is not here yet.
+        self._ids_here[other_id] = episode_id
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -232,12 +232,12 @@ def _length(episode: dict[str, np.ndarray]) -> int:
 
 
 def _may_fail(dataset: EpisodeDataset) -> bool:
-    """Whether an episode that fits may be refused all the same: by a full disk, or an evictor of the user's own."""
+    """Whether storing an episode that fits may fail: by a full disk, or an error in a user's evictor."""
     return any(not d.evicts_before_writing or type(d.evictor) is not FIFOEvictor for d in _chain(dataset))
 
 
 def _chain(dataset: EpisodeDataset) -> Iterator[EpisodeDataset]:
-    """A dataset, and what is behind it."""
+    """A dataset and those behind it."""
     yield dataset
     if dataset.extension is not None:
         yield from _chain(dataset.extension.other)
@@ -250,7 +250,7 @@ def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, se
         return SequenceLoader(stream)
     per_worker = math.ceil(batch_size / stream.num_windows / num_workers)
     loader = SequenceLoader(stream, num_workers=num_workers, prefetch_factor=per_worker, persistent_workers=True)
-    stream.num_slots += per_worker  # An addition holds as many as it draws, while the next are being read.
+    stream.num_slots += per_worker  # An addition holds these while the next are read.
     return loader
 
 

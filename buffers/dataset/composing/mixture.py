@@ -1,12 +1,14 @@
 """MixtureDataset: batches of several datasets, in exact shares.
 
-A mixture may have mixtures as members. What is drawn from are their leaves, the datasets that hold episodes; a window's
-`source` is the number of its leaf:
+A mixture may have mixtures as members. Windows are drawn from the leaves, the datasets that hold episodes:
 
     member        0                1                            batch of 8
                  ring     mixture of two, 0.5 each              leaf 0  # # # #
     weight       0.5              0.5                           leaf 1  # #
     leaf          0            1       2                        leaf 2  # #
+    its weight   0.5         0.25    0.25
+
+`Windows.source` is the number of a leaf, `source` of a batch that of a member.
 """
 
 from __future__ import annotations
@@ -15,11 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
-import torch
 
 from buffers.dataset.composing.mixture_fields import common_fields
 from buffers.dataset.composing.weights import Float64Array, SharedWeights, shares
-from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.printing import counts_line
 from buffers.fields import Fields
 from buffers.sampler import Sampler
@@ -30,7 +31,7 @@ __all__ = ["MixtureDataset"]
 
 @final
 class MixtureDataset(EpisodeSource):
-    """Several sources, of which every batch takes exact shares. It is read, never written to.
+    """Several sources, of which every batch takes exact shares. Episodes are added to the members.
 
         >>> from buffers.dataset import RingBufferDataset
         >>> members = RingBufferDataset(capacity=1_000), RingBufferDataset(capacity=1_000)
@@ -40,19 +41,19 @@ class MixtureDataset(EpisodeSource):
         >>> next(iter(mixture.get_loader(batch_size=64, sequence_length=16)))["number"][:, 0].bincount()
         tensor([16, 48])
 
-    Where a share is not whole, it is rounded up or down at random so that it is right on average, and the sum is the
-    batch size. Within a member, the loader's sampler draws as it does from that member alone. Episodes are added to the
-    members, and drawn from the next batch on. Workers see both, and changes of the weights.
+    A share that is not whole is rounded up or down at random, so that it is exact on average and the sum is the batch
+    size. Within each member, the loader's sampler draws as it does from that member alone. Workers see episodes that
+    members get later, and changes of the weights.
 
     Args:
         datasets: The members: datasets of any kind, and other mixtures, on one device.
         weights: A number for each, at least 0; only their ratios matter.
-        fields: Which fields batches have: None for all, which the members must agree on; "common" for those that all
-            members have in the same shape and dtype; or their names, "obs" standing for all below it.
+        fields: Which fields batches have: None for all, and members must not differ; "common" for those that all
+            members have with the same shape and dtype; or names, where "obs" stands for all fields below it.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: No members, other weights than members, or members whose fields differ: the error names the field.
+        ValueError: No members, not as many weights as members, members on several devices, or fields that differ.
     """
 
     has_members = True
@@ -73,8 +74,9 @@ class MixtureDataset(EpisodeSource):
         if len(devices := {str(dataset.device) for dataset in self._members}) > 1:
             raise ValueError(f"Members must be on one device, found {sorted(devices)}.")
         self._leaves: list[EpisodeSource] = []
-        #: How an error calls each leaf: "1" for a member, "1.0" for the first leaf of one that is a mixture.
+        # What errors call each leaf: "1" for a member, "1.0" for the first leaf of a member that is a mixture.
         self._names: list[str] = []
+        member_of_leaf: list[int] = []
         for number, member in enumerate(self._members):
             if isinstance(member, MixtureDataset):
                 self._leaves += member._leaves
@@ -82,6 +84,8 @@ class MixtureDataset(EpisodeSource):
             else:
                 self._leaves.append(member)
                 self._names.append(str(number))
+            member_of_leaf += [number] * (len(self._leaves) - len(member_of_leaf))
+        self._member_of_leaf = np.array(member_of_leaf)
         self._weights = SharedWeights(len(self._members))
         self._weights.set(weights)
         self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
@@ -97,7 +101,7 @@ class MixtureDataset(EpisodeSource):
 
     @property
     def weights(self) -> Float64Array:
-        """float64 `(members,)` of sum 1. Setting them takes effect with the next batch that is drawn, or read ahead."""
+        """float64 `(members,)` of sum 1. Setting them affects batches that are drawn later, by workers too."""
         return self._weights.get()
 
     @weights.setter
@@ -106,14 +110,18 @@ class MixtureDataset(EpisodeSource):
 
     def _find_fields(self) -> None:
         fields = common_fields([member.fields for member in self._members], self._choice)
-        # Members that do not know theirs lay out their storage, so that workers find it.
-        if fields is None or self._choice is not None or self.tell_fields(fields):
-            self._fields = fields
+        if fields is not None:
+            # Members without fields lay out their storage now, so that workers find it.
+            self.tell_fields(fields)
+            if all(member.fields is not None for member in self._members):
+                self._fields = fields
 
-    def tell_fields(self, fields: Fields) -> bool:
-        """Tell members the fields that do not know theirs."""
-        unknown = [member for member in self._members if member.fields is None]
-        return self._choice is None and all(member.tell_fields(fields) for member in unknown)
+    def tell_fields(self, fields: Fields) -> None:
+        """Settle the fields of members that have none yet, unless this mixture restricts them."""
+        if self._choice is None:
+            for member in self._members:
+                if member.fields is None:
+                    member.tell_fields(fields)
 
     def check_drawable(self) -> None:
         """RuntimeError while the fields are not known."""
@@ -143,9 +151,10 @@ class MixtureDataset(EpisodeSource):
     ) -> Windows:
         """As `EpisodeSource.draw`, within each member."""
         if again is None:
-            counts, weights = self._counts(num_windows, rng)
+            weights = self._leaf_weights()
+            counts = shares(weights, num_windows, rng)
         else:
-            # What was gone is drawn again from where it was.
+            # Each is replaced by a window of the same leaf.
             assert again.source is not None  # It was drawn here.
             counts = np.bincount(again.source, minlength=len(self._leaves))
             weights = counts.astype(np.float64)
@@ -154,7 +163,7 @@ class MixtureDataset(EpisodeSource):
             if weights[number] == 0:
                 continue
             try:
-                # Also where the share of this batch is 0, or an empty member would be an error now and then.
+                # Even if it gets no window this time: an empty member shall be an error in every batch.
                 part = leaf.draw(sampler, max(1, int(counts[number])), length, rng)
             except RuntimeError as error:
                 name = f"{self._names[number]} ({type(leaf).__name__})"
@@ -165,25 +174,19 @@ class MixtureDataset(EpisodeSource):
         self.check_drawable()
         return _joined(parts, leaves)
 
-    def _counts(self, num: int, rng: np.random.Generator) -> tuple[Int64Array, Float64Array]:
-        """By leaf, the windows of a batch, and the weights."""
-        weights = self.weights
-        counts = shares(weights, num, rng)
-        parts = []
-        for n, member in enumerate(self._members):
-            if isinstance(member, MixtureDataset):
-                inner_counts, inner_weights = member._counts(int(counts[n]), rng)
-                parts.append((inner_counts, inner_weights * weights[n]))
-            else:
-                parts.append((counts[n : n + 1], weights[n : n + 1]))
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    def _leaf_weights(self) -> Float64Array:
+        """float64 `(leaves,)` of sum 1."""
+        parts = [
+            weight * (member._leaf_weights() if isinstance(member, MixtureDataset) else np.ones(1))
+            for weight, member in zip(self.weights, self._members, strict=True)
+        ]
+        return np.concatenate(parts)
 
     def sources_of(self, windows: Windows) -> Int64Array:
         """The member of each window, int64 `(B,)`."""
-        assert windows.source is not None  # It was drawn here.
-        return np.array([int(name.partition(".")[0]) for name in self._names])[windows.source]
+        return self._member_of_leaf[windows.source]
 
-    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+    def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
         assert windows.source is not None  # It was drawn here.
         whole = np.ones(len(windows), np.bool_)
         bounds = [0, *(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]
@@ -195,7 +198,7 @@ class MixtureDataset(EpisodeSource):
         return whole
 
     def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
-        """A copy of an episode, by its position among those of all members; None if there are not so many."""
+        """A copy of an episode, by its position among those of all members; None if it is out of range."""
         for leaf in self._leaves:
             if episode_id < leaf.num_episodes:
                 return leaf.get_episode(episode_id)
@@ -203,13 +206,13 @@ class MixtureDataset(EpisodeSource):
         return None
 
     def episodes(self) -> Iterator[dict[str, Any]]:
-        """Copies of all episodes, member by member."""
+        """Copies of all episodes, in the order of the members."""
         for leaf in self._leaves:
             yield from leaf.episodes()
 
     @property
     def num_evicted(self) -> int:
-        """Episodes that members have evicted so far."""
+        """Episodes evicted so far, of all members."""
         return sum(leaf.num_evicted for leaf in self._leaves)
 
     @property
@@ -230,13 +233,10 @@ class MixtureDataset(EpisodeSource):
 
 
 class _MixtureTable(EpisodeTable):
-    """The episodes of all leaves, counted through in their order, which is their id here; only to be looked at."""
+    """The episodes of all leaves in their order; an episode's id here is its position. Read-only."""
 
     def __init__(self, leaves: list[EpisodeSource]) -> None:
         self._leaves = leaves
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_leaves": self._leaves}
 
     def __len__(self) -> int:
         return sum(len(leaf.table) for leaf in self._leaves)
@@ -255,7 +255,7 @@ class _MixtureTable(EpisodeTable):
 
 
 def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
-    """Windows one after the other, with their leaves; those of whole episodes all get the length of the longest."""
+    """The windows of some leaves, by their numbers, one after the other; T is that of the longest."""
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("start", "step", "episode", "episode_length")
@@ -265,11 +265,11 @@ def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
     return Windows(max(part.length for part in parts), **columns, weight=np.concatenate(weights), source=source)
 
 
-def _read_part(leaf: EpisodeSource, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
+def _read_part(leaf: EpisodeSource, windows: Windows, out: Rows) -> np.ndarray | None:
     longest = int(windows.num_rows.max())
     if longest == windows.length:
         return leaf.read(windows, out)[1]
-    # Padded to an episode of another leaf, and this one may not even have room for so many rows.
+    # Whole episodes, padded to a longer one of another leaf, which may exceed the capacity of this one.
     windows.length = longest
     rows = {name: tensor[:, :longest].contiguous() for name, tensor in out.items()}
     _, was_read = leaf.read(windows, rows)

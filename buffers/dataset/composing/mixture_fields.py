@@ -10,9 +10,11 @@ __all__ = ["common_fields"]
 
 
 def common_fields(members: Sequence[Fields | None], choice: str | tuple[str, ...] | None) -> Fields | None:
-    """The fields of a mixture, by those of its members; None while they cannot be told.
+    """The fields of a mixture; None while those of its members do not determine them.
 
-    A TypeError for a `choice` that is neither None for all, "common", nor names; a ValueError where members differ.
+    Raises:
+        TypeError: `choice` is neither None (all fields), "common", nor names of fields.
+        ValueError: Members differ in the chosen fields, or share none.
     """
     are_names = isinstance(choice, tuple) and choice and all(isinstance(name, str) for name in choice)
     if choice not in (None, "common") and not are_names:
@@ -40,22 +42,20 @@ def common_fields(members: Sequence[Fields | None], choice: str | tuple[str, ...
 
 
 def _common_names(found: list[Fields]) -> list[str]:
-    kinds = [
-        {
-            (path, field.shape, field.dtype): name
-            for path, (name, field) in zip(fields.paths, fields.items(), strict=True)
-        }
-        for fields in found
-    ]
-    return [name for kind, name in kinds[0].items() if all(kind in others for others in kinds)]
+    first, *others = found
+
+    def is_in(other: Fields, name: str) -> bool:
+        return name in other and first.select([name]).conflict_with(other.select([name])) is None
+
+    return [name for name in first if all(is_in(other, name) for other in others)]
 
 
 def _chosen_names(found: dict[int, Fields], choice: tuple[str, ...]) -> list[str]:
     chosen: list[str] = []
     for member, fields in found.items():
         for wanted in choice:
-            below = [name for name in fields if f"{name}/".startswith(f"{wanted}/")]
-            if not below:
+            names = [name for name in fields if f"{name}/".startswith(f"{wanted}/")]
+            if not names:
                 raise ValueError(f"Member {member} has no field `{wanted}`. It has {list(fields)}.")
-            chosen += below
+            chosen += names
     return chosen

@@ -1,4 +1,4 @@
-"""The weights of a mixture: changed by one process while others draw with them."""
+"""The weights of a mixture, which one process changes while others draw with them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from buffers.table import Int64Array
 __all__ = ["Float64Array", "SharedWeights", "shares"]
 
 Float64Array = npt.NDArray[np.float64]
-# A share that is a whole number but for the rounding of floating numbers is meant to be one.
+# Shares this close to a whole number, relative to the batch, differ from it by rounding errors only.
 _TOLERANCE = 1e-9
 _RESOLUTION = 1 << 32
 
 
 class SharedWeights:
-    """`num` numbers that sum to 1, for all processes to see.
+    """`num` numbers that sum to 1, seen by all processes.
 
-    A change is written to the one of two places that is not in use, and one store puts it into use.
+    A change is written to the one of two places that is not in use; storing `version` then switches places.
     """
 
     def __init__(self, num: int) -> None:
@@ -41,7 +41,7 @@ class SharedWeights:
                 return found
 
     def set(self, weights: Sequence[float]) -> None:
-        """Take other weights, which are divided by their sum; a TypeError or ValueError for what are none."""
+        """Set weights, which are divided by their sum; TypeError or ValueError if they are not valid."""
         places, version = self._memory["weights"], int(self._memory["version"][0])
         places[(version + 1) % 2] = _checked(weights, places.shape[1])
         fence()
@@ -57,14 +57,14 @@ def _checked(weights: Any, num: int) -> Float64Array:
         raise ValueError(f"`weights` must be {num} numbers, one a member, found shape {found.shape}.")
     if not (np.isfinite(found) & (found >= 0)).all() or not found.any():
         raise ValueError(f"`weights` must be finite, at least 0, and not all 0, found {found.tolist()}.")
-    found /= found.max()  # Their sum might be beyond the largest number.
+    found /= found.max()  # The sum of large ones might overflow.
     return found / found.sum()
 
 
 def shares(weights: Float64Array, num: int, rng: np.random.Generator) -> Int64Array:
-    """Split `num` by weights of sum 1: each part is its share rounded up or down, and its share on average.
+    """Split `num` by weights of sum 1: each part, and each run of parts, is its share rounded up or down at random.
 
-    Teeth of a comb are counted between running totals; where the comb begins is drawn.
+    On average each is exact. The teeth of a comb, whose beginning is drawn, are counted between running totals:
 
         weights 0.25 0.25 0.5, num 3       shares  0.75  0.75  1.5
         totals   0    0.75    1.5     3            begins at 0.1: teeth 0.1 | 1.1 | 2.1     1 1 1

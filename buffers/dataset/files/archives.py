@@ -1,7 +1,7 @@
-"""Formats that are zip archives: compressed `.npz` and `torch.save`'s `.pt`.
+"""Formats that are zip archives: compressed `.npz`, and the `.pt` of `torch.save`.
 
-Rows cannot be read by ranges here, so a window costs a whole episode unless it is still held. In return `.npz` is
-small where data compresses well, and numpy reads it.
+Ranges of rows cannot be read from them, so a window costs a whole episode unless the episode is cached. In return,
+`.npz` is small where data compresses well, and numpy and torch read the files.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import pickletools
 import sys
 import zipfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import final
+from typing import IO, final
 
 import numpy as np
 import torch
@@ -29,13 +30,14 @@ from buffers.dataset.files.serialization import (
     bytes_of,
     check_fields,
     parse_schema,
+    read_rows,
     schema_text,
 )
-from buffers.fields import Fields, TensorType, as_tensor
+from buffers.fields import Fields, TensorType
 
 __all__ = ["NumpyCompressedSerialization", "TorchSerialization"]
 
-# What an archive may hold beyond its rows: headers, names, the schema.
+# What an archive may hold besides its rows: headers, names, the schema.
 _OVERHEAD = 2**16
 _OVERHEAD_PER_FIELD = 2**13
 _SCHEMA_MEMBER = SCHEMA_KEY + ".json"
@@ -43,13 +45,48 @@ _MAX_SMALL_MEMBER = 2**24
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 1  # A flag of a member.
-# The start of a .npy file of version 1.0, before two bytes with the size of the header that follows.
+# The start of a .npy file of version 1.0. Two bytes with the size of the header follow it.
 _NPY = b"\x93NUMPY\x01\x00"
 
 
+class _ArchiveSerialization(EpisodeSerializationStrategy):
+    """A zip archive with one member for the rows of each field."""
+
+    @abstractmethod
+    def _read_fields(self, archive: zipfile.ZipFile) -> Fields:
+        """The fields that the archive says it holds."""
+
+    @abstractmethod
+    def _find_members(self, archive: zipfile.ZipFile, fields: Fields, length: int) -> dict[str, str]:
+        """`field -> member`, after comparing the table of contents with what is expected."""
+
+    def _check_header(self, member: IO[bytes], tensor_type: TensorType, length: int) -> None:
+        """Read what precedes the rows in a member."""
+
+    def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
+        episode = {}
+        with _open_archive(file, fields, length) as archive:
+            for name, member_name in self._find_members(archive, fields, length).items():
+                with archive.open(member_name) as member:
+                    self._check_header(member, fields[name], length)
+                    episode[name] = read_rows(member, fields[name], length)
+                    # zipfile compares the checksum at the end.
+                    if member.read(1):
+                        raise DamagedEpisodeError(f"has more rows in `{name}` than it says")
+        return episode
+
+    def load_fields(self, file: io.FileIO) -> Fields:
+        with _open_archive(file) as archive:
+            return self._read_fields(archive)
+
+    def check(self, file: io.FileIO, fields: Fields, length: int) -> None:
+        with _open_archive(file, fields, length) as archive:
+            self._find_members(archive, fields, length)
+
+
 @final
-class NumpyCompressedSerialization(EpisodeSerializationStrategy):
-    """`.npz`, compressed: one member a field, `numpy.load` reads it. bfloat16 is there as two opaque bytes ("V2")."""
+class NumpyCompressedSerialization(_ArchiveSerialization):
+    """`.npz`, compressed, one member a field. `numpy.load` reads it, and bfloat16 as two opaque bytes ("V2")."""
 
     suffix = ".npz"
 
@@ -65,67 +102,88 @@ class NumpyCompressedSerialization(EpisodeSerializationStrategy):
                 with archive.open(member, "w", force_zip64=True) as target:
                     np.lib.format.write_array(target, as_array(name, tensor), version=(1, 0), allow_pickle=False)
 
-    def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
-        """Read an episode, comparing what is announced with what is expected before anything is expanded."""
-        with _opened(file, fields, length) as archive:
-            _check_members(archive, fields, length)
-            return {
-                name: _read_rows(archive, name + ".npy", _npy_start(kind, length), kind, length)
-                for name, kind in fields.items()
-            }
+    def _read_fields(self, archive: zipfile.ZipFile) -> Fields:
+        return parse_schema(_read_small_member(archive, _SCHEMA_MEMBER))[0]
 
-    def load_fields(self, file: io.FileIO) -> Fields:
-        """The fields that the archive says it holds."""
-        with _opened(file) as archive:
-            return parse_schema(_small_member(archive, _SCHEMA_MEMBER))[0]
+    def _find_members(self, archive: zipfile.ZipFile, fields: Fields, length: int) -> dict[str, str]:
+        members = {name: name + ".npy" for name in fields}
+        found, expected = sorted(archive.namelist()), sorted([_SCHEMA_MEMBER, *members.values()])
+        if found != expected:
+            raise DamagedEpisodeError(f"holds the members {found!r:.200}, expected {expected!r:.200}")
+        for name, member in members.items():
+            header_size = archive.getinfo(member).file_size - length * fields[name].nbytes
+            if not 0 < header_size < _OVERHEAD_PER_FIELD:
+                raise DamagedEpisodeError(f"does not have {length} rows in `{name}`")
+        return members
 
-    def check(self, file: io.FileIO, fields: Fields, length: int) -> None:
-        """Compare the archive's table of contents with what is expected."""
-        with _opened(file, fields, length) as archive:
-            _check_members(archive, fields, length)
+    def _check_header(self, member: IO[bytes], tensor_type: TensorType, length: int) -> None:
+        # Compared as text, in numpy's spelling: a parser would have to be safe from what a file says.
+        descr, shape = np.lib.format.dtype_to_descr(tensor_type.numpy_dtype), (length, *tensor_type.shape)
+        expected = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}".encode()
+        start = member.read(len(_NPY) + 2)
+        header = member.read(int.from_bytes(start[-2:], "little"))
+        if not start.startswith(_NPY) or header.rstrip() != expected:
+            raise DamagedEpisodeError(f"has the header {start + header!r:.200}, expected {expected!r:.200}")
 
 
 @final
-class TorchSerialization(EpisodeSerializationStrategy):
-    """`.pt`, a dict of tensors by `torch.save`. It is read without torch: its pickle is not run."""
+class TorchSerialization(_ArchiveSerialization):
+    """`.pt`, a dict of tensors by `torch.save`. It is read without torch, and its pickle is not run."""
 
     suffix = ".pt"
 
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
         """Write an episode."""
-        # Not straight into the file: torch hides the error of a full disk behind one of its own.
+        # Not straight into the file: torch would hide the error of a full disk behind one of its own.
         content = io.BytesIO()
         torch.save({SCHEMA_KEY: schema_text(fields), "episode": dict(episode)}, content)
         length = len(next(iter(episode.values())))
         with zipfile.ZipFile(content) as archive:
-            # A version of torch that writes something else is found out now, not when rows are wanted.
-            for name, member in _find_storages(archive, fields, length).items():
+            # If a version of torch writes anything else, adding must fail, not reading.
+            for name, member in self._find_members(archive, fields, length).items():
                 if zlib.crc32(bytes_of(episode[name])) != archive.getinfo(member).CRC:
                     raise DamagedEpisodeError(f"does not have `{name}` where it belongs")
         file.write(content.getbuffer())
 
-    def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
-        """Read an episode, comparing what is announced with what is expected before rows are read."""
-        with _opened(file, fields, length) as archive:
-            members = _find_storages(archive, fields, length)
-            return {name: _read_rows(archive, member, b"", fields[name], length) for name, member in members.items()}
+    def _read_fields(self, archive: zipfile.ZipFile) -> Fields:
+        """The fields in the schema, which is the second text of the pickle."""
+        opcodes = pickletools.genops(_read_small_member(archive, _find_folder(archive) + "data.pkl"))
+        texts = list(islice((str(argument) for opcode, argument, _ in opcodes if "UNICODE" in opcode.name), 2))
+        if texts[:1] != [SCHEMA_KEY]:
+            raise DamagedEpisodeError("is not what torch.save writes for an episode")
+        return parse_schema(texts[1])[0]
 
-    def load_fields(self, file: io.FileIO) -> Fields:
-        """The fields that the file says it holds."""
-        with _opened(file) as archive:
-            return _read_schema(archive)[1]
+    def _find_members(self, archive: zipfile.ZipFile, fields: Fields, length: int) -> dict[str, str]:
+        """Torch numbers the members with rows in the order in which tensors were saved."""
+        folder, found = _find_folder(archive), self._read_fields(archive)
+        check_fields(found, fields)
+        members = {name: f"{folder}data/{number}" for number, name in enumerate(found)}
+        if sum(name.startswith(f"{folder}data/") for name in archive.namelist()) != len(members):
+            raise DamagedEpisodeError("holds other tensors than its schema says")
+        for name, member in members.items():
+            if archive.getinfo(member).file_size != length * fields[name].nbytes:
+                raise DamagedEpisodeError(f"does not have {length} rows in `{name}`")
+        return members
 
-    def check(self, file: io.FileIO, fields: Fields, length: int) -> None:
-        """Compare the archive's table of contents, and the schema, with what is expected."""
-        with _opened(file, fields, length) as archive:
-            _find_storages(archive, fields, length)
+
+def _find_folder(archive: zipfile.ZipFile) -> str:
+    """The folder in which a `.pt` has everything, and a check of the byte order."""
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1 or pickles[0].count("/") != 1:
+        raise DamagedEpisodeError("is not an archive of torch.save")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in archive.namelist():
+        order = _read_small_member(archive, f"{folder}byteorder")
+        if order != sys.byteorder.encode():
+            raise DamagedEpisodeError(f"has numbers of byte order {order!r:.20}")
+    return folder
 
 
 @contextmanager
-def _opened(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> Iterator[zipfile.ZipFile]:
-    """The archive, which cannot expand far beyond what is expected."""
+def _open_archive(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> Iterator[zipfile.ZipFile]:
+    """The archive, refused if it is, or would expand to, far more than the expected rows."""
     size = os.fstat(file.fileno()).st_size
-    # Stored rows, or rows that do not compress, and what belongs to them. Without an expectation: what there is.
+    # Rows that are stored, or do not compress. Without an expectation, the size of the file.
     allowed = size if fields is None else length * fields.nbytes + _OVERHEAD + _OVERHEAD_PER_FIELD * len(fields)
     if size > allowed + allowed // 100:
         raise DamagedEpisodeError(f"has {size} bytes, {length} rows take at most {allowed}")
@@ -134,85 +192,12 @@ def _opened(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> I
         expanded = sum(member.file_size for member in members)
         if fields is not None and expanded > allowed:
             raise DamagedEpisodeError(f"would expand to {expanded} bytes, {length} rows take at most {allowed}")
-        for member in members:
-            if member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED:
-                raise DamagedEpisodeError(f"has the member {member.filename!r:.60} in another way")
+        if any(member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED for member in members):
+            raise DamagedEpisodeError("is encrypted, or compressed by another method than deflate")
         yield archive
 
 
-def _small_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member whose size nothing else tells, so that at most 16 MB of it are read."""
+def _read_small_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """At most 16 MB of a member: what would be cut off is damaged."""
     with archive.open(name) as member:
-        content = member.read(_MAX_SMALL_MEMBER)
-    if len(content) == _MAX_SMALL_MEMBER:
-        raise DamagedEpisodeError(f"has a member {name!r:.60} of more than {_MAX_SMALL_MEMBER} bytes")
-    return content
-
-
-def _read_rows(archive: zipfile.ZipFile, name: str, start: bytes, tensor_type: TensorType, length: int) -> torch.Tensor:
-    """The rows in a member, behind a header that begins with `start` and ends with a line break."""
-    with archive.open(name) as member:
-        if start:
-            found = member.read(len(_NPY) + 2)
-            found += member.read(int.from_bytes(found[-2:], "little"))
-            if not found.startswith(_NPY) or found[len(_NPY) + 2 :].rstrip() != start:
-                raise DamagedEpisodeError(f"has in {name!r:.60} the header {found!r:.200}, expected {start!r:.200}")
-        tensor = as_tensor(np.empty((length, *tensor_type.shape), tensor_type.numpy_dtype), tensor_type)
-        view = bytes_of(tensor)
-        # The end is read too: there the checksum is compared.
-        while block := member.read(2**20):
-            if len(block) > len(view):
-                raise DamagedEpisodeError(f"has more rows in {name!r:.60} than it says")
-            view[: len(block)] = block
-            view = view[len(block) :]
-        if view:
-            raise DamagedEpisodeError(f"has fewer rows in {name!r:.60} than it says")
-    return tensor
-
-
-def _check_members(archive: zipfile.ZipFile, fields: Fields, length: int) -> None:
-    """Compare the table of contents of an `.npz` with what is expected."""
-    names = archive.namelist()
-    expected = {_SCHEMA_MEMBER} | {name + ".npy" for name in fields}
-    if len(names) != len(expected) or set(names) != expected:
-        raise DamagedEpisodeError(f"holds the members {names!r:.200}, expected {sorted(expected)!r:.200}")
-    for name, tensor_type in fields.items():
-        found = archive.getinfo(name + ".npy").file_size - length * tensor_type.nbytes
-        if not 0 < found < _OVERHEAD_PER_FIELD:
-            raise DamagedEpisodeError(f"does not have {length} rows in `{name}`")
-
-
-def _npy_start(tensor_type: TensorType, length: int) -> bytes:
-    """The header of a member of an `.npz`, as numpy writes it before padding."""
-    descr, shape = np.lib.format.dtype_to_descr(tensor_type.numpy_dtype), (length, *tensor_type.shape)
-    return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}".encode()
-
-
-def _read_schema(archive: zipfile.ZipFile) -> tuple[str, Fields]:
-    """The folder of a `.pt`, and the fields in its schema: the second text of its pickle, which is not run."""
-    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    if len(pickles) != 1 or pickles[0].count("/") != 1:
-        raise DamagedEpisodeError("is not an archive of torch.save")
-    folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}byteorder" in archive.namelist():
-        order = _small_member(archive, f"{folder}byteorder")
-        if order != sys.byteorder.encode():
-            raise DamagedEpisodeError(f"has numbers of byte order {order!r:.20}")
-    opcodes = pickletools.genops(_small_member(archive, pickles[0]))
-    texts = list(islice((str(argument) for opcode, argument, _ in opcodes if "UNICODE" in opcode.name), 2))
-    if texts[:1] != [SCHEMA_KEY]:
-        raise DamagedEpisodeError("is not what torch.save writes for an episode")
-    return folder, parse_schema(texts[1])[0]
-
-
-def _find_storages(archive: zipfile.ZipFile, fields: Fields, length: int) -> dict[str, str]:
-    """The member of a `.pt` with the rows of each field: torch counts them, in the order in which they were saved."""
-    folder, found = _read_schema(archive)
-    check_fields(found, fields)
-    members = {name: f"{folder}data/{number}" for number, name in enumerate(found)}
-    if sum(name.startswith(f"{folder}data/") for name in archive.namelist()) != len(members):
-        raise DamagedEpisodeError("holds other tensors than its schema says")
-    for name, member in members.items():
-        if archive.getinfo(member).file_size != length * fields[name].nbytes:
-            raise DamagedEpisodeError(f"does not have {length} rows in `{name}`")
-    return members
+        return member.read(_MAX_SMALL_MEMBER)

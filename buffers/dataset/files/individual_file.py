@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.files import opening, serialization
-from buffers.dataset.files.directory import DAMAGED, DirectoryWatch, EpisodeDirectory, FileName, Listing, with_advice
-from buffers.dataset.files.opening import Verify
+from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory, FileName, with_advice
+from buffers.dataset.files.opening import Inspection, Verify
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy
-from buffers.dataset.files.window_reader import LostWindow, WindowReader
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, check_strategy
+from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
-from buffers.fields import Fields
+from buffers.fields import Fields, as_tensor
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import Windows
 from buffers.utils import format_bytes, integer, one_of
@@ -42,47 +41,45 @@ class IndividualFileDataset(EpisodeDataset):
         >>> IndividualFileDataset(capacity=10_000_000, directory="episodes", mode="r").episode_lengths
         [20]
 
-    Opening a directory finds the episodes in it and goes on. A process that is killed loses nothing that
-    `add_episode` has returned for, nor does a machine that loses power, with `durability="fsync"`. Files whose bytes
-    are no whole episode are moved into a subfolder, with one warning, and are never served; other trouble (memory,
-    descriptors) reaches the caller, and the file stays. `docs/format.md` states the layout.
+    Opening a directory finds the episodes in it. A file whose bytes are not a whole episode is moved into a subfolder,
+    with a warning, and is never served. After any other failure (no memory, no descriptors), the caller gets the error
+    and the file stays. `docs/format.md` describes the layout.
 
-    One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come. A dataset that
-    was sent to another process, or forked, is a reader there; one that came from the writer knows at once what comes
-    and goes. Threads may add, evict and read at the same time: reading does not hold up the others.
+    One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come. A copy in another
+    process, pickled or forked, is a reader; a copy of the writer learns of changes at once. Threads may add, evict and
+    read at the same time: reading does not hold up the others.
 
     Args:
-        capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees all there is.
+        capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees everything.
         info: What is known beforehand; its `fields` must be those of the directory.
-        evictor: Any; the oldest leave by default.
-        directory: Made if it is not there. By default "individual_file_dataset" in the working directory.
-        serialization_strategy: The format. By default that of the episodes in the directory, and safetensors in an
-            empty one.
+        evictor: Chooses the episode that leaves; the oldest by default.
+        directory: Created if necessary. By default "individual_file_dataset" in the working directory.
+        serialization_strategy: The format. By default that of the episodes in the directory, or safetensors if there
+            are none.
         max_sampling_attempts: How often windows are drawn again whose files have vanished.
-        durability: "fsync": an episode survives a power loss once it is added. "rename": it survives the death of
-            the process; after a power loss, open with `verify="full"`. It saves some milliseconds an episode.
-        mode: "a" reads and writes, "r" only reads; it works in a directory that must not be written to.
-        verify: What opening looks at: the "size" of each file, with its name, its "header" too, or its checksums
-            ("full", all is read). The header is checked in any case before rows are read.
+        durability: "fsync": an added episode survives a loss of power. "rename": it survives the death of the process,
+            and adding is some milliseconds faster. After a loss of power, open with `verify="full"`.
+        mode: "a" reads and writes, "r" only reads, also where writing is not permitted.
+        verify: What opening checks of each file: its name and "size", its "header" too, or also its checksums ("full",
+            which reads everything). The header is always checked before rows are read.
 
     Attributes:
-        damaged_files: (file name, what is wrong) of the files that were found to be no whole episodes.
+        damaged_files: (file name, what is wrong) of files that turned out not to be whole episodes.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range, or a directory of other fields, or another format or version; or, to
-            write, a capacity that the newest episode does not fit.
+        ValueError: An argument out of its range; a directory with other fields, another format or version; for a
+            writer, a capacity below the length of the newest episode.
         RuntimeError: Another writer has the directory.
-        OSError: The directory cannot be made, read, or written to.
-        MemoryError: There is no shared memory.
+        OSError: The directory cannot be created, read, or written to.
+        MemoryError: Shared memory is not available.
     """
 
-    # Tells workers of episodes that come and go, exactly; None in a reader that looks at the directory, now and then.
+    # The exact changes, for copies in other processes. None in a reader that lists the directory instead.
     _log: PublishedTable | None = None
-    # The last file that was written. If an addition failed, its number is not counted, and is given again.
+    # The newest file. If it is not in the table, its addition failed, and its numbers will be given again.
     _written: FileName | None = None
     _is_closed = False
-    # An episode that cannot be written shall not cost another one.
     evicts_before_writing = False
     reads_beside_writers = True
 
@@ -101,26 +98,28 @@ class IndividualFileDataset(EpisodeDataset):
     ) -> None:
         super().__init__(capacity, info, evictor)
         strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
-        serialization.check_strategy(strategy)
-        self.serialization_strategy = strategy
+        check_strategy(strategy)
+        self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
         one_of("verify", verify, get_args(Verify))
         self.damaged_files: list[tuple[str, str]] = []
-        # Once there is an episode, its format and fields bind those that follow.
-        self._is_format_given, self._is_bound = serialization_strategy is not None, False
+        # The format and the fields of the first episode bind those that follow.
+        self._is_bound = False
         self._writer = os.getpid() if mode == "a" else None
-        # Names in the directory that a reader need not look at again.
+        # Names that a reader has inspected.
         self._seen: set[str] = set()
         self._directory = EpisodeDirectory(os.fspath(directory), strategy.suffix, mode == "a", durability == "fsync")
-        self._reader, self._watch = WindowReader(self._directory), DirectoryWatch(self._directory)
+        self._reader = WindowReader(self._directory)
         try:
-            if self._writer is None:
-                self._refresh() if self._log is not None else self._find_episodes(verify)
-            else:
+            if self._writer is not None:
                 self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * capacity + 2)))
                 self._open_for_writing(verify)
+            elif self._log is not None:
+                self._refresh()
+            else:
+                self._find_episodes(verify)
         except Exception:
             self.close()
             raise
@@ -128,46 +127,47 @@ class IndividualFileDataset(EpisodeDataset):
     # Opening.
 
     def _open_for_writing(self, verify: Verify) -> None:
-        listing, damaged = self._scan(verify)
+        inspection = self._scan(verify)
         longest = int(self.table.lengths[-1]) if len(self.table) else 0
         if longest > self.capacity:
             raise ValueError(
                 f"The newest episode in {self._directory.path} has {longest} steps, and `capacity`={self.capacity}: "
                 "all episodes would be deleted. Raise it, or open with mode='r' to read."
             )
-        for name in listing.temporaries:
+        for name in inspection.listing.temporaries:
             self._directory.remove(name)
-        self.table.skip_to(*listing.next_numbers)
-        self._keep_numbers()  # Before files go that say which numbers have been given.
-        self._report_damage(damaged)
+        self.table.skip_to(*inspection.listing.next_numbers)
+        # First, because the numbers may come from the names of files that are about to go.
+        self._keep_numbers()
+        self._report_damage(inspection.damaged)
         self.make_room(self.table.next_start, 0)
-        assert self._log is not None  # A writer has one.
+        assert self._log is not None
         self._log.add_all(self.table)
 
     def _find_episodes(self, verify: Verify = "size") -> None:
-        seen = self._seen
-        listing, damaged = self._scan(verify)
-        self._seen = listing.all_names
-        for name in map(FileName.parse, seen - listing.all_names):
+        """Bring a reader's table up to date with the directory."""
+        inspection, seen = self._scan(verify), self._seen
+        self._seen = inspection.listing.all_names
+        for name in map(FileName.parse, seen - self._seen):
             if name is not None:
                 self._forget(name)
-        self._report_damage(damaged)
+        self._report_damage(inspection.damaged)
 
-    def _scan(self, verify: Verify) -> tuple[Listing, list[tuple[str, str]]]:
-        """Add the whole episodes that have not been seen to the table; also returns the damaged files."""
-        given = self.serialization_strategy if self._is_format_given or self._is_bound else None
-        listing, strategy = opening.list_episodes(self._directory, self._seen, given)
-        known = self._fields if self._is_bound else None
-        fields, rows, damaged = opening.inspect(self._directory, listing, strategy, known, self._fields, verify)
+    def _scan(self, verify: Verify) -> Inspection:
+        """Add whole episodes that have not been seen to the table."""
+        given = self.serialization_strategy if self._is_bound else self._given_strategy
+        inspection = Inspection(self._directory, self._seen, given)
+        fields = self._fields if self._is_bound else inspection.find_fields(self._fields)
         if fields is not None:
+            rows = inspection.whole_episodes(fields, verify)
             if self._fields is None:
                 self.settle_fields(fields)
-            self.serialization_strategy, self._is_bound = strategy, True
+            self.serialization_strategy, self._is_bound = inspection.strategy, True
             self.table.extend(rows)
-        return listing, damaged
+        return inspection
 
     def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
-        """Warn of files that are no whole episodes; a writer sets them aside."""
+        """Warn of files that are not whole episodes. A writer sets them aside."""
         if not damaged:
             return
         what_happened = "left out"
@@ -178,24 +178,32 @@ class IndividualFileDataset(EpisodeDataset):
                 for name, reason in damaged
             ]
         self.damaged_files += damaged
-        named = "; ".join(f"{name}: {reason}" for name, reason in damaged[:5])
-        more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        named = [f"{name}: {reason}" for name, reason in damaged[:5]]
+        if len(damaged) > 5:
+            named.append(f"and {len(damaged) - 5} more")
         where = f"{len(damaged)} files in {self._directory.path}"
-        warnings.warn(f"{where} are no whole episodes and were {what_happened}: {named}{more}.", stacklevel=4)
+        warnings.warn(f"{where} are no whole episodes and were {what_happened}: {'; '.join(named)}.", stacklevel=4)
 
-    # What a store implements.
+    # The methods of a storage.
 
     def _allocate(self, fields: Fields) -> None:
-        """Files need no room beforehand."""
+        pass
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         fields, strategy = self._fields, self.serialization_strategy
-        assert fields is not None  # They were set before anything is written.
+        assert fields is not None  # Settled before anything is written.
         self._remove_uncounted()
-        tensors = serialization.tensors_to_store(episode, fields)
-        self._written = name = FileName(episode_id, start, len(next(iter(episode.values()))))
+        self._written = name = self._name(start, len(next(iter(episode.values()))), episode_id)
+        tensors = {}
+        for field, tensor_type in fields.items():
+            rows = np.array(episode[field], tensor_type.numpy_dtype, order="C")
+            if rows.shape != (name.length, *tensor_type.shape):
+                raise ValueError(
+                    f"Field `{field}` has shape {rows.shape}, expected {(name.length, *tensor_type.shape)}."
+                )
+            tensors[field] = as_tensor(rows, tensor_type)
         try:
-            self._directory.commit(self._text(name), lambda file: strategy.save(tensors, fields, file))
+            self._directory.commit(str(name), lambda file: strategy.save(tensors, fields, file))
         except OSError as error:
             size = format_bytes(fields.nbytes * name.length)
             what = f"An episode of {name.length} steps ({size}) could not be written, those before it are kept"
@@ -206,27 +214,28 @@ class IndividualFileDataset(EpisodeDataset):
         self._check_open()
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
         lost = self._reader.read(self.serialization_strategy, self._fields, windows, out)
-        for window in lost:
-            self._lose(window)
-        return ~np.isin(np.arange(len(windows)), [window.position for window in lost]) if lost else None
+        for name, damage in lost.items():
+            self._lose(name, damage)
+        return ~np.isin(windows.episode, [name.id for name in lost]) if lost else None
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self.check_writable()
-        name = self._text(FileName(episode_id, start, length))
         if episode_id == self.table.ids[-1]:
             self._directory.keep_numbers(self.table.next_id, self.table.next_start)
         try:
-            self._directory.remove(name)
+            self._directory.remove(str(self._name(start, length, episode_id)))
         except OSError as error:
             raise with_advice(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
         self._reader.forget(episode_id)
         if self._log is not None:
             self._log.remove(episode_id, self.table)
 
-    # Episodes in.
+    def _publish(self, start: int, length: int, episode_id: int) -> None:
+        assert self._log is not None
+        self._log.add(start, length, episode_id, self.table)
 
     def store(self, episode: dict[str, np.ndarray]) -> int:
-        """`EpisodeDataset.store`; after an error the episode is not there, nor its file."""
+        """`EpisodeDataset.store`; after an error, neither the episode nor its file is there."""
         try:
             return super().store(episode)
         except Exception:
@@ -234,29 +243,25 @@ class IndividualFileDataset(EpisodeDataset):
                 self._remove_uncounted()
             raise
 
-    def _publish(self, start: int, length: int, episode_id: int) -> None:
-        assert self._log is not None  # A writer has one.
-        self._log.add(start, length, episode_id, self.table)
-
-    def _text(self, name: FileName) -> str:
-        return name.text(self._directory.suffix)
-
     def _remove_uncounted(self) -> None:
-        """Remove the file of an addition that failed, or was cut off, after writing it: its numbers are given again."""
+        """Remove the file of an addition that failed after writing it: its numbers will be given again."""
         if self._written is not None and self._written.id >= self.table.next_id:
-            self._directory.remove(self._text(self._written))
+            self._directory.remove(str(self._written))
         self._written = None
 
     def _keep_numbers(self) -> None:
-        """Do not give the numbers of episodes that are gone again, also after the next opening."""
+        """Leave a `.next` file if the newest episode is gone."""
         table = self.table
         if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
             self._directory.keep_numbers(table.next_id, table.next_start)
 
+    def _name(self, start: int, length: int, episode_id: int) -> FileName:
+        return FileName(episode_id, start, length, self._directory.suffix)
+
     # Files that come and go.
 
     def refresh(self) -> None:
-        """Look for episodes that a writer has added or evicted since; drawing does so by itself.
+        """Look for episodes that the writer has added or evicted. Drawing does so by itself, but not each time.
 
         Raises:
             RuntimeError: The dataset is closed.
@@ -267,44 +272,43 @@ class IndividualFileDataset(EpisodeDataset):
         self._check_open()
         if self._is_writer():
             return
-        # A log says nothing of fields.
+        # The log does not hold the fields.
         if self._log is not None and self._fields is not None:
             for episode_id in self._log.follow(self.table):
                 self._reader.forget(episode_id)
             if not self._log.has_ended:
                 return
-            # Others may write from now on.
+            # Another writer may come.
             self._log = None
-            self._seen |= {self._text(FileName(row[2], *row[:2])) for row in self.table.rows.tolist()}
-        self._watch.look(self._find_episodes, is_urgent)
+            self._seen |= {str(self._name(*row)) for row in self.table.rows.tolist()}
+        self._directory.look(self._find_episodes, is_urgent)
 
-    def _lose(self, window: LostWindow) -> None:
-        """The file of a window is gone, or damaged: its episode does not live any more."""
-        # The table changes, which drawing threads of a reader change, too.
+    def _lose(self, name: FileName, damage: str | None) -> None:
+        """Forget an episode whose file is damaged or, if `damage` is None, gone."""
+        # Drawing changes the table of a reader, too.
         with self._lock, self._draw_lock:
-            if not self._forget(window.name):
+            if not self._forget(name):
                 return
-            if self._is_writer():
+            if self._log is not None and self._is_writer():
+                self._log.remove(name.id, self.table)
                 with contextlib.suppress(OSError):
                     self._keep_numbers()
-            if isinstance(window.error, DamagedEpisodeError):
-                self._report_damage([(self._text(window.name), f"it {window.error}")])
+            if damage is not None:
+                self._report_damage([(str(name), f"it {damage}")])
 
     def _forget(self, name: FileName) -> bool:
-        """Forget an episode whose file is not there any more; False if it does not live."""
+        """Remove an episode from the table; False if it is not there."""
         position = self.table.position(name.id)
-        if position is None or self.table.episode(position) != (name.start, name.length, name.id):
+        if position is None or self._name(*self.table.episode(position)) != name:
             return False
         self.table.remove(position)
         self._reader.forget(name.id)
-        if self._log is not None and self._is_writer():
-            self._log.remove(name.id, self.table)
         return True
 
-    # Closing, and who may do what.
+    # Closing, pickling, and who may write.
 
     def close(self) -> None:
-        """Give up the lock and close all files. Nothing is lost if this is never called."""
+        """Release the lock and close all files. Nothing is lost if this is never called."""
         self._is_closed = True
         with self._lock:
             if self._log is not None and self._is_writer():
@@ -321,7 +325,6 @@ class IndividualFileDataset(EpisodeDataset):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A reader, which follows the log if this is the writer.
         is_shared = sys.platform == "linux" and self._is_writer()
         log = pickle.dumps(self._log.memory) if self._log is not None and is_shared else None
         arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
@@ -329,11 +332,11 @@ class IndividualFileDataset(EpisodeDataset):
 
     @property
     def longest_window(self) -> int:
-        """The capacity; a reader does not know it."""
+        """The capacity; unlimited for a reader, because the writer may have a larger capacity."""
         return sys.maxsize if self._writer is None else self.capacity
 
     def _is_writer(self) -> bool:
-        # A forked child has all that its parent had, but for the lock.
+        # A forked child has inherited everything but the lock.
         return self._writer == os.getpid()
 
     def _check_open(self) -> None:
@@ -341,7 +344,7 @@ class IndividualFileDataset(EpisodeDataset):
             raise RuntimeError(f"The dataset of {self._directory.path} is closed.")
 
     def check_writable(self) -> None:
-        """Refuse changes in a reader, in a process that does not write, and once the dataset is closed."""
+        """RuntimeError in a reader, in a process other than the writer's, and once the dataset is closed."""
         self._check_open()
         if not self._is_writer():
             raise RuntimeError(
@@ -351,11 +354,11 @@ class IndividualFileDataset(EpisodeDataset):
 
 
 def _open_as_reader(log: bytes | None, *arguments: Any) -> IndividualFileDataset:
-    """A reader of a directory, as it arrives in another process."""
+    """Unpickle a dataset, as a reader."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
-    # Before its constructor, which looks at the directory if there is no log.
+    # Before `__init__`, which lists the directory if there is no log.
     if log is not None:
-        with contextlib.suppress(RuntimeError):  # Its memory is gone: what its writer has left is in the directory.
+        with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.
             dataset._log = PublishedTable(pickle.loads(log))
     dataset.__init__(*arguments, mode="r")
     return dataset

@@ -1,4 +1,4 @@
-"""The right to write to a directory: one process at a time, given up by its death."""
+"""The right to write to a directory: held by one process at a time, and released when that process ends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import socket
 import weakref
 from collections.abc import Callable
 
-__all__ = ["CLOSE_ON_EXEC", "Descriptor", "NO_SURPRISES", "take_lock"]
+__all__ = ["Descriptor", "NO_SURPRISES", "take_lock"]
 
 LOCK = ".lock"
-# Flags of `os.open`, 0 on systems that lack them.
-CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
-NO_SURPRISES = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | CLOSE_ON_EXEC
+# Flags of `os.open`: neither follow a link nor wait for a pipe. 0 on systems that lack them.
+NO_SURPRISES = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Descriptor:
-    """A file descriptor that is closed with its last reference: a thread may still be using it."""
+    """A file descriptor that is closed with its last reference."""
 
     __slots__ = ("__weakref__", "number")
 
@@ -33,16 +32,15 @@ class Descriptor:
 
 
 def take_lock(path: str, directory: int) -> Descriptor:
-    """The right to write: an flock on `.lock`, held until the result is closed or the process ends, however it ends.
+    """Take an exclusive flock on `.lock`, held until the result is closed or the process ends, however it ends.
 
-    An flock belongs to the open file, which a forked child shares and would keep locked after its parent's death. So a
-    forked child closes its copy at once. The file stays: removing it would let two in.
+    The file is never removed: two processes could then lock two different files.
 
     Raises:
-        RuntimeError: Another process, or another dataset of this one, holds it.
-        OSError: The directory must not be written to.
+        RuntimeError: Another process, or another dataset of this one, holds the lock.
+        OSError: The directory cannot be written to.
     """
-    import fcntl  # Missing on some systems; reading does without.
+    import fcntl  # Windows does not have it, and can read without it.
 
     try:
         lock = Descriptor(os.open(LOCK, os.O_RDWR | os.O_CREAT | NO_SURPRISES, 0o666, dir_fd=directory))
@@ -67,6 +65,7 @@ _locks: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 
 
 def _close_locks() -> None:
+    """In a forked child, which shares the flock and would keep it after the death of its parent."""
     for lock in list(_locks):
         lock.close()
 

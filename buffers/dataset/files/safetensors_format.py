@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Mapping
 from typing import NamedTuple, final
 
-import numpy as np
 import safetensors.torch
 import torch
 
@@ -21,64 +20,59 @@ from buffers.dataset.files.serialization import (
     check_fields,
     parse_json,
     parse_schema,
+    read_rows,
     schema_text,
 )
-from buffers.fields import Fields, TensorType, as_tensor
+from buffers.fields import Fields, TensorType
 
 __all__ = ["SafetensorsSerialization"]
 
-# An episode's header is far from the 100 MB that safetensors allows.
+# The header of an episode is far smaller than the 100 MB that safetensors allows.
 _MAX_HEADER = 16 * 2**20
-# By how much the header may grow from one row to 10**9 - 1: 8 digits in a shape, 9 in each of two offsets, a field;
-# and padding.
+# How much longer the header of 10**9 - 1 rows is than that of one row: 8 digits in the shape and 9 in each of the two
+# offsets of a field, and padding.
 _MORE_DIGITS, _PADDING = 26, 8
 
 
 @final
 class SafetensorsSerialization(EpisodeSerializationStrategy):
-    """The default: raw rows behind a header in JSON, written by the safetensors library and readable by it.
+    """The default: raw rows behind a JSON header. The safetensors library writes it and can read it.
 
-    Complex numbers, which not every version of that library has, are pairs of floats: `(L, *shape, 2)`.
+    Complex numbers, which not every version of that library supports, are stored as pairs of floats: `(L, *shape, 2)`.
     """
 
     suffix = ".safetensors"
 
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
-        """Write an episode: a header that depends on fields and length alone, but for the checksum; then the rows."""
+        """Write an episode. Apart from the checksum, the header depends on fields and length alone."""
         if "__metadata__" in episode:
             raise ValueError("Field `__metadata__` has a name that safetensors keeps for itself. Rename it.")
-        encoded = _encoded(episode, fields)
+        encoded = _encode(episode, fields)
         if int.from_bytes(encoded[:8], "little") > _MAX_HEADER:
             raise ValueError(f"The names of the fields make a header of more than {_MAX_HEADER} bytes.")
         file.write(encoded)
 
     def load(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, torch.Tensor]:
-        """Read an episode after its header has been found to be the expected one. The checksum is not looked at."""
+        """Read an episode after checking its header. The checksum is not compared."""
         offsets = self.row_offsets(file, fields, length)
         episode = {}
         for name, tensor_type in fields.items():
-            episode[name] = as_tensor(np.empty((length, *tensor_type.shape), tensor_type.numpy_dtype), tensor_type)
-            view = bytes_of(episode[name])
             file.seek(offsets[name])
-            # One read brings at most 2 GB.
-            while view and (num_read := file.readinto(view)):
-                view = view[num_read:]
-            if view:
-                raise DamagedEpisodeError("is shorter than its header says")
+            episode[name] = read_rows(file, tensor_type, length)
         return episode
 
     def load_fields(self, file: io.FileIO) -> Fields:
-        """The fields that the header states and its tensors have."""
+        """The fields in the header."""
         return _read_header(file).fields
 
     def overhead(self, fields: Fields) -> tuple[int, int]:
-        """The header's bytes for one row, and room for longer numbers."""
-        row = {name: as_tensor(np.zeros((1, *kind.shape), kind.numpy_dtype), kind) for name, kind in fields.items()}
-        least = len(_encoded(row, fields)) - fields.nbytes
+        """The size of the header of one row, and of the longest header."""
+        row = {name: torch.zeros((1, *kind.shape), dtype=kind.dtype, device="cpu") for name, kind in fields.items()}
+        least = len(_encode(row, fields)) - fields.nbytes
         return least, least + _MORE_DIGITS * len(fields) + _PADDING
 
     def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int]:
-        """Check the header against fields, length and the file's size, and say where rows lie."""
+        """Check the header against the fields, the length and the file's size, and return where rows begin."""
         header = _read_header(file)
         check_fields(header.fields, fields)
         if header.length != length:
@@ -89,43 +83,41 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         return header.offsets
 
     def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
-        """Check the header and the checksum of the rows."""
-        found = checksum(self.load(file, fields, length))
+        """Check the header, and the checksum of the rows."""
+        found = _checksum(self.load(file, fields, length))
         if _read_header(file).checksum != found:
             raise DamagedEpisodeError(f"has rows of checksum {found}, not the one it was written with")
 
 
-def checksum(episode: Mapping[str, torch.Tensor]) -> str:
-    """CRC-32 of the rows, one field after the other in the order of their names."""
+def _checksum(episode: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of the rows of all fields, in ascending order of the fields' names."""
     value = 0
     for name in sorted(episode):
         value = zlib.crc32(bytes_of(episode[name]), value)
     return f"crc32:{value:08x}"
 
 
-def _encoded(episode: Mapping[str, torch.Tensor], fields: Fields) -> bytes:
+def _encode(episode: Mapping[str, torch.Tensor], fields: Fields) -> bytes:
     stored = {
         name: torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor for name, tensor in episode.items()
     }
-    return safetensors.torch.save(stored, {SCHEMA_KEY: schema_text(fields, checksum=checksum(episode))})
+    return safetensors.torch.save(stored, {SCHEMA_KEY: schema_text(fields, checksum=_checksum(episode))})
 
 
 class _Header(NamedTuple):
     fields: Fields
     length: int
-    offsets: dict[str, int]  # Where the rows of each field begin in the file.
+    offsets: dict[str, int]  # Of the first row of each field, in the file.
     checksum: object
 
 
 def _read_header(file: io.FileIO) -> _Header:
-    content = os.pread(file.fileno(), 4096, 0)
-    end = 8 + int.from_bytes(content[:8], "little")
-    if 4096 < end <= 8 + _MAX_HEADER:
-        content = os.pread(file.fileno(), end, 0)
-    if not 8 < end <= len(content):
+    size = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+    header = os.pread(file.fileno(), size, 8) if size <= _MAX_HEADER else b""
+    if not header or len(header) < size:
         raise DamagedEpisodeError("has no whole safetensors header")
     with as_damage():
-        return _parse_header(content[8:end])
+        return _parse_header(header)
 
 
 def _parse_header(header: bytes) -> _Header:
@@ -138,7 +130,7 @@ def _parse_header(header: bytes) -> _Header:
         raise DamagedEpisodeError("holds a tensor without rows")
     offsets, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = _stored(fields[name])
+        dtype, shape = _stored_type(fields[name])
         begin, end = end, end + length * fields[name].nbytes
         expected = {"dtype": dtype, "shape": [length, *shape], "data_offsets": [begin, end]}
         if entry != expected:
@@ -147,8 +139,8 @@ def _parse_header(header: bytes) -> _Header:
     return _Header(fields, length, offsets, schema.get("checksum"))
 
 
-def _stored(tensor_type: TensorType) -> tuple[str, tuple[int, ...]]:
-    """What safetensors calls the dtype, and the shape there."""
+def _stored_type(tensor_type: TensorType) -> tuple[str, tuple[int, ...]]:
+    """The dtype, by safetensors' name for it, and the shape in the file."""
     if tensor_type.dtype.is_complex:
         return ("F32" if tensor_type.dtype == torch.complex64 else "F64"), (*tensor_type.shape, 2)
     if tensor_type.dtype == torch.bfloat16:

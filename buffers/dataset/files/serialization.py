@@ -1,6 +1,6 @@
-"""File formats of episodes: the seam for formats of one's own, and what all of them share.
+"""The base class of file formats, and what the formats share: the schema, reading rows, and telling damage.
 
-`docs/format.md` states what a file holds. The formats are in `safetensors_format.py` and `archives.py`.
+`docs/format.md` says what a file holds. The formats are in `safetensors_format.py` and `archives.py`.
 """
 
 from __future__ import annotations
@@ -23,34 +23,25 @@ import numpy as np
 import torch
 
 from buffers import fields as field_types
+from buffers.conversion import TO_NUMPY
 from buffers.fields import Fields, TensorType, as_tensor
 
-__all__ = [
-    "DamagedEpisodeError",
-    "EpisodeSerializationStrategy",
-    "UnknownVersionError",
-    "check_strategy",
-    "tensors_to_store",
-]
+__all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError"]
 
 FORMAT_VERSION = 1
-# Where each format keeps the text of `schema_text`.
+# The key of the schema in a file.
 SCHEMA_KEY = "buffers"
-# What damaged bytes raise where they are parsed.
-_RAISED_BY_BYTES = (
-    *(ValueError, LookupError, TypeError, AttributeError, EOFError, NotImplementedError),
+# What parsers raise for damaged bytes.
+_PARSER_ERRORS = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, NotImplementedError, OSError),
     *(struct.error, zlib.error, zipfile.BadZipFile),
 )
-_OUT_OF_MEMORY = "Error -4"  # How zlib's own error begins.
-# No text of ours nests as deeply.
+_OUT_OF_MEMORY = "Error -4"  # The beginning of zlib's message.
+# Levels of fields; the JSON of a file never nests as deeply.
 _MAX_DEPTH = 100
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
-        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-    )
-}
+# zipfile copies what it reads under the GIL, so a larger piece would stop other threads for longer.
+_PIECE = 2**18
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TO_NUMPY}
 
 
 class DamagedEpisodeError(ValueError):
@@ -58,20 +49,18 @@ class DamagedEpisodeError(ValueError):
 
 
 class UnknownVersionError(DamagedEpisodeError):
-    """A file is of a version of the format that this version of the library does not know."""
+    """The version of a file's format is not one that this version of the library reads."""
 
 
 class EpisodeSerializationStrategy(ABC):
-    """How an episode becomes a file. A format of one's own needs a `suffix`, `save` and `load`.
+    """A file format. One of your own needs a `suffix`, `save` and `load`.
 
-    A file may come from anyone, so `load` and all that follows it must run no code from the file, and must check what
-    the file says before allocating for it. The arguments say what to expect.
-
-    A DamagedEpisodeError, and nothing else, sets a file aside. Any other exception is trouble of the process or a
-    mistake in the format: it reaches the caller, and the file stays.
+    Files may come from anyone, so reading must not run code from a file, and must check what the file says before
+    allocating memory for it. A DamagedEpisodeError sets a file aside. Any other exception reaches the caller, and the
+    file stays.
 
     Attributes:
-        suffix: Ends the names of files, ".safetensors" for example.
+        suffix: The end of file names, ".safetensors" for example.
     """
 
     suffix: str
@@ -83,10 +72,10 @@ class EpisodeSerializationStrategy(ABC):
         Args:
             episode: `name -> (L, *shape)`, contiguous tensors on the CPU that share no memory.
             fields: Their types.
-            file: Open for writing; flushed, made durable and closed by the caller.
+            file: Open for writing. The caller flushes, syncs and closes it.
 
         Raises:
-            ValueError: The format cannot hold these fields (a name, say).
+            ValueError: The format cannot hold these fields (because of a name, say).
         """
 
     @abstractmethod
@@ -95,58 +84,58 @@ class EpisodeSerializationStrategy(ABC):
 
         Args:
             file: Open for reading, at its beginning.
-            fields: What it holds.
-            length: L, its rows.
+            fields: The expected fields.
+            length: L, the expected number of rows.
 
         Returns:
             `name -> (L, *shape)` tensors.
 
         Raises:
-            DamagedEpisodeError: The file is something else.
+            DamagedEpisodeError: The file holds something else.
         """
 
     def load_fields(self, file: io.FileIO) -> Fields | None:
-        """The fields that a file says it holds; None (the default) if the format does not keep them.
+        """The fields that a file says it holds, or None (the default) if the format does not store them.
 
-        Without them, opening a directory that has episodes takes `info` with the fields.
+        If it does not, a directory with episodes can only be opened with `info` that has the fields.
         """
         return None
 
     def check(self, file: io.FileIO, fields: Fields, length: int) -> None:
-        """Refuse, by a DamagedEpisodeError, a file that can be told to be damaged without reading its rows."""
+        """Raise a DamagedEpisodeError if the file is seen to be damaged without reading its rows."""
         self.row_offsets(file, fields, length)
 
     def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
-        """Refuse, by a DamagedEpisodeError, a file of which any byte that matters has changed. Reads all of it."""
+        """Read the whole file and raise a DamagedEpisodeError if any byte that matters has changed."""
         self.load(file, fields, length)
 
     def overhead(self, fields: Fields) -> tuple[int, int] | None:
-        """The fewest and the most bytes of a file beyond its rows; None (the default) if sizes depend on the data.
+        """The least and the greatest number of bytes besides the rows, or None (the default) if that depends on data.
 
-        On opening a directory, files of a size within these bounds are taken for whole until they are first read.
+        When a directory is opened, a file whose size is within these bounds counts as whole until it is first read.
         """
         return None
 
     def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int] | None:
-        """Where ranges of rows can be read: `name -> offset of its first row`; None (the default) if nowhere.
+        """Check the file, and return `name -> offset of the first row`; None (the default) if rows have no offsets.
 
-        For formats whose rows lie one behind the other, as they are in memory (little endian). A window then costs its
-        own bytes; otherwise whole episodes are loaded, and a bounded number of them is kept.
+        With offsets, the rows of a field must be contiguous and little endian, and reading a window costs the bytes of
+        the window. Without, whole episodes are loaded, and a bounded number of bytes is cached.
         """
         return None
 
 
 @contextlib.contextmanager
 def as_damage() -> Iterator[None]:
-    """Turn what damaged bytes raise into a DamagedEpisodeError. For parsing alone."""
+    """Turn what parsers raise for damaged bytes into a DamagedEpisodeError. Only for code that parses."""
     try:
         yield
     except DamagedEpisodeError:
         raise
-    except (*_RAISED_BY_BYTES, OSError) as error:
+    except _PARSER_ERRORS as error:
         if isinstance(error, zlib.error) and str(error).startswith(_OUT_OF_MEMORY):
             raise MemoryError(str(error)) from error
-        # zipfile takes an error of the system for the lack of an archive. An offset before the beginning is damage.
+        # zipfile reports a failed read as a bad archive. Seeking to a negative offset (EINVAL) is damage.
         cause = error.__context__ if isinstance(error, zipfile.BadZipFile) else error
         if isinstance(cause, OSError) and cause.errno != errno.EINVAL:
             raise cause from None
@@ -154,7 +143,7 @@ def as_damage() -> Iterator[None]:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """What JSON says. Too deep a text is damaged; where it is the caller's stack that is deep, it is not."""
+    """Parse JSON. Text that nests too deeply is damage, unless it is the caller's stack that is too deep."""
     text = data if isinstance(data, str) else data.decode()
     try:
         return json.loads(text)
@@ -165,7 +154,7 @@ def parse_json(data: str | bytes) -> Any:
 
 
 def schema_text(fields: Fields, **more: Any) -> str:
-    """Version and fields as JSON in ASCII; equal fields give equal texts."""
+    """The version and the fields as JSON in ASCII; equal fields give equal texts."""
     if max(map(len, fields.paths)) > _MAX_DEPTH:
         raise ValueError(f"Files hold fields of at most {_MAX_DEPTH} levels.")
     described = [
@@ -176,7 +165,7 @@ def schema_text(fields: Fields, **more: Any) -> str:
 
 
 def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
-    """The fields, and all of the JSON, of what `schema_text` wrote.
+    """The fields, and the whole JSON, of what `schema_text` wrote.
 
     Raises:
         UnknownVersionError: Another version of the format.
@@ -198,11 +187,11 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
                 node = node.setdefault(key, {})
             if last in node:
                 raise DamagedEpisodeError(f"names the field {last!r:.60} twice")
-            node[last] = _parsed_type(described)
+            node[last] = _parse_type(described)
         return Fields(tree), schema
 
 
-def _parsed_type(described: Mapping[str, Any]) -> TensorType:
+def _parse_type(described: Mapping[str, Any]) -> TensorType:
     name, shape = described["type"], described["shape"]
     kind = getattr(field_types, name) if name in field_types.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, TensorType)):
@@ -213,7 +202,7 @@ def _parsed_type(described: Mapping[str, Any]) -> TensorType:
 
 
 def _type_name(tensor_type: TensorType) -> str:
-    """The nearest class that every version of the library knows: a user's own is described by its base."""
+    """The nearest class that the library defines: a user's own type is stored as its base."""
     return next(kind.__name__ for kind in type(tensor_type).__mro__ if kind.__name__ in field_types.__all__)
 
 
@@ -225,14 +214,22 @@ def check_fields(found: Fields, expected: Fields) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    array: Any = tensor.view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_rows(file: Any, tensor_type: TensorType, length: int) -> torch.Tensor:
+    """Read `(length, *shape)` from the current position of a file or of an archive's member."""
+    tensor = as_tensor(np.empty((length, *tensor_type.shape), tensor_type.numpy_dtype), tensor_type)
+    view = bytes_of(tensor)
+    while view and (num_read := file.readinto(view[:_PIECE])):
+        view = view[num_read:]
+    if view:
+        raise DamagedEpisodeError("is shorter than its header says")
+    return tensor
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuse what is no format by a TypeError, and a suffix that none can have by a ValueError."""
+    """TypeError for an object that is not a format, ValueError for a suffix that no format may have."""
     if not isinstance(strategy, EpisodeSerializationStrategy):
         raise TypeError(
             f"`serialization_strategy` must be an EpisodeSerializationStrategy, found {type(strategy).__name__}."
@@ -242,15 +239,3 @@ def check_strategy(strategy: object) -> None:
         raise ValueError(
             f"The `suffix` of a format must be like `.name`, other than .lock and .next; found {suffix!r}."
         )
-
-
-def tensors_to_store(episode: Mapping[str, np.ndarray], fields: Fields) -> dict[str, torch.Tensor]:
-    """Copies of an episode's rows, in the order and of the types of the fields; a ValueError for another shape."""
-    length = len(next(iter(episode.values())))
-    tensors = {}
-    for name, tensor_type in fields.items():
-        rows = np.array(episode[name], tensor_type.numpy_dtype, order="C")
-        if rows.shape != (length, *tensor_type.shape):
-            raise ValueError(f"Field `{name}` has shape {rows.shape}, expected {(length, *tensor_type.shape)}.")
-        tensors[name] = as_tensor(rows, tensor_type)
-    return tensors

@@ -10,83 +10,76 @@ import numpy as np
 import torch
 
 from buffers.fields import TensorType, as_tensor
-from buffers.sharing.huge_pages import HugePages
+from buffers.sharing import SharedArrays
 
 __all__ = ["Column"]
 
 _MAX_VIEWS = 8
-# Bytes of a batch from which on the gather is torch's: it lets Python's other threads go on meanwhile.
+# From so many bytes of a batch on, torch gathers: it releases the GIL.
 _LARGE = 1 << 22
-# Elements from which on torch shares the work among its threads.
+# From so many elements on, torch shares the work among its threads.
 _GRAIN = 1 << 15
 
 
 class Column:
     """The storage of one field: `(capacity, *shape)` of type `stored`, read as `dtype`.
 
-    Off the GPU, `array` is its memory, with `pages` if they shall be huge.
+    On a CPU it is the array `name` of `memory`.
     """
 
     def __init__(
         self,
-        capacity: int,
+        name: str,
         stored: TensorType,
         dtype: torch.dtype,
+        capacity: int,
         device: torch.device,
-        array: np.ndarray | None = None,
-        pages: HugePages | None = None,
+        memory: SharedArrays | None,
     ) -> None:
-        self.capacity, self.stored, self.array = capacity, stored, array
+        self.capacity, self.stored = capacity, stored
         self._read_as, self._needs_cast = TensorType(stored.shape, dtype), dtype != stored.dtype
-        # Rows from `_num_paged` on lie in pages that are still to be made.
-        self._pages, self._num_paged = pages, capacity if pages is None else 0
-        if array is not None:
-            self.tensor = as_tensor(array, stored)
-        else:
+        if memory is None:
+            self.array, self._pages = None, None
             self.tensor = torch.empty((capacity, *stored.shape), dtype=stored.dtype, device=device)
+        else:
+            self.array, self._pages = memory[name], memory.huge_pages(name)
+            self.tensor = as_tensor(self.array, stored)
+        self._num_paged = 0  # Rows before this one need no more huge pages.
         self._word = _word(stored)
         self._rows = self._in_words(self.tensor)
         self._views: dict[int, torch.Tensor] = {}
 
-    def write(self, place: int, rows: np.ndarray) -> None:
-        """Copy rows `(L, *shape)` to the places from `place` on."""
-        end, array = place + len(rows), self.array
+    def write(self, offset: int, rows: np.ndarray) -> None:
+        """Copy rows `(L, *shape)` to the offsets from `offset` on."""
+        end, array = offset + len(rows), self.array
         if array is not None:
-            if end > self._num_paged and self._pages is not None:
+            if self._pages is not None and end > self._num_paged:
                 self._num_paged = self._pages.reach(end)
-            array[place:end] = rows
+            array[offset:end] = rows
             return
-        # torch reads no opaque items, which is what bfloat16 is to numpy.
-        is_opaque = self.tensor.dtype == torch.bfloat16
-        self.tensor[place:end].copy_(as_tensor(rows.copy(), self.stored) if is_opaque else torch.tensor(rows))
+        self.tensor[offset:end].copy_(as_tensor(rows.astype(self.stored.numpy_dtype), self.stored))
 
-    def copy_from(self, other: Column, begin: int, end: int) -> None:
-        """Copy the rows at the places [begin, end) of another column of the same kind."""
-        self._rows[begin:end] = other._rows[begin:end]
-        # There are pages for them now, if small ones.
-        self._num_paged = other._num_paged
-
-    def gather(self, places: torch.Tensor, length: int, out: torch.Tensor) -> None:
-        """Copy `out[b] = rows[places[b] : places[b] + length]`, for places `(B,)` with so many rows behind them."""
+    def gather(self, offsets: torch.Tensor, length: int, out: torch.Tensor) -> None:
+        """Copy `out[b] = rows[offsets[b] : offsets[b] + length]`, for offsets `(B,)` up to capacity - length."""
         windows = self._windows(length)
         if self._needs_cast:
-            out.copy_(torch.index_select(windows, 0, places))
+            out.copy_(torch.index_select(windows, 0, offsets))
         else:
-            torch.index_select(windows, 0, places, out=self._in_words(out))
+            torch.index_select(windows, 0, offsets, out=self._in_words(out))
 
-    def gather_rows(self, places: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
-        """Copy `out[positions[i], t] = rows[places[i, t]]`, for places `(n, T)`."""
-        rows = self._rows.index_select(0, places.view(-1)).view(*places.shape, *self._rows.shape[1:])
+    def gather_rows(self, offsets: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy `out[positions[i], t] = rows[offsets[i, t]]`, for offsets `(n, T)`."""
+        rows = self._rows.index_select(0, offsets.view(-1)).view(*offsets.shape, *self._rows.shape[1:])
         if self._needs_cast:
             out.index_copy_(0, positions, rows.to(out.dtype))
         else:
             self._in_words(out).index_copy_(0, positions, rows)
 
     def items(self, num: int, length: int) -> Callable[[np.ndarray], torch.Tensor] | None:
-        """A gather for one thread, from places `(num,)` to `(num, T, *shape)`; None where torch's threads share it.
+        """A function from offsets `(num,)` to rows `(num, T, *shape)`; None where torch's threads share the work.
 
-        To numpy, windows are opaque items, each copied by one `memcpy`; torch goes through their elements. An
-        IndexError says that there are fewer than T rows behind a place.
+        numpy sees a window as one opaque item, copied by one `memcpy`, where torch copies its elements. IndexError if
+        fewer than T rows follow an offset.
         """
         row_bytes, num_rows = self.stored.nbytes, num * length
         can_share = torch.get_num_threads() > 1 and num_rows * math.prod(self._rows.shape[1:]) > _GRAIN
@@ -96,22 +89,22 @@ class Column:
             return partial(self._gathered, length)
         item = np.dtype((np.void, length * row_bytes))
         items = np.ndarray((self.capacity - length + 1,), item, self.array, 0, (row_bytes,))
-        # Items that do not overlap can be taken, which is faster still.
+        # `take` is faster, but needs items that do not overlap.
         pick = items.take if length == 1 else items.__getitem__
         shape, dtype = (num, length, *self.stored.shape), self.stored.numpy_dtype
         if self.stored.dtype == torch.bfloat16:
-            return lambda places: torch.from_numpy(np.ndarray(shape, np.int16, pick(places))).view(torch.bfloat16)
-        return lambda places: torch.from_numpy(np.ndarray(shape, dtype, pick(places)))
+            return lambda offsets: torch.from_numpy(np.ndarray(shape, np.int16, pick(offsets))).view(torch.bfloat16)
+        return lambda offsets: torch.from_numpy(np.ndarray(shape, dtype, pick(offsets)))
 
-    def _gathered(self, length: int, places: np.ndarray) -> torch.Tensor:
-        shape = (len(places), length, *self.stored.shape)
+    def _gathered(self, length: int, offsets: np.ndarray) -> torch.Tensor:
+        shape = (len(offsets), length, *self.stored.shape)
         # numpy asks for huge pages, unlike torch.
         out = as_tensor(np.empty(shape, self._read_as.numpy_dtype), self._read_as)
-        self.gather(torch.from_numpy(places), length, out)
+        self.gather(torch.from_numpy(offsets), length, out)
         return out
 
     def _windows(self, length: int) -> torch.Tensor:
-        """All windows, one a row, overlapping: `(capacity - T + 1, T, *row)`."""
+        """A view of all windows, which overlap: `(capacity - T + 1, T, *row)`."""
         view = self._views.get(length)
         if view is None:
             if len(self._views) == _MAX_VIEWS:
@@ -122,7 +115,7 @@ class Column:
         return view
 
     def _in_words(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor `(..., *shape)` as words `(..., n)`, or as it is where its own elements serve."""
+        """The tensor `(..., *shape)` as words `(..., n)`, or unchanged if there is no word."""
         if self._word is None:
             return tensor
         num_leading_axes = tensor.dim() - len(self.stored.shape)
@@ -130,9 +123,9 @@ class Column:
 
 
 def _word(stored: TensorType) -> torch.dtype | None:
-    """The integers that rows are moved as; None for the elements themselves."""
-    # torch shares work by the number of elements: there are fewer, larger ones where the bytes of a row allow.
+    """The integer dtype that rows are copied as; None for their own."""
+    # Fewer, larger elements are copied faster.
     if stored.dtype.itemsize == 1 and stored.nbytes % 8 == 0 and stored.nbytes > 0:
         return torch.int64
-    # torch has these dtypes without the gather.
+    # torch cannot gather these dtypes.
     return {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(stored.dtype)

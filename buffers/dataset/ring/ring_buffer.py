@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.ring.column import Column
 from buffers.evictor import Evictor, FIFOEvictor
@@ -23,7 +24,7 @@ __all__ = ["RingBufferDataset"]
 _MAX_SIZES = 8
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
-# What gathers each field for batches of one size, by places; nothing where torch gathers all.
+# For batches of one size, a function from offsets to the rows of each field; empty where `_read` is faster.
 ItemGathers = dict[str, Callable[[np.ndarray], torch.Tensor]]
 
 
@@ -31,14 +32,14 @@ ItemGathers = dict[str, Callable[[np.ndarray], torch.Tensor]]
 class RingBufferDataset(EpisodeDataset):
     """Episodes in RAM or on a GPU; the oldest are overwritten by the newest.
 
-    The row with step id s lies at place `s % capacity`. An episode never wraps: one that does not fit before the end
-    begins at place 0, and step ids skip to the next multiple of the capacity:
+    The row with step id s lies at offset `s % capacity`. An episode never wraps: one that does not fit before the end
+    begins at offset 0, and step ids skip to the next multiple of the capacity:
 
-        place     0  1  2  3  4  5  6  7          capacity 8, episodes of 3, 4 and 3 rows: the third does not
+        offset    0  1  2  3  4  5  6  7          capacity 8, episodes of 3, 4 and 3 rows: the third does not
         step id   8  9 10  3  4  5  6  .          fit behind the second, and overwrites the first
 
-    So every episode is one slice. Rows that are left over at the end stay empty for a lap: a ring may evict up to (its
-    longest episode - 1) steps early. What is stored is always the newest episodes, whole.
+    So every episode is one slice. The rows left over at the end stay empty for a lap, so a ring may evict up to (its
+    longest episode - 1) steps early. It always holds the newest episodes, whole.
 
         >>> dataset = RingBufferDataset(capacity=8)
         >>> for length in (3, 4, 3):
@@ -47,11 +48,11 @@ class RingBufferDataset(EpisodeDataset):
         [4, 3]
 
     Args:
-        capacity: In steps. Memory is reserved when the fields are known, and used as it is written.
-        info: What is known beforehand; with its `fields`, memory is reserved now.
-        evictor: Only first in, first out is possible; the argument is there for the common signature.
-        device: Where the episodes live and batches are made.
-        half_precision: Store float32 as float16 (numbers up to 65,504) and give float32 back.
+        capacity: In steps. Memory for all of them is reserved when the fields are known, and used as it is written.
+        info: Fields and checks; if it has `fields`, memory is reserved now.
+        evictor: `FIFOEvictor` or None; other datasets take any.
+        device: Where episodes are stored and batches are made.
+        half_precision: Whether to store float32 as float16 (up to 65,504). Batches are float32 again.
 
     Raises:
         ValueError: Another evictor than `FIFOEvictor`, or a device that is not available.
@@ -75,11 +76,11 @@ class RingBufferDataset(EpisodeDataset):
             )
         self.device = _usable_device(device)
         self.half_precision = self.refuses_values = bool(half_precision)
-        self._memory: SharedArrays | None = None
+        # Its memory holds the rows, too. None on a GPU.
         self._published: PublishedTable | None = None
-        # What is published to others: rows before this step id may be overwritten.
+        # Rows before this step id may be overwritten.
         self._oldest_step = 0
-        # The process that adds. In every other, this dataset reads what that one publishes.
+        # The process that adds episodes; in others, this dataset reads what that one publishes.
         self._writer = Process.number
         super().__init__(capacity, info, evictor)
 
@@ -88,8 +89,8 @@ class RingBufferDataset(EpisodeDataset):
         try:
             if self.device.type == "cpu":
                 rows = {name: ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
-                # Episodes leave in their order, so there is never one to be moved in the table.
-                self._memory = SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)})
+                # Episodes leave in order, so a published table of this size never has to move a live one.
+                self._published = PublishedTable(SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)}))
             self._set_columns(fields)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             size = format_bytes(sum(field.nbytes for field in stored.values()) * self.capacity)
@@ -99,18 +100,15 @@ class RingBufferDataset(EpisodeDataset):
             ) from None
 
     def _set_columns(self, fields: Fields) -> None:
-        memory = self._memory
-        if memory is not None:
-            self._published = PublishedTable(memory)
+        memory = None if self._published is None else self._published.memory
         self._item_gathers: dict[tuple[int, int, int], ItemGathers] = {}
-        self._columns: dict[str, Column] = {}
-        for name, field in fields.items():
-            array = None if memory is None else memory[f"rows/{name}"]
-            pages = None if memory is None else memory.huge_pages(f"rows/{name}")
-            self._columns[name] = Column(self.capacity, self.stored_type(field), field.dtype, self.device, array, pages)
+        self._columns = {
+            name: Column(f"rows/{name}", self.stored_type(field), field.dtype, self.capacity, self.device, memory)
+            for name, field in fields.items()
+        }
 
     def stored_type(self, field: TensorType) -> TensorType:
-        """As it is, but for `half_precision`."""
+        """The type of a field in memory: float16 for float32 with `half_precision`, else the same."""
         if self.half_precision and field.dtype == torch.float32:
             return TensorType(field.shape, torch.float16)
         return field
@@ -126,24 +124,23 @@ class RingBufferDataset(EpisodeDataset):
 
     def check_writable(self) -> None:
         """RuntimeError in any process but the one that made the ring."""
-        # The kernel is asked: a second writer would destroy what both have.
+        # Ask the kernel: `Process.number` is stale after a fork outside of Python, and a second writer destroys data.
         if os.getpid() != self._writer:
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
 
     def start_of_next(self, length: int) -> int:
-        """The step id at which `length` rows will begin: the next one, or the next multiple of the capacity."""
+        """The step id at which an episode of `length` rows will begin: the next, or the next multiple of capacity."""
         start = self.table.next_start
-        left_over = -start % self.capacity
-        return start if length <= (left_over or self.capacity) else start + left_over
+        num_left = -start % self.capacity
+        return start if length <= (num_left or self.capacity) else start + num_left
 
     def lacks_room(self, start: int, length: int) -> bool:
-        """Whether the oldest episode lies where `length` rows from step id `start` on will be."""
+        """Whether the oldest episode lies where `length` rows from step id `start` on will be written."""
         return self.table.oldest_start < start + length - self.capacity and len(self.table) > 0
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        place = start % self.capacity
         for name, rows in episode.items():
-            self._columns[name].write(place, rows)
+            self._columns[name].write(start % self.capacity, rows)
 
     def _publish(self, start: int, length: int, episode_id: int) -> None:
         if self._published is not None:
@@ -160,22 +157,20 @@ class RingBufferDataset(EpisodeDataset):
         if self._published is not None:
             self._published.retire(self._oldest_step)
 
-    def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
-        places, last_place = windows.start % self.capacity, self.capacity - windows.length
-        # Padding behind an episode may reach beyond the end of the ring; episodes do not.
-        late = (places > last_place).nonzero()[0]
-        gathered = self._on_device(np.minimum(places, last_place) if len(late) else places)
+    def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
+        offsets, last_offset = windows.start % self.capacity, self.capacity - windows.length
+        # The padding of whole episodes may reach beyond the end of the ring: read those row by row.
+        late = (offsets > last_offset).nonzero()[0]
+        gathered = self._on_device(np.minimum(offsets, last_offset) if len(late) else offsets)
         for name, tensor in out.items():
             self._columns[name].gather(gathered, windows.length, tensor)
         if len(late):
-            rows = np.minimum(places[late, None] + np.arange(windows.length), self.capacity - 1)
+            rows = np.minimum(offsets[late, None] + np.arange(windows.length), self.capacity - 1)
             for name, tensor in out.items():
                 self._columns[name].gather_rows(self._on_device(rows), self._on_device(late), tensor)
         return self._which_are_whole(windows)
 
-    def read(
-        self, windows: Windows, out: dict[str, torch.Tensor] | None = None
-    ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
+    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`."""
         if out is None:
             size = (len(windows.start), windows.length, torch.get_num_threads())
@@ -183,9 +178,9 @@ class RingBufferDataset(EpisodeDataset):
             if gathers is None:
                 gathers = self._find_item_gathers(size)
             if gathers:
-                places = windows.start % self.capacity
+                offsets = windows.start % self.capacity
                 try:
-                    rows = {name: gather(places) for name, gather in gathers.items()}
+                    rows = {name: gather(offsets) for name, gather in gathers.items()}
                     return rows, self._which_are_whole(windows)
                 except IndexError:
                     pass  # Padding reaches beyond the end of the ring.
@@ -193,7 +188,7 @@ class RingBufferDataset(EpisodeDataset):
 
     def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
         found = {name: column.items(*size[:2]) for name, column in self._columns.items()}
-        # Changing between numpy and torch within a batch takes longer than either alone.
+        # All fields or none: a batch made partly by numpy and partly by torch's threads takes longer than either.
         gathers = {name: gather for name, gather in found.items() if gather is not None}
         if len(self._item_gathers) == _MAX_SIZES:
             self._item_gathers.clear()
@@ -201,13 +196,13 @@ class RingBufferDataset(EpisodeDataset):
         return self._item_gathers[size]
 
     def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
-        """Asked after reading: None if all are whole, else bool `(B,)`, False where rows may be overwritten."""
+        """After reading: None if all are whole, else bool `(B,)`, False where rows may have been overwritten."""
         if self._published is None or Process.number == self._writer:
             oldest_step = self._oldest_step
         else:
             oldest_step = self._published.oldest_step
         if oldest_step <= windows.oldest_step:
-            return None  # No episode has left since they were drawn.
+            return None  # No episode has left since the draw.
         is_whole = windows.start >= oldest_step
         return None if is_whole.all() else is_whole
 
@@ -216,7 +211,7 @@ class RingBufferDataset(EpisodeDataset):
         return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def check_workers(self) -> None:
-        """ValueError on a GPU."""
+        """ValueError if the ring is on a GPU."""
         if self.device.type != "cpu":
             raise ValueError(f"A ring on {self.device} makes its batches there: workers cannot. Use `num_workers`=0.")
 
@@ -229,22 +224,21 @@ class RingBufferDataset(EpisodeDataset):
         return self._published is not None and Process.number != self._writer and self._published.has_news
 
     def __getstate__(self) -> dict[str, Any]:
-        """A handle for a reader in another process, a few kilobytes at any size; on a GPU, the data itself."""
+        """A handle of a few kilobytes for a reader in another process; on a GPU, the data itself."""
         state = self.__dict__.copy()
         state.pop("_item_gathers", None)
         columns = state.pop("_columns", {})
-        if self._memory is None:
+        if self._published is None:
             state["tensors"] = {name: column.tensor for name, column in columns.items()}
         else:
             state["table"], state["_drawn_table"] = EpisodeTable(), EpisodeTable()
-            state.pop("_published")
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tensors = state.pop("tensors", {})
         self.__dict__.update(state)
-        # An unpickled ring reads along, even in the process of its writer; one on a GPU has its own data.
-        self._writer = Process.number if self._memory is None else -1
+        # An unpickled ring is a reader, even in the writer's process; on a GPU it has its own data.
+        self._writer = Process.number if self._published is None else -1
         if self._fields is not None:
             self._set_columns(self._fields)
         for name, tensor in tensors.items():
@@ -254,18 +248,15 @@ class RingBufferDataset(EpisodeDataset):
     def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
         """A ring of its own with the same episodes."""
         other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
+        other.max_sampling_attempts = self.max_sampling_attempts
         with self._lock:
-            other.max_sampling_attempts = self.max_sampling_attempts
+            for start, _, episode_id in self.table.rows.tolist():
+                episode = self.episode_of_id(episode_id)
+                if episode is not None:  # A reader finds one gone if the writer has overwritten it.
+                    other.table.skip_to(episode_id, start)
+                    other.add_episode(episode)
             other.take_counts_of(self)
-            other.table.replace(self.table.rows)
             other.table.skip_to(self.table.next_id, self.table.next_start)
-            for start, length, _ in self.table.rows.tolist():
-                place = start % self.capacity
-                for name, column in self._columns.items():
-                    other._columns[name].copy_from(column, place, place + length)
-        if other._published is not None:
-            other._published.retire(other.table.oldest_start)
-            other._published.add_all(other.table)
         return other
 
 
