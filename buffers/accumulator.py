@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from buffers.fields import Fields
-from buffers.table import Cut
+from buffers.table import GOES_ON, continuing
 
 __all__ = ["Accumulator"]
 
@@ -35,7 +35,6 @@ _FEW = 6
 # From this many environments on, records of up to this many bytes are assembled before they are scattered: each address
 # is then written once, not once a field.
 _MANY, _SMALL_RECORD = 64, 1024
-_WHOLE = Cut()
 
 
 class Accumulator:
@@ -48,7 +47,7 @@ class Accumulator:
         cut_after: Rows after which an open episode is cut, when it goes on; None to never cut.
         overlap: Rows with which a piece begins that the piece before it ends with.
         emit: Called with each complete episode: its environment, `name -> (L, *shape)` as views that are valid during
-            the call only, and how it was cut. The episode is closed before the call.
+            the call only, and how it was cut (see `table/cut.py`). The episode is closed before the call.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Accumulator:
         max_rows: int,
         cut_after: int | None,
         overlap: int,
-        emit: Callable[[int, dict[str, np.ndarray], Cut], object],
+        emit: Callable[[int, dict[str, np.ndarray], int], object],
     ) -> None:
         self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
         self.overlap, self._emit = overlap, emit
@@ -71,7 +70,7 @@ class Accumulator:
         self._next, self._end = self._begin.copy(), self._begin + self._max_short
         # Single numbers are read and written through these in a fraction of the time that it takes through arrays.
         self._begins, self._nexts, self._ends = self._begin.data, self._next.data, self._end.data
-        self._cuts = [_WHOLE] * num_envs
+        self._cuts = [0] * num_envs
         # Of each environment's long run: the rows that have memory, and those of the last episode.
         self._num_touched, self._last_length = [0] * num_envs, [0] * num_envs
         #: Rows that every environment can add before one may be full.
@@ -252,8 +251,7 @@ class Accumulator:
             return
         length, short, cut = end - begin, env * _SHORT, self._cuts[env]
         is_short = begin == short
-        if cut.continues:
-            self._cuts[env] = _WHOLE
+        self._cuts[env] = 0
         if is_short or min(length, self._last_length[env]) > self._max_short:
             self._nexts[env] = begin
         else:
@@ -266,11 +264,11 @@ class Accumulator:
         """Emit what is open of an episode that goes on."""
         begin, end = self._begins[env], self._nexts[env]
         overlap = self._rows[end - self.overlap : end].copy()
-        cut, self._cuts[env] = self._cuts[env]._replace(goes_on=True), _WHOLE
+        cut, self._cuts[env] = self._cuts[env] | GOES_ON, 0
         self._nexts[env] = begin
         self._emit(env, self._episode(begin, end), cut)
         self._rows[begin : begin + len(overlap)] = overlap
-        self._nexts[env], self._cuts[env] = begin + len(overlap), Cut(len(overlap), continues=True)
+        self._nexts[env], self._cuts[env] = begin + len(overlap), continuing(len(overlap))
 
     def _episode(self, begin: int, end: int) -> dict[str, np.ndarray]:
         return {name: rows[begin:end] for name, rows in zip(self.fields.names, self._columns, strict=True)}

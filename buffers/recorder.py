@@ -102,6 +102,8 @@ class Recorder:
             )
         self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (writer.fields or ())
         self._token = writer.owner = object()
+        if writer.max_episode_length is not None:
+            writer.overlap_at_least(1)  # So that the transition across a cut is stored.
         writer.leading = (self.num_envs,)
         # For single numbers, which take the dtype of their field.
         self._dtypes = _dtypes_of(writer.fields)

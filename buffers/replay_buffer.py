@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Fields
 from buffers.sampler import Sampler
+from buffers.table import CONTINUES, GOES_ON, context_of
 from buffers.writer import EpisodeWriter
 
 __all__ = ["ReplayBuffer"]
@@ -38,7 +39,10 @@ class ReplayBuffer:
         dataset: Where episodes are stored, or a source that batches are only drawn from (a `MixtureDataset`).
         batch_size: B; this and all arguments that are not listed here are those of `EpisodeSource.get_loader`.
         num_envs: N. With 1, steps have no environment axis, unless `done` has one. None leaves it to the first step.
-        max_episode_length: Steps after which an open episode counts as complete, for streams that never end.
+        max_episode_length: Steps after which an open episode that goes on is cut, for streams that never end. Windows
+            do not cross a cut, but for what `overlap` gives.
+        overlap: k, rows with which a piece begins that the piece before it ends with. Windows of up to k + 1 rows then
+            exist once each, also across cuts. A recorder takes 1 at least, so that no transition is lost.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -59,6 +63,7 @@ class ReplayBuffer:
         include: Iterable[str] = (),
         seed: int | None = None,
         max_episode_length: int | None = None,
+        overlap: int = 0,
         **loader_options: Any,
     ) -> None:
         if not isinstance(dataset, EpisodeSource):
@@ -81,15 +86,17 @@ class ReplayBuffer:
         self._batches: Iterator[Any] | None = None
         self._generation = 0
         self._is_closed = False
-        self._returns: deque[float] = deque(maxlen=_NUM_RETURNS)
+        self._returns = _Returns()
+        self._has_warned = False
         self._writer: EpisodeWriter | None = None
         if isinstance(dataset, EpisodeDataset):
             self._writer = EpisodeWriter(
                 dataset,
                 num_envs,
                 max_episode_length,
+                overlap,
                 check_fields=loader.stream.check_include,
-                on_stored=partial(_note_return, self._returns),
+                on_stored=self._returns.note,
             )
 
     # Steps in.
@@ -146,7 +153,7 @@ class ReplayBuffer:
         dataset = self.writer.sink
         assert isinstance(dataset, EpisodeDataset)  # It has a writer.
         episode_id = dataset.add_episode(episode)
-        _note_return(self._returns, episode)
+        self._returns.note(-1, episode, 0)
         return episode_id
 
     def flush(self) -> None:
@@ -169,8 +176,12 @@ class ReplayBuffer:
                     f"No episode is complete yet: {self._num_open_rows} steps are in open episodes. They can be drawn "
                     "when these end; `flush()` completes them as they stand."
                 )
+        stream = self.dataloader.stream
+        # At more and more batches' distance, as it looks at every episode.
+        if stream.position & (stream.position - 1) == 0 and not self._has_warned:
+            self._warn_of_unreachable()
         if self._direct:
-            return self.dataloader.stream.take()
+            return stream.take()
         if self._batches is None or self._generation != self.dataloader.generation:
             self._batches, self._generation = iter(self.dataloader), self.dataloader.generation
         try:
@@ -179,6 +190,22 @@ class ReplayBuffer:
             # The workers may have ended. The next call starts others, which go on with the batch after this one.
             self._batches = None
             raise
+
+    @property
+    def _reachable(self) -> float:
+        """The share of stored steps that lie in some window of T steps; 0.0 if there are none."""
+        length, lengths = self.dataloader.stream.sequence_length or 0, self.dataset.table.lengths
+        return float(lengths[lengths >= length].sum() / lengths.sum()) if len(lengths) else 0.0
+
+    def _warn_of_unreachable(self) -> None:
+        share, length = self._reachable, self.dataloader.stream.sequence_length
+        if 0 < share < 0.5:
+            self._has_warned = True
+            warnings.warn(
+                f"Only {share:.0%} of the stored steps can be drawn: all others are in episodes of fewer than "
+                f"`sequence_length`={length} steps. Lower it, or draw whole episodes, padded: `sequence_length=None`.",
+                stacklevel=3,
+            )
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -237,23 +264,27 @@ class ReplayBuffer:
         """Numbers for a logger.
 
         Returns:
-            `num_episodes` and `num_timesteps` that are stored, `fill` (their share of the capacity),
-            `mean_episode_length`, `num_evicted` episodes so far, `num_batches` taken, `num_rejected_windows` (drawn
-            again because their episode was evicted); `mean_episode_return` of the last 100 complete episodes if there
-            is a scalar `reward`; after a batch, `newest_age`: steps added since its newest row (not for a mixture).
+            `num_episodes` and `num_timesteps` that are stored, `fill` (their share of the capacity), `reachable` (the
+            share of the steps that lie in some window of T steps), `mean_episode_length`, `num_evicted` episodes so
+            far, `num_batches` taken, `num_rejected_windows` (drawn again because their episode was evicted);
+            `mean_episode_return` of the last 100 complete episodes if there is a scalar `reward`; after a batch,
+            `newest_age`: steps added since its newest row (not for a mixture). Lengths and returns are those of
+            episodes, not of the pieces that `max_episode_length` cuts.
         """
         dataset, stream = self.dataset, self.dataloader.stream
         found: dict[str, float] = {
             "num_episodes": dataset.num_episodes,
             "num_timesteps": dataset.num_timesteps,
             "fill": dataset.num_timesteps / dataset.capacity,
-            "mean_episode_length": dataset.average_episode_length,
+            "reachable": self._reachable,
+            "mean_episode_length": dataset.table.mean_length,
             "num_evicted": dataset.num_evicted,
             "num_batches": stream.position,
             "num_rejected_windows": stream.num_rejected,
         }
-        if self._returns:
-            found["mean_episode_return"] = sum(self._returns) / len(self._returns)
+        last = self._returns.last
+        if last:
+            found["mean_episode_return"] = sum(last) / len(last)
         if stream.newest_step is not None and not dataset.has_members:
             found["newest_age"] = dataset.table.num_steps_after(stream.newest_step)
         return found
@@ -262,22 +293,38 @@ class ReplayBuffer:
         return self.num_timesteps
 
     def __repr__(self) -> str:
-        stream = self.dataloader.stream
+        stream, share = self.dataloader.stream, self._reachable
         return (
             f"ReplayBuffer: batches of {stream.batch_size} x {stream.sequence_length or 'whole episodes'}, "
-            f"{self._num_open_rows:,} steps in open episodes\n{self.dataset!r}"
+            f"{self._num_open_rows:,} steps in open episodes"
+            + (f", {share:.0%} of the stored steps can be drawn" if 0 < share < 1 else "")
+            + f"\n{self.dataset!r}"
         )
 
 
-def _note_return(returns: deque[float], episode: Mapping[str, Any]) -> None:
-    """Append an episode's return: the sum of `reward`, if that is one real number a step."""
-    rewards = episode.get("reward")
-    if rewards is None or isinstance(rewards, Mapping):
-        return
-    if type(rewards) is not np.ndarray:
-        rewards = as_array("reward", rewards)
-    if rewards.dtype.kind == "V":
-        # bfloat16 is the upper half of a float32.
-        rewards = (rewards.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if rewards.ndim == 1 and rewards.dtype.kind in "fiub":
-        returns.append(float(np.add.reduce(rewards)))
+class _Returns:
+    """The returns of the last episodes, pieces of a stream taken together."""
+
+    def __init__(self) -> None:
+        self.last: deque[float] = deque(maxlen=_NUM_RETURNS)
+        # By environment, what the pieces of its open episode have returned so far.
+        self._so_far: dict[int, float] = {}
+
+    def note(self, env: int, episode: Mapping[str, Any], cut: int) -> None:
+        """Add what an episode has returned: the sum of `reward`, if that is one real number a step."""
+        rewards = episode.get("reward")
+        if rewards is None or isinstance(rewards, Mapping):
+            return
+        if type(rewards) is not np.ndarray:
+            rewards = as_array("reward", rewards)
+        if rewards.dtype.kind == "V":
+            # bfloat16 is the upper half of a float32.
+            rewards = (rewards.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if rewards.ndim != 1 or rewards.dtype.kind not in "fiub":
+            return
+        found = float(np.add.reduce(rewards[context_of(cut) :], dtype=np.float64))
+        found += self._so_far.pop(env, 0.0) if cut & CONTINUES else 0.0
+        if cut & GOES_ON:
+            self._so_far[env] = found
+        else:
+            self.last.append(found)

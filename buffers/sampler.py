@@ -103,5 +103,6 @@ class UniformEpisodeSampler(Sampler):
         if num < len(table):  # Otherwise all are long enough, and the integer is the position.
             offsets, _ = episodes.locate(position)
             position = offsets - episodes.first
-        step = integers_below(rng, table.lengths[position] - (length - 1), num_windows)
+        first = table.first_steps(position, length)
+        step = first + integers_below(rng, table.lengths[position] - first - (length - 1), num_windows)
         return table.windows(position, step, length)

@@ -32,6 +32,9 @@ from buffers.utils import integer
 __all__ = ["EpisodeSink", "EpisodeWriter"]
 
 
+Rows = dict[str, np.ndarray]
+
+
 class EpisodeSink(Protocol):
     """What takes complete episodes: a dataset, or something that sends them to one."""
 
@@ -60,8 +63,11 @@ class EpisodeSink(Protocol):
     def check(self, rows: dict[str, np.ndarray]) -> None:
         """ValueError for values that it could not give back."""
 
-    def add(self, episode: dict[str, np.ndarray]) -> int:
-        """Copy and store `name -> (L, *shape)` of the settled fields, and return its id; or raise and be as before."""
+    def add(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
+        """Copy and store `name -> (L, *shape)` of the settled fields, and return its id; or raise and be as before.
+
+        `cut` says which piece of a longer stream it is, see `table/cut.py`; 0 for a whole episode.
+        """
 
 
 class EpisodeWriter:
@@ -78,15 +84,17 @@ class EpisodeWriter:
     Args:
         sink: Takes the complete episodes.
         num_envs: As for `ReplayBuffer`; so are the errors.
-        max_episode_length: As for `ReplayBuffer`.
+        max_episode_length: As for `ReplayBuffer`; so is `overlap`.
         check_fields: Called with the fields before they are settled; raises to refuse them.
-        on_stored: Called with each episode after the sink has stored it.
+        on_stored: Called with each episode's environment, rows and cut after the sink has stored it.
 
     Attributes:
         owner: The recorder that may write, as an object that it made; None before the first.
         num_envs: N, None before it is known.
         leading: The axes before those of a field: `(N,)`, or `()` for a single environment without an axis of its own.
             Settled by the first row, or set by a recorder.
+        max_episode_length: As given.
+        overlap: Rows by which pieces overlap.
         is_closed: Whether `close` was called; a closed writer takes no step.
     """
 
@@ -95,9 +103,10 @@ class EpisodeWriter:
         sink: EpisodeSink,
         num_envs: int | None = None,
         max_episode_length: int | None = None,
+        overlap: int = 0,
         *,
         check_fields: Callable[[Fields], object] | None = None,
-        on_stored: Callable[[dict[str, np.ndarray]], object] | None = None,
+        on_stored: Callable[[int, dict[str, np.ndarray], int], object] | None = None,
     ) -> None:
         self.sink = sink
         self.num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
@@ -108,7 +117,7 @@ class EpisodeWriter:
                     f"`max_episode_length`={max_episode_length} exceeds the `capacity` of {sink.episode_capacity} "
                     "steps."
                 )
-        self._max_episode_length = max_episode_length
+        self.max_episode_length = max_episode_length
         self.owner: object | None = None
         self.is_closed = False
         self._check_fields = check_fields
@@ -116,6 +125,8 @@ class EpisodeWriter:
         # Made by the first row, which settles N and the fields.
         self._accumulator: Accumulator | None = None
         self.leading: tuple[int, ...] = ()
+        self.overlap = 0
+        self.overlap_at_least(integer("overlap", overlap, 0))
 
     # Steps in.
 
@@ -214,6 +225,15 @@ class EpisodeWriter:
         if self.is_closed:
             raise RuntimeError("The writer is closed.")
 
+    def overlap_at_least(self, num_rows: int) -> None:
+        """Let pieces that `max_episode_length` cuts overlap by so many rows; ValueError if that is all of a piece."""
+        most = self.max_episode_length
+        if num_rows and (most is None or num_rows >= most):
+            raise ValueError(f"`overlap`={num_rows} must be less than `max_episode_length`, found {most}.")
+        self.overlap = max(self.overlap, num_rows)
+        if self._accumulator is not None:
+            self._accumulator.overlap = self.overlap
+
     # State.
 
     @property
@@ -276,40 +296,45 @@ class EpisodeWriter:
         self.sink.settle_fields(fields)
         self.leading, self.num_envs = leading, leading[0] if leading else 1
         self._accumulator = Accumulator(
-            fields, self.num_envs, self.sink.episode_capacity, self._max_episode_length, self._outbox.put
+            fields,
+            self.num_envs,
+            self.sink.episode_capacity,
+            self.max_episode_length,
+            self.overlap,
+            self._outbox.put,
         )
 
 
 class _Outbox:
     """Passes episodes to the sink. Keeps copies of those that wait, oldest first, and the sink's last error."""
 
-    def __init__(self, sink: EpisodeSink, on_stored: Callable[[dict[str, np.ndarray]], object] | None) -> None:
+    def __init__(self, sink: EpisodeSink, on_stored: Callable[[int, Rows, int], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored
-        self.waiting: deque[dict[str, np.ndarray]] = deque()
+        self.waiting: deque[tuple[int, Rows, int]] = deque()
         self.error: Exception | None = None
 
-    def put(self, episode: dict[str, np.ndarray]) -> None:
-        if self.waiting or not self._is_stored(episode):
-            self.waiting.append({name: rows.copy() for name, rows in episode.items()})
+    def put(self, env: int, episode: Rows, cut: int) -> None:
+        if self.waiting or not self._is_stored(env, episode, cut):
+            self.waiting.append((env, {name: rows.copy() for name, rows in episode.items()}, cut))
 
     def retry(self) -> None:
         """Store what waits, up to the first that fails."""
         self.error = None
         while self.waiting:
             # Taken out first: if Ctrl-C interrupts the sink after it has stored the episode, it must not come twice.
-            episode = self.waiting.popleft()
-            if not self._is_stored(episode):
-                self.waiting.appendleft(episode)
+            oldest = self.waiting.popleft()
+            if not self._is_stored(*oldest):
+                self.waiting.appendleft(oldest)
                 return
 
-    def _is_stored(self, episode: dict[str, np.ndarray]) -> bool:
+    def _is_stored(self, env: int, episode: Rows, cut: int) -> bool:
         try:
-            self._sink.add(episode)
+            self._sink.add(episode, cut)
         except Exception as error:
             self.error = error
             return False
         if self._on_stored is not None:
-            self._on_stored(episode)
+            self._on_stored(env, episode, cut)
         return True
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from buffers.sharing import PublishedTable, SharedArrays, published_table
 from buffers.table import EpisodeTable
 
-Rows = list[tuple[int, int, int]]
+Rows = list[tuple[int, int, int, int]]
 # Small, so that the tail moves all the time.
 SIZE = 14
 
@@ -35,15 +35,14 @@ class Writer:
     def add(self, length: int) -> None:
         if len(self.table) >= self.size // 2 - 1:
             self.remove(0)
-        start, episode_id = self.table.next_start, self.table.next_id
-        self.table.append(length)
-        self.published.add(start, length, episode_id, self.table)
+        self.table.append(length, cut=length % 4)
+        self.published.add(self.table.rows[-1].tolist(), self.table)
         self.states.append(rows_of(self.table))
 
     def remove(self, position: int) -> None:
         if len(self.table):
             position %= len(self.table)
-            _, _, episode_id = self.table.episode(position)
+            episode_id = self.table.episode(position)[2]
             self.table.remove(position)
             self.published.remove(episode_id, self.table)
             self.states.append(rows_of(self.table))
@@ -51,7 +50,7 @@ class Writer:
     def retire_oldest(self) -> None:
         """What a ring does instead of `remove`."""
         if len(self.table):
-            start, length, _ = self.table.episode(0)
+            start, length, *_ = self.table.episode(0)
             self.published.retire(start + length)
             self.table.remove(0)
             self.states.append(rows_of(self.table))
@@ -188,12 +187,12 @@ def head_before_row(patch: pytest.MonkeyPatch) -> None:
 def tail_before_the_moved_row(patch: pytest.MonkeyPatch) -> None:
     def move(self: PublishedTable, table: EpisodeTable) -> None:
         for _ in range(self._size):
-            start, length, episode_id = self._rows[self._tail[0] % self._size].tolist()
+            row = self._rows[self._tail[0] % self._size].tolist()
             self._tail[0] += 1
             published_table.fence()
-            if not (length > 0 and table.position(episode_id) is not None):
+            if not (row[1] > 0 and table.position(row[2]) is not None):
                 return
-            self._append(start, length, episode_id)
+            self._append(*row)
 
     patch.setattr(PublishedTable, "_move_tail", move)
 
@@ -219,7 +218,7 @@ def no_second_read_after_the_tail_has_moved(patch: pytest.MonkeyPatch) -> None:
     def read_all(self: PublishedTable, table: EpisodeTable) -> list[int]:
         tail, head = self._tail[0], self._head[0]
         published_table.fence()
-        table.replace(np.empty((0, 3), np.int64))
+        table.replace(np.empty((0, 4), np.int64))
         rows = self._rows.take(np.arange(tail, head) % self._size, axis=0)
         came = rows[np.unique(rows[:, 2], return_index=True)[1]]
         table.replace(came[(came[:, 1] > 0) & ~np.isin(came[:, 2], rows[rows[:, 1] == 0, 2])])
@@ -254,7 +253,7 @@ def test_too_many_live_episodes_are_an_error() -> None:
     published, table = PublishedTable(SharedArrays(PublishedTable.layout(6))), EpisodeTable()
     with pytest.raises(RuntimeError, match="can be shown 4 live episodes"):
         for _ in range(6):
-            published.add(table.next_start, 1, table.append(1), table)
+            published.add((table.next_start, 1, table.append(1), 0), table)
 
 
 def test_a_reader_is_told_of_what_is_coming() -> None:

@@ -317,8 +317,8 @@ def test_long_episodes_are_cut_by_the_buffer_and_a_reset_truncates_the_open_piec
         recorder.step(step, float(step), 1.0, False, False)
     recorder.reset(0.0)
     pieces = recorded(buffer)
-    assert [piece["obs"].tolist() for piece in pieces] == [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0]]
-    assert [piece["truncated"].tolist() for piece in pieces] == [[False] * 4, [False, True]]
+    assert [piece["obs"].tolist() for piece in pieces] == [[0.0, 1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]
+    assert [piece["truncated"].tolist() for piece in pieces] == [[False] * 4, [False, False, True]]
 
 
 # Errors.

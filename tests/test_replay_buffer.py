@@ -382,6 +382,7 @@ def test_stats_are_numbers_for_a_logger(num_workers: int) -> None:
     assert buffer.stats() == {
         "num_episodes": 3,
         "num_timesteps": 14,
+        "reachable": 1.0,
         "fill": 0.7,
         "mean_episode_length": 14 / 3,
         "num_evicted": 3,

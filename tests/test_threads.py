@@ -146,7 +146,7 @@ def publish_before_the_write(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RingBufferDataset, "_publish", lambda *arguments: None)
 
     def write_last(ring: RingBufferDataset, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        publish(ring, start, len(episode["x"]), episode_id)
+        publish(ring, (start, len(episode["x"]), episode_id, 0))
         write(ring, episode, start, episode_id)
 
     patch.setattr(RingBufferDataset, "_write", write_last)

@@ -24,22 +24,29 @@ def first_of(tree: Any) -> Any:
 class Reference:
     """A list of rows an environment, and the episodes in the order in which they end."""
 
-    def __init__(self, num_envs: int, cut_after: int | None) -> None:
+    def __init__(self, num_envs: int, cut_after: int | None, overlap: int) -> None:
         self.open: list[list[int]] = [[] for _ in range(num_envs)]
         self.number, self.step = np.zeros(num_envs, int), np.zeros(num_envs, int)
-        self.cut_after = cut_after
+        self.cut_after, self.overlap = cut_after, overlap
+        self.cut = [0] * num_envs
         self.episodes: list[tuple[int, int, list[int]]] = []
+        self.cuts: list[int] = []
 
     def close(self, env: int, goes_on: bool = False) -> None:
         if self.open[env]:
             self.episodes.append((env, int(self.number[env]), self.open[env]))
-            self.open[env] = []
+            self.cuts.append(self.cut[env] | goes_on)
+        self.open[env] = self.open[env][-self.overlap :] if goes_on and self.overlap else []
+        self.cut[env] = 4 * len(self.open[env]) + 2 if goes_on else 0
         if not goes_on:
             self.number[env], self.step[env] = self.number[env] + 1, 0
 
     def add(self, is_first: np.ndarray, is_last: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
         """Take a row of each environment under the mask, and return them."""
         envs = np.flatnonzero(mask).tolist()
+        for env in envs:
+            if len(self.open[env]) == self.cut_after and not is_first[env]:
+                self.close(env, goes_on=True)
         for env in envs:
             if is_first[env]:
                 self.close(env)
@@ -50,9 +57,6 @@ class Reference:
         for env in envs:
             if is_last[env]:
                 self.close(env)
-        for env in envs:
-            if len(self.open[env]) == self.cut_after:
-                self.close(env, goes_on=True)
         return rows
 
 
@@ -61,12 +65,15 @@ class Reference:
 def test_a_failing_sink_gets_the_episodes_of_the_reference(data: Any) -> None:
     num_envs = data.draw(st.integers(1, 4) | st.sampled_from([8, 70]))
     is_single = num_envs == 1 and data.draw(st.booleans())
-    cut_after = data.draw(st.one_of(st.none(), st.integers(1, 7)))
+    cut_after = data.draw(st.one_of(st.none(), st.integers(1, 7) | st.sampled_from([63, 65])))
+    overlap = data.draw(st.integers(0, cut_after - 1)) if cut_after else 0
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     ring = FlakyRing(20_000, rng, data.draw(st.sampled_from([0.0, 0.3, 0.9])))
     told: list[int] = []
-    writer = EpisodeWriter(ring, num_envs, cut_after, on_stored=lambda episode: told.append(len(episode["reward"])))
-    reference = Reference(num_envs, cut_after)
+    writer = EpisodeWriter(
+        ring, num_envs, cut_after, overlap, on_stored=lambda env, episode, cut: told.append(len(episode["reward"]))
+    )
+    reference = Reference(num_envs, cut_after, overlap)
     rates = data.draw(st.tuples(*[st.sampled_from([0.0, 0.1, 0.5])] * 3))
     for _ in range(data.draw(st.integers(1, 20) | st.just(20 if num_envs > 8 else 70))):
         is_first, is_last, not_mask = (rng.random(num_envs) < rate for rate in rates)
@@ -92,6 +99,7 @@ def test_a_failing_sink_gets_the_episodes_of_the_reference(data: Any) -> None:
     ring.rate = 0.0
     writer.close()
     assert stored(ring) == reference.episodes and told == ring.episode_lengths
+    assert ring.table.rows[:, 3].tolist() == reference.cuts
 
 
 @pytest.mark.parametrize("ends_by", ["add_step", "is_last"])
@@ -115,12 +123,12 @@ def test_an_equal_row_after_a_failure_is_a_row_of_its_own(ends_by: str) -> None:
 @pytest.mark.parametrize("has_waited", [False, True])
 def test_an_episode_that_ctrl_c_cuts_off_comes_once_at_most(is_stored: bool, has_waited: bool) -> None:
     class CutOff(FlakyRing):
-        def add(self, episode: dict[str, np.ndarray]) -> int:
+        def add(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
             is_cut = self.num_calls == 1 + has_waited
             if is_cut and not is_stored:
                 self.num_calls += 1
                 raise KeyboardInterrupt
-            added = super().add(episode)
+            added = super().add(episode, cut)
             if is_cut:
                 raise KeyboardInterrupt
             return added

@@ -14,7 +14,7 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_episode
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields
-from buffers.table import Windows
+from buffers.table import TableRow, Windows
 from buffers.utils import ThreadLock
 
 __all__ = ["EpisodeDataset"]
@@ -77,8 +77,8 @@ class EpisodeDataset(EpisodeSource):
     def check_writable(self) -> None:
         """RuntimeError if nothing can be added or evicted here."""
 
-    def _publish(self, start: int, length: int, episode_id: int) -> None:
-        """Show an episode, which is stored and in the table, to other processes."""
+    def _publish(self, row: TableRow) -> None:
+        """Show an episode, which is stored and the last row of the table, to other processes."""
 
     def _announce(self) -> None:
         """Tell other processes that episodes leave because another is about to come."""
@@ -134,11 +134,14 @@ class EpisodeDataset(EpisodeSource):
                 self._fields = None
                 raise
 
-    def add(self, episode: dict[str, np.ndarray]) -> int:
-        """`add_episode` for flat arrays `name -> (L, *shape)` that fit the fields, which are known."""
+    def add(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
+        """`add_episode` for flat arrays `name -> (L, *shape)` that fit the fields, which are known.
+
+        `cut` says which piece of a longer stream it is, see `table/cut.py`.
+        """
         with self._lock:
             self.check_writable()
-            return self.store(episode) if self.extension is None else self.extension.add(self, episode)
+            return self.store(episode, cut) if self.extension is None else self.extension.add(self, episode, cut)
 
     def settle_fields(self, fields: Fields) -> None:
         """Set the fields, here and in the dataset behind, and make room for them; ValueError if others are set."""
@@ -167,9 +170,11 @@ class EpisodeDataset(EpisodeSource):
         """The most steps of an episode that can be added, here or to the dataset behind this one."""
         return self.capacity if self.extension is None else max(self.capacity, self.extension.other.episode_capacity)
 
-    def store(self, episode: dict[str, np.ndarray]) -> int:
+    def store(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
         """As `add`, but not to the dataset behind."""
         self._check(episode)
+        #: The cut of the episode that is being stored.
+        self.cut = cut
         length = len(next(iter(episode.values())))
         self._check_length(length)
         start = self.start_of_next(length)
@@ -178,8 +183,8 @@ class EpisodeDataset(EpisodeSource):
         self._write(episode, start, self.table.next_id)
         if not self.evicts_before_writing:
             self.make_room(start, length)
-        episode_id = self.table.append(length, start)
-        self._publish(start, length, episode_id)
+        episode_id = self.table.append(length, start, cut)
+        self._publish((start, length, episode_id, cut))
         return episode_id
 
     def make_room(self, start: int, length: int, keep: int | None = None) -> bool:
@@ -196,7 +201,7 @@ class EpisodeDataset(EpisodeSource):
 
     def evict(self, position: int) -> None:
         """Evict the episode at a valid position of the table; the caller holds the lock."""
-        start, length, episode_id = self.table.episode(position)
+        start, length, episode_id, _ = self.table.episode(position)
         self._erase(episode_id, start, length)
         self.table.remove(position)
         self._num_evicted += 1

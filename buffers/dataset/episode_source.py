@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from buffers.conversion import as_array
 from buffers.dataset.printing import counts_line, fields_table
 from buffers.fields import Fields, TensorType, as_tensor
 from buffers.loading import SequenceLoader, SequenceStream
@@ -93,7 +94,8 @@ class EpisodeSource(IterableDataset, ABC):
         with self._draw_lock:
             self._refresh()
             self._drawn_table.show(self.table)
-            return _checked(sampler, sampler.draw(self._drawn_table, num_windows, length, rng), num_windows, length)
+            windows = sampler.draw(self._drawn_table, num_windows, length, rng)
+            return _checked(self._drawn_table, sampler, windows, num_windows, length)
 
     def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
         """Rows `name -> (B, T, *shape)`, in `out` if that is given, and which windows were read, as `_read` returns."""
@@ -146,16 +148,23 @@ class EpisodeSource(IterableDataset, ABC):
 
     def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
         """A copy of an episode, `field -> (L, *shape)`; None if it is gone."""
+        rows = self._rows_of_id(episode_id)
+        return None if rows is None or self._fields is None else self._fields.unflatten(rows)
+
+    def arrays_of_id(self, episode_id: int) -> dict[str, np.ndarray] | None:
+        """A copy of an episode as flat arrays, `name -> (L, *shape)`; None if it is gone."""
+        rows = self._rows_of_id(episode_id)
+        return None if rows is None else {name: as_array(name, tensor) for name, tensor in rows.items()}
+
+    def _rows_of_id(self, episode_id: int) -> Rows | None:
         table = EpisodeTable()
         table.show(self.table)
         position = table.position(episode_id)
         if position is None:
             return None
-        _, length, _ = table.episode(position)
+        length = table.episode(position)[1]
         rows, was_read = self.read(table.windows(np.array([position]), np.zeros(1, np.int64), length))
-        if was_read is not None or self._fields is None:
-            return None
-        return self._fields.unflatten({name: tensor[0] for name, tensor in rows.items()})
+        return {name: tensor[0] for name, tensor in rows.items()} if was_read is None else None
 
     def _position(self, episode_index: int) -> int:
         position = integer("episode_index", episode_index, minimum=-self.num_episodes)
@@ -302,7 +311,7 @@ class EpisodeSource(IterableDataset, ABC):
         return f"{counts_line(self)}\n{fields_table(self)}"
 
 
-def _checked(sampler: Sampler, windows: Windows, num_windows: int, length: int | None) -> Windows:
+def _checked(table: EpisodeTable, sampler: Sampler, windows: Windows, num_windows: int, length: int | None) -> Windows:
     """The windows that a sampler has drawn; ValueError if they are not what it was asked for."""
     if type(windows) is not Windows or len(windows.start) != num_windows:
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
@@ -310,4 +319,6 @@ def _checked(sampler: Sampler, windows: Windows, num_windows: int, length: int |
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
     if not windows.is_checked and not (windows.are_within if length is not None else (windows.step == 0).all()):
         raise ValueError(f"{type(sampler).__name__} drew a window that is not within its episode.")
+    if windows.cut is None and table.has_cuts:  # The sampler has not made them with the table.
+        windows.cut = table.cuts_of(windows.episode)
     return windows

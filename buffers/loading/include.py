@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from buffers.table import Windows
+from buffers.table import CONTINUES, GOES_ON, Windows
 
 __all__ = ["INCLUDABLE", "checked_include", "included", "zero_padding"]
 
@@ -34,10 +34,10 @@ def included(name: str, windows: Windows) -> torch.Tensor:
         weight = windows.weight
         return torch.ones(len(windows)) if weight is None else torch.from_numpy(weight.astype(np.float32))
     steps = windows.step[:, None] + np.arange(windows.length)
-    if name == "is_first":
-        return torch.from_numpy(steps == 0)
-    if name == "is_last":
-        return torch.from_numpy(steps == windows.episode_length[:, None] - 1)
+    if name in ("is_first", "is_last"):
+        at, piece = (0, CONTINUES) if name == "is_first" else (windows.episode_length[:, None] - 1, GOES_ON)
+        is_end = steps == at
+        return torch.from_numpy(is_end if windows.cut is None else is_end & (windows.cut[:, None] & piece == 0))
     mask = steps < windows.episode_length[:, None]
     if name == "mask":
         return torch.from_numpy(mask)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import platform
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def store_fence() -> None:
 
 
 class PublishedTable:
-    """A circular table of (start, length, id) with a head and a tail.
+    """A circular table of (start, length, id, cut) with a head and a tail.
 
     A row is an episode that was added or, with length 0, one that was removed. Row n of an endless sequence lies at
     index `n % size`. All live episodes lie between tail and head:
@@ -83,7 +84,7 @@ class PublishedTable:
     def layout(num_rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The arrays for a table of so many rows: at least two more than live episodes, better twice as many."""
         int64, num_rows = np.dtype(np.int64), max(4, min(num_rows, _MAX_ROWS))
-        return {"table/lines": ((_NUM_LINES, _WORDS_PER_LINE), int64), "table/rows": ((num_rows, 3), int64)}
+        return {"table/lines": ((_NUM_LINES, _WORDS_PER_LINE), int64), "table/rows": ((num_rows, 4), int64)}
 
     # The writer's side.
 
@@ -98,32 +99,32 @@ class PublishedTable:
         # A reader that copied an overwritten row must see this when it looks again.
         fence()
 
-    def add(self, start: int, length: int, episode_id: int, table: EpisodeTable) -> None:
-        """Publish an episode; `table` holds all live ones. RuntimeError if they are too many."""
+    def add(self, row: Sequence[int], table: EpisodeTable) -> None:
+        """Publish a row of `table`, which holds all live ones. RuntimeError if they are too many."""
         if self._head[0] - self._tail[0] >= self._size - 1:
             self._move_tail(table)
-        self._append(start, length, episode_id)
+        self._append(*row)
         if self._is_adding[0]:
             store_fence()
             self._is_adding[0] = 0
 
     def add_all(self, table: EpisodeTable) -> None:
         """Publish all live episodes, before anyone reads."""
-        for start, length, episode_id in table.rows.tolist():
-            self.add(start, length, episode_id, table)
+        for row in table.rows.tolist():
+            self.add(row, table)
 
     def remove(self, episode_id: int, table: EpisodeTable) -> None:
         """Publish that an episode was removed, other than by `retire`."""
-        self.add(0, 0, episode_id, table)
+        self.add((0, 0, episode_id, 0), table)
 
     def end(self) -> None:
         """Say that this writer has ended, so that others may change what is stored without telling this table."""
         self._has_ended[0] = 1
 
-    def _append(self, start: int, length: int, episode_id: int) -> None:
+    def _append(self, start: int, length: int, episode_id: int, cut: int) -> None:
         head, words = self._head[0], self._words
-        word = 3 * (head % self._size)
-        words[word], words[word + 1], words[word + 2] = start, length, episode_id
+        word = 4 * (head % self._size)
+        words[word], words[word + 1], words[word + 2], words[word + 3] = start, length, episode_id, cut
         store_fence()
         self._head[0] = head + 1
 
@@ -134,10 +135,10 @@ class PublishedTable:
             rows = self._rows[tail % self._size :][:_ROWS_AT_ONCE]
             may_live = (rows[:, _LENGTH] > 0) & (rows[:, _START] >= self._oldest_step[0])
             num_dead = int(may_live.argmax()) if may_live.any() else min(len(rows), self._head[0] - tail)
-            start, length, episode_id = rows[0].tolist()
-            is_live = num_dead == 0 and table.position(episode_id) is not None
+            row = rows[0].tolist()
+            is_live = num_dead == 0 and table.position(row[_ID]) is not None
             if is_live:
-                self._append(start, length, episode_id)
+                self._append(*row)
             self._tail[0] = tail + max(1, num_dead)
             # A reader that copied an overwritten row must see the new tail when it looks again.
             fence()
@@ -193,7 +194,7 @@ class PublishedTable:
     def _read_all(self, table: EpisodeTable) -> list[int]:
         """Replace the reader's table by all rows from the tail on; returns the ids of episodes that are gone."""
         tail = end = self._tail[0]
-        rows = np.empty((0, 3), np.int64)
+        rows = np.empty((0, 4), np.int64)
         while True:
             fence()
             head = self._head[0]

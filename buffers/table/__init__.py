@@ -1,8 +1,18 @@
 """Which episodes live, and the windows over them: no payload."""
 
 from buffers.table.cumulation import Cumulation, Int64Array
-from buffers.table.cut import Cut
-from buffers.table.episode_table import EpisodeTable
+from buffers.table.cut import CONTINUES, GOES_ON, context_of, continuing
+from buffers.table.episode_table import EpisodeTable, TableRow
 from buffers.table.windows import Windows
 
-__all__ = ["Cumulation", "Cut", "EpisodeTable", "Int64Array", "Windows"]
+__all__ = [
+    "CONTINUES",
+    "GOES_ON",
+    "Cumulation",
+    "EpisodeTable",
+    "Int64Array",
+    "TableRow",
+    "Windows",
+    "context_of",
+    "continuing",
+]

@@ -1,25 +1,33 @@
-"""Cut: how a piece of a stream that `max_episode_length` has cut belongs to those before and behind it."""
+"""How an episode was cut out of a longer stream, by `max_episode_length`: a code, 0 for a whole episode.
+
+A stream of 8 rows in pieces of 4 that overlap by 1. Windows of at least one row that is no context exist once:
+
+    stream     0 1 2 3 4 5 6 7           context   code
+    piece 0    0 1 2 3                   0         GOES_ON
+    piece 1          3 4 5 6             1         1 << 2 | CONTINUES | GOES_ON
+    piece 2                6 7           1         1 << 2 | CONTINUES
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TypeVar
 
-__all__ = ["Cut"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CONTINUES", "GOES_ON", "continuing", "context_of"]
+
+GOES_ON = 1  # There is a piece behind it, so its last row is no last step.
+CONTINUES = 2  # There is a piece before it, so its first row is no first step.
+
+Codes = TypeVar("Codes", int, npt.NDArray[np.int64])
 
 
-class Cut(NamedTuple):
-    """What an episode is of the stream that it was cut from; of a whole episode all is 0 or False."""
+def continuing(context: int) -> int:
+    """The code of a piece that begins with so many rows of the piece before it."""
+    return context << 2 | CONTINUES
 
-    context: int = 0  # Rows at its beginning that the piece before it ends with.
-    continues: bool = False  # Whether there is a piece before it, so that its first row is no first step.
-    goes_on: bool = False  # Whether there is one behind it, so that its last row is no last step.
 
-    @property
-    def code(self) -> int:
-        """All of it in one integer, for tables: the context, times 4, and two bits."""
-        return self.context << 2 | self.continues << 1 | self.goes_on
-
-    @classmethod
-    def of(cls, code: int) -> Cut:
-        """The cut that has a code."""
-        return cls(code >> 2, bool(code & 2), bool(code & 1))
+def context_of(cut: Codes) -> Codes:
+    """The rows at its beginning that the piece before it ends with, of one code or of many."""
+    return cut >> 2

@@ -1,11 +1,12 @@
 """The table of live episodes: where each begins and how long it is. No payload.
 
-An episode is three numbers, 24 bytes, in the order in which episodes were added:
+An episode is four numbers, 32 bytes, in the order in which episodes were added:
 
     position        0      1      2        0 is the oldest live episode
     start           0      5      8        step id of its first row; never reused, may skip
     length          5      3      4        rows
     id              0      1      2        episode id; never reused
+    cut             0      0      0        how it was cut out of a longer stream, see cut.py
 
 Windows are drawn over cumulated counts (see cumulation.py), which stay valid when episodes are appended and when the
 oldest leave.
@@ -18,13 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from buffers.table.cumulation import Cumulation, Int64Array
+from buffers.table.cut import CONTINUES, context_of
 from buffers.table.windows import Windows
 
-__all__ = ["EpisodeTable"]
+__all__ = ["EpisodeTable", "TableRow"]
 
-_START, _LENGTH, _ID = range(3)
+_START, _LENGTH, _ID, _CUT = range(4)
 _INITIAL_SIZE = 64
 _MAX_CUMULATIONS = 8
+
+TableRow = tuple[int, int, int, int]
 
 
 class _State(NamedTuple):
@@ -41,16 +45,18 @@ class _State(NamedTuple):
 class EpisodeTable:
     """The live episodes, oldest first. Appending and removing the oldest are amortized O(1).
 
-    All arrays are int64 views of `(E,)` or `(E, 3)` for E live episodes: do not write to them.
+    All arrays are int64 views of `(E,)` or `(E, 4)` for E live episodes: do not write to them.
     """
 
     def __init__(self) -> None:
-        self._state = _State(np.empty((_INITIAL_SIZE, 3), np.int64), 0, 0, 0, 0, 0)
+        self._state = _State(np.empty((_INITIAL_SIZE, 4), np.int64), 0, 0, 0, 0, 0)
+        #: Whether an episode has ever been a piece of a longer stream.
+        self.has_cuts = False
         self._cumulations: dict[tuple[str, int], tuple[Int64Array, Cumulation]] = {}
 
     def show(self, other: EpisodeTable) -> None:
         """Become a snapshot of `other`, which its later changes do not affect."""
-        self._state = other._state
+        self._state, self.has_cuts = other._state, other.has_cuts
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cumulations": {}}
@@ -60,7 +66,7 @@ class EpisodeTable:
 
     @property
     def rows(self) -> Int64Array:
-        """`(E, 3)`: start, length and id of each episode."""
+        """`(E, 4)`: start, length, id and cut of each episode."""
         rows, first, last, *_ = self._state
         return rows[first:last]
 
@@ -85,6 +91,13 @@ class EpisodeTable:
         return self._state.num_steps
 
     @property
+    def mean_length(self) -> float:
+        """Steps of an episode on average, where pieces of a stream are one episode; 0.0 if there is none."""
+        cuts = self.rows[:, _CUT]
+        num_episodes = len(cuts) - int(((cuts & CONTINUES) != 0).sum())
+        return (self.num_steps - int(context_of(cuts).sum())) / max(num_episodes, 1)
+
+    @property
     def next_start(self) -> int:
         """The step id after the last row of the newest episode."""
         return self._state.next_start
@@ -100,16 +113,21 @@ class EpisodeTable:
         rows, first, last, _, next_start, _ = self._state
         return rows.item(first, _START) if first < last else next_start
 
-    def episode(self, position: int) -> tuple[int, int, int]:
-        """The start, length and id of the episode at a position."""
-        start, length, episode_id = self.rows[position].tolist()
-        return start, length, episode_id
+    def episode(self, position: int) -> TableRow:
+        """The start, length, id and cut of the episode at a position."""
+        start, length, episode_id, cut = self.rows[position].tolist()
+        return start, length, episode_id, cut
 
     def position(self, episode_id: int) -> int | None:
         """The position of an episode; None if it is not in the table."""
         ids = self.ids
         position = int(ids.searchsorted(episode_id))
         return position if position < len(ids) and ids[position] == episode_id else None
+
+    def row_of(self, episode_id: int) -> TableRow:
+        """`episode` of an id; all 0 if it is not in the table."""
+        position = self.position(episode_id)
+        return (0, 0, 0, 0) if position is None else self.episode(position)
 
     def num_steps_after(self, step_id: int) -> int:
         """The number of steps added after a step; if its episode has left, skipped step ids count as steps."""
@@ -118,18 +136,19 @@ class EpisodeTable:
             return self.next_start - 1 - step_id
         return int(self.lengths[position:].sum() - (step_id - self.starts[position]) - 1)
 
-    def append(self, length: int, start: int | None = None) -> int:
+    def append(self, length: int, start: int | None = None, cut: int = 0) -> int:
         """Add an episode of `length` rows that begins at step id `start`, or at `next_start`; returns its id."""
         if self._state.last == len(self._state.rows):
             self.replace(self.rows)
         rows, first, last, num_steps, next_start, next_id = self._state
         start = next_start if start is None else start
-        rows[last] = (start, length, next_id)
+        rows[last] = (start, length, next_id, cut)
+        self.has_cuts = self.has_cuts or cut != 0
         self._state = _State(rows, first, last + 1, num_steps + length, start + length, next_id + 1)
         return next_id
 
     def extend(self, episodes: Int64Array) -> None:
-        """Add episodes `(n, 3)` in ascending order; O(E) if one is older than a live one."""
+        """Add episodes `(n, 4)` in ascending order; O(E) if one is older than a live one."""
         if not len(episodes):
             return
         if len(self) and episodes[0, _ID] < self.ids[-1]:
@@ -141,15 +160,17 @@ class EpisodeTable:
         rows, first, last, num_steps, next_start, next_id = self._state
         end = last + len(episodes)
         rows[last:end] = episodes
-        start, length, episode_id = episodes[-1].tolist()
+        self.has_cuts |= bool(episodes[:, _CUT].any())
+        start, length, episode_id, _ = episodes[-1].tolist()
         num_steps += int(episodes[:, _LENGTH].sum())
         self._state = _State(rows, first, end, num_steps, max(next_start, start + length), max(next_id, episode_id + 1))
 
     def replace(self, episodes: Int64Array, num_new: int = 0) -> None:
-        """Replace all episodes by these `(n, 3)`, in ascending order, with room for at least `num_new` more."""
-        rows = np.empty((len(episodes) + max(len(episodes) // 4, _INITIAL_SIZE, num_new), 3), np.int64)
+        """Replace all episodes by these `(n, 4)`, in ascending order, with room for at least `num_new` more."""
+        rows = np.empty((len(episodes) + max(len(episodes) // 4, _INITIAL_SIZE, num_new), 4), np.int64)
         rows[: len(episodes)] = episodes
-        start, length, newest_id = episodes[-1].tolist() if len(episodes) else (0, 0, -1)
+        self.has_cuts |= bool(episodes[:, _CUT].any())
+        start, length, newest_id, _ = episodes[-1].tolist() if len(episodes) else (0, 0, -1, 0)
         next_start, next_id = max(self.next_start, start + length), max(self.next_id, newest_id + 1)
         num_steps = int(episodes[:, _LENGTH].sum())
         self._state = _State(rows, 0, len(episodes), num_steps, next_start, next_id)
@@ -192,10 +213,19 @@ class EpisodeTable:
         """The episodes of at least `length` rows."""
         return self._cumulated("episodes", length)
 
+    def cuts_of(self, episode: Int64Array) -> Int64Array:
+        """The cuts of live episodes, by their ids `(B,)`."""
+        return self.rows[self.ids.searchsorted(episode), _CUT]
+
+    def first_steps(self, position: Int64Array, length: int) -> Int64Array:
+        """The first row of each episode `(B,)` at which a window of T = `length` may begin: 0, but for pieces."""
+        return np.maximum(context_of(self.rows[position, _CUT]) - (length - 1), 0)
+
     def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
         """The windows of T = `length` that begin at row `step` `(B,)` of the episodes at `position` `(B,)`."""
         found = self.rows.take(position, axis=0)
         windows = Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])
+        windows.cut = found[:, _CUT] if self.has_cuts else None
         windows.is_checked, windows.oldest_step = windows.are_within, self.oldest_start
         return windows
 
@@ -204,9 +234,12 @@ class EpisodeTable:
         numbers, step = windows.locate(r)
         rows, first, *_ = self._state
         # All of an episode's row at once: with many episodes, each look is a cache miss.
-        found = rows.take(numbers, axis=0)
+        found, cut = rows.take(numbers, axis=0), None
+        if self.has_cuts:
+            cut = found[:, _CUT]
+            step += np.maximum(context_of(cut) - (length - 1), 0)
         start, oldest_step = found[:, _START] + step, rows.item(first, _START)
-        return Windows(length, start, step, found[:, _ID], found[:, _LENGTH], None, None, True, oldest_step)
+        return Windows(length, start, step, found[:, _ID], found[:, _LENGTH], None, None, True, oldest_step, cut)
 
     def no_window_message(self, length: int | None) -> str:
         """The error message where no window of `length` can be drawn."""
@@ -223,18 +256,19 @@ class EpisodeTable:
             cumulation.first = first
             if cumulation.counted == last:
                 return cumulation
-            counts = _counts(kind, rows[cumulation.counted : last, _LENGTH], length)
+            counts = _counts(kind, rows[cumulation.counted : last], length)
             if all(map(cumulation.append, counts.tolist())):
                 return cumulation
         self._cumulations.pop(key, None)
         # A sequence length that keeps changing (a curriculum) must not leave an array behind each time.
         if len(self._cumulations) == _MAX_CUMULATIONS:
             del self._cumulations[next(iter(self._cumulations))]
-        cumulation = Cumulation(_counts(kind, rows[first:last, _LENGTH], length), first, len(rows))
+        cumulation = Cumulation(_counts(kind, rows[first:last], length), first, len(rows))
         self._cumulations[key] = rows, cumulation
         return cumulation
 
 
-def _counts(kind: str, lengths: Int64Array, length: int) -> Int64Array:
-    num_windows = np.maximum(lengths - (length - 1), 0)
+def _counts(kind: str, rows: Int64Array, length: int) -> Int64Array:
+    # Windows that lie within the context of an episode are windows of the piece before it.
+    num_windows = np.maximum(rows[:, _LENGTH] - np.maximum(context_of(rows[:, _CUT]), length - 1), 0)
     return num_windows if kind == "windows" else np.minimum(num_windows, 1)

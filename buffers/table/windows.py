@@ -12,7 +12,7 @@ from buffers.table.cumulation import Int64Array
 
 __all__ = ["Windows"]
 
-_COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source")
+_COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source", "cut")
 
 
 @dataclass(slots=True)  # Not frozen: that takes longer to make.
@@ -28,6 +28,7 @@ class Windows:
     source: Int64Array | None = None  # Of a mixture: the number of the dataset that each window is in.
     is_checked: bool = False  # Whether a table has made them and found each within its episode.
     oldest_step: int = -1  # The step id of the oldest live row when a table made them.
+    cut: Int64Array | None = None  # How their episodes were cut out of longer streams, see cut.py; None: not at all.
 
     def __len__(self) -> int:
         return len(self.start)
@@ -50,8 +51,10 @@ class Windows:
     def replaced(self, positions: npt.NDArray[np.generic], others: Windows) -> Windows:
         """A copy with the windows at `positions` replaced by others."""
         copied = self[np.arange(len(self))]
+        if copied.cut is None and others.cut is not None:
+            copied.cut = np.zeros(len(self), np.int64)
         for name in _COLUMNS:
-            if getattr(copied, name) is not None:
+            if getattr(others, name) is not None:
                 getattr(copied, name)[positions] = getattr(others, name)
         copied.oldest_step = min(self.oldest_step, others.oldest_step)
         return copied

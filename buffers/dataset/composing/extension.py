@@ -64,8 +64,8 @@ class Extension:
         self._loader = _episode_loader(other, self._batch_size, num_workers, seed)
         self._rng = np.random.default_rng(None if seed is None else integer("seed", seed, 0))
         self._drawn: Iterator[Any] | None = None
-        # Ids and rows of episodes that were drawn and not stored yet.
-        self._waiting: deque[tuple[int, dict[str, np.ndarray]]] = deque()
+        # Ids, cuts and rows of episodes that were drawn and not stored yet.
+        self._waiting: deque[tuple[int, int, dict[str, np.ndarray]]] = deque()
         # Episode id in `other` -> id here, also of some that have left: ask `_is_here`.
         self._ids_here: dict[int, int] = {}
         self._num_additions = 0
@@ -92,15 +92,15 @@ class Extension:
             )
         try:
             for episode_id in dataset.table.ids.tolist():
-                episode = dataset.episode_of_id(episode_id)
+                episode = dataset.arrays_of_id(episode_id)
                 if episode is not None:
-                    self._note(dataset, self.other.add_episode(episode), episode_id)
+                    self._note(dataset, self.other.add(episode, dataset.table.row_of(episode_id)[3]), episode_id)
         except Exception:
             while not self.other.is_empty:
                 self.other.evict(0)
             raise
 
-    def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> int:
+    def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], cut: int) -> int:
         """Store an episode in both; returns its id here, -1 if it is too long for here."""
         length = _length(episode)
         if length > dataset.capacity:
@@ -109,27 +109,27 @@ class Extension:
                 f"An episode of {length} steps is longer than the `capacity` of {dataset.capacity} steps: it, and "
                 f"others like it, are kept by the {type(self.other).__name__} only.",
             )
-            self.other.add(episode)
+            self.other.add(episode, cut)
             return -1
         dataset.check(episode)
         was_full = dataset.is_full
-        newest = self._add_to_both(dataset, episode)
+        newest = self._add_to_both(dataset, episode, cut)
         self._num_additions += was_full
         if was_full and self._num_additions % self._every == 0 and not self.other.is_empty:
             self._bring(dataset, newest, dataset.capacity - length)
         return newest
 
-    def _add_to_both(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> int:
+    def _add_to_both(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], cut: int) -> int:
         other = self.other
         if _may_fail(dataset) and not _may_fail(other):
-            episode_id = dataset.store(episode)
-            self._note(dataset, other.add(episode), episode_id)
+            episode_id = dataset.store(episode, cut)
+            self._note(dataset, other.add(episode, cut), episode_id)
         else:
             there = [(member, member.table.next_id) for member in _chain(other)]
             # Noted before it is stored, so that after Ctrl-C in between it is not brought again.
-            self._note(dataset, other.add(episode), dataset.table.next_id)
+            self._note(dataset, other.add(episode, cut), dataset.table.next_id)
             try:
-                episode_id = dataset.store(episode)
+                episode_id = dataset.store(episode, cut)
             except Exception:
                 # A ring cannot evict it. Then the datasets behind the ring keep it, too.
                 with contextlib.suppress(Exception):
@@ -146,31 +146,33 @@ class Extension:
         try:
             for _ in range(self._batch_size):
                 what = "read"
-                other_id, episode = self._next()
+                other_id, cut, episode = self._next()
                 what, length = "brought back", _length(episode)
                 if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode):
                     continue
                 if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
-                    self._waiting.appendleft((other_id, episode))  # Next time: dropping it would favour short ones.
+                    # Next time: dropping it would favour short ones.
+                    self._waiting.appendleft((other_id, cut, episode))
                     return
                 self._note(dataset, other_id, dataset.table.next_id)
-                dataset.store(episode)
+                dataset.store(episode, cut)
                 room -= length
         except Exception as error:
             self._warn(what, f"Episodes of the {type(self.other).__name__} cannot be {what}: {error!r}")
 
-    def _next(self) -> tuple[int, dict[str, np.ndarray]]:
-        """The id and rows of the next episode that the loader has drawn."""
+    def _next(self) -> tuple[int, int, dict[str, np.ndarray]]:
+        """The id, cut and rows of the next episode that the loader has drawn."""
         if not self._waiting:
             try:
                 self._drawn = iter(self._loader) if self._drawn is None else self._drawn
-                episode_ids, lengths, rows = next(self._drawn)
-            except Exception:
-                self._drawn = None  # Workers may be gone: the next addition starts new ones.
+                numbers, rows = next(self._drawn)
+            except BaseException:
+                # Workers may be gone, or Ctrl-C has ended the iterator: the next addition starts anew.
+                self._drawn = None
                 raise
             arrays = {name: as_array(name, tensor) for name, tensor in rows.items()}
-            for b, (episode_id, length) in enumerate(zip(episode_ids, lengths, strict=True)):
-                self._waiting.append((episode_id, {name: array[b, :length] for name, array in arrays.items()}))
+            for b, (episode_id, length, cut) in enumerate(numbers):
+                self._waiting.append((episode_id, cut, {name: array[b, :length] for name, array in arrays.items()}))
         return self._waiting.popleft()
 
     def refill(self, dataset: EpisodeDataset) -> int:
@@ -188,14 +190,13 @@ class Extension:
             room -= length
         num_before = dataset.num_episodes
         for other_id in sorted(chosen):
-            found, fields = self.other.episode_of_id(other_id), dataset.fields
-            if found is None or fields is None:
+            cut, episode = self.other.table.row_of(other_id)[3], self.other.arrays_of_id(other_id)
+            if episode is None:
                 continue
-            episode = dict(zip(fields.names, fields.arrays(found), strict=True))
             length = _length(episode)
             if not dataset.lacks_room(dataset.start_of_next(length), length) and self._is_accepted(dataset, episode):
                 self._note(dataset, other_id, dataset.table.next_id)
-                dataset.store(episode)
+                dataset.store(episode, cut)
         return dataset.num_episodes - num_before
 
     def _is_accepted(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> bool:
@@ -245,7 +246,7 @@ def _chain(dataset: EpisodeDataset) -> Iterator[EpisodeDataset]:
 
 def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
     stream = SequenceStream(other, min(batch_size, _EPISODES_PER_ITEM), None, seed=seed)
-    stream.assemble = _ids_lengths_and_rows
+    stream.assemble = _numbers_and_rows
     if num_workers == 0:
         return SequenceLoader(stream)
     per_worker = math.ceil(batch_size / stream.num_windows / num_workers)
@@ -254,5 +255,6 @@ def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, se
     return loader
 
 
-def _ids_lengths_and_rows(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
-    return windows.episode.tolist(), windows.num_rows.tolist(), out
+def _numbers_and_rows(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
+    cuts = np.zeros(len(windows), np.int64) if windows.cut is None else windows.cut
+    return np.stack([windows.episode, windows.num_rows, cuts], 1).tolist(), out

@@ -246,12 +246,12 @@ class _MixtureTable(EpisodeTable):
         return sum(leaf.table.num_steps for leaf in self._leaves)
 
     @property
-    def lengths(self) -> Int64Array:
-        return np.concatenate([leaf.table.lengths for leaf in self._leaves])
-
-    @property
     def ids(self) -> Int64Array:
         return np.arange(len(self))
+
+    @property
+    def rows(self) -> Int64Array:
+        return np.concatenate([leaf.table.rows for leaf in self._leaves])
 
 
 def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
@@ -261,8 +261,10 @@ def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
         for name in ("start", "step", "episode", "episode_length")
     }
     weights = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
+    cuts = [np.zeros(len(part), np.int64) if part.cut is None else part.cut for part in parts]
     source = np.repeat(np.array(leaves, np.int64), [len(part) for part in parts])
-    return Windows(max(part.length for part in parts), **columns, weight=np.concatenate(weights), source=source)
+    columns |= {"weight": np.concatenate(weights), "cut": np.concatenate(cuts)}
+    return Windows(max(part.length for part in parts), **columns, source=source)
 
 
 def _read_part(leaf: EpisodeSource, windows: Windows, out: Rows) -> np.ndarray | None:

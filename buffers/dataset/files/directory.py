@@ -1,6 +1,7 @@
 """A directory of episode files that is its own index: file names, the commit, and setting files aside.
 
     0000000012-000000002400-200.safetensors     episode 12: step ids 2400 to 2599
+    0000000012-000000002400-200-7.safetensors   the same as a piece of a longer stream: its cut, see `table/cut.py`
     0000000013-000000002600.next                the next id and start, if no episode's name tells them (empty)
     .tmp-0000000013-000000002600-87.safetensors an episode that is being written
     .lock                                       names the process that writes
@@ -35,7 +36,7 @@ DAMAGED = "damaged"
 _LARGEST_NUMBER = 10**15
 # Numbers below 10**15. Each can be written in one way only.
 _NUMBERS = r"([0-9]{10}|[1-9][0-9]{10,14})-([0-9]{12}|[1-9][0-9]{12,14})"
-_NAME = re.compile(_NUMBERS + r"-([1-9][0-9]{0,8})(\.[^/]+)")
+_NAME = re.compile(_NUMBERS + r"-([1-9][0-9]{0,8})(?:-([1-9][0-9]{0,9}))?(\.[^/]+)")
 _MARKER = re.compile(_NUMBERS + r"\.next")
 # A reader lists its directory for at most a twentieth of its time.
 _REST = 20.0
@@ -49,23 +50,27 @@ class FileName(NamedTuple):
     id: int
     start: int
     length: int
+    cut: int
     suffix: str
 
     def __str__(self) -> str:
-        return f"{self.id:010d}-{self.start:012d}-{self.length}{self.suffix}"
+        cut = f"-{self.cut}" if self.cut else ""
+        return f"{self.id:010d}-{self.start:012d}-{self.length}{cut}{self.suffix}"
 
     @classmethod
     def parse(cls, text: str) -> FileName | None:
         """None if it is not the name of an episode, in any format."""
         match = _NAME.fullmatch(text)
-        return None if match is None else cls(int(match[1]), int(match[2]), int(match[3]), match[4])
+        if match is None:
+            return None
+        return cls(int(match[1]), int(match[2]), int(match[3]), int(match[4] or 0), match[5])
 
 
 class Listing(NamedTuple):
     """What a directory holds. The first three are of episodes in the directory's format, in order."""
 
     names: list[str]
-    rows: npt.NDArray[np.int64]  # (n, 3): start, length and id, from the names.
+    rows: npt.NDArray[np.int64]  # (n, 4): start, length, id and cut, from the names.
     sizes: npt.NDArray[np.int64]  # (n,): bytes; -1 if it is not a regular file.
     temporaries: list[str]
     other_suffixes: set[str]  # Of episodes in other formats.
@@ -120,9 +125,8 @@ class EpisodeDirectory:
                         status = entry.stat(follow_symlinks=False)
                         episodes.append((name, status.st_size if stat.S_ISREG(status.st_mode) else -1))
         episodes.sort()
-        rows = np.array([(start, length, number) for (number, start, length, _), _ in episodes], np.int64).reshape(
-            -1, 3
-        )
+        names = [name for name, _ in episodes]
+        rows = np.array([(name.start, name.length, name.id, name.cut) for name in names], np.int64).reshape(-1, 4)
         markers = [match for name in other_names if (match := _MARKER.fullmatch(name))]
         self._markers = [match[0] for match in markers]
         given = np.array([(int(match[1]), int(match[2])) for match in markers], np.int64).reshape(-1, 2)
@@ -130,7 +134,7 @@ class EpisodeDirectory:
         # This library never gives numbers as large as those that are left out here.
         next_id, next_start = given[(given < _LARGEST_NUMBER).all(1)].max(0, initial=0).tolist()
         return Listing(
-            [str(name) for name, _ in episodes],
+            list(map(str, names)),
             rows,
             np.array([size for _, size in episodes], np.int64),
             [name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])],

@@ -22,7 +22,7 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
 from buffers.fields import Fields, as_tensor
 from buffers.sharing import PublishedTable, SharedArrays
-from buffers.table import Windows
+from buffers.table import TableRow, Windows
 from buffers.utils import format_bytes, integer, one_of
 
 __all__ = ["IndividualFileDataset"]
@@ -193,7 +193,7 @@ class IndividualFileDataset(EpisodeDataset):
         fields, strategy = self._fields, self.serialization_strategy
         assert fields is not None  # Settled before anything is written.
         self._remove_uncounted()
-        self._written = name = self._name(start, len(next(iter(episode.values()))), episode_id)
+        self._written = name = self._name(start, len(next(iter(episode.values()))), episode_id, self.cut)
         tensors = {}
         for field, tensor_type in fields.items():
             rows = np.array(episode[field], tensor_type.numpy_dtype, order="C")
@@ -223,21 +223,21 @@ class IndividualFileDataset(EpisodeDataset):
         if episode_id == self.table.ids[-1]:
             self._directory.keep_numbers(self.table.next_id, self.table.next_start)
         try:
-            self._directory.remove(str(self._name(start, length, episode_id)))
+            self._directory.remove(str(self._name(*self.table.row_of(episode_id))))
         except OSError as error:
             raise with_advice(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
         self._reader.forget(episode_id)
         if self._log is not None:
             self._log.remove(episode_id, self.table)
 
-    def _publish(self, start: int, length: int, episode_id: int) -> None:
+    def _publish(self, row: TableRow) -> None:
         assert self._log is not None
-        self._log.add(start, length, episode_id, self.table)
+        self._log.add(row, self.table)
 
-    def store(self, episode: dict[str, np.ndarray]) -> int:
+    def store(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
         """`EpisodeDataset.store`; after an error, neither the episode nor its file is there."""
         try:
-            return super().store(episode)
+            return super().store(episode, cut)
         except Exception:
             with contextlib.suppress(OSError):
                 self._remove_uncounted()
@@ -255,8 +255,8 @@ class IndividualFileDataset(EpisodeDataset):
         if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
             self._directory.keep_numbers(table.next_id, table.next_start)
 
-    def _name(self, start: int, length: int, episode_id: int) -> FileName:
-        return FileName(episode_id, start, length, self._directory.suffix)
+    def _name(self, start: int, length: int, episode_id: int, cut: int) -> FileName:
+        return FileName(episode_id, start, length, cut, self._directory.suffix)
 
     # Files that come and go.
 

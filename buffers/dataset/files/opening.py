@@ -80,7 +80,7 @@ class Inspection:
         return None
 
     def whole_episodes(self, fields: Fields, verify: Verify) -> npt.NDArray[np.int64]:
-        """Start, length and id of whole episodes, int64 `(n, 3)`, after looking as closely as `verify` says."""
+        """Table rows of whole episodes, int64 `(n, 4)`, after looking as closely as `verify` says."""
         names, rows = self.listing.names, self.listing.rows
         method = self.strategy.verify if verify == "full" else self.strategy.check
         for i in self._suspects(fields) if verify == "size" else range(len(names)):
@@ -88,7 +88,7 @@ class Inspection:
                 self._try(names[i], method, fields, int(rows[i, 1]))
         # Rows of two files with the same numbers could not be told apart in a batch: the first file stays.
         last_id, end = -1, 0
-        for name, (start, length, episode_id) in zip(names, rows.tolist(), strict=True):
+        for name, (start, length, episode_id, _) in zip(names, rows.tolist(), strict=True):
             if name in self._errors:
                 continue
             if episode_id == last_id or start < end:
@@ -122,7 +122,7 @@ class Inspection:
     def _suspects(self, fields: Fields) -> list[int]:
         """Positions of files with an unlikely size; of all files, if two have the same numbers."""
         rows, bounds = self.listing.rows, self.strategy.overhead(fields)
-        starts, lengths, ids = rows.T
+        starts, lengths, ids, _ = rows.T
         has_same_numbers = (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])
         if bounds is None or has_same_numbers.any():
             return list(range(len(rows)))

@@ -59,6 +59,7 @@ class WindowReader:
         starts = (windows.start - windows.step).tolist()
         ids, lengths, steps = windows.episode.tolist(), windows.episode_length.tolist(), windows.step.tolist()
         num_rows = windows.num_rows.tolist()
+        cuts = [0] * len(ids) if windows.cut is None else windows.cut.tolist()
         # (position of the field, bytes of a row, memory)
         targets = [(i, fields[name].nbytes, bytes_of(out[name])) for i, name in enumerate(fields) if name in out]
         lost: dict[FileName, str | None] = {}
@@ -66,7 +67,7 @@ class WindowReader:
             self._drop_forgotten()
             # Grouped by episode, so that each file is opened, or decoded, only once.
             for b in windows.episode.argsort(kind="stable").tolist():
-                name = FileName(ids[b], starts[b], lengths[b], self._directory.suffix)
+                name = FileName(ids[b], starts[b], lengths[b], cuts[b], self._directory.suffix)
                 try:
                     source = self._find(name, strategy, fields)
                     if isinstance(source, tuple):

@@ -16,7 +16,7 @@ from buffers.dataset.ring.column import Column
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
-from buffers.table import EpisodeTable, Windows
+from buffers.table import EpisodeTable, TableRow, Windows
 from buffers.utils import Process, format_bytes
 
 __all__ = ["RingBufferDataset"]
@@ -142,9 +142,9 @@ class RingBufferDataset(EpisodeDataset):
         for name, rows in episode.items():
             self._columns[name].write(start % self.capacity, rows)
 
-    def _publish(self, start: int, length: int, episode_id: int) -> None:
+    def _publish(self, row: TableRow) -> None:
         if self._published is not None:
-            self._published.add(start, length, episode_id, self.table)
+            self._published.add(row, self.table)
 
     def _announce(self) -> None:
         if self._published is not None:
@@ -250,11 +250,11 @@ class RingBufferDataset(EpisodeDataset):
         other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
         other.max_sampling_attempts = self.max_sampling_attempts
         with self._lock:
-            for start, _, episode_id in self.table.rows.tolist():
-                episode = self.episode_of_id(episode_id)
+            for start, _, episode_id, cut in self.table.rows.tolist():
+                episode = self.arrays_of_id(episode_id)
                 if episode is not None:  # A reader finds one gone if the writer has overwritten it.
                     other.table.skip_to(episode_id, start)
-                    other.add_episode(episode)
+                    other.add(episode, cut)
             other.take_counts_of(self)
             other.table.skip_to(self.table.next_id, self.table.next_start)
         return other
