@@ -7,9 +7,9 @@ from buffers.table.windows import Windows
 
 __all__ = [
     "CONTINUES",
-    "GOES_ON",
     "Cumulation",
     "EpisodeTable",
+    "GOES_ON",
     "Int64Array",
     "TableRow",
     "Windows",

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CONTINUES", "GOES_ON", "continuing", "context_of"]
+__all__ = ["CONTINUES", "GOES_ON", "context_of", "continuing"]
 
 GOES_ON = 1  # There is a piece behind it, so its last row is no last step.
 CONTINUES = 2  # There is a piece before it, so its first row is no first step.
