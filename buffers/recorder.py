@@ -44,6 +44,7 @@ __all__ = ["Recorder"]
 
 Mask = np.ndarray | None
 MODES = ("next_step", "same_step", "disabled")
+_FLOAT32 = np.dtype(np.float32)
 _MISSING = "final_obs_missing"
 _RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", "mask", "next_obs", _MISSING}
 
@@ -68,7 +69,7 @@ class Recorder:
     Args:
         buffer: Where the rows go, a `ReplayBuffer` or an `EpisodeWriter`. Only its newest recorder may write.
         num_envs: N; everything passed has N as leading size, also for N = 1. None for a single environment, whose
-            values have no such axis; its rewards, if they are single numbers, are stored as float32.
+            values have no such axis, and whose rewards are stored as float32.
         autoreset_mode: "next_step" (the call after an episode's last resets), "same_step" (the last call itself resets,
             and the final observation is passed separately) or "disabled" (the caller resets).
         final_obs_may_be_missing: Whether an episode may end under "same_step" without its final observation. The
@@ -103,7 +104,7 @@ class Recorder:
         self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (writer.fields or ())
         self._token = writer.owner = object()
         writer.leading = (self.num_envs,)
-        # For single numbers, which take the dtype of their field.
+        # For numbers and lists, which take the dtype of their field.
         self._dtypes = _dtypes_of(writer.fields)
         # Those of `obs`, from the first reset on.
         self._obs_fields: Fields | None = None
@@ -158,7 +159,7 @@ class Recorder:
         Args:
             action: What the environments were given, `(N, *shape)`; nested dicts and tuples allowed.
             obs: What they returned, as in `reset`.
-            reward: `(N,)`.
+            reward: `(N,)`; from a list, it becomes float32.
             terminated: bool `(N,)`, or numbers that are 0 or 1.
             truncated: The same; both may be set. None with SB3's infos: `terminated` then takes its dones, and "infos"
                 tell which of them are truncations.
@@ -236,11 +237,13 @@ class Recorder:
         reserved = sorted(_RESERVED.intersection(extras or ()))
         if reserved:
             raise ValueError(f"`extras` has {reserved}, which the recorder writes itself. Rename them.")
-        reward = self._array("reward", reward)
+        rewards, dtype = self._array("reward", reward), self._dtypes.get("reward", _FLOAT32)
+        if (self._is_single or isinstance(reward, (list, tuple))) and dtype.kind == "f":
+            rewards = rewards.astype(dtype)
         row = {
             "obs": obs,
             "action": self._tree("action", action),
-            "reward": reward.astype(np.float32) if self._is_single and reward.ndim == 1 else reward,
+            "reward": rewards,
             "terminated": terminated,
             "truncated": truncated,
             "is_first": np.zeros(self.num_envs, np.bool_),
@@ -252,10 +255,10 @@ class Recorder:
 
     def _array(self, name: str, value: Any) -> np.ndarray:
         array = observations.to_array(name, value)
-        if not self._is_single:
-            return array
         # A single environment may return np.int32(1) once and 1 then.
-        return number_as(self._dtypes.get(name, array.dtype), array, array)[None]
+        if self._is_single or isinstance(value, list):
+            array = number_as(self._dtypes.get(name, array.dtype), array, value if isinstance(value, list) else array)
+        return array[None] if self._is_single else array
 
     def _tree(self, name: str, value: Any) -> Any:
         return observations.tree_of(name, value, self._array)

@@ -42,8 +42,8 @@ class RecordEpisodes(gymnasium.Wrapper):
         >>> buffer.dataset.episode_lengths  # Eleven transitions are twelve rows.
         [12]
 
-    The fields and `buffer` are those of `Recorder`. Observations and actions take the dtypes of their spaces where
-    numpy's "same_kind" casts allow it; rewards are float32. An `Autoreset` wrapper may lie below or above this one.
+    The fields and `buffer` are those of `Recorder`. Observations and actions take the dtypes of their spaces if nothing
+    is lost but precision of floats; rewards are float32. An `Autoreset` wrapper may lie below or above this one.
     """
 
     def __init__(self, env: gymnasium.Env, buffer: ReplayBuffer | EpisodeWriter) -> None:
@@ -83,8 +83,8 @@ class VectorRecordEpisodes(VectorWrapper):
         8
 
     The fields and arguments are those of `Recorder`. Observations are stored as they are returned, actions take the
-    dtype of their space where numpy's "same_kind" casts allow it, and rewards are float32. Other attributes of the
-    environments are reached through the wrapper, but for `step_async` and the like, which would go unrecorded.
+    dtype of their space as in `RecordEpisodes`, and rewards are float32. Other attributes of the environments are
+    reached through the wrapper, but for `step_async` and the like, which would go unrecorded.
 
     Args:
         envs: The environments.
@@ -188,13 +188,11 @@ def _reset_mask(num_envs: int, options: Mapping[str, Any] | None) -> np.ndarray 
 
 
 def _as_in(space: gymnasium.Space, value: Any, copy: bool = False) -> Any:
-    """The value as arrays, cast to the dtypes of its space where numpy's "same_kind" casts allow it."""
+    """The value as arrays, cast to the dtypes of its space where `cast_if_kept` allows it."""
     if isinstance(space, gymnasium.spaces.Dict) and isinstance(value, Mapping):
         return {key: _as_in(space[key], item, copy) if key in space.spaces else item for key, item in value.items()}
     if isinstance(space, gymnasium.spaces.Tuple) and isinstance(value, (tuple, list)):
         return tuple(_as_in(member, item, copy) for member, item in zip(space, value, strict=True))
     array = to_array("value", value)
-    if space.dtype is not None and np.can_cast(array.dtype, space.dtype, "same_kind"):
-        cast = cast_if_kept(array, space.dtype)
-        return cast.copy() if copy and cast is array else cast
-    return array.copy() if copy else array
+    cast = array if space.dtype is None else cast_if_kept(array, space.dtype)
+    return cast.copy() if copy and cast is array else cast

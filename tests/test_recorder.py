@@ -284,6 +284,19 @@ def test_nested_and_tuple_observations_and_actions_become_dicts() -> None:
     assert episode["obs/image"].shape == (2, 2, 2, 3) and episode["reward"].dtype == torch.float32
 
 
+def test_lists_of_ints_and_floats_may_follow_each_other() -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 2, "next_step")
+    recorder.reset([[0.5], [1]])
+    for value, done in ((1, False), (0.25, True)):
+        row = {"action": [0.5, value], "obs": [[1], [value]], "reward": [0, value]}
+        recorder.step(**row, terminated=[done, done], truncated=[0, 0])
+    episode = recorded(buffer)[1]
+    found = {name: (value.dtype, value.flatten().tolist()) for name, value in episode.items()}
+    for name, values in (("obs", [1, 1, 0.25]), ("action", [0, 1, 0.25]), ("reward", [0, 1, 0.25])):
+        assert found[name] == (torch.float32, values)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.float64, torch.int32])
 def test_tensors_keep_their_dtypes(dtype: torch.dtype) -> None:
     buffer = make_buffer()

@@ -304,6 +304,24 @@ def test_numbers_in_and_out_take_the_dtypes_of_their_spaces() -> None:
     assert dtypes == (torch.float32, torch.int64, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "reward", [1, True, 0.1, np.float64(0.1), np.array(1), np.array([1]), np.array([0.1]), np.array([1, 2]), [0, 0.5]]
+)
+def test_rewards_of_a_single_environment_are_float32_of_one_or_k_numbers(reward: Any) -> None:
+    class Pays(LoggedEnv):
+        def step(self, action: Any) -> Any:
+            obs, _, *flags = super().step(action)
+            return obs, reward, *flags
+
+    buffer = make_buffer()
+    env = RecordEpisodes(Pays(0), buffer)
+    env.reset()
+    env.step(env.action_space.sample())
+    env.reset()
+    expected = torch.tensor(reward, dtype=torch.float32)
+    assert torch.equal(recorded(buffer)[0]["reward"], torch.stack([expected * 0, expected]))
+
+
 # Stable-Baselines3, where it is installed.
 
 
