@@ -166,8 +166,8 @@ class Recorder:
             final_obs: Under "same_step", the final observations of the environments that are done: a full batch, or
                 one item per environment (a list, an object array), None where there is none.
             infos: As the environments return them. Under "same_step", final observations that are not passed are looked
-                up here: "final_obs", "final_observation", with its mask if there is one, or SB3's
-                "terminal_observation".
+                up here: "final_obs", "final_observation", with its mask if there is one, in a dict, or in one dict an
+                environment, as SB3's "terminal_observation".
             extras: Further fields of the rows, `name -> (N, *shape)`, zero in first rows: what belongs to the action,
                 such as its log-probability. What belongs to the observation goes into `obs`.
 

@@ -149,8 +149,11 @@ LAYOUTS = {
     "final_observation, full batch": lambda games, call: {
         "infos": {"final_observation": games.full_final(), "_final_observation": torch.from_numpy(_mask(games))}
     },
-    "terminal_observation": lambda games, call: {
-        "infos": [{} if item is None else {"terminal_observation": item} for item in games.final]
+    **{
+        f"{name}, list of dicts": lambda games, call, name=name: {
+            "infos": [{} if item is None else {name: item} for item in games.final]
+        }
+        for name in ("final_obs", "final_observation", "terminal_observation")
     },
 }
 

@@ -136,6 +136,11 @@ def test_other_wrappers_may_lie_below_and_above(mode: AutoresetMode) -> None:
     assert_recorded(recorded(buffer), doubled)
 
 
+def test_infos_may_be_a_list_of_dicts() -> None:
+    envs = SyncVectorEnv(makers(N), autoreset_mode=AutoresetMode.SAME_STEP)
+    played_and_checked(gymnasium.wrappers.vector.DictInfoToList(envs))
+
+
 class _Remembers(VectorWrapper):
     last: Any = None
 
@@ -193,6 +198,69 @@ def test_a_stated_mode_that_contradicts_the_environments_is_refused() -> None:
         VectorRecordEpisodes(SyncVectorEnv(makers(N)), make_buffer(), "same_step")
     with pytest.raises(ValueError, match="`autoreset_mode` must be one of"):
         VectorRecordEpisodes(_Modeless(makers(N)), make_buffer(), "never")
+
+
+class _OwnSpace(spaces.Space):
+    """Gives arrays, but Gymnasium does not know how to batch them."""
+
+    def __init__(self) -> None:
+        super().__init__((N,), np.float32)
+
+
+_NO_ARRAYS = {
+    "Text": spaces.Text(5),
+    "Sequence": spaces.Sequence(VECTOR),
+    "Graph": spaces.Graph(VECTOR, None),
+    "OneOf": spaces.OneOf((VECTOR, VECTOR)),
+    "_OwnSpace": _OwnSpace(),
+}
+
+
+@pytest.mark.parametrize("name", _NO_ARRAYS)
+@pytest.mark.parametrize("place", ["observation", "action"])
+def test_spaces_that_give_no_arrays_are_refused_by_their_path(name: str, place: str) -> None:
+    def make(space: spaces.Space) -> gymnasium.Env:
+        env = LoggedEnv(0)
+        setattr(env, f"{place}_space", space)
+        return env
+
+    path = "obs" if place == "observation" else "action"
+    space = _NO_ARRAYS[name]
+    nested = spaces.Dict({"image": VECTOR, "deep": spaces.Tuple((VECTOR, space))})
+    for whole, field in ((space, path), (nested, f"{path}/deep/1")):
+        envs = SyncVectorEnv([lambda whole=whole: make(whole)] * N)
+        message = f"`{field}` has the space {name}, which gives no arrays of .*, or make it a Box"
+        with pytest.raises(ValueError, match=message):
+            VectorRecordEpisodes(envs, make_buffer())
+        with contextlib.nullcontext() if name == "_OwnSpace" else pytest.raises(ValueError, match=message):
+            RecordEpisodes(make(whole), make_buffer())
+
+
+@pytest.mark.parametrize(
+    ("space", "items", "field"),
+    [
+        (VECTOR, (np.ones(N),) * N, "obs"),
+        (spaces.Dict({"a": VECTOR}), ({"a": np.ones(N)},) * N, "obs"),
+        (spaces.Dict({"a": VECTOR}), {"a": (np.ones(N),) * N}, "obs/a"),
+        (spaces.Tuple((VECTOR,) * N), ((np.ones(N),) * N,) * N, "obs/0"),
+    ],
+)
+def test_a_tuple_of_n_observations_is_not_taken_for_one_of_a_tuple_space(space: Any, items: Any, field: str) -> None:
+    class Lists(VectorWrapper):
+        def reset(self, **options: Any) -> Any:
+            return items, self.env.reset(**options)[1]
+
+    envs = Lists(SyncVectorEnv(makers(N)))
+    envs.single_observation_space = space
+    with pytest.raises(ValueError, match=rf"`{field}` is a tuple of 3 items, .* Return arrays `\(N, \*shape\)`"):
+        VectorRecordEpisodes(envs, make_buffer()).reset()
+
+
+def test_errors_about_values_name_their_field() -> None:
+    env = RecordEpisodes(LoggedEnv(0, action_kind="dict"), make_buffer())
+    env.reset()
+    with pytest.raises(TypeError, match="Field `action/grip` must be a tensor, an array or a number, found str"):
+        env.step({"move": np.zeros(2), "grip": "close"})
 
 
 class _LikeManiSkill(VectorEnv):
