@@ -215,12 +215,37 @@ class Recorder:
             # An episode may even end on the call that resets: it has no transition, so its first row is not kept.
             is_first = _and_not(self._was_done, is_done)
             self._was_done = is_done
+            if is_done is not None:
+                self._keep(leaves, is_done)  # For `check_others`.
         elif self._may_be_missing:
             for kept, leaf in zip(self._kept, leaves, strict=True):
                 np.copyto(kept, leaf)
         if is_first is not None:
             self._keep(leaves, is_first)
         self._is_pending = is_first
+
+    def check_others(self, obs: Any, mask: Any) -> None:
+        """RuntimeError if a reset of the environments under the mask has also moved others: call it before `reset`."""
+        if self._obs_fields is None:
+            return
+        leaves = self._obs_leaves(self._tree("obs", obs))[1]
+        is_reset = self._flag("mask", mask)
+        last = dict(zip(self._obs_fields.names, [kept.copy() for kept in self._kept], strict=True))
+        is_known = self.writer.read_last(last)
+        for state in (self._is_pending, self._was_done):
+            is_known = is_known if state is None else is_known | state
+        has_moved = np.zeros(self.num_envs, np.bool_)
+        for leaf, row in zip(leaves, last.values(), strict=True):
+            differs = (leaf != row) & ((leaf == leaf) | (row == row))  # NaN equals NaN.
+            has_moved |= differs.any(axis=tuple(range(1, differs.ndim)))
+        moved = np.flatnonzero(has_moved & is_known & ~is_reset).tolist()
+        if moved:
+            raise RuntimeError(
+                f"Environments {moved} have other observations after a reset of {np.flatnonzero(is_reset).tolist()} "
+                "alone. Do they ignore the mask, as Gymnasium's `CartPoleVectorEnv` does? Then reset all, or make them "
+                'with `vectorization_mode="sync"`. Does a wrapper below change observations of environments that stand '
+                "still, as `NormalizeObservation` does? Then put it above. Open episodes were closed as truncated."
+            )
 
     def _keep(self, leaves: list[np.ndarray], mask: np.ndarray) -> None:
         envs = mask.nonzero()[0]
@@ -314,8 +339,11 @@ class Recorder:
     # Who may step.
 
     def invalidate(self) -> None:
-        """Refuse steps until a reset, because one could not be recorded; the reset closes the open episodes."""
+        """Close open episodes as truncated and refuse steps until a reset: call it if the environments have raised."""
         self._needs_reset = np.ones(self.num_envs, np.bool_)
+        self._is_pending = self._was_done = None
+        if self.writer.owner is self._token and not self.writer.is_closed:
+            self.writer.truncate(self._needs_reset)
 
     def _check_owner(self) -> None:
         if self.writer.owner is not self._token:
@@ -331,8 +359,8 @@ class Recorder:
         if self._needs_reset is not None:
             envs = np.flatnonzero(self._needs_reset).tolist()
             raise RuntimeError(
-                f"Environments {envs} have ended, or never begun, and were stepped. With "
-                f"{self.autoreset_mode!r}, pass their first observations to `reset(obs, mask)` first."
+                f"Environments {envs} have ended, never begun, or were cut off by an exception, and were stepped. With "
+                f"{self.autoreset_mode!r}, reset them first: pass their first observations to `reset(obs, mask)`."
             )
 
 

@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from buffers.conversion import cast_if_kept
-from buffers.observations import to_array
+from buffers.observations import to_array, tree_of
 from buffers.recorder import MODES, Recorder
 from buffers.replay_buffer import ReplayBuffer
 from buffers.writer import EpisodeWriter
@@ -56,17 +56,24 @@ class RecordEpisodes(gymnasium.Wrapper):
         self.recorder = Recorder(buffer, None, _single_mode(env))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset; an open episode is closed as truncated."""
-        obs, info = self.env.reset(seed=seed, options=options)
-        self.recorder.reset(_as_in("obs", self.env.observation_space, obs))
+        """Reset; an open episode is closed as truncated, also if this fails."""
+        try:
+            obs, info = self.env.reset(seed=seed, options=options)
+            self.recorder.reset(_as_in("obs", self.env.observation_space, obs))
+        except BaseException:
+            self.recorder.invalidate()
+            raise
         return obs, info
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step and record."""
+    def step(
+        self, action: Any, *, extras: Mapping[str, Any] | None = None
+    ) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step and record; `extras` are those of `Recorder.step`."""
         taken = _as_in("action", self.env.action_space, action, copy=True)
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
-            self.recorder.step(taken, _as_in("obs", self.env.observation_space, obs), reward, terminated, truncated)
+            obs_in_space = _as_in("obs", self.env.observation_space, obs)
+            self.recorder.step(taken, obs_in_space, reward, terminated, truncated, extras=extras)
         except BaseException:
             # The environment may have stepped without a record of it.
             self.recorder.invalidate()
@@ -121,23 +128,37 @@ class VectorRecordEpisodes(VectorWrapper):
     ) -> tuple[Any, dict[str, Any]]:
         """Reset all, or those under `options["reset_mask"]` or in ManiSkill's `options["env_idx"]`.
 
-        Their open episodes are closed as truncated.
+        Their open episodes are closed as truncated; if this fails, all are. RuntimeError if others than those were
+        reset, too: where the mask is False, observations must be the last ones.
         """
         # Before the call, because gymnasium removes the mask from the options.
         mask = _reset_mask(self.num_envs, options)
-        obs, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
-        _check_batched("obs", self.single_observation_space, obs)
-        self.recorder.reset(obs, mask)
+        try:
+            obs, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+            _check_batched("obs", self.single_observation_space, obs)
+            envs = infos.get("env_id") if isinstance(infos, Mapping) else None
+            if mask is not None and envs is not None and len(envs) < self.num_envs:
+                # EnvPool returns the rows that were reset, and no others.
+                self.recorder.reset(_in_place(self.num_envs, obs, envs), _mask_of(self.num_envs, envs))
+            else:
+                if mask is not None:
+                    self.recorder.check_others(obs, mask)
+                self.recorder.reset(obs, mask)
+        except BaseException:
+            self.recorder.invalidate()
+            raise
         return obs, infos
 
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step and record."""
+    def step(
+        self, actions: Any, *, extras: Mapping[str, Any] | None = None
+    ) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step and record; `extras` are those of `Recorder.step`."""
         taken = _as_in("action", self.env.action_space, actions, copy=True)
         try:
             obs, rewards, terminated, truncated, infos = self.env.step(actions)
             # Gymnasium's rewards are float64 by numpy's default, and would make a loss float64.
             stored_rewards = to_array("reward", rewards).astype(np.float32)
-            self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos)
+            self.recorder.step(taken, obs, stored_rewards, terminated, truncated, infos=infos, extras=extras)
         except BaseException:
             # The environments may have stepped without a record of it.
             self.recorder.invalidate()
@@ -189,11 +210,25 @@ def _reset_mask(num_envs: int, options: Mapping[str, Any] | None) -> np.ndarray 
     options = options or {}
     if options.get("reset_mask") is not None:
         return np.array(to_array("reset_mask", options["reset_mask"]))
-    if options.get("env_idx") is None:
-        return None
+    return None if options.get("env_idx") is None else _mask_of(num_envs, options["env_idx"])
+
+
+def _mask_of(num_envs: int, envs: Any) -> np.ndarray:
     mask = np.zeros(num_envs, np.bool_)
-    mask[to_array("env_idx", options["env_idx"])] = True
+    mask[to_array("envs", envs)] = True
     return mask
+
+
+def _in_place(num_envs: int, obs: Any, envs: np.ndarray) -> Any:
+    """Observations of some environments as arrays `(N, *shape)`, zero for the others."""
+
+    def place(name: str, value: Any) -> np.ndarray:
+        rows = to_array(name, value)
+        whole = np.zeros((num_envs, *rows.shape[1:]), rows.dtype)
+        whole[envs] = rows
+        return whole
+
+    return tree_of("obs", obs, place)
 
 
 def _check_space(name: str, space: gymnasium.Space, is_batched: bool = False) -> None:
@@ -204,8 +239,8 @@ def _check_space(name: str, space: gymnasium.Space, is_batched: bool = False) ->
     if not members and (space.shape is None or (is_batched and isinstance(batch_space(space), spaces.Tuple))):
         expected = "shape `(N, *shape)`" if is_batched else "one shape"
         raise ValueError(
-            f"`{name}` has the space {type(space).__name__}, which gives no arrays of {expected}. Leave it out, or make "
-            "it a Box, by a wrapper below this one: gymnasium's `FilterObservation`, `TransformObservation` or "
+            f"`{name}` has the space {type(space).__name__}, which gives no arrays of {expected}. Leave it out, or "
+            "make it a Box, by a wrapper below this one: gymnasium's `FilterObservation`, `TransformObservation` or "
             "`TransformAction`."
         )
 

@@ -432,12 +432,36 @@ def test_an_environment_must_be_reset_before_it_is_stepped() -> None:
     with pytest.raises(RuntimeError, match="Nothing was reset yet"):
         recorder.step(**_call())
     recorder.reset(np.zeros((2, 3), np.float32), np.array([True, False]))
-    with pytest.raises(RuntimeError, match=r"Environments \[1\] have ended, or never begun"):
+    with pytest.raises(RuntimeError, match=r"Environments \[1\] have ended, never begun"):
         recorder.step(**_call())
     recorder.reset(np.zeros((2, 3), np.float32))
     recorder.step(**_call(terminated=_DONE))
-    with pytest.raises(RuntimeError, match=r"Environments \[0\] have ended, or never begun"):
+    with pytest.raises(RuntimeError, match=r"Environments \[0\] have ended, never begun"):
         recorder.step(**_call())
+
+
+@pytest.mark.parametrize("mode", ["next_step", "same_step"])
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_environments_that_moved_in_the_reset_of_others_are_named(mode: str, num_steps: int) -> None:
+    recorder = Recorder(make_buffer(), 3, mode)
+    last = np.full((3, 2), np.nan)
+    for step in range(num_steps + 1):
+        last = np.stack([np.full(3, step), np.full(3, np.nan)], -1)
+        if step == 0:
+            recorder.check_others(last, np.array([True, False, False]))
+            recorder.reset(last)
+        else:
+            done = np.array([False, step == num_steps, False])
+            recorder.step(np.ones(3), last, np.ones(3), done, ~done & done, final_obs=last + 50)
+    mask = np.array([True, False, False])
+    recorder.check_others(last + [[100], [0], [0]], mask)
+    for env in (1, 2):
+        moved = last.copy()
+        moved[env, 0] += 1
+        with pytest.raises(RuntimeError, match=rf"Environments \[{env}\] have other .* after a reset of \[0\] alone"):
+            recorder.check_others(moved, mask)
+    recorder.invalidate()
+    recorder.check_others(last + 1, mask)
 
 
 def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
@@ -450,6 +474,7 @@ def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
     # Two recorders, each with its own front-end, share one dataset.
     other = Recorder(ReplayBuffer(buffer.dataset, batch_size=1), 2, "next_step")
     other.reset(np.full((2, 3), 5, np.float32))
+    old.invalidate()
     for recorder in (new, other, new, other):
         recorder.step(**_call())
     new.reset(np.zeros((2, 3), np.float32))
