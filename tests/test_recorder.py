@@ -474,20 +474,24 @@ def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
     # Two recorders, each with its own front-end, share one dataset.
     other = Recorder(ReplayBuffer(buffer.dataset, batch_size=1), 2, "next_step")
     other.reset(np.full((2, 3), 5, np.float32))
-    old.invalidate()
     for recorder in (new, other, new, other):
         recorder.step(**_call())
+        old.invalidate()
     new.reset(np.zeros((2, 3), np.float32))
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)[2:]] == [[0.0, 1.0, 1.0]] * 2
 
 
-def test_a_recorder_goes_on_in_a_buffer_that_had_steps_of_one_environment_without_an_axis() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_a_recorder_goes_on_in_a_buffer_that_had_steps_of_one_environment_without_an_axis(dtype: Any) -> None:
     buffer = make_buffer(num_envs=1)
-    row = {"obs": 0.5, "action": 1, "reward": 1.0, "terminated": True, "truncated": False, "is_first": True}
+    row = {"obs": 0.5, "action": 1, "reward": dtype(1), "terminated": True, "truncated": False, "is_first": True}
     buffer.add_step(row, True)
     recorder = Recorder(buffer, None, "disabled")
     recorder.reset(np.float64(1.0))
-    recorder.step(np.int32(2), 2.0, 1.0, True, False)
+    if dtype is np.int64:
+        with pytest.raises(ValueError, match="`reward` has dtype float32 .* expected int64"):
+            recorder.step(np.int32(2), 2.0, 0.5, True, False)
+    recorder.step(np.int32(2), 2.0, dtype(1), True, False)
     assert [episode["obs"].tolist() for episode in recorded(buffer)] == [[0.5], [1.0, 2.0]]
 
 
