@@ -244,7 +244,7 @@ class Recorder:
                 f"Environments {moved} have other observations after a reset of {np.flatnonzero(is_reset).tolist()} "
                 "alone. Do they ignore the mask, as Gymnasium's `CartPoleVectorEnv` does? Then reset all, or make them "
                 'with `vectorization_mode="sync"`. Does a wrapper below change observations of environments that stand '
-                "still, as `NormalizeObservation` does? Then put it above. Open episodes were closed as truncated."
+                "still? Then put it above the recording one."
             )
 
     def _keep(self, leaves: list[np.ndarray], mask: np.ndarray) -> None:

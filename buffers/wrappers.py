@@ -65,9 +65,7 @@ class RecordEpisodes(gymnasium.Wrapper):
             raise
         return obs, info
 
-    def step(
-        self, action: Any, *, extras: Mapping[str, Any] | None = None
-    ) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    def step(self, action: Any, *, extras: Mapping[str, Any] | None = None) -> tuple[Any, Any, bool, bool, dict]:
         """Step and record; `extras` are those of `Recorder.step`."""
         taken = _as_in("action", self.env.action_space, action, copy=True)
         try:
@@ -149,9 +147,7 @@ class VectorRecordEpisodes(VectorWrapper):
             raise
         return obs, infos
 
-    def step(
-        self, actions: Any, *, extras: Mapping[str, Any] | None = None
-    ) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    def step(self, actions: Any, *, extras: Mapping[str, Any] | None = None) -> tuple[Any, Any, Any, Any, dict]:
         """Step and record; `extras` are those of `Recorder.step`."""
         taken = _as_in("action", self.env.action_space, actions, copy=True)
         try:
@@ -220,15 +216,10 @@ def _mask_of(num_envs: int, envs: Any) -> np.ndarray:
 
 
 def _in_place(num_envs: int, obs: Any, envs: np.ndarray) -> Any:
-    """Observations of some environments as arrays `(N, *shape)`, zero for the others."""
-
-    def place(name: str, value: Any) -> np.ndarray:
-        rows = to_array(name, value)
-        whole = np.zeros((num_envs, *rows.shape[1:]), rows.dtype)
-        whole[envs] = rows
-        return whole
-
-    return tree_of("obs", obs, place)
+    """Observations of some environments as arrays `(N, *shape)`, which repeat a row for the others."""
+    rows = np.zeros(num_envs, np.int64)
+    rows[envs] = np.arange(len(envs))
+    return tree_of("obs", obs, lambda name, value: to_array(name, value)[rows])
 
 
 def _check_space(name: str, space: gymnasium.Space, is_batched: bool = False) -> None:
@@ -248,13 +239,11 @@ def _check_space(name: str, space: gymnasium.Space, is_batched: bool = False) ->
 def _check_batched(name: str, space: gymnasium.Space, obs: Any) -> None:
     """Refuse a tuple of N observations: it would be taken for one of a Tuple space."""
     if isinstance(obs, tuple) and not isinstance(space, spaces.Tuple):
-        raise ValueError(
-            f"`{name}` is a tuple of {len(obs)} items, but its space is a {type(space).__name__}. Return arrays "
-            "`(N, *shape)`."
-        )
-    items = dict(enumerate(obs)) if isinstance(obs, tuple) else obs
+        found = f"a tuple of {len(obs)} items, but its space is a {type(space).__name__}"
+        raise ValueError(f"`{name}` is {found}. Return arrays `(N, *shape)`.")
+    items = dict(enumerate(obs)) if isinstance(obs, tuple) else obs if isinstance(obs, Mapping) else {}
     for key, member in _members(space):
-        _check_batched(f"{name}/{key}", member, items[key] if isinstance(items, Mapping) and key in items else None)
+        _check_batched(f"{name}/{key}", member, items.get(key))
 
 
 def _members(space: gymnasium.Space) -> list[tuple[Any, gymnasium.Space]]:
