@@ -150,6 +150,13 @@ class Accumulator:
             self._rows[name][self._next[is_open] - 1] = value
         self._close_all(is_open, None)
 
+    def read_last(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """Copy the last row of each open episode into arrays `(N, *shape)` a field; bool `(N,)`, which are open."""
+        is_open = self._next > self._begin
+        for name, array in arrays.items():
+            array[is_open] = self._rows[name][self._next[is_open] - 1]
+        return is_open
+
     def _write(self, rows: Sequence[np.ndarray], mask: np.ndarray | None) -> None:
         """Write a row behind each open episode, masked or not: it counts only once `_next` has moved past it."""
         envs = None if mask is None else mask.nonzero()[0]

@@ -32,8 +32,9 @@ def torch_dtype(dtype: Any) -> torch.dtype:
 def as_array(name: str, value: Any) -> np.ndarray:
     """A numpy view of a value, or a copy where there is no view (GPU, lists, byte order).
 
-    Python floats become float32 (lists of them too), ints int64, bools bool; other dtypes are kept. TypeError for what
-    is no tensor, array or number, or has a dtype that torch does not have; ValueError for a ragged list.
+    Python floats become float32, ints int64, bools bool; other dtypes are kept. A list has the dtype that holds all its
+    members, so float64 only if one of them is. TypeError for what is no tensor, array or number, or has a dtype that
+    torch does not have; ValueError for a ragged list.
     """
     if isinstance(value, torch.Tensor):
         try:
@@ -64,20 +65,25 @@ def dtype_name(dtype: np.dtype) -> str:
 
 
 def number_as(dtype: np.dtype, array: np.ndarray, value: Any) -> np.ndarray:
-    """Cast the array of a single number `value` to a field's dtype of the same kind; other arrays are unchanged."""
-    if array.ndim or array.dtype == dtype or isinstance(value, torch.Tensor):
-        return array
-    is_same_kind = (type(value) is int and dtype.kind in "iufc") or np.can_cast(array.dtype, dtype, "same_kind")
-    return cast_if_kept(array, dtype) if is_same_kind else array
+    """`cast_if_kept` for the array of a number or list `value`; the arrays of tensors and arrays are unchanged."""
+    is_number = array.ndim == 0 and not isinstance(value, torch.Tensor)
+    return cast_if_kept(array, dtype) if is_number or isinstance(value, (list, tuple)) else array
 
 
 def cast_if_kept(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Cast an array, unless an integer would change or a finite number become infinite."""
+    """Cast an array within its kind, or from integers, unless an integer would change or a number become infinite."""
+    from_integers = array.dtype.kind in "iu" and dtype.kind in "iufc"
+    if array.dtype == dtype or not (from_integers or np.can_cast(array.dtype, dtype, "same_kind")):
+        return array
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype)
-    if dtype.kind in "iub":
-        return cast if (cast == array).all() else array
-    return cast if (np.isfinite(cast) | ~np.isfinite(array)).all() else array
+        if dtype.kind in "iub":
+            is_kept = cast == array
+        elif from_integers:
+            is_kept = cast.real.astype(array.dtype) == array
+        else:
+            is_kept = np.isfinite(cast) | ~np.isfinite(array)
+    return cast if is_kept.all() else array
 
 
 def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
@@ -93,15 +99,16 @@ def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
 
 
 def _list_to_array(name: str, value: list | tuple) -> np.ndarray:
-    if value and isinstance(value[0], torch.Tensor):
+    if any(isinstance(item, torch.Tensor) for item in value):
         value = [as_array(name, item) if isinstance(item, torch.Tensor) else item for item in value]
     try:
         array = np.asarray(value)
     except ValueError:
         raise ValueError(f"Field `{name}` is a ragged list: its members differ in shape.") from None
-    item: Any = value
-    while isinstance(item, (list, tuple)) and item:
-        item = item[0]
-    if array.dtype == np.float64 and not isinstance(item, (np.ndarray, np.generic)):
-        array = array.astype(np.float32)
-    return array
+    return array.astype(np.float32) if array.dtype == np.float64 and not _has_float64(value) else array
+
+
+def _has_float64(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_has_float64(item) for item in value)
+    return getattr(value, "dtype", None) == np.float64

@@ -192,7 +192,8 @@ class Fields(Mapping[str, TensorType]):
     def arrays(self, tree: Any) -> list[np.ndarray]:
         """The leaves in the order of the fields, as arrays of native byte order, views where that is possible.
 
-        A single number takes the dtype of its field if that is of the same kind: rewards may be float and np.float64.
+        Numbers and lists take the dtype of their field if nothing is lost but precision of floats: rewards may be float
+        and np.float64, or `[0, 0.5]` and then `[0, 1]`.
         Errors are those of `flatten` and `as_array`; ValueError for a dict in place of a leaf.
         """
         leaves = self.flatten(tree)

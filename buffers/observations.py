@@ -44,19 +44,22 @@ def find_final_obs(final_obs: Any, infos: Any) -> tuple[str, Any, Any]:
         infos["final_obs"]                Gymnasium: an object array, None where there is none, of arrays, dicts, tuples
                                           Isaac Lab: a full batch
         infos["final_observation"]        Gymnasium before 1.0: an object array;  ManiSkill: a full batch
-        infos[i]["terminal_observation"]  SB3
+        infos[i][...]                     a dict an environment, with either name, or SB3's "terminal_observation"
 
     Returns:
         Their name; the observations, or None; their mask `infos["_" + name]`, or None.
     """
     if final_obs is not None:
         return "final_obs", final_obs, None
+    names = ("final_obs", "final_observation", "terminal_observation")
     if isinstance(infos, Mapping):
-        for name in ("final_obs", "final_observation"):
+        for name in names[:2]:
             if infos.get(name) is not None:
                 return name, infos[name], infos.get(f"_{name}")
     elif isinstance(infos, (list, tuple)):
-        return "terminal_observation", [info.get("terminal_observation") for info in infos], None
+        for name in names:
+            if any(info.get(name) is not None for info in infos):
+                return name, [info.get(name) for info in infos], None
     return "final_obs", None, None
 
 

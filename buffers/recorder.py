@@ -44,6 +44,7 @@ __all__ = ["Recorder"]
 
 Mask = np.ndarray | None
 MODES = ("next_step", "same_step", "disabled")
+_FLOAT32 = np.dtype(np.float32)
 _MISSING = "final_obs_missing"
 _RESERVED = {"obs", "action", "reward", "terminated", "truncated", "is_first", "mask", "next_obs", _MISSING}
 
@@ -68,7 +69,7 @@ class Recorder:
     Args:
         buffer: Where the rows go, a `ReplayBuffer` or an `EpisodeWriter`. Only its newest recorder may write.
         num_envs: N; everything passed has N as leading size, also for N = 1. None for a single environment, whose
-            values have no such axis; its rewards, if they are single numbers, are stored as float32.
+            values have no such axis, and whose rewards are stored as float32.
         autoreset_mode: "next_step" (the call after an episode's last resets), "same_step" (the last call itself resets,
             and the final observation is passed separately) or "disabled" (the caller resets).
         final_obs_may_be_missing: Whether an episode may end under "same_step" without its final observation. The
@@ -105,7 +106,7 @@ class Recorder:
         if writer.max_episode_length is not None:
             writer.overlap_at_least(1)  # So that the transition across a cut is stored.
         writer.leading = (self.num_envs,)
-        # For single numbers, which take the dtype of their field.
+        # For numbers and lists, which take the dtype of their field.
         self._dtypes = _dtypes_of(writer.fields)
         # Those of `obs`, from the first reset on.
         self._obs_fields: Fields | None = None
@@ -160,15 +161,15 @@ class Recorder:
         Args:
             action: What the environments were given, `(N, *shape)`; nested dicts and tuples allowed.
             obs: What they returned, as in `reset`.
-            reward: `(N,)`.
+            reward: `(N,)`; from a list, it becomes float32.
             terminated: bool `(N,)`, or numbers that are 0 or 1.
             truncated: The same; both may be set. None with SB3's infos: `terminated` then takes its dones, and "infos"
                 tell which of them are truncations.
             final_obs: Under "same_step", the final observations of the environments that are done: a full batch, or
                 one item per environment (a list, an object array), None where there is none.
             infos: As the environments return them. Under "same_step", final observations that are not passed are looked
-                up here: "final_obs", "final_observation", with its mask if there is one, or SB3's
-                "terminal_observation".
+                up here: "final_obs", "final_observation", with its mask if there is one, in a dict, or in one dict an
+                environment, as SB3's "terminal_observation".
             extras: Further fields of the rows, `name -> (N, *shape)`, zero in first rows: what belongs to the action,
                 such as its log-probability. What belongs to the observation goes into `obs`.
 
@@ -216,12 +217,37 @@ class Recorder:
             # An episode may even end on the call that resets: it has no transition, so its first row is not kept.
             is_first = _and_not(self._was_done, is_done)
             self._was_done = is_done
+            if is_done is not None:
+                self._keep(leaves, is_done)  # For `check_others`.
         elif self._may_be_missing:
             for kept, leaf in zip(self._kept, leaves, strict=True):
                 np.copyto(kept, leaf)
         if is_first is not None:
             self._keep(leaves, is_first)
         self._is_pending = is_first
+
+    def check_others(self, obs: Any, mask: Any) -> None:
+        """RuntimeError if a reset of the environments under the mask has also moved others: call it before `reset`."""
+        if self._obs_fields is None:
+            return
+        leaves = self._obs_leaves(self._tree("obs", obs))[1]
+        is_reset = self._flag("mask", mask)
+        last = dict(zip(self._obs_fields.names, [kept.copy() for kept in self._kept], strict=True))
+        is_known = self.writer.read_last(last)
+        for state in (self._is_pending, self._was_done):
+            is_known = is_known if state is None else is_known | state
+        has_moved = np.zeros(self.num_envs, np.bool_)
+        for leaf, row in zip(leaves, last.values(), strict=True):
+            differs = (leaf != row) & ((leaf == leaf) | (row == row))  # NaN equals NaN.
+            has_moved |= differs.any(axis=tuple(range(1, differs.ndim)))
+        moved = np.flatnonzero(has_moved & is_known & ~is_reset).tolist()
+        if moved:
+            raise RuntimeError(
+                f"Environments {moved} have other observations after a reset of {np.flatnonzero(is_reset).tolist()} "
+                "alone. Do they ignore the mask, as Gymnasium's `CartPoleVectorEnv` does? Then reset all, or make them "
+                'with `vectorization_mode="sync"`. Does a wrapper below change observations of environments that stand '
+                "still? Then put it above the recording one."
+            )
 
     def _keep(self, leaves: list[np.ndarray], mask: np.ndarray) -> None:
         envs = mask.nonzero()[0]
@@ -238,11 +264,13 @@ class Recorder:
         reserved = sorted(_RESERVED.intersection(extras or ()))
         if reserved:
             raise ValueError(f"`extras` has {reserved}, which the recorder writes itself. Rename them.")
-        reward = self._array("reward", reward)
+        rewards, dtype = self._array("reward", reward), self._dtypes.get("reward", _FLOAT32)
+        if (self._is_single or isinstance(reward, (list, tuple))) and dtype.kind == "f":
+            rewards = rewards.astype(dtype)
         row = {
             "obs": obs,
             "action": self._tree("action", action),
-            "reward": reward.astype(np.float32) if self._is_single and reward.ndim == 1 else reward,
+            "reward": rewards,
             "terminated": terminated,
             "truncated": truncated,
             "is_first": np.zeros(self.num_envs, np.bool_),
@@ -254,10 +282,10 @@ class Recorder:
 
     def _array(self, name: str, value: Any) -> np.ndarray:
         array = observations.to_array(name, value)
-        if not self._is_single:
-            return array
         # A single environment may return np.int32(1) once and 1 then.
-        return number_as(self._dtypes.get(name, array.dtype), array, array)[None]
+        if self._is_single or isinstance(value, list):
+            array = number_as(self._dtypes.get(name, array.dtype), array, value if isinstance(value, list) else array)
+        return array[None] if self._is_single else array
 
     def _tree(self, name: str, value: Any) -> Any:
         return observations.tree_of(name, value, self._array)
@@ -313,8 +341,11 @@ class Recorder:
     # Who may step.
 
     def invalidate(self) -> None:
-        """Refuse steps until a reset, because one could not be recorded; the reset closes the open episodes."""
+        """Close open episodes as truncated and refuse steps until a reset: call it if the environments have raised."""
         self._needs_reset = np.ones(self.num_envs, np.bool_)
+        self._is_pending = self._was_done = None
+        if self.writer.owner is self._token and not self.writer.is_closed:
+            self.writer.truncate(self._needs_reset)
 
     def _check_owner(self) -> None:
         if self.writer.owner is not self._token:
@@ -330,8 +361,8 @@ class Recorder:
         if self._needs_reset is not None:
             envs = np.flatnonzero(self._needs_reset).tolist()
             raise RuntimeError(
-                f"Environments {envs} have ended, or never begun, and were stepped. With "
-                f"{self.autoreset_mode!r}, pass their first observations to `reset(obs, mask)` first."
+                f"Environments {envs} have ended, never begun, or were cut off by an exception, and were stepped. With "
+                f"{self.autoreset_mode!r}, reset them first: pass their first observations to `reset(obs, mask)`."
             )
 
 

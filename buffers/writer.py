@@ -205,6 +205,10 @@ class EpisodeWriter:
         """Complete the open episodes under the mask, bool `(N,)`; their field `truncated`, if any, ends with True."""
         self._complete(mask, truncated=True)
 
+    def read_last(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """`Accumulator.read_last`, also before the first row."""
+        return np.zeros(self.leading, np.bool_) if self._accumulator is None else self._accumulator.read_last(arrays)
+
     def check_stored(self) -> None:
         """Raise the sink's last error if an episode waits."""
         if self._outbox.error is not None:

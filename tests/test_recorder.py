@@ -149,8 +149,11 @@ LAYOUTS = {
     "final_observation, full batch": lambda games, call: {
         "infos": {"final_observation": games.full_final(), "_final_observation": torch.from_numpy(_mask(games))}
     },
-    "terminal_observation": lambda games, call: {
-        "infos": [{} if item is None else {"terminal_observation": item} for item in games.final]
+    **{
+        f"{name}, list of dicts": lambda games, call, name=name: {
+            "infos": [{} if item is None else {name: item} for item in games.final]
+        }
+        for name in ("final_obs", "final_observation", "terminal_observation")
     },
 }
 
@@ -282,6 +285,19 @@ def test_nested_and_tuple_observations_and_actions_become_dicts() -> None:
         "action/1/grip": [0.0, 0.5],
     }
     assert episode["obs/image"].shape == (2, 2, 2, 3) and episode["reward"].dtype == torch.float32
+
+
+def test_lists_of_ints_and_floats_may_follow_each_other() -> None:
+    buffer = make_buffer()
+    recorder = Recorder(buffer, 2, "next_step")
+    recorder.reset([[0.5], [1]])
+    for value, done in ((1, False), (0.25, True)):
+        row = {"action": [0.5, value], "obs": [[1], [value]], "reward": [0, value]}
+        recorder.step(**row, terminated=[done, done], truncated=[0, 0])
+    episode = recorded(buffer)[1]
+    found = {name: (value.dtype, value.flatten().tolist()) for name, value in episode.items()}
+    for name, values in (("obs", [1, 1, 0.25]), ("action", [0, 1, 0.25]), ("reward", [0, 1, 0.25])):
+        assert found[name] == (torch.float32, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.float64, torch.int32])
@@ -416,12 +432,36 @@ def test_an_environment_must_be_reset_before_it_is_stepped() -> None:
     with pytest.raises(RuntimeError, match="Nothing was reset yet"):
         recorder.step(**_call())
     recorder.reset(np.zeros((2, 3), np.float32), np.array([True, False]))
-    with pytest.raises(RuntimeError, match=r"Environments \[1\] have ended, or never begun"):
+    with pytest.raises(RuntimeError, match=r"Environments \[1\] have ended, never begun"):
         recorder.step(**_call())
     recorder.reset(np.zeros((2, 3), np.float32))
     recorder.step(**_call(terminated=_DONE))
-    with pytest.raises(RuntimeError, match=r"Environments \[0\] have ended, or never begun"):
+    with pytest.raises(RuntimeError, match=r"Environments \[0\] have ended, never begun"):
         recorder.step(**_call())
+
+
+@pytest.mark.parametrize("mode", ["next_step", "same_step"])
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_environments_that_moved_in_the_reset_of_others_are_named(mode: str, num_steps: int) -> None:
+    recorder = Recorder(make_buffer(), 3, mode)
+    last = np.full((3, 2), np.nan)
+    for step in range(num_steps + 1):
+        last = np.stack([np.full(3, step), np.full(3, np.nan)], -1)
+        if step == 0:
+            recorder.check_others(last, np.array([True, False, False]))
+            recorder.reset(last)
+        else:
+            done = np.array([False, step == num_steps, False])
+            recorder.step(np.ones(3), last, np.ones(3), done, ~done & done, final_obs=last + 50)
+    mask = np.array([True, False, False])
+    recorder.check_others(last + [[100], [0], [0]], mask)
+    for env in (1, 2):
+        moved = last.copy()
+        moved[env, 0] += 1
+        with pytest.raises(RuntimeError, match=rf"Environments \[{env}\] have other .* after a reset of \[0\] alone"):
+            recorder.check_others(moved, mask)
+    recorder.invalidate()
+    recorder.check_others(last + 1, mask)
 
 
 def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
@@ -436,17 +476,22 @@ def test_a_buffer_takes_the_rows_of_its_newest_recorder_alone() -> None:
     other.reset(np.full((2, 3), 5, np.float32))
     for recorder in (new, other, new, other):
         recorder.step(**_call())
+        old.invalidate()
     new.reset(np.zeros((2, 3), np.float32))
     assert [episode["obs"][:, 0].tolist() for episode in recorded(buffer)[2:]] == [[0.0, 1.0, 1.0]] * 2
 
 
-def test_a_recorder_goes_on_in_a_buffer_that_had_steps_of_one_environment_without_an_axis() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_a_recorder_goes_on_in_a_buffer_that_had_steps_of_one_environment_without_an_axis(dtype: Any) -> None:
     buffer = make_buffer(num_envs=1)
-    row = {"obs": 0.5, "action": 1, "reward": 1.0, "terminated": True, "truncated": False, "is_first": True}
+    row = {"obs": 0.5, "action": 1, "reward": dtype(1), "terminated": True, "truncated": False, "is_first": True}
     buffer.add_step(row, True)
     recorder = Recorder(buffer, None, "disabled")
     recorder.reset(np.float64(1.0))
-    recorder.step(np.int32(2), 2.0, 1.0, True, False)
+    if dtype is np.int64:
+        with pytest.raises(ValueError, match="`reward` has dtype float32 .* expected int64"):
+            recorder.step(np.int32(2), 2.0, 0.5, True, False)
+    recorder.step(np.int32(2), 2.0, dtype(1), True, False)
     assert [episode["obs"].tolist() for episode in recorded(buffer)] == [[0.5], [1.0, 2.0]]
 
 

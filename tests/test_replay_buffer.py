@@ -65,9 +65,19 @@ def test_an_episode_of_a_single_environment_can_be_drawn_in_the_very_call_that_e
         (1.5, np.zeros(1, np.float32), r"shape \(1,\), expected float32"),
         (1.5, torch.tensor(2.0, dtype=torch.float64), "expected float32"),
         (torch.tensor(1.5, dtype=torch.bfloat16), 1.5, r"float32 and shape \(\), expected bfloat16 .* have float32"),
+        (1.5, 2**24 + 1, "`x` has dtype int64"),
+        ([0, 0.5], [0, 1], None),
+        ([0.5, 0], [np.float64(0.25), 1], None),
+        ([0.5, np.float32(0.25)], [torch.tensor(1.0), 0.5], None),
+        ([0, np.float64(0.1)], [0.5, 1], None),
+        ([0.5, torch.tensor(0.1, dtype=torch.float64, requires_grad=True)], [1.0, 2], None),
+        ([np.uint8(1)] * 2, [2, 255], None),
+        ([np.uint8(1)] * 2, [2, 256], "`x` has dtype int64"),
+        ([0.5, 1], [2**24 + 1, 1], "`x` has dtype int64"),
+        ([0, 1], [0, 0.5], "`x` has dtype float32 .* expected int64 .* let what comes first have float32"),
     ],
 )
-def test_a_number_takes_the_dtype_of_its_field_if_that_loses_nothing_of_its_kind(first, then, message) -> None:
+def test_numbers_and_lists_take_the_dtype_of_their_field_if_that_loses_nothing(first, then, message) -> None:
     buffer = buffer_of(num_envs=1)
     buffer.add_step({"x": first}, False)
     if message is not None:

@@ -136,6 +136,11 @@ def test_other_wrappers_may_lie_below_and_above(mode: AutoresetMode) -> None:
     assert_recorded(recorded(buffer), doubled)
 
 
+def test_infos_may_be_a_list_of_dicts() -> None:
+    envs = SyncVectorEnv(makers(N), autoreset_mode=AutoresetMode.SAME_STEP)
+    played_and_checked(gymnasium.wrappers.vector.DictInfoToList(envs))
+
+
 class _Remembers(VectorWrapper):
     last: Any = None
 
@@ -195,6 +200,69 @@ def test_a_stated_mode_that_contradicts_the_environments_is_refused() -> None:
         VectorRecordEpisodes(_Modeless(makers(N)), make_buffer(), "never")
 
 
+class _OwnSpace(spaces.Space):
+    """Gives arrays, but Gymnasium does not know how to batch them."""
+
+    def __init__(self) -> None:
+        super().__init__((N,), np.float32)
+
+
+_NO_ARRAYS = {
+    "Text": spaces.Text(5),
+    "Sequence": spaces.Sequence(VECTOR),
+    "Graph": spaces.Graph(VECTOR, None),
+    "OneOf": spaces.OneOf((VECTOR, VECTOR)),
+    "_OwnSpace": _OwnSpace(),
+}
+
+
+@pytest.mark.parametrize("name", _NO_ARRAYS)
+@pytest.mark.parametrize("place", ["observation", "action"])
+def test_spaces_that_give_no_arrays_are_refused_by_their_path(name: str, place: str) -> None:
+    def make(space: spaces.Space) -> gymnasium.Env:
+        env = LoggedEnv(0)
+        setattr(env, f"{place}_space", space)
+        return env
+
+    path = "obs" if place == "observation" else "action"
+    space = _NO_ARRAYS[name]
+    nested = spaces.Dict({"image": VECTOR, "deep": spaces.Tuple((VECTOR, space))})
+    for whole, field in ((space, path), (nested, f"{path}/deep/1")):
+        envs = SyncVectorEnv([lambda whole=whole: make(whole)] * N)
+        message = f"`{field}` has the space {name}, which gives no arrays of .*, or make it a Box"
+        with pytest.raises(ValueError, match=message):
+            VectorRecordEpisodes(envs, make_buffer())
+        with contextlib.nullcontext() if name == "_OwnSpace" else pytest.raises(ValueError, match=message):
+            RecordEpisodes(make(whole), make_buffer())
+
+
+@pytest.mark.parametrize(
+    ("space", "items", "field"),
+    [
+        (VECTOR, (np.ones(N),) * N, "obs"),
+        (spaces.Dict({"a": VECTOR}), ({"a": np.ones(N)},) * N, "obs"),
+        (spaces.Dict({"a": VECTOR}), {"a": (np.ones(N),) * N}, "obs/a"),
+        (spaces.Tuple((VECTOR,) * N), ((np.ones(N),) * N,) * N, "obs/0"),
+    ],
+)
+def test_a_tuple_of_n_observations_is_not_taken_for_one_of_a_tuple_space(space: Any, items: Any, field: str) -> None:
+    class Lists(VectorWrapper):
+        def reset(self, **options: Any) -> Any:
+            return items, self.env.reset(**options)[1]
+
+    envs = Lists(SyncVectorEnv(makers(N)))
+    envs.single_observation_space = space
+    with pytest.raises(ValueError, match=rf"`{field}` is a tuple of 3 items, .* Return arrays `\(N, \*shape\)`"):
+        VectorRecordEpisodes(envs, make_buffer()).reset()
+
+
+def test_errors_about_values_name_their_field() -> None:
+    env = RecordEpisodes(LoggedEnv(0, action_kind="dict"), make_buffer())
+    env.reset()
+    with pytest.raises(TypeError, match="Field `action/grip` must be a tensor, an array or a number, found str"):
+        env.step({"move": np.zeros(2), "grip": "close"})
+
+
 class _LikeManiSkill(VectorEnv):
     """Resets by `options["env_idx"]`, says nothing of its mode, and returns tensors in place."""
 
@@ -209,7 +277,7 @@ class _LikeManiSkill(VectorEnv):
         return torch.from_numpy(self.games.reset(mask)), {}
 
     def step(self, actions: torch.Tensor) -> Any:
-        results = [torch.from_numpy(array) for array in self.games.step(actions.numpy())]
+        results = [torch.from_numpy(array) for array in self.games.step(np.asarray(actions))]
         final = {"final_observation": torch.from_numpy(self.games.full_final())}
         has_final = torch.tensor([item is not None for item in self.games.final])
         return *results, {**final, "_final_observation": has_final} if has_final.any() else {}
@@ -228,6 +296,39 @@ def test_maniskill_with_and_without_its_own_resets(mode: str) -> None:
             envs.reset(options={"env_idx": torch.tensor([1])})
     envs.reset()
     assert_recorded(recorded(buffer), envs.games.logs)
+
+
+class _LikeEnvPool(_LikeManiSkill):
+    """Returns the rows that were reset, and no others."""
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        envs = np.flatnonzero(np.ones(N) if options is None else options["reset_mask"])
+        return self.games.reset(np.isin(np.arange(N), envs))[envs], {"env_id": envs.astype(np.int32)}
+
+
+def test_envpool_is_recorded_though_a_masked_reset_returns_some_rows_only() -> None:
+    buffer, envs = make_buffer(), _LikeEnvPool("next_step")
+    masks = [np.array(mask) for mask in ([True, False, False], [False, True, True], [True, True, True])]
+    play(VectorRecordEpisodes(envs, buffer, "next_step"), 60, {step: masks[step % 3] for step in range(5, 55, 4)})
+    assert_recorded(recorded(buffer), envs.games.logs)
+
+
+def test_environments_that_ignore_the_mask_of_a_reset_are_told_and_leave_no_jump() -> None:
+    buffer = make_buffer()
+    envs = VectorRecordEpisodes(gymnasium.make_vec("CartPole-v1", num_envs=8), buffer)
+    for _ in range(10):
+        envs.reset()
+        for _ in range(5):
+            envs.step(np.zeros(8, int))
+        with pytest.raises(RuntimeError, match=r"Environments \[1, 2, 3, 4, 5, 6, 7\] .* `CartPoleVectorEnv`"):
+            envs.reset(options={"reset_mask": np.arange(8) == 0})
+        assert not buffer.writer.num_open_rows
+        with pytest.raises(RuntimeError, match="were cut off by an exception"):
+            envs.step(np.zeros(8, int))
+    assert {(len(e["obs"]), int(e["truncated"].sum()), bool(e["truncated"][-1])) for e in recorded(buffer)} == {
+        (6, 1, True)
+    }
+    assert max(float(e["obs"][:, 2].diff().abs().max()) for e in recorded(buffer)) < 0.1
 
 
 def test_final_observations_may_be_missing_if_the_wrapper_is_told() -> None:
@@ -304,6 +405,41 @@ def test_numbers_in_and_out_take_the_dtypes_of_their_spaces() -> None:
     assert dtypes == (torch.float32, torch.int64, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "reward", [1, True, 0.1, np.float64(0.1), np.array(1), np.array([1]), np.array([0.1]), np.array([1, 2]), [0, 0.5]]
+)
+def test_rewards_of_a_single_environment_are_float32_of_one_or_k_numbers(reward: Any) -> None:
+    class Pays(LoggedEnv):
+        def step(self, action: Any) -> Any:
+            obs, _, *flags = super().step(action)
+            return obs, reward, *flags
+
+    buffer = make_buffer()
+    env = RecordEpisodes(Pays(0), buffer)
+    env.reset()
+    env.step(env.action_space.sample())
+    env.reset()
+    expected = torch.tensor(reward, dtype=torch.float32)
+    assert torch.equal(recorded(buffer)[0]["reward"], torch.stack([expected * 0, expected]))
+
+
+@pytest.mark.parametrize("is_single", [True, False])
+def test_extras_of_a_step_are_stored_with_its_action(is_single: bool) -> None:
+    buffer = make_buffer()
+    envs = LoggedEnv(0) if is_single else SyncVectorEnv(makers(N))
+    env: Any = (RecordEpisodes if is_single else VectorRecordEpisodes)(envs, buffer)
+    env.reset()
+    step, has_ended = 0, False
+    while not has_ended:
+        step += 1
+        hidden = np.full(() if is_single else N, step, np.float32)
+        _, _, *flags, _ = env.step(env.action_space.sample(), extras={"policy": {"hidden": hidden}})
+        has_ended = bool(np.ravel(np.logical_or(*flags))[0])
+    env.reset()
+    (episode,) = [episode for episode in recorded(buffer) if episode["obs"][0, :2].tolist() == [0, 0]]
+    assert episode["policy"]["hidden"].tolist() == list(range(step + 1))
+
+
 # Stable-Baselines3, where it is installed.
 
 
@@ -329,6 +465,43 @@ def test_stable_baselines3_is_recorded_as_the_log_says(subprocesses: bool) -> No
             # SB3 does not tell an episode that was cut where it also ended from one that ended.
             episode["truncated"][-1] = episode["truncated"][-1] and not episode["terminated"][-1]
     assert_recorded(recorded(buffer), logs)
+
+
+@pytest.mark.parametrize("mode", [*AutoresetMode, "single", "autoreset"])
+def test_an_exception_out_of_a_reset_leaves_no_gap_in_an_episode(mode: Any) -> None:
+    class Fragile(LoggedEnv):
+        is_broken = False
+
+        def reset(self, **options: Any) -> Any:
+            result = super().reset(**options)
+            self.game.length = 4
+            if self.is_broken:
+                raise KeyboardInterrupt
+            return result
+
+    buffer = make_buffer()
+    games = [Fragile(env) for env in range(2 if isinstance(mode, AutoresetMode) else 1)]
+    if isinstance(mode, AutoresetMode):
+        envs = SyncVectorEnv([lambda game=game: game for game in games], autoreset_mode=mode)
+        env: Any = VectorRecordEpisodes(envs, buffer)
+    else:
+        env = RecordEpisodes(gymnasium.wrappers.Autoreset(games[0]) if mode == "autoreset" else games[0], buffer)
+    for _ in range(2):
+        games[-1].is_broken = False
+        env.reset()
+        for _ in range(2):
+            env.step(env.action_space.sample())
+        games[-1].is_broken = True
+        with pytest.raises(KeyboardInterrupt):
+            env.reset()
+    assert len(recorded(buffer)) == 2 * len(games)
+    for episode in recorded(buffer):
+        assert episode["obs"][:, 2].tolist() == [0, 1, 2] and episode["truncated"].tolist() == [False, False, True]
+    with pytest.raises(RuntimeError, match="were cut off by an exception"):
+        env.step(env.action_space.sample())
+    buffer.close()
+    with pytest.raises(KeyboardInterrupt):
+        env.reset()
 
 
 def test_an_exception_inside_a_step_leaves_no_gap_in_an_episode() -> None:
