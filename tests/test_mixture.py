@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import pickle
 import threading
 from typing import Any
 
@@ -20,7 +19,7 @@ from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Windows
-from tests import tagged
+from tests import reading, tagged
 from tests.forgetful import Forgetful
 from tests.list_dataset import ListDataset
 
@@ -217,8 +216,8 @@ def to_numpy(tree: Any) -> Any:
 def test_a_pickled_one_draws_the_same_and_a_copy_goes_on(members) -> None:
     mixture = MixtureDataset(members[::2], [1, 3])
     expected = mixture.get_loader(8, 3, seed=1).stream.batch(0)["code"]
-    assert len(pickle.dumps(MixtureDataset(members[:2], [1, 1]))) < 65_536
-    clone = pickle.loads(pickle.dumps(mixture))
+    assert len(reading.handle_of(MixtureDataset(members[:2], [1, 1]))) < 65_536
+    clone = reading.reader_of(mixture)
     assert clone.get_loader(8, 3, seed=1).stream.batch(0)["code"].equal(expected)
     copied = copy.deepcopy(mixture)
     mixture.weights = [1, 0]

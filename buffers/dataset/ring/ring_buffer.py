@@ -224,7 +224,7 @@ class RingBufferDataset(EpisodeDataset):
         return self._published is not None and Process.number != self._writer and self._published.has_news
 
     def __getstate__(self) -> dict[str, Any]:
-        """A handle of a few kilobytes for a reader in another process; on a GPU, the data itself."""
+        """A handle of a few kilobytes for a process that is being started; on a GPU, the data itself."""
         state = self.__dict__.copy()
         state.pop("_item_gathers", None)
         columns = state.pop("_columns", {})
