@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import pickle
 
 import numpy as np
@@ -239,6 +240,16 @@ def test_memory_that_is_not_available_is_an_error_at_construction() -> None:
     info = EpisodeDatasetInfo(Fields(x=Vector(1_000_000)))
     with pytest.raises(MemoryError, match=r"`capacity` of 10000000000 steps needs 40000.0 TB on cpu"):
         RingBufferDataset(10_000_000_000, info)
+
+
+def test_a_ring_larger_than_the_machines_memory_warns_once(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.get)
+    ring = RingBufferDataset(1025)
+    with pytest.warns(UserWarning, match="1025 steps needs 4.1 MB on cpu once it is full, which has 4.1 MB") as caught:
+        ring.add_episode({"x": np.zeros((5, 1000), np.float32)})
+    ring.add_episode({"x": np.zeros((5, 1000), np.float32)})
+    assert len(caught) == 1
+    RingBufferDataset(1024, EpisodeDatasetInfo(Fields(x=Vector(1000))))
 
 
 def test_half_precision_stores_half_and_gives_float32_back() -> None:

@@ -132,6 +132,7 @@ def test_a_forked_child_uses_nothing_that_was_half_done() -> None:
 # What is handed to another process.
 
 
+@pytest.mark.filterwarnings("ignore:A `capacity` of 800000 steps needs")
 def test_pickling_ten_gigabytes_of_ring_takes_kilobytes() -> None:
     fields = Fields(obs=ColorImage((64, 64, 3)), reward=Scalar())
     ring = RingBufferDataset(800_000, EpisodeDatasetInfo(fields))
