@@ -113,15 +113,16 @@ class ReplayBuffer:
                    done[i] F  F  F    T            before and was reset, so this row is its next episode's first
 
         The first step decides between the two: by `num_envs` if given; else it is vectorized if `done` has an axis, or
-        if all leaves share their leading size, which gives a warning.
+        if it is a plain bool and all leaves share their leading size, which gives a warning.
 
         Args:
             step_data: `field -> (*shape)`, or `(N, *shape)`; nested dicts allowed. Values are copied. dtypes are
                 kept, Python floats become float32.
-            done: bool, or bool `(N,)`. A plain bool stands for all N.
+            done: bool, or bool `(N,)`; numbers that are 0 or 1 will do. A plain bool stands for all N. On the first
+                step, an array or tensor without an axis means a single environment.
 
         Raises:
-            TypeError: A value that is no tensor, array or number; a `done` that is not bool.
+            TypeError: A value that is no tensor, array or number; a `done` that is neither bool nor a number.
             ValueError: Other fields, dtypes, shapes or N than before, or an open episode as long as the capacity.
                 Nothing has changed.
             Exception: The dataset could not store an episode that ended now or before, because of a full disk for
@@ -278,4 +279,4 @@ def _note_return(returns: deque[float], episode: Mapping[str, Any]) -> None:
         # bfloat16 is the upper half of a float32.
         rewards = (rewards.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if rewards.ndim == 1 and rewards.dtype.kind in "fiub":
-        returns.append(float(np.add.reduce(rewards)))
+        returns.append(float(np.add.reduce(rewards, dtype=np.float64)))
