@@ -232,6 +232,11 @@ class ReplayBuffer:
         """Whether there is no complete episode."""
         return self.dataset.is_empty
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether `sample` would find an episode that is long enough now; of a mixture, one in each member."""
+        return not self._is_closed and self.dataset.can_draw(self.dataloader.stream.sequence_length)
+
     def stats(self) -> dict[str, float]:
         """Numbers for a logger.
 

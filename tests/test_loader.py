@@ -123,6 +123,9 @@ def test_options_of_no_use_say_so() -> None:
         with pytest.raises(ValueError, match=f"drawn at random, and every batch is full: leave out `{name}`"):
             ring.get_loader(4, 2, **{name: True})
         ring.get_loader(4, 2, **{name: False})
+    with pytest.raises(ValueError, match="in the order of their numbers, which `state_dict` counts: drop `in_ord"):
+        ring.get_loader(4, 2, in_order=False)
+    ring.get_loader(4, 2, in_order=True)
     with pytest.raises(TypeError, match=r"found the class UniformEpisodeSampler: pass UniformEpisodeSampler\(\)"):
         ring.get_loader(4, 2, sampler=UniformEpisodeSampler)
     with pytest.raises(ValueError, match=r"A state has 'seed' and 'position', .* found \['seed'\]"):

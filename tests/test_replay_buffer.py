@@ -394,6 +394,21 @@ def test_sample_the_iterator_and_the_dataloader_are_one_sequence_of_batches_that
         assert_same_batch(one, two)
 
 
+@pytest.mark.parametrize("length", [3, None])
+def test_can_sample_says_whether_sample_finds_a_window(length) -> None:
+    buffer = buffer_of(num_envs=1, sequence_length=length)
+    for number, num_rows in enumerate((2, 1, 3)):
+        for step in range(num_rows):
+            if not buffer.can_sample:
+                with pytest.raises(RuntimeError, match="complete yet|longer than every stored episode|is empty"):
+                    buffer.sample()
+            buffer.add_step(tagged.rows(0, number, step), step == num_rows - 1)
+        assert buffer.can_sample is (number == 2 or length is None)
+    buffer.sample()
+    buffer.close()
+    assert not buffer.can_sample
+
+
 def test_counts_and_the_table_tell_open_from_stored() -> None:
     buffer = buffer_of(num_envs=1)
     assert buffer.is_empty and len(buffer) == buffer.num_episodes == 0 and buffer.fields is None

@@ -95,6 +95,14 @@ class EpisodeSource(IterableDataset, ABC):
             self._drawn_table.show(self.table)
             return _checked(sampler, sampler.draw(self._drawn_table, num_windows, length, rng), num_windows, length)
 
+    def can_draw(self, length: int | None) -> bool:
+        """Whether an episode has `length` steps now; with None, whether there is one."""
+        with self._draw_lock:
+            self._refresh()
+            self._drawn_table.show(self.table)
+            table = self._drawn_table
+            return len(table) > 0 if length is None else table.count_windows(length).num > 0
+
     def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
         """Rows `name -> (B, T, *shape)`, in `out` if that is given, and which windows were read, as `_read` returns."""
         out = self.empty_batch(windows) if out is None else out

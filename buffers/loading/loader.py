@@ -43,6 +43,8 @@ class SequenceLoader(DataLoader):
         for name in ("shuffle", "drop_last"):
             if loader_options.pop(name, None):
                 raise ValueError(f"Windows are drawn at random, and every batch is full: leave out `{name}`.")
+        if not loader_options.get("in_order", True):
+            raise ValueError("Batches come in the order of their numbers, which `state_dict` counts: drop `in_order`.")
         collate_fn = loader_options.pop("collate_fn", None) or _as_it_is
         if num_workers:
             stream.source.check_workers()

@@ -47,7 +47,8 @@ class SequenceStream(IterableDataset):
     The arguments are those of `EpisodeSource.get_loader`. `include` says what a batch holds besides the fields:
     `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its episode;
     `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32 `(B,)`;
-    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1.
+    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the dataset
+    that holds the episode, also in batches of a mixture.
     """
 
     def __init__(
