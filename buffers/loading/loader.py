@@ -53,7 +53,7 @@ class SequenceLoader(DataLoader):
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
             collate_fn = partial(stream.collate_and_pack, collate_fn)
         # Without a generator, torch would draw its workers' seed from the global one.
-        loader_options.setdefault("generator", torch.Generator().manual_seed(stream.random.seed % 2**63))
+        loader_options.setdefault("generator", torch.Generator("cpu").manual_seed(stream.random.seed % 2**63))
         loader_options |= {"num_workers": num_workers, "pin_memory": bool(pin_memory), "collate_fn": collate_fn}
         super().__init__(stream, batch_size=None, **loader_options)
         self.stream = stream
@@ -61,6 +61,13 @@ class SequenceLoader(DataLoader):
         self.generation = 0
 
     def __iter__(self) -> Any:
+        if torch.get_default_device().type != "cpu":
+            # torch would draw its workers' seed on that device, by a generator of the CPU.
+            with torch.device("cpu"):
+                return self._iterate()
+        return self._iterate()
+
+    def _iterate(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
         self.stream.source.check_drawable()

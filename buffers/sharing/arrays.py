@@ -46,7 +46,7 @@ class SharedArrays(dict[str, np.ndarray]):
                 self._handle = os.getpid(), self._descriptor, status.st_dev, status.st_ino
                 memory = np.frombuffer(self._mapping, np.uint8)
             else:
-                self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8).share_memory_()
+                self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu").share_memory_()
                 memory = self._tensor.numpy()
         except (OSError, ValueError, OverflowError, RuntimeError) as error:
             message = f"{format_bytes(self.num_bytes)} of shared memory could not be allocated: {error}"
@@ -101,8 +101,8 @@ class SharedArrays(dict[str, np.ndarray]):
                 raise FileNotFoundError(_path(self._handle))
             # Unlike Python's mmap, this keeps no descriptor.
             size = state["offset"] + self.num_bytes
-            memory = torch.from_file(_path(self._handle), shared=True, size=size, dtype=torch.uint8).numpy()
-            memory = memory[state["offset"] :]
+            path, uint8 = _path(self._handle), torch.uint8
+            memory = torch.from_file(path, shared=True, size=size, dtype=uint8, device="cpu").numpy()[state["offset"] :]
             # On another machine, the same numbers may be those of other memory.
             if memory[-_TOKEN_BYTES:].tobytes() != self._token:
                 raise FileNotFoundError(_path(self._handle))
