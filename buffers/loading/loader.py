@@ -6,6 +6,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -61,11 +62,14 @@ class SequenceLoader(DataLoader):
         self.generation = 0
 
     def __iter__(self) -> Any:
-        if torch.get_default_device().type != "cpu":
-            # torch would draw its workers' seed on that device, by a generator of the CPU.
-            with torch.device("cpu"):
+        # On another default device, torch could not draw its workers' seed by a generator of the CPU.
+        is_cpu_default = torch.get_default_device().type == "cpu"
+        self.stream.is_counted = True
+        try:
+            with nullcontext() if is_cpu_default else torch.device("cpu"):
                 return self._iterate()
-        return self._iterate()
+        finally:
+            self.stream.is_counted = False
 
     def _iterate(self) -> Any:
         if self.num_workers == 0:
@@ -89,7 +93,13 @@ class SequenceLoader(DataLoader):
         self.generation += 1
 
     def state_dict(self) -> dict[str, int]:
-        """`seed`, and `position`, the number of batches taken."""
+        """`seed`, and `position`, the number of batches taken; RuntimeError if another DataLoader has taken some."""
+        if self.stream.counters["uncounted"][0]:
+            raise RuntimeError(
+                "Another DataLoader has taken batches, such as the one that accelerate's `prepare` makes, and may be "
+                "ahead of what it has delivered. Iterate this loader itself, without `prepare`; or count the batches, "
+                f"and load {{'seed': {self.stream.random.seed}, 'position': their number}}."
+            )
         return {"seed": self.stream.random.seed, "position": self.stream.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -99,6 +109,7 @@ class SequenceLoader(DataLoader):
         self.stream.random = BatchRandom(integer("seed", state["seed"], 0))
         self.end_workers()
         self.stream.position = integer("position", state["position"], 0)
+        self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = self.stream.position, 0
 
 
 def _as_it_is(batch: Any) -> Any:
