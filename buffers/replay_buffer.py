@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
@@ -59,6 +60,7 @@ class ReplayBuffer:
         include: Iterable[str] = (),
         seed: int | None = None,
         max_episode_length: int | None = None,
+        output_device: torch.device | str | None = None,
         **loader_options: Any,
     ) -> None:
         if not isinstance(dataset, EpisodeSource):
@@ -73,6 +75,7 @@ class ReplayBuffer:
             transform=transform,
             include=include,
             seed=seed,
+            output_device=output_device,
             **loader_options,
         )
         # Without workers and pinning, a DataLoader adds nothing but time.
@@ -169,7 +172,8 @@ class ReplayBuffer:
                     "when these end; `flush()` completes them as they stand."
                 )
         if self._direct:
-            return self.dataloader.stream.take()
+            batch = self.dataloader.stream.take()
+            return batch if self.dataloader.output_device is None else self.dataloader.deliver(batch)
         if self._batches is None or self._generation != self.dataloader.generation:
             self._batches, self._generation = iter(self.dataloader), self.dataloader.generation
         try:

@@ -159,6 +159,8 @@ def test_options_of_no_use_say_so() -> None:
     with pytest.raises(ValueError, match="in the order of their numbers, which `state_dict` counts: drop `in_ord"):
         ring.get_loader(4, 2, in_order=False)
     ring.get_loader(4, 2, in_order=True)
+    with pytest.raises(ValueError, match="`output_device`='gpu' cannot be used"):
+        ring.get_loader(4, 2, output_device="gpu")
     with pytest.raises(TypeError, match=r"found the class UniformEpisodeSampler: pass UniformEpisodeSampler\(\)"):
         ring.get_loader(4, 2, sampler=UniformEpisodeSampler)
     with pytest.raises(ValueError, match=r"A state has 'seed' and 'position', .* found \['seed'\]"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,3 +77,25 @@ def test_batches_are_where_the_ring_is_whatever_the_default_device(num_workers) 
     for batch in batches:
         assert {str(value.device) for value in batch.values()} == {"cpu"}
         assert batch["x"].tolist() == [[0, 1, 2, 3, 4]] * 4
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.mark.parametrize("pin_memory", [None, False])
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
+def test_batches_are_moved_to_the_output_device(device, num_workers, pin_memory) -> None:
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "include": ("index",), "transform": nested}
+    with ReplayBuffer(RingBufferDataset(9), 4, 2, seed=0, output_device=device, **options) as buffer:
+        buffer.add_episode({"obs": {"x": np.arange(5)}})
+        batches = [buffer.sample(), buffer.sample(), next(iter(buffer.dataloader))]
+        for n, (obs, index) in enumerate(batches):
+            assert obs["x"].device.type == index.device.type == device and obs["x"].shape == (4, 2)
+            if device != "meta":
+                expected = buffer.dataset.get_loader(4, 2, seed=0, include=("index",)).stream.batch(n)
+                assert obs["x"].cpu().equal(expected["obs"]["x"]) and index.cpu().equal(expected["index"])
+
+
+def nested(batch: dict[str, Any]) -> tuple[Any, Any]:
+    return batch["obs"], batch["index"]

@@ -183,6 +183,7 @@ class EpisodeSource(IterableDataset, ABC):
         transform: Callable[[dict[str, Any]], Any] | None = None,
         include: Iterable[str] = (),
         seed: int | None = None,
+        output_device: torch.device | str | None = None,
         **loader_options: Any,
     ) -> SequenceLoader:
         """An endless `DataLoader` of batches, `field -> (batch_size, sequence_length, *shape)`.
@@ -200,11 +201,12 @@ class EpisodeSource(IterableDataset, ABC):
                 their `mask`.
             chunk_size: Sequences in one read, a divisor of `batch_size`. It does not change what is drawn.
             num_workers: Worker processes; 0 by default.
-            pin_memory: As in `DataLoader`.
+            pin_memory: As in `DataLoader`. By default, batches for another `output_device` that is a GPU are pinned.
             sampler: Chooses the windows; uniformly over all by default.
             transform: A function of the batch, called in the worker.
             include: What else a batch holds, see `SequenceStream`.
             seed: Of all draws; None takes one from the operating system.
+            output_device: Where batches are moved after `transform`; by default they are where the episodes are.
             **loader_options: Other options of torch's `DataLoader`.
 
         Raises:
@@ -213,7 +215,7 @@ class EpisodeSource(IterableDataset, ABC):
         """
         options: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
         stream = SequenceStream(self, batch_size, sequence_length, chunk_size, **options)
-        return SequenceLoader(stream, num_workers=num_workers, pin_memory=pin_memory, **loader_options)
+        return SequenceLoader(stream, num_workers, pin_memory, output_device, **loader_options)
 
     def sequences(
         self,

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import forget
 from buffers.loading.stream import COUNTERS, SequenceStream
 from buffers.sharing import SharedArrays
-from buffers.utils import integer
+from buffers.utils import integer, usable_device
 
 __all__ = ["SequenceLoader"]
 
@@ -34,8 +35,15 @@ class SequenceLoader(DataLoader):
         stream: SequenceStream,
         num_workers: int | None = None,
         pin_memory: bool | None = None,
+        output_device: torch.device | str | None = None,
         **loader_options: Any,
     ) -> None:
+        #: Where batches are moved; None leaves them where the source is.
+        self.output_device = None if output_device is None else usable_device("output_device", output_device)
+        is_on_gpu = self.output_device is not None and self.output_device.type == "cuda"
+        # Whether to copy from pinned memory, while the trainer goes on. A copy to the CPU must be complete.
+        self._is_async = is_on_gpu and pin_memory is not False
+        pin_memory = pin_memory or (self._is_async and bool(num_workers))
         known = inspect.signature(DataLoader).parameters
         for name in loader_options:
             if name not in known:
@@ -61,6 +69,15 @@ class SequenceLoader(DataLoader):
         #: Counts up when earlier iterators become invalid.
         self.generation = 0
 
+    def deliver(self, batch: Any) -> Any:
+        """Move the tensors of a batch to `output_device`."""
+        return batch if self.output_device is None else tree_map_only(torch.Tensor, self._moved, batch)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._is_async and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # As it is if a DataLoader has pinned it.
+        return tensor.to(self.output_device, non_blocking=self._is_async)
+
     def __iter__(self) -> Any:
         # On another default device, torch could not draw its workers' seed by a generator of the CPU.
         is_cpu_default = torch.get_default_device().type == "cpu"
@@ -73,7 +90,7 @@ class SequenceLoader(DataLoader):
 
     def _iterate(self) -> Any:
         if self.num_workers == 0:
-            return super().__iter__()
+            return super().__iter__() if self.output_device is None else map(self.deliver, super().__iter__())
         self.stream.source.check_drawable()
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
@@ -137,4 +154,4 @@ class _BatchesOfWorkers(Iterator[Any]):
                 self._loader.end_workers()  # torch does not restart a persistent worker that has ended.
             raise
         self._loader.stream.position += 1
-        return batch
+        return self._loader.deliver(batch)

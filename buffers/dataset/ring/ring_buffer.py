@@ -19,7 +19,7 @@ from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import EpisodeTable, Windows
-from buffers.utils import Process, format_bytes
+from buffers.utils import Process, format_bytes, usable_device
 
 __all__ = ["RingBufferDataset"]
 
@@ -76,7 +76,7 @@ class RingBufferDataset(EpisodeDataset):
                 f"A RingBufferDataset overwrites its oldest rows, so it can only use FIFOEvictor, found "
                 f"{type(evictor).__name__}. IndividualFileDataset takes any evictor."
             )
-        self.device = _usable_device(device)
+        self.device = usable_device("device", device)
         self.half_precision = self.refuses_values = bool(half_precision)
         # Its memory holds the rows, too. None on a GPU.
         self._published: PublishedTable | None = None
@@ -269,10 +269,3 @@ def _total_memory(device: torch.device) -> float:
         return torch.cuda.get_device_properties(device).total_memory
     is_known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if is_known else math.inf
-
-
-def _usable_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device`={device!r} cannot be used: {str(error).splitlines()[0]}") from None
