@@ -194,8 +194,11 @@ class Stubborn(UniformSampler):
         ((), "asked for 8 windows, found None"),
         ((7, 3, 0), "asked for 8 windows"),
         ((8, 4, 0), "asked for windows of 3 steps, found 4"),
-        ((8, 3, 3), "not within its episode"),
-        ((8, 3, -1), "not within its episode"),
+        (
+            (8, 3, 3),
+            r"row 3 of 5. Choose `step` from 0 to `table.lengths\[position\] - 3`, in episodes of at lea",
+        ),
+        ((8, 3, -1), "not within its episode: it begins at row -1 of 5"),
     ],
 )
 def test_bad_windows_of_a_users_sampler_are_refused(windows, message) -> None:
@@ -204,6 +207,8 @@ def test_bad_windows_of_a_users_sampler_are_refused(windows, message) -> None:
     dataset.add_episode(tagged.episode(5, 1))
     with pytest.raises(ValueError, match=message):
         dataset.get_loader(8, 3, sampler=Stubborn(*windows)).stream.take()
+    with pytest.raises(ValueError, match="asked for whole episodes, which begin at `step` 0"):
+        dataset.get_loader(8, sampler=Stubborn(8, 3, 2)).stream.take()
     assert set(tagged.origins(dataset.get_loader(8, 3, sampler=Stubborn(8, 3, 2)).stream.take())) == {(0, 0, 2, 3)}
 
 

@@ -318,6 +318,14 @@ def _checked(sampler: Sampler, windows: Windows, num_windows: int, length: int |
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
     if length is not None and length != windows.length:
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
-    if not windows.is_checked and not (windows.are_within if length is not None else (windows.step == 0).all()):
-        raise ValueError(f"{type(sampler).__name__} drew a window that is not within its episode.")
+    if length is None:
+        if windows.step.any():
+            raise ValueError(f"{type(sampler).__name__} was asked for whole episodes, which begin at `step` 0.")
+    elif not (windows.is_checked or windows.are_within):
+        b = int(((windows.step < 0) | (windows.step > windows.episode_length - length)).argmax())
+        raise ValueError(
+            f"{type(sampler).__name__} drew a window that is not within its episode: it begins at row "
+            f"{windows.step[b]} of {windows.episode_length[b]}. Choose `step` from 0 to `table.lengths[position] - "
+            f"{length}`, in episodes of at least {length} rows."
+        )
     return windows
