@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
@@ -64,6 +65,7 @@ class ReplayBuffer:
         seed: int | None = None,
         max_episode_length: int | None = None,
         overlap: int = 0,
+        output_device: torch.device | str | None = None,
         **loader_options: Any,
     ) -> None:
         if not isinstance(dataset, EpisodeSource):
@@ -78,6 +80,7 @@ class ReplayBuffer:
             transform=transform,
             include=include,
             seed=seed,
+            output_device=output_device,
             **loader_options,
         )
         # Without workers and pinning, a DataLoader adds nothing but time.
@@ -120,15 +123,16 @@ class ReplayBuffer:
                    done[i] F  F  F    T            before and was reset, so this row is its next episode's first
 
         The first step decides between the two: by `num_envs` if given; else it is vectorized if `done` has an axis, or
-        if all leaves share their leading size, which gives a warning.
+        if it is a plain bool and all leaves share their leading size, which gives a warning.
 
         Args:
             step_data: `field -> (*shape)`, or `(N, *shape)`; nested dicts allowed. Values are copied. dtypes are
                 kept, Python floats become float32.
-            done: bool, or bool `(N,)`. A plain bool stands for all N.
+            done: bool, or bool `(N,)`; numbers that are 0 or 1 will do. A plain bool stands for all N. On the first
+                step, an array or tensor without an axis means a single environment.
 
         Raises:
-            TypeError: A value that is no tensor, array or number; a `done` that is not bool.
+            TypeError: A value that is no tensor, array or number; a `done` that is neither bool nor a number.
             ValueError: Other fields, dtypes, shapes or N than before, or an open episode as long as the capacity.
                 Nothing has changed.
             Exception: The dataset could not store an episode that ended now or before, because of a full disk for
@@ -181,7 +185,8 @@ class ReplayBuffer:
         if stream.position & (stream.position - 1) == 0 and not self._has_warned:
             self._warn_of_unreachable()
         if self._direct:
-            return stream.take()
+            batch = stream.take()
+            return batch if self.dataloader.output_device is None else self.dataloader.deliver(batch)
         if self._batches is None or self._generation != self.dataloader.generation:
             self._batches, self._generation = iter(self.dataloader), self.dataloader.generation
         try:
@@ -259,6 +264,11 @@ class ReplayBuffer:
     def is_empty(self) -> bool:
         """Whether there is no complete episode."""
         return self.dataset.is_empty
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether `sample` would find an episode that is long enough now; of a mixture, one in each member."""
+        return not self._is_closed and self.dataset.can_draw(self.dataloader.stream.sequence_length)
 
     def stats(self) -> dict[str, float]:
         """Numbers for a logger.

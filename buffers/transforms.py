@@ -10,6 +10,8 @@ import torch
 __all__ = ["n_step_returns", "to_transitions"]
 
 _ROW_FIELDS = ("obs", "action", "reward", "terminated", "truncated")
+# From the row before a transition.
+_BEFORE = ("obs", "is_first", "index", "step")
 # One value a sequence, not one a row.
 _PER_SEQUENCE = ("episode", "weight", "source")
 
@@ -33,8 +35,9 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: As recorded, `field -> (B, T + 1, *shape)`, or `(T + 1, *shape)` for a single sequence, T at least 1.
 
     Returns:
-        `field -> (B, T, *shape)`: `obs` and `is_first` from the row before the transition; `next_obs` and all other
-        fields from the row on arrival. `episode`, `weight` and `source` `(B,)` are unchanged.
+        `field -> (B, T, *shape)`: `obs`, `is_first`, `index` and `step` from the row before the transition, with which
+        the window begins; `next_obs` and all else from the row on arrival. `episode`, `weight` and `source` `(B,)` are
+        unchanged.
 
     Raises:
         ValueError: A field is missing, `next_obs` exists already, or sequences have one row.
@@ -49,7 +52,7 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("A transition needs two rows, found sequences of 1. Draw with `sequence_length=2` or more.")
     transitions = {}
     for name, value in batch.items():
-        start = 0 if name in ("obs", "is_first") else 1
+        start = 0 if name in _BEFORE else 1
         # A field of the rows with such a name has the time axis.
         is_per_sequence = name in _PER_SEQUENCE and isinstance(value, torch.Tensor) and value.dim() <= axis
         transitions[name] = value if is_per_sequence else _narrow(value, axis, start, length - 1)

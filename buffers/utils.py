@@ -98,6 +98,14 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> Any:
     return value
 
 
+def usable_device(name: str, device: torch.device | str) -> torch.device:
+    """Check an argument that must be a device of this machine."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`{name}`={device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def format_bytes(num_bytes: float) -> str:
     """A number of bytes as `1.5 MB`, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):

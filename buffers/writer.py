@@ -70,6 +70,9 @@ class EpisodeSink(Protocol):
         """
 
 
+_ONE = (bool, np.bool_)
+
+
 class EpisodeWriter:
     """Splits the steps of one environment, or of N that step together, into episodes, and passes these to a sink.
 
@@ -175,7 +178,7 @@ class EpisodeWriter:
         else:
             leading, fields = self.leading, self._accumulator.fields
         for name, flag in flags.items():
-            if not isinstance(flag, bool) and flag.shape != leading:
+            if not isinstance(flag, _ONE) and flag.shape != leading:
                 expected = f"a bool array of shape {leading}, or a plain bool" if leading else "a plain bool"
                 raise ValueError(f"`{name}` has shape {flag.shape}, expected {expected}.")
         mode = self.sink.verification_mode
@@ -198,7 +201,7 @@ class EpisodeWriter:
         assert accumulator is not None  # The rows were checked.
         if self.leading:
             accumulator.add_rows(rows, is_first, is_last, mask)
-        elif mask is not False:
+        elif mask is None or mask:
             accumulator.add_row(rows, bool(is_first), bool(is_last))
 
     def truncate(self, mask: np.ndarray) -> None:
@@ -223,7 +226,7 @@ class EpisodeWriter:
 
     def _per_env(self, flag: Any) -> Any:
         """A plain bool as bool `(N,)`, if the rows have an environment axis; anything else as it is."""
-        return np.full(self.leading, flag) if self.leading and isinstance(flag, bool) else flag
+        return np.full(self.leading, flag) if self.leading and isinstance(flag, _ONE) else flag
 
     def _check_open(self) -> None:
         if self.is_closed:
@@ -254,13 +257,15 @@ class EpisodeWriter:
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: Mapping[str, Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
-        sizes = [len(flag) for flag in flags.values() if not isinstance(flag, bool)]
+        sizes = [len(flag) for flag in flags.values() if not isinstance(flag, _ONE)]
         if 0 in sizes:
             raise ValueError("A flag has shape (0,), expected one for each of at least one environment.")
         if self.num_envs is not None:
             return () if self.num_envs == 1 and not sizes else (self.num_envs,)
         if sizes:
             return (max(sizes),)
+        if any(isinstance(flag, np.bool_) for flag in flags.values()):
+            return ()
         row = Fields.from_rows(step_data, 0)
         known = self.sink.fields
         if known is not None and row.conflict_with(known) is None:
@@ -269,10 +274,12 @@ class EpisodeWriter:
         if not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
             return ()
         num_envs = shapes[0][0]
+        say = f"Say so with `num_envs={num_envs}`, or `num_envs=1` if it is a single environment."
+        if num_envs == 1:
+            say = "Say so by `done` as an array of shape (1,); `num_envs=1` means that steps have no environment axis."
         warnings.warn(
             f"All fields of the first step have leading size {num_envs}, so they are taken for the rows of {num_envs} "
-            f"environments, and done=True for 'was done on the call before'. Say so with `num_envs={num_envs}`, or "
-            "`num_envs=1` if it is a single environment.",
+            f"environments, and done=True for 'was done on the call before'. {say}",
             stacklevel=5,  # The caller of `ReplayBuffer.add_step`.
         )
         return (num_envs,)
@@ -282,7 +289,7 @@ class EpisodeWriter:
         self.sink.check_writable()
         if self.sink.fields is not None:
             return self.sink.fields
-        arrays = [name for name, flag in flags.items() if not isinstance(flag, bool)]
+        arrays = [name for name, flag in flags.items() if not isinstance(flag, _ONE)]
         try:
             return Fields.from_rows(step_data, len(leading))
         except ValueError as error:
@@ -355,13 +362,22 @@ def _exact_rows(fields: Fields, leading: tuple[int, ...], step_data: Mapping[str
     return rows
 
 
-def _as_flag(name: str, value: Any) -> bool | np.ndarray:
+def _as_flag(name: str, value: Any) -> Any:
+    """A bool `(N,)`, a plain bool, or an np.bool_ for an array without axes, which means a single environment."""
     if isinstance(value, bool):
         return value
+    array = value
     if type(value) is not np.ndarray:
-        value = as_array(name, value) if isinstance(value, torch.Tensor) else np.asarray(value)
-    if value.dtype.kind != "b":
-        raise TypeError(f"`{name}` must be bool or an array of bool, found {value.dtype}: {value!r:.60}.")
-    if value.ndim > 1:
-        raise ValueError(f"`{name}` must have at most one axis, that of the environments, found shape {value.shape}.")
-    return value if value.ndim else bool(value)
+        array = as_array(name, value) if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.dtype.kind != "b":
+        if array.dtype.kind not in "iuf":
+            raise TypeError(f"`{name}` must be bool or an array of bool, found {array.dtype}: {array!r:.60}.")
+        flags = array != 0
+        if (array != flags).any():
+            raise ValueError(f"`{name}` must be bool, or numbers that are 0 or 1, found {array!r:.60}.")
+        array = np.asarray(flags)
+    if array.ndim > 1:
+        raise ValueError(f"`{name}` must have at most one axis, that of the environments, found shape {array.shape}.")
+    if array.ndim:
+        return array
+    return bool(array) if isinstance(value, (int, float)) else np.bool_(array)

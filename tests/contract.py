@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import pickle
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from buffers.dataset import EpisodeDataset, MixtureDataset
 from buffers.dataset.fields import Fields
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sampler import UniformEpisodeSampler, UniformSampler
-from tests import tagged
+from tests import reading, tagged
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
 DTYPES += [torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
@@ -306,7 +305,7 @@ class DatasetContract:
         assert tagged.numbers(copied) == live and tagged.numbers(dataset) == [0, 1, 2]
         batch = copied.get_loader(64, 2, seed=0).stream.batch(0)
         assert {number for _, number, _, _ in tagged.origins(batch)} == set(live)
-        clone = pickle.loads(pickle.dumps(copied))
+        clone = reading.reader_of(copied)
         assert_same_batch(batch, clone.get_loader(64, 2, seed=0).stream.batch(0))
 
 

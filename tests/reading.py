@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
+import multiprocessing.context
+import pickle
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -34,6 +35,20 @@ def tagged_episode(ring: RingBufferDataset, length: int) -> dict[str, np.ndarray
         "y": np.broadcast_to(steps[:, None], (length, 600)),
         "length": np.full(length, length),
     }
+
+
+def handle_of(shared: Any) -> bytes:
+    """The pickle that a process which multiprocessing starts is given."""
+    multiprocessing.context.set_spawning_popen(object())
+    try:
+        return pickle.dumps(shared)
+    finally:
+        multiprocessing.context.set_spawning_popen(None)
+
+
+def reader_of(shared: Any) -> Any:
+    """What such a process unpickles."""
+    return pickle.loads(handle_of(shared))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ TREES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "buffers")
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # Private attributes that other libraries define and offer no public name for.
 EXCEPTIONS = {
+    "_torchdynamo_disable": "torch.compile: what torch.compiler.disable sets",
     "_at_fork_reinit": "threading.RLock: a forked child must not wait for a thread that it does not have",
     "_workers": "torch's DataLoader: which of its processes live",
 }

@@ -7,7 +7,6 @@ import copy
 import itertools
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from buffers import Evictor, ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.sampler import UniformEpisodeSampler
-from tests import tagged
+from tests import reading, tagged
 from tests.faults import kill_worker
 from tests.list_dataset import ListDataset
 from tests.tagged import numbers
@@ -255,14 +254,14 @@ def test_closing_the_buffer_ends_the_workers_of_both(tmp_path) -> None:
     assert not any(worker.is_alive() for worker in workers)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+@pytest.mark.parametrize("how", [copy.deepcopy, reading.reader_of])
 def test_a_copy_is_not_extended(how) -> None:
     ring, large = RingBufferDataset(20), ListDataset(100)
     ring.extend(large)
     ring.add_episode(tagged.episode(5, 0))
     copied = how(ring)
     assert copied.extension is None and numbers(copied) == [0]
-    assert len(pickle.dumps(ring)) < 65_536
+    assert len(reading.handle_of(ring)) < 65_536
 
 
 def test_the_same_seed_brings_the_same_episodes() -> None:

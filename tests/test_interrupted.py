@@ -6,7 +6,6 @@ An addition that it cuts off is there or it is not, no other episode is harmed, 
 from __future__ import annotations
 
 import itertools
-import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
-from tests import tagged
+from tests import reading, tagged
 from tests.tagged import numbers
 
 BEFORE, CUT, LATER = range(8), 100, (101, 102)
@@ -103,7 +102,7 @@ class Chain:
         for front, behind in reversed(list(itertools.pairwise(self.datasets))):
             front.extend(behind, other_batch_size=2, seed=0)
         add(self.front, *BEFORE[:-2])
-        readers = [pickle.loads(pickle.dumps(dataset)) for dataset in self.datasets]
+        readers = [reading.reader_of(dataset) for dataset in self.datasets]
         self.drawings = [Drawing(source) for source in (*self.datasets, *readers)]
         for drawing in self.drawings:
             drawing.check()

@@ -117,12 +117,50 @@ def test_drawing_again_is_bounded() -> None:
     assert dataset.num_reads == 8
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_does_not_tell_a_position_that_another_dataloader_counts(num_workers) -> None:
+    ring = RingBufferDataset(20)
+    ring.add_episode({"x": np.arange(20)})
+    loader = ring.get_loader(4, 3, seed=0, num_workers=num_workers)
+
+    def start_of_others() -> list[int]:
+        # What accelerate's `prepare` makes of a loader.
+        other = DataLoader(loader.dataset, None, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
+        return next(iter(other))["x"][:, 0].tolist()
+
+    batches = [loader.stream.batch(n)["x"][:, 0].tolist() for n in range(6)]
+    assert next(iter(loader))["x"][:, 0].tolist() == batches[0]
+    assert loader.state_dict() == {"seed": 0, "position": 1}
+    start_of_others()
+    with pytest.raises(RuntimeError, match="Another DataLoader has taken batches.* load {'seed': 0, 'position': their"):
+        loader.state_dict()
+    loader.load_state_dict({"seed": 0, "position": 4})
+    assert loader.state_dict() == {"seed": 0, "position": 4}
+    assert start_of_others() == batches[4]
+    loader.load_state_dict({"seed": 0, "position": 5})
+    assert next(iter(loader))["x"][:, 0].tolist() == batches[5]
+    assert loader.state_dict() == {"seed": 0, "position": 6}
+
+
+def test_another_dataloader_does_not_repeat_what_has_no_seed() -> None:
+    ring = RingBufferDataset(1000)
+    ring.add_episode({"x": np.arange(1000)})
+    loader = ring.get_loader(8, 3, num_workers=1)
+    other = DataLoader(loader.dataset, None, num_workers=1, collate_fn=loader.collate_fn)
+    assert not next(iter(other))["x"].equal(next(iter(other))["x"])
+
+
 def test_options_of_no_use_say_so() -> None:
     ring = RingBufferDataset(10)
     for name in ("shuffle", "drop_last"):
         with pytest.raises(ValueError, match=f"drawn at random, and every batch is full: leave out `{name}`"):
             ring.get_loader(4, 2, **{name: True})
         ring.get_loader(4, 2, **{name: False})
+    with pytest.raises(ValueError, match="in the order of their numbers, which `state_dict` counts: drop `in_ord"):
+        ring.get_loader(4, 2, in_order=False)
+    ring.get_loader(4, 2, in_order=True)
+    with pytest.raises(ValueError, match="`output_device`='gpu' cannot be used"):
+        ring.get_loader(4, 2, output_device="gpu")
     with pytest.raises(TypeError, match=r"found the class UniformEpisodeSampler: pass UniformEpisodeSampler\(\)"):
         ring.get_loader(4, 2, sampler=UniformEpisodeSampler)
     with pytest.raises(ValueError, match=r"A state has 'seed' and 'position', .* found \['seed'\]"):

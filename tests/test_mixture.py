@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import pickle
 import threading
 from typing import Any
 
@@ -14,13 +13,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.dataset.composing.weights import SharedWeights, shares
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Windows
-from tests import tagged
+from tests import reading, tagged
 from tests.forgetful import Forgetful
 from tests.list_dataset import ListDataset
 
@@ -217,8 +217,8 @@ def to_numpy(tree: Any) -> Any:
 def test_a_pickled_one_draws_the_same_and_a_copy_goes_on(members) -> None:
     mixture = MixtureDataset(members[::2], [1, 3])
     expected = mixture.get_loader(8, 3, seed=1).stream.batch(0)["code"]
-    assert len(pickle.dumps(MixtureDataset(members[:2], [1, 1]))) < 65_536
-    clone = pickle.loads(pickle.dumps(mixture))
+    assert len(reading.handle_of(MixtureDataset(members[:2], [1, 1]))) < 65_536
+    clone = reading.reader_of(mixture)
     assert clone.get_loader(8, 3, seed=1).stream.batch(0)["code"].equal(expected)
     copied = copy.deepcopy(mixture)
     mixture.weights = [1, 0]
@@ -335,6 +335,29 @@ def test_bad_weights_are_refused_and_change_nothing(members, weights, error, mes
     assert mixture.weights.tolist() == [0.25, 0.75]
     mixture.weights = [1e308, 1e308]
     assert mixture.weights.tolist() == [0.5, 0.5], "whatever their size"
+
+
+def test_a_mixture_can_be_sampled_once_every_weighted_member_can(members) -> None:
+    buffer = ReplayBuffer(mixture := MixtureDataset([RingBufferDataset(20), *members], [1, 1, 1, 1]), 4, 3)
+    for action, expected in (
+        (lambda: None, False),
+        (lambda: mixture.datasets[0].add_episode(tagged.episode(2, 0)), False),
+        (lambda: setattr(mixture, "weights", [0, 1, 1, 1]), True),
+        (lambda: setattr(mixture, "weights", [1, 1, 1, 1]), False),
+        (lambda: mixture.datasets[0].add_episode(tagged.episode(3, 1)), True),
+    ):
+        action()
+        assert buffer.can_sample is expected
+
+
+def test_ids_of_a_batch_are_those_of_the_dataset_that_holds_the_episode(members) -> None:
+    mixture = MixtureDataset(members, [1, 1, 1])
+    batch = mixture.get_loader(30, 3, include=("source", "episode", "index", "step"), seed=0).stream.take()
+    for b, source in enumerate(batch["source"].tolist()):
+        table, episode = members[source].table, int(batch["episode"][b])
+        assert int(table.starts[table.position(episode)]) == int(batch["index"][b, 0] - batch["step"][b, 0])
+        whole, step = members[source].episode_of_id(episode), int(batch["step"][b, 0])
+        assert whole["code"][step : step + 3].equal(batch["code"][b])
 
 
 def test_bad_members_and_includes_are_refused(members) -> None:

@@ -102,6 +102,7 @@ before = state()
 import buffers, buffers.dataset, buffers.loading, buffers.sampler
 assert state() == before
 assert not [name for name in sys.modules if name.split(".")[0] in ("matplotlib", "gymnasium")]
+assert "torch._dynamo" not in sys.modules, "that takes a second"
 import matplotlib
 before = state()
 from buffers.visualization import MatplotlibVisualizer

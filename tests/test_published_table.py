@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from buffers.sharing import PublishedTable, SharedArrays, published_table
 from buffers.table import EpisodeTable
+from tests import reading
 
 Rows = list[tuple[int, int, int, int]]
 # Small, so that the tail moves all the time.
@@ -274,7 +274,7 @@ def test_a_reader_is_told_of_what_is_coming() -> None:
 
 def test_readers_know_that_the_writer_has_ended() -> None:
     memory = SharedArrays(PublishedTable.layout(10))
-    reader = PublishedTable(pickle.loads(pickle.dumps(memory)))
+    reader = PublishedTable(reading.reader_of(memory))
     assert not reader.has_ended
     PublishedTable(memory).end()
     assert reader.has_ended

@@ -112,6 +112,38 @@ def test_done_opens_a_new_episode_in_each_of_n_environments(num_envs, seed, rate
     assert stored(buffer)[len(expected) :] == [(e, int(episode[e]), list(range(step[e]))) for e in range(num_envs)]
 
 
+@pytest.mark.parametrize("cast", [np.int64, np.float32, torch.tensor, lambda flags: torch.tensor(flags).half(), list])
+def test_flags_may_be_zeros_and_ones(cast) -> None:
+    def flag(*values: int) -> Any:
+        return cast(values)
+
+    buffer, envs = buffer_of(num_envs=2), np.arange(2)
+    buffer.add_step(tagged.rows(envs, 0, 0), flag(0, 0))
+    buffer.add_step(tagged.rows(envs, [1, 0], [0, 1]), flag(1, 0))
+    assert stored(buffer) == [(0, 0, [0])]
+    buffer.add(tagged.rows(envs, [1, 0], [1, 0]), is_first=flag(0, 1), is_last=flag(1, 0), mask=flag(1, 0))
+    assert stored(buffer) == [(0, 0, [0]), (0, 1, [0, 1])]
+    buffer.add(tagged.rows(envs, [2, 0], [0, 2]), is_last=flag(0, 1))
+    assert stored(buffer)[2:] == [(1, 0, [0, 1, 2])]
+
+
+def test_one_environment_with_an_axis_is_told_what_to_write() -> None:
+    buffer = buffer_of()
+    with pytest.warns(UserWarning, match=r"Say so by `done` as an array of shape \(1,\); `num_envs=1` means that st"):
+        buffer.add_step(tagged.rows(np.arange(1), 0, 0), False)
+    other = buffer_of(num_envs=1)
+    for each in (buffer, other):
+        each.add_step(tagged.rows(np.arange(1), 0, 0), np.array([False]))
+
+
+def test_a_mask_without_an_axis_adds_no_row() -> None:
+    buffer = buffer_of()
+    buffer.add(tagged.rows(0, 0, 0), is_last=np.array(1), mask=np.array(True))
+    for mask in (False, np.array(0.0), torch.tensor(False)):
+        buffer.add(tagged.rows(0, 0, 1), mask=mask)
+    assert stored(buffer) == [(0, 0, [0])] and buffer.writer.num_open_rows == 0
+
+
 def test_a_plain_bool_on_batched_rows_stands_for_all_environments_with_one_warning() -> None:
     buffer = buffer_of()
     with pytest.warns(UserWarning, match="leading size 3, .* `num_envs=3`, or `num_envs=1`") as caught:
@@ -135,6 +167,9 @@ _KNOWN = EpisodeDatasetInfo(Fields(obs=Vector(4), action=Vector(4)))
         (None, 1, {"obs": np.zeros((1, 4))}, np.array([False]), [(4,)]),
         (None, None, {"obs": np.zeros((2, 4))}, torch.tensor([False, False]), [(4,)]),
         (None, None, {"obs": np.zeros(4), "reward": 1.0}, np.True_, [(4,), ()]),
+        (None, None, {"obs": np.zeros(4), "action": np.zeros(4)}, np.array(True), [(4,), (4,)]),
+        (None, None, {"obs": np.zeros((4, 2))}, torch.tensor(1.0), [(4, 2)]),
+        (None, 4, {"obs": np.zeros((4, 2))}, np.array(0), [(2,)]),
         (_KNOWN, None, {"obs": np.zeros(4, np.float32), "action": np.zeros(4, np.float32)}, True, [(4,), (4,)]),
     ],
 )
@@ -273,7 +308,9 @@ def spoiled(**changes: Any) -> dict[str, Any]:
         ([1, 2], False, TypeError, "Expected a dict from field to value, found list"),
         (spoiled(), np.array([True]), ValueError, r"has shape \(1,\), expected a bool array of shape \(2,\)"),
         (spoiled(), np.array([[True, False]]), ValueError, r"`done` must have at most one axis"),
-        (spoiled(), np.array([1, 0]), TypeError, "`done` must be bool or an array of bool, found int64"),
+        (spoiled(), np.array([2, 0]), ValueError, r"`done` must be bool, or numbers that are 0 or 1, found .*2, 0"),
+        (spoiled(), torch.tensor([0.5, np.nan]), ValueError, "`done` must be bool, or numbers that are 0 or 1"),
+        (spoiled(), np.array(["a", "b"]), TypeError, "`done` must be bool or an array of bool, found <U1"),
         (spoiled(), None, TypeError, "`done` must be bool"),
     ],
 )
@@ -367,6 +404,21 @@ def test_sample_the_iterator_and_the_dataloader_are_one_sequence_of_batches_that
         assert_same_batch(one, two)
 
 
+@pytest.mark.parametrize("length", [3, None])
+def test_can_sample_says_whether_sample_finds_a_window(length) -> None:
+    buffer = buffer_of(num_envs=1, sequence_length=length)
+    for number, num_rows in enumerate((2, 1, 3)):
+        for step in range(num_rows):
+            if not buffer.can_sample:
+                with pytest.raises(RuntimeError, match="complete yet|longer than every stored episode|is empty"):
+                    buffer.sample()
+            buffer.add_step(tagged.rows(0, number, step), step == num_rows - 1)
+        assert buffer.can_sample is (number == 2 or length is None)
+    buffer.sample()
+    buffer.close()
+    assert not buffer.can_sample
+
+
 def test_counts_and_the_table_tell_open_from_stored() -> None:
     buffer = buffer_of(num_envs=1)
     assert buffer.is_empty and len(buffer) == buffer.num_episodes == 0 and buffer.fields is None
@@ -418,6 +470,9 @@ def test_include_of_a_field_is_refused_with_the_first_step() -> None:
         (torch.tensor(2, dtype=torch.uint8), 6.0),
         (True, 3.0),
         (np.float64(0.5), 1.5),
+        (np.float16(60_000), 180_000.0),
+        (torch.tensor(2**-7 + 1, dtype=torch.bfloat16), 3 + 3 * 2**-7),
+        (torch.tensor(2**24 + 2, dtype=torch.float32), 3.0 * (2**24 + 2)),
         (1 + 2j, None),
         ({"inner": 1.0, "outer": 2.0}, None),
         (np.zeros(2), None),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import pickle
 
 import numpy as np
@@ -193,8 +194,11 @@ class Stubborn(UniformSampler):
         ((), "asked for 8 windows, found None"),
         ((7, 3, 0), "asked for 8 windows"),
         ((8, 4, 0), "asked for windows of 3 steps, found 4"),
-        ((8, 3, 3), "not within its episode"),
-        ((8, 3, -1), "not within its episode"),
+        (
+            (8, 3, 3),
+            r"row 3 of 5. Choose `step` from 0 to `table.lengths\[position\] - 3`, in episodes of at lea",
+        ),
+        ((8, 3, -1), "not within its episode: it begins at row -1 of 5"),
     ],
 )
 def test_bad_windows_of_a_users_sampler_are_refused(windows, message) -> None:
@@ -203,6 +207,8 @@ def test_bad_windows_of_a_users_sampler_are_refused(windows, message) -> None:
     dataset.add_episode(tagged.episode(5, 1))
     with pytest.raises(ValueError, match=message):
         dataset.get_loader(8, 3, sampler=Stubborn(*windows)).stream.take()
+    with pytest.raises(ValueError, match="asked for whole episodes, which begin at `step` 0"):
+        dataset.get_loader(8, sampler=Stubborn(8, 3, 2)).stream.take()
     assert set(tagged.origins(dataset.get_loader(8, 3, sampler=Stubborn(8, 3, 2)).stream.take())) == {(0, 0, 2, 3)}
 
 
@@ -239,6 +245,16 @@ def test_memory_that_is_not_available_is_an_error_at_construction() -> None:
     info = EpisodeDatasetInfo(Fields(x=Vector(1_000_000)))
     with pytest.raises(MemoryError, match=r"`capacity` of 10000000000 steps needs 40000.0 TB on cpu"):
         RingBufferDataset(10_000_000_000, info)
+
+
+def test_a_ring_larger_than_the_machines_memory_warns_once(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.get)
+    ring = RingBufferDataset(1025)
+    with pytest.warns(UserWarning, match="1025 steps needs 4.1 MB on cpu once it is full, which has 4.1 MB") as caught:
+        ring.add_episode({"x": np.zeros((5, 1000), np.float32)})
+    ring.add_episode({"x": np.zeros((5, 1000), np.float32)})
+    assert len(caught) == 1
+    RingBufferDataset(1024, EpisodeDatasetInfo(Fields(x=Vector(1000))))
 
 
 def test_half_precision_stores_half_and_gives_float32_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import itertools
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import pickle
 import signal
 import threading
 import time
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from buffers import ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.dataset.fields import ColorImage, Fields, Scalar
 from buffers.dataset.info import EpisodeDatasetInfo
@@ -56,7 +59,7 @@ def test_no_window_is_torn_under_a_writer_that_laps_the_ring(method, num_readers
 def write_forever(ring_info: EpisodeDatasetInfo, connection: Any) -> None:
     ring = RingBufferDataset(128, ring_info)
     ring.add_episode(reading.tagged_episode(ring, 5))
-    connection.send(pickle.dumps(ring))
+    connection.send(reading.handle_of(ring))
     rng = np.random.default_rng(os.getpid())
     while True:
         ring.add_episode(reading.tagged_episode(ring, int(rng.integers(1, 9))))
@@ -112,7 +115,7 @@ def test_forking_while_another_thread_adds_neither_hangs_nor_confuses() -> None:
 def test_a_forked_child_uses_nothing_that_was_half_done() -> None:
     ring = reading.tiny_ring(128)
     ring.add_episode(reading.tagged_episode(ring, 5))
-    reader = pickle.loads(pickle.dumps(ring))
+    reader = reading.reader_of(ring)
     # Another thread reads on when the process forks: it has counted rows, and not written down their episode.
     reader.table._state = reader.table._state._replace(num_steps=12)
     child = os.fork()
@@ -129,11 +132,12 @@ def test_a_forked_child_uses_nothing_that_was_half_done() -> None:
 # What is handed to another process.
 
 
+@pytest.mark.filterwarnings("ignore:A `capacity` of 800000 steps needs")
 def test_pickling_ten_gigabytes_of_ring_takes_kilobytes() -> None:
     fields = Fields(obs=ColorImage((64, 64, 3)), reward=Scalar())
     ring = RingBufferDataset(800_000, EpisodeDatasetInfo(fields))
     ring.add_episode({"obs": np.zeros((10, 64, 64, 3), np.uint8), "reward": np.arange(10, dtype=np.float32)})
-    handle = pickle.dumps(ring)
+    handle = reading.handle_of(ring)
     assert len(handle) < 64_000
     reader = pickle.loads(handle)
     assert reader.get_episode(0)["reward"].tolist() == list(range(10))
@@ -143,10 +147,21 @@ def test_pickling_ten_gigabytes_of_ring_takes_kilobytes() -> None:
     assert reader.episode_lengths == [10, 3], "it looks before it draws"
 
 
+@pytest.mark.parametrize("save", [pickle.dumps, lambda held: torch.save(held, io.BytesIO()), ForkingPickler.dumps])
+@pytest.mark.parametrize("hold", [list, lambda held: MixtureDataset(held, [1]), lambda held: ReplayBuffer(*held, 2)])
+def test_a_ring_is_not_pickled_unless_a_process_starts(save, hold) -> None:
+    ring = reading.tiny_ring(16)
+    ring.add_episode(reading.tagged_episode(ring, 5))
+    with pytest.raises(TypeError, match="the rows are lost when this process ends. Keep episodes in an Indi"):
+        save(hold([ring]))
+    for other in (copy.copy(ring), copy.deepcopy(ring)):
+        assert other.get_episode(0)["length"].tolist() == [5] * 5
+
+
 def test_memory_that_is_not_there_any_more_is_refused() -> None:
     layout = {"x": ((10,), np.dtype(np.int64))}
     shared, other = SharedArrays(layout), SharedArrays(layout)
-    handle, state = pickle.dumps(shared), shared.__getstate__()
+    handle, state = reading.handle_of(shared), shared.__getstate__()
     assert (pickle.loads(handle)["x"] == 0).all()
     # On another machine, say, all numbers may happen to be those of something else.
     state["handle"] = other.__getstate__()["handle"]
@@ -161,13 +176,13 @@ def test_memory_that_is_not_there_any_more_is_refused() -> None:
 def test_arrays_of_all_layouts_are_seen_by_both_sides() -> None:
     layout = {"a": ((3, 5), np.dtype(np.float32)), "b": ((), np.dtype("V2")), "c": ((0, 4), np.dtype(np.int64))}
     shared = SharedArrays({**layout, "d": ((100_000,), np.dtype(np.uint8))})
-    other = pickle.loads(pickle.dumps(shared))
+    other = reading.reader_of(shared)
     assert {name: (array.shape, array.dtype) for name, array in other.items() if name != "d"} == layout
     shared["a"][...] = 3
     shared["d"][-1] = 7
     assert (other["a"] == 3).all() and other["d"][-1] == 7
     with pytest.raises(RuntimeError, match="only be passed on by the process that made it"):
-        pickle.dumps(other)
+        reading.handle_of(other)
     own = copy.deepcopy(other)
     shared["a"][...] = 4
     assert (own["a"] == 3).all() and own["d"][-1] == 7
@@ -178,7 +193,7 @@ def test_arrays_of_all_layouts_are_seen_by_both_sides() -> None:
 
 def stream_of_reader(dataset: Any) -> Any:
     """A reader's, which has drawn already."""
-    stream = pickle.loads(pickle.dumps(dataset)).get_loader(4, 5, seed=0).stream
+    stream = reading.reader_of(dataset).get_loader(4, 5, seed=0).stream
     stream.take()
     return stream
 

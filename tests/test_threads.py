@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import itertools
-import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -76,7 +76,7 @@ def num_torn_while_adding(patch: pytest.MonkeyPatch, batch_size: int) -> int:
     """Windows that were drawn before, and just now, by the writer and a reader, at each moment of some additions."""
     ring, num_torn = wide_ring(), 0
     windows = ring.draw(UniformSampler(), batch_size, 3, np.random.default_rng(0))
-    reader = pickle.loads(pickle.dumps(ring))
+    reader = reading.reader_of(ring)
     drawn = reader.get_loader(batch_size, 3, include=INCLUDE, seed=0).stream
 
     def look() -> None:
@@ -100,7 +100,7 @@ def num_torn_while_adding(patch: pytest.MonkeyPatch, batch_size: int) -> int:
 def num_torn_while_reading(patch: pytest.MonkeyPatch, batch_size: int) -> int:
     """Batches of the writer and of a reader, with additions at each moment of reading them."""
     ring, num_torn = wide_ring(), 0
-    sources = ring, pickle.loads(pickle.dumps(ring))
+    sources = ring, reading.reader_of(ring)
     streams = [source.get_loader(batch_size, 3, include=INCLUDE, seed=0).stream for source in sources]
     lengths = iter([4, 9, 2, 5] * 3)
 
@@ -115,6 +115,25 @@ def num_torn_while_reading(patch: pytest.MonkeyPatch, batch_size: int) -> int:
             num_torn += sum(reading.count_inconsistent(stream.take()) for stream in streams)
     assert next(lengths, None) is None
     return num_torn
+
+
+def test_a_ring_is_copied_whole_while_threads_add(monkeypatch) -> None:
+    ring, episode_of_id, threads = reading.tiny_ring(16), RingBufferDataset.episode_of_id, []
+    episodes = [ring.get_episode(ring.add_episode(reading.tagged_episode(ring, 5))) for _ in range(3)]
+
+    def read(dataset: RingBufferDataset, episode_id: int) -> Any:
+        threads.append(threading.Thread(target=ring.add_episode, args=(reading.tagged_episode(ring, 5),)))
+        threads[-1].start()
+        threads[-1].join(0.1)  # It waits for the copy, or has added.
+        return episode_of_id(dataset, episode_id)
+
+    with monkeypatch.context() as inner:
+        inner.setattr(RingBufferDataset, "episode_of_id", read)
+        copied = copy.deepcopy(ring)
+    [thread.join() for thread in threads]
+    assert (copied.table.ids.tolist(), copied.num_evicted, copied.table.next_id) == ([0, 1, 2], 0, 3)
+    for found, expected in zip(copied.episodes(), episodes, strict=True):
+        assert all(found[name].equal(rows) for name, rows in expected.items())
 
 
 @pytest.mark.parametrize("batch_size", [16, 192])

@@ -58,14 +58,16 @@ def test_transitions_that_a_loader_draws_are_those_of_the_log(num_transitions: i
     assert num_transitions > 1 or found == logged, "and all of them"
 
 
-def test_included_names_follow_the_row_on_arrival() -> None:
+def test_index_and_step_are_of_the_row_before_and_other_included_names_on_arrival() -> None:
     buffer = make_buffer()
     recorded_games(buffer)
     include = ("index", "episode", "step", "is_last", "mask", "weight")
     batch = ReplayBuffer(buffer.dataset, 16, 3, include=include, seed=0).sample()
     found = to_transitions(batch)
-    for name in ("index", "step", "is_last", "mask", "value"):
+    for name in ("is_last", "mask", "value"):
         assert torch.equal(found[name], batch[name][:, 1:])
+    for name in ("index", "step"):
+        assert torch.equal(found[name], batch[name][:, :2])
     assert found["episode"] is batch["episode"] and found["weight"] is batch["weight"]
     assert torch.equal(found["is_first"], batch["is_first"][:, :2])
 

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import pickle
 import resource
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
-from tests import tagged
+from tests import reading, tagged
 from tests.faults import kill_worker, limited
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +248,7 @@ def test_memory_stays_flat_while_episodes_come_and_go() -> None:
     episode = {"x": np.zeros((10, 20), np.float32)}
     for _ in range(200):
         dataset.add_episode(episode)
-    reader = pickle.loads(pickle.dumps(dataset))  # What a worker has.
+    reader = reading.reader_of(dataset)  # What a worker has.
     streams = [each.get_loader(8, 4).stream for each in (dataset, reader)]
     measured = []
     tracemalloc.start()

@@ -97,6 +97,14 @@ class EpisodeSource(IterableDataset, ABC):
             windows = sampler.draw(self._drawn_table, num_windows, length, rng)
             return _checked(self._drawn_table, sampler, windows, num_windows, length)
 
+    def can_draw(self, length: int | None) -> bool:
+        """Whether an episode has `length` steps now; with None, whether there is one."""
+        with self._draw_lock:
+            self._refresh()
+            self._drawn_table.show(self.table)
+            table = self._drawn_table
+            return len(table) > 0 if length is None else table.count_windows(length).num > 0
+
     def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
         """Rows `name -> (B, T, *shape)`, in `out` if that is given, and which windows were read, as `_read` returns."""
         out = self.empty_batch(windows) if out is None else out
@@ -184,6 +192,7 @@ class EpisodeSource(IterableDataset, ABC):
         transform: Callable[[dict[str, Any]], Any] | None = None,
         include: Iterable[str] = (),
         seed: int | None = None,
+        output_device: torch.device | str | None = None,
         **loader_options: Any,
     ) -> SequenceLoader:
         """An endless `DataLoader` of batches, `field -> (batch_size, sequence_length, *shape)`.
@@ -201,11 +210,12 @@ class EpisodeSource(IterableDataset, ABC):
                 their `mask`.
             chunk_size: Sequences in one read, a divisor of `batch_size`. It does not change what is drawn.
             num_workers: Worker processes; 0 by default.
-            pin_memory: As in `DataLoader`.
+            pin_memory: As in `DataLoader`. By default, batches for another `output_device` that is a GPU are pinned.
             sampler: Chooses the windows; uniformly over all by default.
             transform: A function of the batch, called in the worker.
             include: What else a batch holds, see `SequenceStream`.
             seed: Of all draws; None takes one from the operating system.
+            output_device: Where batches are moved after `transform`; by default they are where the episodes are.
             **loader_options: Other options of torch's `DataLoader`.
 
         Raises:
@@ -214,7 +224,7 @@ class EpisodeSource(IterableDataset, ABC):
         """
         options: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
         stream = SequenceStream(self, batch_size, sequence_length, chunk_size, **options)
-        return SequenceLoader(stream, num_workers=num_workers, pin_memory=pin_memory, **loader_options)
+        return SequenceLoader(stream, num_workers, pin_memory, output_device, **loader_options)
 
     def sequences(
         self,
@@ -317,8 +327,16 @@ def _checked(table: EpisodeTable, sampler: Sampler, windows: Windows, num_window
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
     if length is not None and length != windows.length:
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
-    if not windows.is_checked and not (windows.are_within if length is not None else (windows.step == 0).all()):
-        raise ValueError(f"{type(sampler).__name__} drew a window that is not within its episode.")
+    if length is None:
+        if windows.step.any():
+            raise ValueError(f"{type(sampler).__name__} was asked for whole episodes, which begin at `step` 0.")
+    elif not (windows.is_checked or windows.are_within):
+        b = int(((windows.step < 0) | (windows.step > windows.episode_length - length)).argmax())
+        raise ValueError(
+            f"{type(sampler).__name__} drew a window that is not within its episode: it begins at row "
+            f"{windows.step[b]} of {windows.episode_length[b]}. Choose `step` from 0 to `table.lengths[position] - "
+            f"{length}`, in episodes of at least {length} rows."
+        )
     if windows.cut is None and table.has_cuts:  # The sampler has not made them with the table.
         windows.cut = table.cuts_of(windows.episode)
     return windows

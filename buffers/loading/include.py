@@ -32,7 +32,7 @@ def included(name: str, windows: Windows) -> torch.Tensor:
         return torch.from_numpy(windows.episode.copy())
     if name == "weight":
         weight = windows.weight
-        return torch.ones(len(windows)) if weight is None else torch.from_numpy(weight.astype(np.float32))
+        return torch.ones(len(windows), device="cpu") if weight is None else torch.from_numpy(weight.astype(np.float32))
     steps = windows.step[:, None] + np.arange(windows.length)
     if name in ("is_first", "is_last"):
         at, piece = (0, CONTINUES) if name == "is_first" else (windows.episode_length[:, None] - 1, GOES_ON)

@@ -6,18 +6,20 @@ import inspect
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import forget
 from buffers.loading.stream import COUNTERS, SequenceStream
 from buffers.sharing import SharedArrays
-from buffers.utils import integer
+from buffers.utils import integer, usable_device
 
 __all__ = ["SequenceLoader"]
 
@@ -33,8 +35,15 @@ class SequenceLoader(DataLoader):
         stream: SequenceStream,
         num_workers: int | None = None,
         pin_memory: bool | None = None,
+        output_device: torch.device | str | None = None,
         **loader_options: Any,
     ) -> None:
+        #: Where batches are moved; None leaves them where the source is.
+        self.output_device = None if output_device is None else usable_device("output_device", output_device)
+        is_on_gpu = self.output_device is not None and self.output_device.type == "cuda"
+        # Whether to copy from pinned memory, while the trainer goes on. A copy to the CPU must be complete.
+        self._is_async = is_on_gpu and pin_memory is not False
+        pin_memory = pin_memory or (self._is_async and bool(num_workers))
         known = inspect.signature(DataLoader).parameters
         for name in loader_options:
             if name not in known:
@@ -43,6 +52,8 @@ class SequenceLoader(DataLoader):
         for name in ("shuffle", "drop_last"):
             if loader_options.pop(name, None):
                 raise ValueError(f"Windows are drawn at random, and every batch is full: leave out `{name}`.")
+        if not loader_options.get("in_order", True):
+            raise ValueError("Batches come in the order of their numbers, which `state_dict` counts: drop `in_order`.")
         collate_fn = loader_options.pop("collate_fn", None) or _as_it_is
         if num_workers:
             stream.source.check_workers()
@@ -51,16 +62,35 @@ class SequenceLoader(DataLoader):
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
             collate_fn = partial(stream.collate_and_pack, collate_fn)
         # Without a generator, torch would draw its workers' seed from the global one.
-        loader_options.setdefault("generator", torch.Generator().manual_seed(stream.random.seed % 2**63))
+        loader_options.setdefault("generator", torch.Generator("cpu").manual_seed(stream.random.seed % 2**63))
         loader_options |= {"num_workers": num_workers, "pin_memory": bool(pin_memory), "collate_fn": collate_fn}
         super().__init__(stream, batch_size=None, **loader_options)
         self.stream = stream
         #: Counts up when earlier iterators become invalid.
         self.generation = 0
 
+    def deliver(self, batch: Any) -> Any:
+        """Move the tensors of a batch to `output_device`."""
+        return batch if self.output_device is None else tree_map_only(torch.Tensor, self._moved, batch)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._is_async and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # As it is if a DataLoader has pinned it.
+        return tensor.to(self.output_device, non_blocking=self._is_async)
+
     def __iter__(self) -> Any:
+        # On another default device, torch could not draw its workers' seed by a generator of the CPU.
+        is_cpu_default = torch.get_default_device().type == "cpu"
+        self.stream.is_counted = True
+        try:
+            with nullcontext() if is_cpu_default else torch.device("cpu"):
+                return self._iterate()
+        finally:
+            self.stream.is_counted = False
+
+    def _iterate(self) -> Any:
         if self.num_workers == 0:
-            return super().__iter__()
+            return super().__iter__() if self.output_device is None else map(self.deliver, super().__iter__())
         self.stream.source.check_drawable()
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
@@ -80,7 +110,13 @@ class SequenceLoader(DataLoader):
         self.generation += 1
 
     def state_dict(self) -> dict[str, int]:
-        """`seed`, and `position`, the number of batches taken."""
+        """`seed`, and `position`, the number of batches taken; RuntimeError if another DataLoader has taken some."""
+        if self.stream.counters["uncounted"][0]:
+            raise RuntimeError(
+                "Another DataLoader has taken batches, such as the one that accelerate's `prepare` makes, and may be "
+                "ahead of what it has delivered. Iterate this loader itself, without `prepare`; or count the batches, "
+                f"and load {{'seed': {self.stream.random.seed}, 'position': their number}}."
+            )
         return {"seed": self.stream.random.seed, "position": self.stream.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -90,6 +126,7 @@ class SequenceLoader(DataLoader):
         self.stream.random = BatchRandom(integer("seed", state["seed"], 0))
         self.end_workers()
         self.stream.position = integer("position", state["position"], 0)
+        self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = self.stream.position, 0
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -117,4 +154,4 @@ class _BatchesOfWorkers(Iterator[Any]):
                 self._loader.end_workers()  # torch does not restart a persistent worker that has ended.
             raise
         self._loader.stream.position += 1
-        return batch
+        return self._loader.deliver(batch)

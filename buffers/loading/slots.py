@@ -165,9 +165,8 @@ def _unpack(worker: int, state: dict[str, Any], is_single_use: bool, slot: int, 
     """The batch, over the worker's memory."""
     token, shared = _opened.get(worker, (None, None))
     if shared is None or is_single_use or token != state["token"]:
-        shared = SharedArrays.__new__(SharedArrays)
         try:
-            shared.__setstate__(state)
+            shared = SharedArrays.opened(state)
         except RuntimeError as error:
             raise RuntimeError(f"DataLoader worker (pid {worker}) ended before its batch was taken.") from error
     # A new array over the slot: it lives exactly as long as a tensor of the batch.

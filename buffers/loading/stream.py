@@ -35,8 +35,9 @@ _SEQUENCES_PER_READ = 32  # Single sequences are drawn and read this many at a t
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 #: Names and sizes of the int64 arrays through which workers and the trainer tell each other:
 #: "first", the position at which the iteration began (which persistent workers see change); "newest", by batch, its
-#: newest step id plus one; "rejected", by worker, windows that were gone before they could be read.
-COUNTERS = {"first": 1, "newest": 1024, "rejected": 64}
+#: newest step id plus one; "rejected", by worker, windows that were gone before they could be read; "uncounted", 1 if
+#: another DataLoader than a `SequenceLoader` has taken batches.
+COUNTERS = {"first": 1, "newest": 1024, "rejected": 64, "uncounted": 1}
 
 Rows = dict[str, torch.Tensor]
 
@@ -47,7 +48,8 @@ class SequenceStream(IterableDataset):
     The arguments are those of `EpisodeSource.get_loader`. `include` says what a batch holds besides the fields:
     `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its episode;
     `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32 `(B,)`;
-    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1.
+    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the dataset
+    that holds the episode, also in batches of a mixture.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class SequenceStream(IterableDataset):
         #: Makes a batch of windows and their rows, before `transform`.
         self.assemble: Callable[[SequenceStream, Windows, Rows], Any] = _batch_of
         # For workers; the loader sets them.
-        self.trainer, self.num_slots = os.getpid(), 0
+        self.trainer, self.num_slots, self.is_counted = os.getpid(), 0, False
         self._worker_number = 0
         self._slots: Slots | None = None
         # What was drawn last in this process. Its newest step is looked up when someone asks for it.
@@ -201,13 +203,14 @@ class SequenceStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
+        self.counters["uncounted"][0] |= not self.is_counted
         if worker is None:
             batches = _Batches(self.take)
         else:
             end_with(self.trainer)
             if self.num_slots:
                 self._slots = self._slots or Slots(self.num_slots)
-            elif not self.is_seeded:
+            if not (self.is_counted or self.is_seeded):
                 # A worker's copy of the trainer's stream must not repeat what the last iteration drew.
                 self.random = BatchRandom(secrets.randbits(128))
             self._worker_number = worker.id % COUNTERS["rejected"]

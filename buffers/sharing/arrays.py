@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copyreg
 import math
 import os
 import sys
 from collections.abc import Mapping
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class SharedArrays(dict[str, np.ndarray]):
                 self._handle = os.getpid(), self._descriptor, status.st_dev, status.st_ino
                 memory = np.frombuffer(self._mapping, np.uint8)
             else:
-                self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8).share_memory_()
+                self._tensor = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu").share_memory_()
                 memory = self._tensor.numpy()
         except (OSError, ValueError, OverflowError, RuntimeError) as error:
             message = f"{format_bytes(self.num_bytes)} of shared memory could not be allocated: {error}"
@@ -63,7 +63,21 @@ class SharedArrays(dict[str, np.ndarray]):
             offset += -(-size // _PAGE) * _PAGE
 
     def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (SharedArrays,), self.__getstate__()  # type: ignore[attr-defined]
+        if get_spawning_popen() is None:
+            raise TypeError(
+                "Memory that processes share (a RingBufferDataset, a mixture, a loader with workers) cannot be pickled "
+                "or saved: only a handle would be, and the rows are lost when this process ends. Keep episodes in an "
+                "IndividualFileDataset; `ring.extend(files)` adds them to both. Only processes that multiprocessing "
+                "starts can be given such memory, as an argument."
+            )
+        return SharedArrays.opened, (self.__getstate__(),)
+
+    @staticmethod
+    def opened(state: dict[str, Any]) -> SharedArrays:
+        """The arrays of another process, from its `__getstate__`; RuntimeError if they are gone."""
+        shared = SharedArrays.__new__(SharedArrays)
+        shared.__setstate__(state)
+        return shared
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes, "token": self._token}
@@ -87,16 +101,14 @@ class SharedArrays(dict[str, np.ndarray]):
                 raise FileNotFoundError(_path(self._handle))
             # Unlike Python's mmap, this keeps no descriptor.
             size = state["offset"] + self.num_bytes
-            memory = torch.from_file(_path(self._handle), shared=True, size=size, dtype=torch.uint8).numpy()
-            memory = memory[state["offset"] :]
+            path, uint8 = _path(self._handle), torch.uint8
+            memory = torch.from_file(path, shared=True, size=size, dtype=uint8, device="cpu").numpy()[state["offset"] :]
             # On another machine, the same numbers may be those of other memory.
             if memory[-_TOKEN_BYTES:].tobytes() != self._token:
                 raise FileNotFoundError(_path(self._handle))
         except (OSError, RuntimeError) as error:
-            raise RuntimeError(
-                f"The process {self._handle[0]} does not have the memory that it shared: {error}. A pickled ring is a "
-                "handle for other processes while the one that made it lives. Keep what must last in files."
-            ) from None
+            message = f"The process {self._handle[0]} does not have the memory that it shared: {error}."
+            raise RuntimeError(message) from None
         self._lay_out(memory)
 
     def huge_pages(self, name: str) -> HugePages | None:

@@ -141,6 +141,11 @@ class MixtureDataset(EpisodeSource):
         """As `EpisodeSource.has_news`, of any member."""
         return any(leaf.has_news() for leaf in self._leaves)
 
+    def can_draw(self, length: int | None) -> bool:
+        """As `EpisodeSource.can_draw`, of every member with a weight."""
+        weighted = zip(self._leaves, self._leaf_weights(), strict=True)
+        return self.fields is not None and all(leaf.can_draw(length) for leaf, weight in weighted if weight)
+
     def draw(
         self,
         sampler: Sampler,

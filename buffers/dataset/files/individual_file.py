@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import sys
 import warnings
 from typing import Any, Literal, final, get_args
@@ -326,7 +325,7 @@ class IndividualFileDataset(EpisodeDataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         is_shared = sys.platform == "linux" and self._is_writer()
-        log = pickle.dumps(self._log.memory) if self._log is not None and is_shared else None
+        log = self._log.memory.__getstate__() if self._log is not None and is_shared else None
         arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
         return _open_as_reader, (log, *arguments, self.max_sampling_attempts)
 
@@ -353,12 +352,12 @@ class IndividualFileDataset(EpisodeDataset):
             )
 
 
-def _open_as_reader(log: bytes | None, *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(log: dict[str, Any] | None, *arguments: Any) -> IndividualFileDataset:
     """Unpickle a dataset, as a reader."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     # Before `__init__`, which lists the directory if there is no log.
     if log is not None:
         with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.
-            dataset._log = PublishedTable(pickle.loads(log))
+            dataset._log = PublishedTable(SharedArrays.opened(log))
     dataset.__init__(*arguments, mode="r")
     return dataset

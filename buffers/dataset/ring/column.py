@@ -38,15 +38,16 @@ class Column:
     ) -> None:
         self.capacity, self.stored = capacity, stored
         self._read_as, self._needs_cast = TensorType(stored.shape, dtype), dtype != stored.dtype
-        if memory is None:
-            self.array, self._pages = None, None
-            self.tensor = torch.empty((capacity, *stored.shape), dtype=stored.dtype, device=device)
-        else:
-            self.array, self._pages = memory[name], memory.huge_pages(name)
-            self.tensor = as_tensor(self.array, stored)
+        self.array, self._pages, self._word = None, None, _word(stored)
+        # What is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if memory is None:
+                self.tensor = torch.empty((capacity, *stored.shape), dtype=stored.dtype, device=device)
+            else:
+                self.array, self._pages = memory[name], memory.huge_pages(name)
+                self.tensor = as_tensor(self.array, stored)
+            self._rows = self._in_words(self.tensor)
         self._num_paged = 0  # Rows before this one need no more huge pages.
-        self._word = _word(stored)
-        self._rows = self._in_words(self.tensor)
         self._views: dict[int, torch.Tensor] = {}
 
     def write(self, offset: int, rows: np.ndarray) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, final
 
@@ -17,7 +19,7 @@ from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import EpisodeTable, TableRow, Windows
-from buffers.utils import Process, format_bytes
+from buffers.utils import Process, format_bytes, usable_device
 
 __all__ = ["RingBufferDataset"]
 
@@ -56,7 +58,7 @@ class RingBufferDataset(EpisodeDataset):
 
     Raises:
         ValueError: Another evictor than `FIFOEvictor`, or a device that is not available.
-        MemoryError: The memory for `capacity` steps could not be allocated.
+        MemoryError: The memory for `capacity` steps could not be allocated. More than there is in all is a warning.
     """
 
     reads_beside_writers = True
@@ -74,7 +76,7 @@ class RingBufferDataset(EpisodeDataset):
                 f"A RingBufferDataset overwrites its oldest rows, so it can only use FIFOEvictor, found "
                 f"{type(evictor).__name__}. IndividualFileDataset takes any evictor."
             )
-        self.device = _usable_device(device)
+        self.device = usable_device("device", device)
         self.half_precision = self.refuses_values = bool(half_precision)
         # Its memory holds the rows, too. None on a GPU.
         self._published: PublishedTable | None = None
@@ -86,6 +88,8 @@ class RingBufferDataset(EpisodeDataset):
 
     def _allocate(self, fields: Fields) -> None:
         stored = {f"rows/{name}": self.stored_type(field) for name, field in fields.items()}
+        num_bytes = sum(field.nbytes for field in stored.values()) * self.capacity
+        needs = f"A `capacity` of {self.capacity} steps needs {format_bytes(num_bytes)} on {self.device}"
         try:
             if self.device.type == "cpu":
                 rows = {name: ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
@@ -93,11 +97,10 @@ class RingBufferDataset(EpisodeDataset):
                 self._published = PublishedTable(SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)}))
             self._set_columns(fields)
         except (MemoryError, torch.cuda.OutOfMemoryError):
-            size = format_bytes(sum(field.nbytes for field in stored.values()) * self.capacity)
-            raise MemoryError(
-                f"A `capacity` of {self.capacity} steps needs {size} on {self.device}, which could not be allocated. "
-                "Lower it."
-            ) from None
+            raise MemoryError(f"{needs}, which could not be allocated. Lower it.") from None
+        total = _total_memory(self.device)
+        if num_bytes > total:
+            warnings.warn(f"{needs} once it is full, which has {format_bytes(total)} in all. Lower it.", stacklevel=2)
 
     def _set_columns(self, fields: Fields) -> None:
         memory = None if self._published is None else self._published.memory
@@ -224,7 +227,7 @@ class RingBufferDataset(EpisodeDataset):
         return self._published is not None and Process.number != self._writer and self._published.has_news
 
     def __getstate__(self) -> dict[str, Any]:
-        """A handle of a few kilobytes for a reader in another process; on a GPU, the data itself."""
+        """A handle of a few kilobytes for a process that is being started; on a GPU, the data itself."""
         state = self.__dict__.copy()
         state.pop("_item_gathers", None)
         columns = state.pop("_columns", {})
@@ -260,8 +263,9 @@ class RingBufferDataset(EpisodeDataset):
         return other
 
 
-def _usable_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device`={device!r} cannot be used: {str(error).splitlines()[0]}") from None
+def _total_memory(device: torch.device) -> float:
+    """Bytes, used or not; infinite if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    is_known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if is_known else math.inf
