@@ -98,11 +98,17 @@ class Inspection:
         return rows[[name not in self._errors for name in names]]
 
     def _try(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            with self._directory.open(name) as file:
-                return method(file, *arguments)
-        except (DamagedEpisodeError, FileNotFoundError) as error:
-            self._errors[name] = error
+        for _ in range(2):
+            try:
+                with self._directory.open(name) as file:
+                    found = method(file, *arguments)
+            except (DamagedEpisodeError, FileNotFoundError) as error:
+                self._errors[name] = error
+            else:
+                if name not in self._errors:
+                    return found
+                # Only a signal handler makes a good file look damaged once.
+                raise self._errors[name].__cause__ or self._errors[name]
 
     def _agree(self, found: Fields | None, stated: Fields | None) -> Fields:
         path, fields = self._directory.path, found if stated is None else stated

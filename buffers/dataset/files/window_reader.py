@@ -77,7 +77,7 @@ class WindowReader:
                 except FileNotFoundError:
                     lost[name] = None
                 except DamagedEpisodeError as error:
-                    lost[name] = str(error)
+                    lost[name] = self._look_again(name, strategy, fields, error)
         return lost
 
     def forget(self, episode_id: int) -> None:
@@ -124,6 +124,19 @@ class WindowReader:
         while self._decoded_bytes > MAX_DECODED_BYTES:
             self._decoded_bytes -= _num_bytes(self._decoded.pop(next(iter(self._decoded))))
         return episode
+
+    def _look_again(
+        self, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields, error: DamagedEpisodeError
+    ) -> str | None:
+        """What is wrong with a file, None if it is gone. If it is not damaged any more, a signal handler has raised."""
+        self._files.pop(name.id, None)
+        try:
+            self._find(name, strategy, fields)
+        except FileNotFoundError:
+            return None
+        except DamagedEpisodeError:
+            return str(error)
+        raise error.__cause__ or error
 
     def _find_layout(
         self, file: io.FileIO, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields
