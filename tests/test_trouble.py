@@ -41,7 +41,8 @@ from buffers.dataset import individual_file
 path, strategy, mode = sys.argv[1:]
 strategy = getattr(individual_file, strategy)()
 dataset = IndividualFileDataset(10**9, None, None, path, strategy, mode=mode)
-used = 4096 * int(open("/proc/self/statm").read().split()[0])
+with open("/proc/self/statm") as file:
+    used = 4096 * int(file.read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (used + 70_000_000, resource.RLIM_INFINITY))
 for attempt in range(3):
     try:

@@ -127,7 +127,8 @@ class Inspection:
 
     def _suspects(self, fields: Fields) -> list[int]:
         """Positions of files with an unlikely size; of all files, if two have the same numbers."""
-        rows, bounds = self.listing.rows, self.strategy.overhead(fields)
+        rows = self.listing.rows
+        bounds = self.strategy.overhead(fields) if len(rows) else None
         starts, lengths, ids = rows.T
         has_same_numbers = (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])
         if bounds is None or has_same_numbers.any():
