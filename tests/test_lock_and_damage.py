@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -95,6 +97,21 @@ def test_a_forked_child_follows_its_parent_and_cannot_write(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="is being written to"):
         IndividualFileDataset(CAPACITY, directory=tmp_path)
     dataset.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_file_locks_one_writer_can_vouch_for_itself(tmp_path, monkeypatch, number) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    message = rf"cannot lock files \({os.strerror(number)}\).*second writer.*pass lock=False: '{tmp_path}'"
+    with pytest.raises(OSError, match=message) as found:
+        IndividualFileDataset(CAPACITY, directory=tmp_path)
+    assert found.value.errno == number
+    with IndividualFileDataset(CAPACITY, directory=tmp_path, lock=False) as dataset:
+        assert add(dataset, [3]) == [0]
+        assert numbers(IndividualFileDataset(directory=tmp_path, mode="r")) == [(0, 3)]
 
 
 # Setting aside.

@@ -38,7 +38,7 @@ class IndividualFileDataset(EpisodeDataset):
         >>> with IndividualFileDataset(capacity=10_000_000, directory="episodes") as dataset:
         ...     dataset.add_episode({"obs": np.zeros((20, 4))})  # It is on the disk when this returns.
         0
-        >>> IndividualFileDataset(capacity=10_000_000, directory="episodes", mode="r").episode_lengths
+        >>> IndividualFileDataset(directory="episodes", mode="r").episode_lengths
         [20]
 
     Opening a directory finds the episodes in it. A file whose bytes are not a whole episode is moved into a subfolder,
@@ -50,7 +50,7 @@ class IndividualFileDataset(EpisodeDataset):
     read at the same time: reading does not hold up the others.
 
     Args:
-        capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees everything.
+        capacity: In steps. A reader sees everything; by default, its capacity is that of the last writer.
         info: What is known beforehand; its `fields` must be those of the directory.
         evictor: Chooses the episode that leaves; the oldest by default.
         directory: Created if necessary. By default "individual_file_dataset" in the working directory.
@@ -62,6 +62,8 @@ class IndividualFileDataset(EpisodeDataset):
         mode: "a" reads and writes, "r" only reads, also where writing is not permitted.
         verify: What opening checks of each file: its name and "size", its "header" too, or also its checksums ("full",
             which reads everything). The header is always checked before rows are read.
+        shrink: Let a directory that holds more than `capacity` give up what the evictor chooses.
+        lock: False where the file system cannot lock files, and you know that there is no other writer.
 
     Attributes:
         damaged_files: (file name, what is wrong) of files that turned out not to be whole episodes.
@@ -69,9 +71,9 @@ class IndividualFileDataset(EpisodeDataset):
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An argument out of its range; a directory with other fields, another format or version; for a
-            writer, a capacity below the length of the newest episode.
+            writer without `shrink`, a directory that holds more than `capacity`.
         RuntimeError: Another writer has the directory.
-        OSError: The directory cannot be created, read, or written to.
+        OSError: The directory cannot be created, read, written to, or locked.
         MemoryError: Shared memory is not available.
     """
 
@@ -85,7 +87,7 @@ class IndividualFileDataset(EpisodeDataset):
 
     def __init__(
         self,
-        capacity: int,
+        capacity: int | None = None,
         info: EpisodeDatasetInfo | None = None,
         evictor: Evictor | None = None,
         directory: str | os.PathLike[str] = "./individual_file_dataset",
@@ -95,8 +97,12 @@ class IndividualFileDataset(EpisodeDataset):
         durability: Durability = "fsync",
         mode: Mode = "a",
         verify: Verify = "size",
+        shrink: bool = False,
+        lock: bool = True,
     ) -> None:
-        super().__init__(capacity, info, evictor)
+        if capacity is None and mode == "a":
+            raise TypeError("`capacity` is missing. Only with mode='r', it can be left out.")
+        super().__init__(1 if capacity is None else capacity, info, evictor)
         strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
         check_strategy(strategy)
         self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
@@ -110,12 +116,15 @@ class IndividualFileDataset(EpisodeDataset):
         self._writer = os.getpid() if mode == "a" else None
         # Names that a reader has inspected.
         self._seen: set[str] = set()
-        self._directory = EpisodeDirectory(os.fspath(directory), strategy.suffix, mode == "a", durability == "fsync")
+        path, is_durable = os.fspath(directory), durability == "fsync"
+        self._directory = EpisodeDirectory(path, strategy.suffix, mode == "a", is_durable, lock)
         self._reader = WindowReader(self._directory)
         try:
+            if capacity is None:
+                self.capacity = max(1, self._directory.last_capacity)
             if self._writer is not None:
-                self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * capacity + 2)))
-                self._open_for_writing(verify)
+                self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * self.capacity + 2)))
+                self._open_for_writing(verify, shrink)
             elif self._log is not None:
                 self._refresh()
             else:
@@ -126,14 +135,10 @@ class IndividualFileDataset(EpisodeDataset):
 
     # Opening.
 
-    def _open_for_writing(self, verify: Verify) -> None:
+    def _open_for_writing(self, verify: Verify, shrink: bool) -> None:
         inspection = self._scan(verify)
-        longest = int(self.table.lengths[-1]) if len(self.table) else 0
-        if longest > self.capacity:
-            raise ValueError(
-                f"The newest episode in {self._directory.path} has {longest} steps, and `capacity`={self.capacity}: "
-                "all episodes would be deleted. Raise it, or open with mode='r' to read."
-            )
+        if self.table.num_steps > self.capacity and not shrink:
+            self._check_capacity()
         for name in inspection.listing.temporaries:
             self._directory.remove(name)
         self.table.skip_to(*inspection.listing.next_numbers)
@@ -141,8 +146,27 @@ class IndividualFileDataset(EpisodeDataset):
         self._keep_numbers()
         self._report_damage(inspection.damaged)
         self.make_room(self.table.next_start, 0)
+        self._directory.keep_capacity(self.capacity)
         assert self._log is not None
         self._log.add_all(self.table)
+
+    def _check_capacity(self) -> None:
+        """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
+        ids, num_steps = self.table.ids.tolist(), self.table.num_steps
+        # If no capacity is known, these may be left by an addition that was cut off.
+        least = self._directory.last_capacity or num_steps - int(self.table.lengths[-1])
+        if self.capacity >= least:
+            return
+        # To ask the evictor which ones, without deleting any.
+        self._erase = lambda *_: None  # type: ignore[method-assign]
+        self.make_room(self.table.next_start, 0)
+        gone = sorted({*ids} - {*self.table.ids.tolist()})
+        named = f"{gone[:9]}"[:-1] + (", ...]" if len(gone) > 9 else "]")
+        raise ValueError(
+            f"{self._directory.path} holds {num_steps} steps, more than `capacity`={self.capacity}: {len(gone)} of its "
+            f"{len(ids)} episodes would be deleted ({num_steps - self.table.num_steps} steps, ids {named}). Raise it, "
+            "pass shrink=True to delete them, or open with mode='r' to read."
+        )
 
     def _find_episodes(self, verify: Verify = "size") -> None:
         """Bring a reader's table up to date with the directory."""
@@ -164,6 +188,8 @@ class IndividualFileDataset(EpisodeDataset):
                 self.settle_fields(fields)
             self.serialization_strategy, self._is_bound = inspection.strategy, True
             self.table.extend(rows)
+        if self._writer is None:
+            self.capacity = max(self.capacity, self.table.num_steps)
         return inspection
 
     def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
