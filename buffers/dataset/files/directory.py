@@ -32,6 +32,7 @@ __all__ = ["EpisodeDirectory", "FileName", "Listing", "with_advice"]
 
 TEMPORARY = ".tmp-"
 DAMAGED = "damaged"
+_DATA_SUFFIXES = ".npz", ".pt", ".safetensors", ".hdf5", ".h5"
 _LARGEST_NUMBER = 10**15
 # Numbers below 10**15. Each can be written in one way only.
 _NUMBERS = r"([0-9]{10}|[1-9][0-9]{10,14})-([0-9]{12}|[1-9][0-9]{12,14})"
@@ -68,6 +69,7 @@ class Listing(NamedTuple):
     rows: npt.NDArray[np.int64]  # (n, 3): start, length and id, from the names.
     sizes: npt.NDArray[np.int64]  # (n,): bytes; -1 if it is not a regular file.
     temporaries: list[str]
+    strangers: list[str]  # What looks like data, but is not named like an episode.
     other_suffixes: set[str]  # Of episodes in other formats.
     next_numbers: tuple[int, int]  # The least id and start that are free, by all episodes and `.next` files.
     all_names: set[str]
@@ -148,6 +150,7 @@ class EpisodeDirectory:
             rows,
             np.array([size for _, size in episodes], np.int64),
             [name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])],
+            [name for name in other_names if name[0] != "." and name.endswith((*_DATA_SUFFIXES, self.suffix))],
             other_suffixes,
             (next_id, next_start),
             all_names,

@@ -81,7 +81,7 @@ class IndividualFileDataset(EpisodeDataset):
     _log: PublishedTable | None = None
     # The newest file. If it is not in the table, its addition failed, and its numbers will be given again.
     _written: FileName | None = None
-    _is_closed = False
+    _is_closed = _is_copy = False
     evicts_before_writing = False
     reads_beside_writers = True
 
@@ -102,10 +102,10 @@ class IndividualFileDataset(EpisodeDataset):
     ) -> None:
         if capacity is None and mode == "a":
             raise TypeError("`capacity` is missing. Only with mode='r', it can be left out.")
-        super().__init__(1 if capacity is None else capacity, info, evictor)
         strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
         check_strategy(strategy)
         self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
+        super().__init__(1 if capacity is None else capacity, info, evictor)
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -181,6 +181,8 @@ class IndividualFileDataset(EpisodeDataset):
         """Add whole episodes that have not been seen to the table."""
         given = self.serialization_strategy if self._is_bound else self._given_strategy
         inspection = Inspection(self._directory, self._seen, given)
+        if not self._seen and not self._is_copy:
+            inspection.warn_of_strangers()
         fields = self._fields if self._is_bound else inspection.find_fields(self._fields)
         if fields is not None:
             rows = inspection.whole_episodes(fields, verify)
@@ -213,7 +215,7 @@ class IndividualFileDataset(EpisodeDataset):
     # The methods of a storage.
 
     def _allocate(self, fields: Fields) -> None:
-        pass
+        self.serialization_strategy.check_dtypes(fields)
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         fields, strategy = self._fields, self.serialization_strategy
@@ -382,6 +384,7 @@ class IndividualFileDataset(EpisodeDataset):
 def _open_as_reader(log: bytes | None, *arguments: Any) -> IndividualFileDataset:
     """Unpickle a dataset, as a reader."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
+    dataset._is_copy = True
     # Before `__init__`, which lists the directory if there is no log.
     if log is not None:
         with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -55,6 +56,16 @@ class Inspection:
         """(file name, what is wrong) of files that are not whole episodes, as far as they were looked at."""
         errors = self._errors.items()
         return [(name, f"it {error}") for name, error in errors if not isinstance(error, FileNotFoundError)]
+
+    def warn_of_strangers(self) -> None:
+        """Warn of files that look like data, and are not episodes by their names."""
+        if strangers := self.listing.strangers:
+            warnings.warn(
+                f"{len(strangers)} files in {self._directory.path} look like data ({min(strangers)}, for example), but "
+                "do not have the names of episodes and are not read. To bring them in, load each and pass its arrays "
+                "to `add_episode` of a dataset in a new directory; docs/coming-from.md has the loop.",
+                stacklevel=5,
+            )
 
     def find_fields(self, stated: Fields | None) -> Fields | None:
         """The fields of the oldest whole file; None if there is none.
@@ -117,6 +128,7 @@ class Inspection:
                 f"{path} holds episodes in the format `{self.strategy.suffix}`, which does not keep their fields. "
                 "State them with `info=EpisodeDatasetInfo(fields)`."
             )
+        self.strategy.check_dtypes(fields)
         conflict = None if found is None else found.conflict_with(fields)
         if conflict is not None:
             raise ValueError(
