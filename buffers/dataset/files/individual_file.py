@@ -84,6 +84,8 @@ class IndividualFileDataset(EpisodeDataset):
     _is_closed = _is_copy = False
     evicts_before_writing = False
     reads_beside_writers = True
+    # A chunk could need the file of the chunk before.
+    reads_in_chunks = False
 
     def __init__(
         self,
@@ -120,15 +122,14 @@ class IndividualFileDataset(EpisodeDataset):
         self._directory = EpisodeDirectory(path, strategy.suffix, mode == "a", is_durable, lock)
         self._reader = WindowReader(self._directory)
         try:
-            if capacity is None:
-                self.capacity = max(1, self._directory.last_capacity)
+            # A reader never says that it holds more than its capacity.
+            self._stated_capacity = self.capacity = capacity or max(1, self._directory.last_capacity)
             if self._writer is not None:
                 self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * self.capacity + 2)))
                 self._open_for_writing(verify, shrink)
-            elif self._log is not None:
-                self._refresh()
             else:
-                self._find_episodes(verify)
+                self._refresh() if self._log is not None else self._find_episodes(verify)
+                self._num_lost = self.table.next_id - len(self.table)
         except Exception:
             self.close()
             raise
@@ -142,6 +143,7 @@ class IndividualFileDataset(EpisodeDataset):
         for name in inspection.listing.temporaries:
             self._directory.remove(name)
         self.table.skip_to(*inspection.listing.next_numbers)
+        self._num_lost = self.table.next_id - len(self.table)
         # First, because the numbers may come from the names of files that are about to go.
         self._keep_numbers()
         self._report_damage(inspection.damaged)
@@ -175,6 +177,8 @@ class IndividualFileDataset(EpisodeDataset):
         for name in map(FileName.parse, seen - self._seen):
             if name is not None:
                 self._forget(name)
+        self._num_lost += len(inspection.damaged)
+        self.capacity = max(self._stated_capacity, self.table.num_steps)
         self._report_damage(inspection.damaged)
 
     def _scan(self, verify: Verify) -> Inspection:
@@ -190,8 +194,6 @@ class IndividualFileDataset(EpisodeDataset):
                 self.settle_fields(fields)
             self.serialization_strategy, self._is_bound = inspection.strategy, True
             self.table.extend(rows)
-        if self._writer is None:
-            self.capacity = max(self.capacity, self.table.num_steps)
         return inspection
 
     def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
@@ -317,6 +319,8 @@ class IndividualFileDataset(EpisodeDataset):
         with self._lock, self._draw_lock:
             if not self._forget(name):
                 return
+            # What is missing in a reader's directory was evicted by the writer.
+            self._num_lost += damage is not None or self._is_writer()
             if self._log is not None and self._is_writer():
                 self._log.remove(name.id, self.table)
                 with contextlib.suppress(OSError):
@@ -356,7 +360,8 @@ class IndividualFileDataset(EpisodeDataset):
         is_shared = sys.platform == "linux" and self._is_writer()
         log = pickle.dumps(self._log.memory) if self._log is not None and is_shared else None
         arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
-        return _open_as_reader, (log, *arguments, self.max_sampling_attempts)
+        counts = self._num_lost, self._num_dismissed
+        return _open_as_reader, (log, counts, *arguments, self.max_sampling_attempts)
 
     @property
     def longest_window(self) -> int:
@@ -381,7 +386,7 @@ class IndividualFileDataset(EpisodeDataset):
             )
 
 
-def _open_as_reader(log: bytes | None, *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(log: bytes | None, counts: tuple[int, int], *arguments: Any) -> IndividualFileDataset:
     """Unpickle a dataset, as a reader."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     dataset._is_copy = True
@@ -390,4 +395,5 @@ def _open_as_reader(log: bytes | None, *arguments: Any) -> IndividualFileDataset
         with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.
             dataset._log = PublishedTable(pickle.loads(log))
     dataset.__init__(*arguments, mode="r")
+    dataset._num_lost, dataset._num_dismissed = counts
     return dataset
