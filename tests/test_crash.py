@@ -75,8 +75,8 @@ def test_killed_before_each_call_of_recovery_it_recovers_the_next_time(tmp_path)
     for num_calls in itertools.count():
         path = tmp_path / str(num_calls)
         spoil(path)
-        was_killed = killed_before_call(num_calls, lambda path=path: opened(path).close())
-        with opened(path) as dataset:
+        was_killed = killed_before_call(num_calls, lambda path=path: opened(path, shrink=True).close())
+        with opened(path, shrink=True) as dataset:
             found = numbers(dataset)
             assert found == [(2, 9), (3, 4), (4, 1)] or found == [(1, 3), (2, 9), (3, 4), (4, 1)]
             assert dataset.table.next_id == 6
@@ -110,6 +110,7 @@ def record(path: Path, durability: str, num_episodes: int = 5) -> list[Any]:
         if kind == "unlink":
             calls.append(("unlink", arguments[0]))
 
+    opened(path, 13).close()  # From then on, `.lock` tells the capacity.
     with watched_calls(before, after), opened(path, 13, durability=durability) as dataset:
         for number, length in zip(range(num_episodes), lengths(), strict=False):
             dataset.add_episode(tagged.episode(length, number))
@@ -211,6 +212,7 @@ def what_is_wrong(path: Path, calls: list[Any], **options: Any) -> set[str]:
     for number, (files, acknowledged) in enumerate(states(calls)):
         state = path / f"state{number}"
         state.mkdir()
+        shutil.copy(path / "run" / ".lock", state)
         for name, content in files.items():
             (state / name).write_bytes(content)
         with opened(state, 13, durability="rename", **options) as dataset, warnings.catch_warnings():

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from buffers.dataset import EpisodeDataset, IndividualFileDataset
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.dataset.files import window_reader
 from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.individual_file import NumpyCompressedSerialization
@@ -171,13 +172,13 @@ def test_a_batch_reads_its_own_bytes_by_few_calls(tmp_path, monkeypatch, episode
     assert dataset.fields is not None
     stream = dataset.get_loader(batch_size, length, seed=0).stream
     stream.take()
-    num_read, preadv = [], window_reader._preadv
+    num_read, preadv = [], os.preadv
 
     def counted(*arguments: Any) -> int:
         num_read.append(preadv(*arguments))
         return num_read[-1]
 
-    monkeypatch.setattr(window_reader, "_preadv", counted)
+    monkeypatch.setattr(os, "preadv", counted)
     for _ in range(10):
         stream.take()
     # A window is one range of each field at most; ranges that lie together are read at once.
@@ -242,3 +243,21 @@ def test_decoded_episodes_are_kept_up_to_a_bound(tmp_path, monkeypatch) -> None:
         for _ in range(5):
             assert len(numbers(reader)) == 8
         assert len(loads) == num_loads
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+@pytest.mark.parametrize("length", [None, 3])
+def test_a_batch_decodes_each_episode_once_whatever_the_cache_holds(tmp_path, monkeypatch, length, is_mixed) -> None:
+    with IndividualFileDataset(1000, None, None, tmp_path, NumpyCompressedSerialization()) as dataset:
+        add(dataset, [10] * 8)
+        one = 10 * dataset.fields.nbytes  # type: ignore[union-attr]
+    loads, load = [], NumpyCompressedSerialization.load
+    monkeypatch.setattr(NumpyCompressedSerialization, "load", lambda *given: loads.append(1) or load(*given))
+    for bound in (one - 1, 3 * one):
+        monkeypatch.setattr(window_reader, "MAX_DECODED_BYTES", bound)
+        reader: EpisodeSource = IndividualFileDataset(directory=tmp_path, mode="r")
+        reader = MixtureDataset([reader], [1.0]) if is_mixed else reader
+        loads.clear()
+        batch = reader.get_loader(64, length, chunk_size=4, include=("episode",), seed=0).stream.take()
+        assert len(loads) == len(batch["episode"].unique()) == 8
+        tagged.origins(batch)

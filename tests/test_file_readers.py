@@ -9,11 +9,12 @@ import signal
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from buffers.dataset import IndividualFileDataset
+from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.files.directory import EpisodeDirectory
 from tests import tagged
 from tests.faults import as_nobody
@@ -119,6 +120,36 @@ def test_a_pickle_is_small_whatever_is_stored_and_opens_as_a_reader(tmp_path) ->
     add(dataset, [2], 301)
     other.refresh()
     assert numbers(other)[-1] == (301, 2)
+
+
+@pytest.mark.parametrize("kind", ["reader", "copy", "copy of a reader", "copy of a ring"])
+def test_readers_count_what_is_evicted_as_the_writer_does(tmp_path, kind) -> None:
+    if kind == "copy of a ring":
+        dataset: EpisodeDataset = RingBufferDataset(20)
+    else:
+        dataset = IndividualFileDataset(20, directory=tmp_path, durability="rename")
+    add(dataset, [5, 5, 5])
+    reader: Any = IndividualFileDataset(directory=tmp_path, mode="r") if "reader" in kind else dataset
+    if "copy" in kind:
+        reader = pickle.loads(pickle.dumps(reader))
+    for lengths, num_evicted, is_full in (([4], 0, False), ([5], 1, True), ([8], 3, True), ([1, 1], 3, True)):
+        add(dataset, lengths, dataset.table.next_id)
+        for each in (dataset, reader):
+            each.refresh() if isinstance(each, IndividualFileDataset) else each._refresh()
+            assert (each.num_evicted, each.is_full) == (num_evicted, is_full)
+    if not isinstance(dataset, IndividualFileDataset):
+        return
+    assert reader.capacity == 20
+    # A file that is damaged was not evicted.
+    for name in files(tmp_path)[-2:]:
+        os.truncate(tmp_path / name, 10)
+    for each in (reader, dataset):
+        with pytest.warns(UserWarning, match="no whole episodes"):
+            assert len(numbers(each)) == each.num_episodes == 3
+    assert dataset.num_evicted == reader.num_evicted == 3
+    dataset.close()
+    dataset = IndividualFileDataset(20, directory=tmp_path)
+    assert (dataset.num_evicted, dataset.is_full) == (0, False)
 
 
 # Files that vanish.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
 import tempfile
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset
 from buffers.dataset.fields import Fields, Scalar, as_tensor
 from buffers.dataset.individual_file import (
@@ -95,7 +97,7 @@ def test_it_agrees_with_a_list_of_episodes(operations, choices, read_by) -> None
                 live.pop(next(in_model.choices) % len(live))
 
         def opened() -> IndividualFileDataset:
-            return IndividualFileDataset(capacity, None, evictor, folder, durability="rename")
+            return IndividualFileDataset(capacity, None, evictor, folder, durability="rename", shrink=True)
 
         dataset = opened()
         reader = IndividualFileDataset(30, directory=folder, mode="r")
@@ -134,16 +136,52 @@ def test_it_agrees_with_a_list_of_episodes(operations, choices, read_by) -> None
 # Opening again.
 
 
-def test_a_capacity_that_would_delete_all_is_refused(tmp_path) -> None:
+def test_a_smaller_capacity_deletes_episodes_only_if_told_to(tmp_path) -> None:
+    with IndividualFileDataset(1000, directory=tmp_path) as dataset:
+        add(dataset, [100] * 10)
+    newest_first = Chosen([-1])
+    for capacity, evictor, gone in (
+        (950, None, r"1 of its 10 .*\(100 steps, ids \[0\]\)"),
+        (250, newest_first, r"8 of its 10 .*\(800 steps, ids \[2, 3, .*9\]\)"),
+        (50, None, r"10 of its 10 .*, ids \[0, .*8, \.\.\.\]\)"),
+    ):
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=rf"holds 1000 steps, more than `capacity`={capacity}: {gone}.*shrink=True"
+            ):
+                IndividualFileDataset(capacity, None, evictor, tmp_path)
+    assert len(files(tmp_path)) == 10
+    with IndividualFileDataset(250, None, newest_first, tmp_path, shrink=True) as dataset:
+        assert numbers(dataset) == [(0, 100), (1, 100)]
+    # From now on, this is its capacity.
+    IndividualFileDataset(250, directory=tmp_path).close()
+
+
+def test_a_directory_that_nobody_has_signed_is_not_shrunk_either(tmp_path) -> None:
     with IndividualFileDataset(30, directory=tmp_path) as dataset:
-        for number, length in enumerate((3, 9, 10)):
-            dataset.add_episode(tagged.episode(length, number))
-    with pytest.raises(ValueError, match=r"newest episode in .* has 10 steps, and `capacity`=9: all .* be deleted"):
-        IndividualFileDataset(9, directory=tmp_path)
-    with IndividualFileDataset(10, directory=tmp_path, mode="r") as reader:
-        assert reader.episode_lengths == [3, 9, 10]
-    with IndividualFileDataset(10, directory=tmp_path) as dataset:
-        assert dataset.episode_lengths == [10]
+        add(dataset, [10] * 3)
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(ValueError, match="2 of its 3 episodes would be deleted"):
+        IndividualFileDataset(10, directory=tmp_path)
+    # This much may also be left by an addition that was killed before it evicted.
+    with IndividualFileDataset(20, directory=tmp_path) as dataset:
+        assert numbers(dataset) == [(1, 10), (2, 10)]
+
+
+def test_a_reader_needs_no_capacity(tmp_path) -> None:
+    with pytest.raises(TypeError, match="`capacity` is missing. Only with mode='r'"):
+        IndividualFileDataset(directory=tmp_path)
+    with IndividualFileDataset(30, directory=tmp_path) as dataset:
+        reader = IndividualFileDataset(directory=tmp_path, mode="r")
+        assert (reader.capacity, reader.is_full, len(reader)) == (30, False, 0)
+        small = IndividualFileDataset(1, directory=tmp_path, mode="r")
+        add(dataset, [15, 15])
+        for each, is_full in ((reader, True), (small, True)):
+            each.refresh()
+            assert "2 episodes, 30 of 30 steps (100%)" in repr(each) and each.is_full is is_full
+            assert ReplayBuffer(each, 2).stats()["fill"] == 1
+    (tmp_path / ".lock").unlink()
+    assert "30 of 30 steps" in repr(IndividualFileDataset(directory=tmp_path, mode="r"))
 
 
 def test_a_reader_draws_sequences_longer_than_its_capacity(tmp_path) -> None:
@@ -279,9 +317,14 @@ def test_after_closing_the_directory_is_free(tmp_path) -> None:
         with pytest.raises(RuntimeError, match="is closed"):
             action()
     IndividualFileDataset(30, directory=tmp_path).close()
-    # So it is when the dataset is merely dropped.
-    dropped = IndividualFileDataset(30, directory=tmp_path)
-    del dropped
+    # So it is when the dataset is merely dropped, with files open; and that raises no warning.
+    for mode in ("a", "r"):
+        dropped = IndividualFileDataset(30, directory=tmp_path, mode=mode)
+        next(iter(dropped.get_loader(2, 1)))
+        assert open_files(tmp_path) != []
+        del dropped
+        gc.collect()
+        assert open_files(tmp_path) == []
     IndividualFileDataset(30, directory=tmp_path).close()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import pickle
+import re
 import signal
 import socket
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from buffers.dataset.files import lock
 from tests import tagged
 from tests.faults import CAPACITY, in_child, kill, opened, status_of
 from tests.file_helpers import add, files, numbers
+from tests.test_individual_file import Raw
 
 # The lock.
 
@@ -97,6 +101,21 @@ def test_a_forked_child_follows_its_parent_and_cannot_write(tmp_path) -> None:
     dataset.close()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_file_locks_one_writer_can_vouch_for_itself(tmp_path, monkeypatch, number) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    message = rf"cannot lock files \({os.strerror(number)}\).*second writer.*pass lock=False: '{tmp_path}'"
+    with pytest.raises(OSError, match=message) as found:
+        IndividualFileDataset(CAPACITY, directory=tmp_path)
+    assert found.value.errno == number
+    with IndividualFileDataset(CAPACITY, directory=tmp_path, lock=False) as dataset:
+        assert add(dataset, [3]) == [0]
+        assert numbers(IndividualFileDataset(directory=tmp_path, mode="r")) == [(0, 3)]
+
+
 # Setting aside.
 
 
@@ -124,9 +143,11 @@ def test_what_is_no_episode_is_set_aside_with_one_warning(tmp_path) -> None:
         (path / name).write_text("mine")
     (path / ".tmp-folder").mkdir()
     (path / ".tmp-0000000004-000000000021-5.safetensors").write_text("unfinished")
-    with pytest.warns(UserWarning, match="7 files in .* are no whole episodes and were moved .*; and 2 more") as found:
+    with pytest.warns(UserWarning) as found:
         dataset = IndividualFileDataset(100, directory=path)
-    assert len(found) == 1
+    strangers, damage = [str(warning.message) for warning in found]
+    assert "2 files" in strangers and "00000000013-" in strangers and "are not read" in strangers
+    assert re.match("7 files in .* are no whole episodes and were moved .*; and 2 more", damage)
     assert numbers(dataset) == [(0, 5), (1, 3), (2, 9)]
     assert len(os.listdir(path / "damaged")) == len(dataset.damaged_files) == 7
     assert outside.read_bytes() == b"precious"
@@ -136,9 +157,34 @@ def test_what_is_no_episode_is_set_aside_with_one_warning(tmp_path) -> None:
     assert ".tmp-0000000004-000000000021-5.safetensors" not in left
     assert dataset.add_episode(tagged.episode(2, 13)) == 13
     dataset.close()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="are not read") as found:
         IndividualFileDataset(100, directory=path).close()
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+@pytest.mark.parametrize(
+    "name", ["0000012_200_20231001-120000.npz", "a.pt", "b.safetensors", "c.hdf5", "d.h5", "e.raw"]
+)
+def test_data_that_is_not_named_as_episodes_gets_one_warning(tmp_path, mode, name) -> None:
+    for other in (name, f"x{name}"):
+        (tmp_path / other).write_bytes(b"data")
+    for other in ("notes.txt", f".tmp-{name}", f".tmp-0000000004-000000000021-5{Path(name).suffix}", f"{name}.bak"):
+        (tmp_path / other).write_bytes(b"")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / name).write_bytes(b"")
+    strategy = Raw() if name.endswith(".raw") else None
+    with pytest.warns(
+        UserWarning, match=rf"^2 files in .*\({name}, for example\).*`add_episode`.*coming-from"
+    ) as found:
+        dataset = IndividualFileDataset(100, directory=tmp_path, serialization_strategy=strategy, mode=mode)
+    assert len(found) == 1 and found[0].filename == __file__ and dataset.is_empty
+    # Neither a reader that looks again says so again, nor a copy in a worker.
+    (tmp_path / f"y{name}").write_bytes(b"data")
+    dataset.refresh()
+    pickle.loads(pickle.dumps(dataset)).refresh()
+    dataset.close()
+    assert (tmp_path / name).read_bytes() == b"data"
 
 
 def test_files_are_set_aside_over_no_other(tmp_path) -> None:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from buffers.dataset.individual_file import (
     TorchSerialization,
     UnknownVersionError,
 )
+from buffers.dataset.info import EpisodeDatasetInfo
 from tests import tagged
 from tests.file_helpers import add, files, numbers
 from tests.format_helpers import FIELDS, STRATEGIES, each_strategy, made, same, saved
@@ -257,3 +259,27 @@ def test_a_directory_of_a_later_version_is_an_error(tmp_path) -> None:
         assert dataset.num_episodes == 1
     with pytest.raises(UnknownVersionError, match="version 7"):
         serialization.parse_schema('{"version":7}')
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize(
+    ("strategy", "library", "old", "least"),
+    [(STRATEGIES[0], safetensors, "0.5.3", "0.6.1"), (STRATEGIES[2], torch, "2.5.1+cpu", "2.6")],
+)
+def test_a_dtype_that_needs_a_later_library_is_refused_beforehand(
+    tmp_path, monkeypatch, strategy, library, old, least, dtype
+) -> None:
+    info, episode = EpisodeDatasetInfo(Fields(x=Scalar(dtype=dtype))), {"x": torch.arange(4).to(dtype)}
+    with IndividualFileDataset(90, None, None, tmp_path / "full", strategy) as dataset:
+        dataset.add_episode(episode)
+    monkeypatch.setattr(library, "__version__", old)
+    name = library.__name__
+    message = rf"`x` has dtype {dtype}, which {name} {re.escape(old)} cannot store: install `{name}>={least}`"
+    for path, stated, mode in (("full", None, "a"), ("full", None, "r"), ("new", info, "a")):
+        with pytest.raises(ValueError, match=message):
+            IndividualFileDataset(90, stated, None, tmp_path / path, strategy, mode=mode)
+    with IndividualFileDataset(90, None, None, tmp_path / "new", strategy) as dataset:
+        with pytest.raises(ValueError, match=message):
+            dataset.add_episode(episode)
+        dataset.add_episode({"x": np.arange(4)})
+    assert len(os.listdir(tmp_path / "full")) == 2  # The lock, too.

@@ -196,7 +196,6 @@ class EpisodeDataset(EpisodeSource):
                 return False
             self._announce()
             self.evict(position)
-            self._has_evicted = True
         return True
 
     def evict(self, position: int) -> None:
@@ -204,7 +203,6 @@ class EpisodeDataset(EpisodeSource):
         start, length, episode_id, _ = self.table.episode(position)
         self._erase(episode_id, start, length)
         self.table.remove(position)
-        self._num_evicted += 1
 
     def _check_length(self, length: int) -> None:
         if length > self.episode_capacity:
@@ -217,6 +215,7 @@ class EpisodeDataset(EpisodeSource):
         with self._lock:
             self.check_writable()
             self.evict(self._position(episode_index))
+            self._num_dismissed += 1
 
     def _find_fields(self) -> None:
         fields = None if self.extension is None else self.extension.other.fields

@@ -31,14 +31,16 @@ class EpisodeSource(IterableDataset, ABC):
     max_sampling_attempts = 100
     #: Whether it is a mixture, see `sources_of`.
     has_members = False
+    #: Whether `chunk_size` applies. If not, batches are read as a whole.
+    reads_in_chunks = True
 
     def __init__(self, capacity: int) -> None:
         self.capacity = integer("capacity", capacity, minimum=1)
         self.table = EpisodeTable()
         # A snapshot, so that drawing never holds up an addition.
         self._drawn_table, self._draw_lock = EpisodeTable(), ThreadLock()
-        self._num_evicted = 0
-        self._has_evicted = False
+        # Of the ids that are gone: those that were never evicted, and those that were evicted by their index.
+        self._num_lost = self._num_dismissed = 0
         self._fields: Fields | None = None
 
     @abstractmethod
@@ -208,7 +210,8 @@ class EpisodeSource(IterableDataset, ABC):
             batch_size: B, sequences in a batch.
             sequence_length: T, in steps; None for whole episodes, padded with zeros to the longest of the batch, with
                 their `mask`.
-            chunk_size: Sequences in one read, a divisor of `batch_size`. It does not change what is drawn.
+            chunk_size: Sequences in one read, a divisor of `batch_size`. It does not change what is drawn. Files are
+                read a batch at a time.
             num_workers: Worker processes; 0 by default.
             pin_memory: As in `DataLoader`. By default, batches for another `output_device` that is a GPU are pinned.
             sampler: Chooses the windows; uniformly over all by default.
@@ -295,11 +298,11 @@ class EpisodeSource(IterableDataset, ABC):
     @property
     def num_evicted(self) -> int:
         """Episodes evicted so far."""
-        return self._num_evicted
+        return max(0, self.table.next_id - len(self.table) - self._num_lost)
 
     def take_counts_of(self, other: EpisodeSource) -> None:
         """Take over what `other` has counted as evicted."""
-        self._num_evicted, self._has_evicted = other._num_evicted, other._has_evicted
+        self._num_lost, self._num_dismissed = other._num_lost, other._num_dismissed
 
     @property
     def is_empty(self) -> bool:
@@ -309,7 +312,7 @@ class EpisodeSource(IterableDataset, ABC):
     @property
     def is_full(self) -> bool:
         """Whether every step is taken, or an episode has been evicted to make room."""
-        return self._has_evicted or self.num_timesteps == self.capacity
+        return self.num_evicted > self._num_dismissed or self.num_timesteps == self.capacity
 
     def __len__(self) -> int:
         return self.num_timesteps

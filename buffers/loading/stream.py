@@ -148,7 +148,7 @@ class SequenceStream(IterableDataset):
         if self._slots is not None:
             assert self.source.fields is not None  # Windows are drawn from episodes, so there are fields.
             out = self._slots.empty_batch(self.source.fields, (num_windows, windows.length))
-        if self.chunk_size >= num_windows:
+        if self.chunk_size >= num_windows or not self.source.reads_in_chunks:
             return self.source.read(windows, out)
         out = self.source.empty_batch(windows) if out is None else out
         was_read = np.ones(num_windows, np.bool_)

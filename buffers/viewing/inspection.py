@@ -24,8 +24,6 @@ from buffers.viewing.tracks import to_numpy
 
 __all__ = ["InspectionError", "inspect_directory"]
 
-# A reader sees every episode, whatever its capacity.
-_CAPACITY = 2**62
 _MAX_BINS = 10
 _MAX_BAR = 40
 _MAX_NAMES = 20
@@ -74,7 +72,7 @@ def _open(path: str, verify: Verify) -> IndividualFileDataset:
         with warnings.catch_warnings():
             # The warning names some damaged files. All of them are printed later.
             warnings.simplefilter("ignore", UserWarning)
-            return IndividualFileDataset(_CAPACITY, directory=path, mode="r", verify=verify)
+            return IndividualFileDataset(directory=path, mode="r", verify=verify)
     except FileNotFoundError:
         raise InspectionError(f"There is no directory {path}.") from None
     except OSError as error:

@@ -91,6 +91,7 @@ class MixtureDataset(EpisodeSource):
         self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
         super().__init__(sum(leaf.capacity for leaf in self._leaves))
         self.device = self._members[0].device
+        self.reads_in_chunks = all(leaf.reads_in_chunks for leaf in self._leaves)
         self.table = _MixtureTable(self._leaves)
         self._find_fields()
 

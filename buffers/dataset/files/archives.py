@@ -131,6 +131,7 @@ class TorchSerialization(_ArchiveSerialization):
     """`.pt`, a dict of tensors by `torch.save`. It is read without torch, and its pickle is not run."""
 
     suffix = ".pt"
+    writes_unsigned = torch, "2.6"
 
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
         """Write an episode."""

@@ -26,13 +26,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from buffers.dataset.files.lock import NO_SURPRISES, Descriptor, take_lock
+from buffers.dataset.files.lock import NO_SURPRISES, Descriptor, last_capacity, sign, take_lock
 from buffers.dataset.files.serialization import DamagedEpisodeError
 
 __all__ = ["EpisodeDirectory", "FileName", "Listing", "with_advice"]
 
 TEMPORARY = ".tmp-"
 DAMAGED = "damaged"
+_DATA_SUFFIXES = ".npz", ".pt", ".safetensors", ".hdf5", ".h5"
 _LARGEST_NUMBER = 10**15
 # Numbers below 10**15. Each can be written in one way only.
 _NUMBERS = r"([0-9]{10}|[1-9][0-9]{10,14})-([0-9]{12}|[1-9][0-9]{12,14})"
@@ -73,6 +74,7 @@ class Listing(NamedTuple):
     rows: npt.NDArray[np.int64]  # (n, 4): start, length, id and cut, from the names.
     sizes: npt.NDArray[np.int64]  # (n,): bytes; -1 if it is not a regular file.
     temporaries: list[str]
+    strangers: list[str]  # What looks like data, but is not named like an episode.
     other_suffixes: set[str]  # Of episodes in other formats.
     next_numbers: tuple[int, int]  # The least id and start that are free, by all episodes and `.next` files.
     all_names: set[str]
@@ -93,16 +95,30 @@ class EpisodeDirectory:
         suffix: Of episode files.
         writable: Take the lock; a RuntimeError if another process has it.
         durable: Wait for the disk at each step of a commit.
+        lock: False takes no lock: the caller knows that there is no other writer.
     """
 
-    def __init__(self, path: str, suffix: str, writable: bool, durable: bool = True) -> None:
+    def __init__(self, path: str, suffix: str, writable: bool, durable: bool = True, lock: bool = True) -> None:
         self.path = os.path.abspath(path)
         self.suffix = suffix
         self._is_durable = durable
         self._markers: list[str] = []  # The names of `.next` files.
         self._change_seen, self._next_look = -1, 0.0
         self._descriptor = Descriptor(_open_directory(self.path, writable))
-        self._lock = take_lock(self.path, self._descriptor.number) if writable else None
+        self._lock = take_lock(self.path, self._descriptor.number, lock) if writable else None
+
+    @property
+    def last_capacity(self) -> int:
+        """The capacity of the last writer, in steps; 0 if it is not known."""
+        return last_capacity(self._descriptor.number)
+
+    def keep_capacity(self, capacity: int) -> None:
+        """Write down the capacity, for the next opening."""
+        if self._lock is not None and capacity != self.last_capacity:
+            sign(self._lock, capacity)
+            if self._is_durable:
+                os.fsync(self._lock.number)
+                os.fsync(self._descriptor.number)
 
     def list(self, known: Collection[str] = ()) -> Listing:
         """List the directory. Names that are `known` appear in `all_names` only."""
@@ -138,6 +154,7 @@ class EpisodeDirectory:
             rows,
             np.array([size for _, size in episodes], np.int64),
             [name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])],
+            [name for name in other_names if name[0] != "." and name.endswith((*_DATA_SUFFIXES, self.suffix))],
             other_suffixes,
             (next_id, next_start),
             all_names,

@@ -37,7 +37,7 @@ class IndividualFileDataset(EpisodeDataset):
         >>> with IndividualFileDataset(capacity=10_000_000, directory="episodes") as dataset:
         ...     dataset.add_episode({"obs": np.zeros((20, 4))})  # It is on the disk when this returns.
         0
-        >>> IndividualFileDataset(capacity=10_000_000, directory="episodes", mode="r").episode_lengths
+        >>> IndividualFileDataset(directory="episodes", mode="r").episode_lengths
         [20]
 
     Opening a directory finds the episodes in it. A file whose bytes are not a whole episode is moved into a subfolder,
@@ -49,7 +49,7 @@ class IndividualFileDataset(EpisodeDataset):
     read at the same time: reading does not hold up the others.
 
     Args:
-        capacity: In steps. A directory that holds more gives up what the evictor chooses; a reader sees everything.
+        capacity: In steps. A reader sees everything; by default, its capacity is that of the last writer.
         info: What is known beforehand; its `fields` must be those of the directory.
         evictor: Chooses the episode that leaves; the oldest by default.
         directory: Created if necessary. By default "individual_file_dataset" in the working directory.
@@ -61,6 +61,8 @@ class IndividualFileDataset(EpisodeDataset):
         mode: "a" reads and writes, "r" only reads, also where writing is not permitted.
         verify: What opening checks of each file: its name and "size", its "header" too, or also its checksums ("full",
             which reads everything). The header is always checked before rows are read.
+        shrink: Let a directory that holds more than `capacity` give up what the evictor chooses.
+        lock: False where the file system cannot lock files, and you know that there is no other writer.
 
     Attributes:
         damaged_files: (file name, what is wrong) of files that turned out not to be whole episodes.
@@ -68,9 +70,9 @@ class IndividualFileDataset(EpisodeDataset):
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An argument out of its range; a directory with other fields, another format or version; for a
-            writer, a capacity below the length of the newest episode.
+            writer without `shrink`, a directory that holds more than `capacity`.
         RuntimeError: Another writer has the directory.
-        OSError: The directory cannot be created, read, or written to.
+        OSError: The directory cannot be created, read, written to, or locked.
         MemoryError: Shared memory is not available.
     """
 
@@ -78,13 +80,15 @@ class IndividualFileDataset(EpisodeDataset):
     _log: PublishedTable | None = None
     # The newest file. If it is not in the table, its addition failed, and its numbers will be given again.
     _written: FileName | None = None
-    _is_closed = False
+    _is_closed = _is_copy = False
     evicts_before_writing = False
     reads_beside_writers = True
+    # A chunk could need the file of the chunk before.
+    reads_in_chunks = False
 
     def __init__(
         self,
-        capacity: int,
+        capacity: int | None = None,
         info: EpisodeDatasetInfo | None = None,
         evictor: Evictor | None = None,
         directory: str | os.PathLike[str] = "./individual_file_dataset",
@@ -94,11 +98,15 @@ class IndividualFileDataset(EpisodeDataset):
         durability: Durability = "fsync",
         mode: Mode = "a",
         verify: Verify = "size",
+        shrink: bool = False,
+        lock: bool = True,
     ) -> None:
-        super().__init__(capacity, info, evictor)
+        if capacity is None and mode == "a":
+            raise TypeError("`capacity` is missing. Only with mode='r', it can be left out.")
         strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
         check_strategy(strategy)
         self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
+        super().__init__(1 if capacity is None else capacity, info, evictor)
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -109,39 +117,57 @@ class IndividualFileDataset(EpisodeDataset):
         self._writer = os.getpid() if mode == "a" else None
         # Names that a reader has inspected.
         self._seen: set[str] = set()
-        self._directory = EpisodeDirectory(os.fspath(directory), strategy.suffix, mode == "a", durability == "fsync")
+        path, is_durable = os.fspath(directory), durability == "fsync"
+        self._directory = EpisodeDirectory(path, strategy.suffix, mode == "a", is_durable, lock)
         self._reader = WindowReader(self._directory)
         try:
+            # A reader never says that it holds more than its capacity.
+            self._stated_capacity = self.capacity = capacity or max(1, self._directory.last_capacity)
             if self._writer is not None:
-                self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * capacity + 2)))
-                self._open_for_writing(verify)
-            elif self._log is not None:
-                self._refresh()
+                self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * self.capacity + 2)))
+                self._open_for_writing(verify, shrink)
             else:
-                self._find_episodes(verify)
+                self._refresh() if self._log is not None else self._find_episodes(verify)
+                self._num_lost = self.table.next_id - len(self.table)
         except Exception:
             self.close()
             raise
 
     # Opening.
 
-    def _open_for_writing(self, verify: Verify) -> None:
+    def _open_for_writing(self, verify: Verify, shrink: bool) -> None:
         inspection = self._scan(verify)
-        longest = int(self.table.lengths[-1]) if len(self.table) else 0
-        if longest > self.capacity:
-            raise ValueError(
-                f"The newest episode in {self._directory.path} has {longest} steps, and `capacity`={self.capacity}: "
-                "all episodes would be deleted. Raise it, or open with mode='r' to read."
-            )
+        if self.table.num_steps > self.capacity and not shrink:
+            self._check_capacity()
         for name in inspection.listing.temporaries:
             self._directory.remove(name)
         self.table.skip_to(*inspection.listing.next_numbers)
+        self._num_lost = self.table.next_id - len(self.table)
         # First, because the numbers may come from the names of files that are about to go.
         self._keep_numbers()
         self._report_damage(inspection.damaged)
         self.make_room(self.table.next_start, 0)
+        self._directory.keep_capacity(self.capacity)
         assert self._log is not None
         self._log.add_all(self.table)
+
+    def _check_capacity(self) -> None:
+        """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
+        ids, num_steps = self.table.ids.tolist(), self.table.num_steps
+        # If no capacity is known, these may be left by an addition that was cut off.
+        least = self._directory.last_capacity or num_steps - int(self.table.lengths[-1])
+        if self.capacity >= least:
+            return
+        # To ask the evictor which ones, without deleting any.
+        self._erase = lambda *_: None  # type: ignore[method-assign]
+        self.make_room(self.table.next_start, 0)
+        gone = sorted({*ids} - {*self.table.ids.tolist()})
+        named = f"{gone[:9]}"[:-1] + (", ...]" if len(gone) > 9 else "]")
+        raise ValueError(
+            f"{self._directory.path} holds {num_steps} steps, more than `capacity`={self.capacity}: {len(gone)} of its "
+            f"{len(ids)} episodes would be deleted ({num_steps - self.table.num_steps} steps, ids {named}). Raise it, "
+            "pass shrink=True to delete them, or open with mode='r' to read."
+        )
 
     def _find_episodes(self, verify: Verify = "size") -> None:
         """Bring a reader's table up to date with the directory."""
@@ -150,12 +176,16 @@ class IndividualFileDataset(EpisodeDataset):
         for name in map(FileName.parse, seen - self._seen):
             if name is not None:
                 self._forget(name)
+        self._num_lost += len(inspection.damaged)
+        self.capacity = max(self._stated_capacity, self.table.num_steps)
         self._report_damage(inspection.damaged)
 
     def _scan(self, verify: Verify) -> Inspection:
         """Add whole episodes that have not been seen to the table."""
         given = self.serialization_strategy if self._is_bound else self._given_strategy
         inspection = Inspection(self._directory, self._seen, given)
+        if not self._seen and not self._is_copy:
+            inspection.warn_of_strangers()
         fields = self._fields if self._is_bound else inspection.find_fields(self._fields)
         if fields is not None:
             rows = inspection.whole_episodes(fields, verify)
@@ -186,7 +216,7 @@ class IndividualFileDataset(EpisodeDataset):
     # The methods of a storage.
 
     def _allocate(self, fields: Fields) -> None:
-        pass
+        self.serialization_strategy.check_dtypes(fields)
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         fields, strategy = self._fields, self.serialization_strategy
@@ -288,6 +318,8 @@ class IndividualFileDataset(EpisodeDataset):
         with self._lock, self._draw_lock:
             if not self._forget(name):
                 return
+            # What is missing in a reader's directory was evicted by the writer.
+            self._num_lost += damage is not None or self._is_writer()
             if self._log is not None and self._is_writer():
                 self._log.remove(name.id, self.table)
                 with contextlib.suppress(OSError):
@@ -327,7 +359,8 @@ class IndividualFileDataset(EpisodeDataset):
         is_shared = sys.platform == "linux" and self._is_writer()
         log = self._log.memory.__getstate__() if self._log is not None and is_shared else None
         arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
-        return _open_as_reader, (log, *arguments, self.max_sampling_attempts)
+        counts = self._num_lost, self._num_dismissed
+        return _open_as_reader, (log, counts, *arguments, self.max_sampling_attempts)
 
     @property
     def longest_window(self) -> int:
@@ -352,12 +385,14 @@ class IndividualFileDataset(EpisodeDataset):
             )
 
 
-def _open_as_reader(log: dict[str, Any] | None, *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(log: dict[str, Any] | None, counts: tuple[int, int], *arguments: Any) -> IndividualFileDataset:
     """Unpickle a dataset, as a reader."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
+    dataset._is_copy = True
     # Before `__init__`, which lists the directory if there is no log.
     if log is not None:
         with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.
             dataset._log = PublishedTable(SharedArrays.opened(log))
     dataset.__init__(*arguments, mode="r")
+    dataset._num_lost, dataset._num_dismissed = counts
     return dataset

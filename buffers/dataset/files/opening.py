@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -56,6 +57,16 @@ class Inspection:
         errors = self._errors.items()
         return [(name, f"it {error}") for name, error in errors if not isinstance(error, FileNotFoundError)]
 
+    def warn_of_strangers(self) -> None:
+        """Warn of files that look like data, and are not episodes by their names."""
+        if strangers := self.listing.strangers:
+            warnings.warn(
+                f"{len(strangers)} files in {self._directory.path} look like data ({min(strangers)}, for example), but "
+                "do not have the names of episodes and are not read. To bring them in, load each and pass its arrays "
+                "to `add_episode` of a dataset in a new directory; docs/coming-from.md has the loop.",
+                stacklevel=5,
+            )
+
     def find_fields(self, stated: Fields | None) -> Fields | None:
         """The fields of the oldest whole file; None if there is none.
 
@@ -98,11 +109,17 @@ class Inspection:
         return rows[[name not in self._errors for name in names]]
 
     def _try(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            with self._directory.open(name) as file:
-                return method(file, *arguments)
-        except (DamagedEpisodeError, FileNotFoundError) as error:
-            self._errors[name] = error
+        for _ in range(2):
+            try:
+                with self._directory.open(name) as file:
+                    found = method(file, *arguments)
+            except (DamagedEpisodeError, FileNotFoundError) as error:
+                self._errors[name] = error
+            else:
+                if name not in self._errors:
+                    return found
+                # Only a signal handler makes a good file look damaged once.
+                raise self._errors[name].__cause__ or self._errors[name]
 
     def _agree(self, found: Fields | None, stated: Fields | None) -> Fields:
         path, fields = self._directory.path, found if stated is None else stated
@@ -111,6 +128,7 @@ class Inspection:
                 f"{path} holds episodes in the format `{self.strategy.suffix}`, which does not keep their fields. "
                 "State them with `info=EpisodeDatasetInfo(fields)`."
             )
+        self.strategy.check_dtypes(fields)
         conflict = None if found is None else found.conflict_with(fields)
         if conflict is not None:
             raise ValueError(
@@ -121,7 +139,8 @@ class Inspection:
 
     def _suspects(self, fields: Fields) -> list[int]:
         """Positions of files with an unlikely size; of all files, if two have the same numbers."""
-        rows, bounds = self.listing.rows, self.strategy.overhead(fields)
+        rows = self.listing.rows
+        bounds = self.strategy.overhead(fields) if len(rows) else None
         starts, lengths, ids, _ = rows.T
         has_same_numbers = (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])
         if bounds is None or has_same_numbers.any():

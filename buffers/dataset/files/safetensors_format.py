@@ -42,6 +42,7 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
     """
 
     suffix = ".safetensors"
+    writes_unsigned = safetensors, "0.6.1"
 
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
         """Write an episode. Apart from the checksum, the header depends on fields and length alone."""

@@ -17,10 +17,12 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 from buffers import fields as field_types
 from buffers.conversion import TO_NUMPY
@@ -64,6 +66,8 @@ class EpisodeSerializationStrategy(ABC):
     """
 
     suffix: str
+    #: The library that writes unsigned integers of more than 8 bits, with its first version that does; if there is one.
+    writes_unsigned: tuple[ModuleType, str] | None = None
 
     @abstractmethod
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
@@ -93,6 +97,18 @@ class EpisodeSerializationStrategy(ABC):
         Raises:
             DamagedEpisodeError: The file holds something else.
         """
+
+    def check_dtypes(self, fields: Fields) -> None:
+        """ValueError for dtypes that the installed library cannot write."""
+        library, least = self.writes_unsigned or (torch, "0")
+        if TorchVersion(library.__version__) >= least:
+            return
+        for name, kind in fields.items():
+            if kind.dtype in (torch.uint16, torch.uint32, torch.uint64):
+                raise ValueError(
+                    f"Field `{name}` has dtype {kind.dtype}, which {library.__name__} {library.__version__} cannot "
+                    f"store: install `{library.__name__}>={least}`."
+                )
 
     def load_fields(self, file: io.FileIO) -> Fields | None:
         """The fields that a file says it holds, or None (the default) if the format does not store them.

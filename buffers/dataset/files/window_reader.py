@@ -63,22 +63,26 @@ class WindowReader:
         # (position of the field, bytes of a row, memory)
         targets = [(i, fields[name].nbytes, bytes_of(out[name])) for i, name in enumerate(fields) if name in out]
         lost: dict[FileName, str | None] = {}
+        source: _OpenFile | Mapping[str, torch.Tensor] | None = None
+        episode_id = -1
         with self._lock:
             self._drop_forgotten()
             # Grouped by episode, so that each file is opened, or decoded, only once.
             for b in windows.episode.argsort(kind="stable").tolist():
-                name = FileName(ids[b], starts[b], lengths[b], cuts[b], self._directory.suffix)
                 try:
-                    source = self._find(name, strategy, fields)
+                    if ids[b] != episode_id:
+                        episode_id, source = ids[b], None
+                        name = FileName(episode_id, starts[b], lengths[b], cuts[b], self._directory.suffix)
+                        source = self._find(name, strategy, fields)
                     if isinstance(source, tuple):
                         _read_rows(*source, targets, b * windows.length, steps[b], num_rows[b])
-                    else:
+                    elif source is not None:
                         for field, tensor in out.items():
                             tensor[b, : num_rows[b]] = source[field][steps[b] : steps[b] + num_rows[b]]
                 except FileNotFoundError:
                     lost[name] = None
                 except DamagedEpisodeError as error:
-                    lost[name] = str(error)
+                    source, lost[name] = None, self._look_again(name, strategy, fields, error)
         return lost
 
     def forget(self, episode_id: int) -> None:
@@ -125,6 +129,19 @@ class WindowReader:
         while self._decoded_bytes > MAX_DECODED_BYTES:
             self._decoded_bytes -= _num_bytes(self._decoded.pop(next(iter(self._decoded))))
         return episode
+
+    def _look_again(
+        self, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields, error: DamagedEpisodeError
+    ) -> str | None:
+        """What is wrong with a file, None if it is gone. If it is not damaged any more, a signal handler has raised."""
+        self._files.pop(name.id, None)
+        try:
+            self._find(name, strategy, fields)
+        except FileNotFoundError:
+            return None
+        except DamagedEpisodeError:
+            return str(error)
+        raise error.__cause__ or error
 
     def _find_layout(
         self, file: io.FileIO, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields
