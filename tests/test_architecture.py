@@ -97,8 +97,8 @@ def test_no_function_has_over_40_lines() -> None:
 
 
 def test_the_package_without_viewing_does_not_grow() -> None:
-    # The aim is 7,000: lower the number with each cut.
-    assert sum(num_lines(path) for path in TREES if package_of(path) != "viewing") <= 7569
+    # The most that it may have when all that is planned is in it: what comes has to make room for itself.
+    assert sum(num_lines(path) for path in TREES if package_of(path) not in ("viewing", "interop", "remote")) <= 8000
 
 
 def num_lines(path: Path) -> int:
