@@ -195,14 +195,15 @@ class EpisodeDataset(EpisodeSource):
             if keep is not None and int(self.table.ids[position]) == keep:
                 return False
             self._announce()
-            self.evict(position)
+            self.evict(position, makes_room=True)
         return True
 
-    def evict(self, position: int) -> None:
+    def evict(self, position: int, makes_room: bool = False) -> None:
         """Evict the episode at a valid position of the table; the caller holds the lock."""
         start, length, episode_id, _ = self.table.episode(position)
         self._erase(episode_id, start, length)
         self.table.remove(position)
+        self.num_dismissed += not makes_room
 
     def _check_length(self, length: int) -> None:
         if length > self.episode_capacity:
@@ -215,7 +216,6 @@ class EpisodeDataset(EpisodeSource):
         with self._lock:
             self.check_writable()
             self.evict(self._position(episode_index))
-            self._num_dismissed += 1
 
     def _find_fields(self) -> None:
         fields = None if self.extension is None else self.extension.other.fields

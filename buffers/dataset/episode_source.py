@@ -39,8 +39,8 @@ class EpisodeSource(IterableDataset, ABC):
         self.table = EpisodeTable()
         # A snapshot, so that drawing never holds up an addition.
         self._drawn_table, self._draw_lock = EpisodeTable(), ThreadLock()
-        # Of the ids that are gone: those that were never evicted, and those that were evicted by their index.
-        self._num_lost = self._num_dismissed = 0
+        #: Of the ids that are gone: those that were not evicted, and those that were evicted without need of room.
+        self.num_lost = self.num_dismissed = 0
         self._fields: Fields | None = None
 
     @abstractmethod
@@ -298,11 +298,7 @@ class EpisodeSource(IterableDataset, ABC):
     @property
     def num_evicted(self) -> int:
         """Episodes evicted so far."""
-        return max(0, self.table.next_id - len(self.table) - self._num_lost)
-
-    def take_counts_of(self, other: EpisodeSource) -> None:
-        """Take over what `other` has counted as evicted."""
-        self._num_lost, self._num_dismissed = other._num_lost, other._num_dismissed
+        return max(0, self.table.next_id - len(self.table) - self.num_lost)
 
     @property
     def is_empty(self) -> bool:
@@ -312,7 +308,7 @@ class EpisodeSource(IterableDataset, ABC):
     @property
     def is_full(self) -> bool:
         """Whether every step is taken, or an episode has been evicted to make room."""
-        return self.num_evicted > self._num_dismissed or self.num_timesteps == self.capacity
+        return self.num_evicted > self.num_dismissed or self.num_timesteps == self.capacity
 
     def __len__(self) -> int:
         return self.num_timesteps

@@ -106,11 +106,8 @@ class EpisodeDirectory:
         self._change_seen, self._next_look = -1, 0.0
         self._descriptor = Descriptor(_open_directory(self.path, writable))
         self._lock = take_lock(self.path, self._descriptor.number, lock) if writable else None
-
-    @property
-    def last_capacity(self) -> int:
-        """The capacity of the last writer, in steps; 0 if it is not known."""
-        return last_capacity(self._descriptor.number)
+        # Of the writer before, in steps; 0 if it is not known.
+        self.last_capacity = last_capacity(self._descriptor.number)
 
     def keep_capacity(self, capacity: int) -> None:
         """Write down the capacity, for the next opening."""

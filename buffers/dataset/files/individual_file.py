@@ -121,14 +121,16 @@ class IndividualFileDataset(EpisodeDataset):
         self._directory = EpisodeDirectory(path, strategy.suffix, mode == "a", is_durable, lock)
         self._reader = WindowReader(self._directory)
         try:
-            # A reader never says that it holds more than its capacity.
-            self._stated_capacity = self.capacity = capacity or max(1, self._directory.last_capacity)
+            if capacity is None:
+                self.capacity = max(1, self._directory.last_capacity)
+            self._stated_capacity = self.capacity
             if self._writer is not None:
                 self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * self.capacity + 2)))
                 self._open_for_writing(verify, shrink)
+            elif self._log is not None:
+                self._refresh()
             else:
-                self._refresh() if self._log is not None else self._find_episodes(verify)
-                self._num_lost = self.table.next_id - len(self.table)
+                self._find_episodes(verify)
         except Exception:
             self.close()
             raise
@@ -142,7 +144,7 @@ class IndividualFileDataset(EpisodeDataset):
         for name in inspection.listing.temporaries:
             self._directory.remove(name)
         self.table.skip_to(*inspection.listing.next_numbers)
-        self._num_lost = self.table.next_id - len(self.table)
+        self.num_lost = self.table.next_id - len(self.table)
         # First, because the numbers may come from the names of files that are about to go.
         self._keep_numbers()
         self._report_damage(inspection.damaged)
@@ -155,8 +157,7 @@ class IndividualFileDataset(EpisodeDataset):
         """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
         ids, num_steps = self.table.ids.tolist(), self.table.num_steps
         # If no capacity is known, these may be left by an addition that was cut off.
-        least = self._directory.last_capacity or num_steps - int(self.table.lengths[-1])
-        if self.capacity >= least:
+        if self.capacity >= (self._directory.last_capacity or num_steps - int(self.table.lengths[-1])):
             return
         # To ask the evictor which ones, without deleting any.
         self._erase = lambda *_: None  # type: ignore[method-assign]
@@ -176,7 +177,8 @@ class IndividualFileDataset(EpisodeDataset):
         for name in map(FileName.parse, seen - self._seen):
             if name is not None:
                 self._forget(name)
-        self._num_lost += len(inspection.damaged)
+        self.num_lost = self.num_lost + len(inspection.damaged) if seen else self.table.next_id - len(self.table)
+        # A reader holds everything, so its capacity is never less.
         self.capacity = max(self._stated_capacity, self.table.num_steps)
         self._report_damage(inspection.damaged)
 
@@ -319,7 +321,7 @@ class IndividualFileDataset(EpisodeDataset):
             if not self._forget(name):
                 return
             # What is missing in a reader's directory was evicted by the writer.
-            self._num_lost += damage is not None or self._is_writer()
+            self.num_lost += damage is not None or self._is_writer()
             if self._log is not None and self._is_writer():
                 self._log.remove(name.id, self.table)
                 with contextlib.suppress(OSError):
@@ -359,8 +361,7 @@ class IndividualFileDataset(EpisodeDataset):
         is_shared = sys.platform == "linux" and self._is_writer()
         log = self._log.memory.__getstate__() if self._log is not None and is_shared else None
         arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
-        counts = self._num_lost, self._num_dismissed
-        return _open_as_reader, (log, counts, *arguments, self.max_sampling_attempts)
+        return _open_as_reader, (log, (self.num_lost, self.num_dismissed), *arguments, self.max_sampling_attempts)
 
     @property
     def longest_window(self) -> int:
@@ -394,5 +395,5 @@ def _open_as_reader(log: dict[str, Any] | None, counts: tuple[int, int], *argume
         with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.
             dataset._log = PublishedTable(SharedArrays.opened(log))
     dataset.__init__(*arguments, mode="r")
-    dataset._num_lost, dataset._num_dismissed = counts
+    dataset.num_lost, dataset.num_dismissed = counts
     return dataset

@@ -12,7 +12,6 @@ from collections.abc import Callable
 __all__ = ["Descriptor", "NO_SURPRISES", "last_capacity", "sign", "take_lock"]
 
 LOCK = ".lock"
-_CAPACITY = re.compile(r"capacity ([0-9]{1,18})\b")
 _TEXT_SIZE = 200
 # Flags of `os.open`: neither follow a link nor wait for a pipe. 0 on systems that lack them.
 NO_SURPRISES = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -38,12 +37,7 @@ class Descriptor:
 def take_lock(path: str, directory: int, lock: bool = True) -> Descriptor:
     """Take an exclusive flock on `.lock`, held until the result is closed or the process ends, however it ends.
 
-    The file is never removed: two processes could then lock two different files.
-
-    Args:
-        path: The directory, for messages.
-        directory: Its descriptor.
-        lock: False only opens the file.
+    The file is never removed: two processes could then lock two different files. With `lock=False`, it is only opened.
 
     Raises:
         RuntimeError: Another process, or another dataset of this one, holds the lock.
@@ -69,7 +63,7 @@ def take_lock(path: str, directory: int, lock: bool = True) -> Descriptor:
         message = f"The file system cannot lock files ({error.strerror}), so nothing would keep a second writer out"
         advice = "If this process is the only one that writes there, pass lock=False"
         raise OSError(error.errno, f"{message}. {advice}", path) from error
-    sign(found, last_capacity(directory))
+    sign(found, _capacity(found))
     _locks.add(found)
     return found
 
@@ -83,9 +77,13 @@ def sign(lock: Descriptor, capacity: int) -> None:
 def last_capacity(directory: int) -> int:
     """The capacity of the last writer, in steps; 0 if it is not known."""
     with contextlib.suppress(FileNotFoundError, PermissionError):
-        match = _CAPACITY.search(_text(Descriptor(os.open(LOCK, os.O_RDONLY | NO_SURPRISES, dir_fd=directory))))
-        return 0 if match is None else int(match[1])
+        return _capacity(Descriptor(os.open(LOCK, os.O_RDONLY | NO_SURPRISES, dir_fd=directory)))
     return 0
+
+
+def _capacity(lock: Descriptor) -> int:
+    match = re.search(r"capacity ([0-9]{1,19})$", _text(lock))
+    return 0 if match is None else int(match[1])
 
 
 def _text(lock: Descriptor) -> str:

@@ -258,7 +258,7 @@ class RingBufferDataset(EpisodeDataset):
                 if episode is not None:  # A reader finds one gone if the writer has overwritten it.
                     other.table.skip_to(episode_id, start)
                     other.add(episode, cut)
-            other.take_counts_of(self)
+            other.num_lost, other.num_dismissed = self.num_lost, self.num_dismissed
             other.table.skip_to(self.table.next_id, self.table.next_start)
         return other
 
