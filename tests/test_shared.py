@@ -166,7 +166,7 @@ def test_memory_that_is_not_there_any_more_is_refused() -> None:
     # On another machine, say, all numbers may happen to be those of something else.
     state["handle"] = other.__getstate__()["handle"]
     with pytest.raises(RuntimeError, match="does not have the memory that it shared"):
-        SharedArrays.__new__(SharedArrays).__setstate__(state)
+        SharedArrays.opened(state)
     del shared
     gc.collect()
     with pytest.raises(RuntimeError, match="does not have the memory that it shared"):

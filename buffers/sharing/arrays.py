@@ -31,6 +31,8 @@ class SharedArrays(dict[str, np.ndarray]):
     `layout` is `name -> (shape, numpy dtype)`. MemoryError if the allocation fails.
     """
 
+    _tensor: torch.Tensor  # Not on Linux.
+
     def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         self._layout = dict(layout)
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values()]
@@ -72,13 +74,6 @@ class SharedArrays(dict[str, np.ndarray]):
             )
         return SharedArrays.opened, (self.__getstate__(),)
 
-    @staticmethod
-    def opened(state: dict[str, Any]) -> SharedArrays:
-        """The arrays of another process, from its `__getstate__`; RuntimeError if they are gone."""
-        shared = SharedArrays.__new__(SharedArrays)
-        shared.__setstate__(state)
-        return shared
-
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes, "token": self._token}
         if sys.platform != "linux":
@@ -89,27 +84,31 @@ class SharedArrays(dict[str, np.ndarray]):
         assert self._handle is not None
         return {**state, "handle": (os.getpid(), *self._handle[1:]), "offset": self._offset}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._layout, self.num_bytes, self._token = state["layout"], state["num_bytes"], state["token"]
-        self._descriptor, self._handle, self._mapping = -1, state.get("handle"), None
-        if self._handle is None:
-            self._tensor = state["tensor"]
-            self._lay_out(self._tensor.numpy())
-            return
+    @staticmethod
+    def opened(state: dict[str, Any]) -> SharedArrays:
+        """The arrays of another process, from its `__getstate__`; RuntimeError if they are gone."""
+        shared = SharedArrays.__new__(SharedArrays)
+        shared._layout, shared.num_bytes, shared._token = state["layout"], state["num_bytes"], state["token"]
+        shared._descriptor, shared._handle, shared._mapping = -1, state.get("handle"), None
+        if shared._handle is None:
+            shared._tensor = state["tensor"]
+            shared._lay_out(shared._tensor.numpy())
+            return shared
         try:
-            if self.is_orphaned:
-                raise FileNotFoundError(_path(self._handle))
+            if shared.is_orphaned:
+                raise FileNotFoundError(_path(shared._handle))
             # Unlike Python's mmap, this keeps no descriptor.
-            size = state["offset"] + self.num_bytes
-            path, uint8 = _path(self._handle), torch.uint8
+            size = state["offset"] + shared.num_bytes
+            path, uint8 = _path(shared._handle), torch.uint8
             memory = torch.from_file(path, shared=True, size=size, dtype=uint8, device="cpu").numpy()[state["offset"] :]
             # On another machine, the same numbers may be those of other memory.
-            if memory[-_TOKEN_BYTES:].tobytes() != self._token:
-                raise FileNotFoundError(_path(self._handle))
+            if memory[-_TOKEN_BYTES:].tobytes() != shared._token:
+                raise FileNotFoundError(_path(shared._handle))
         except (OSError, RuntimeError) as error:
-            message = f"The process {self._handle[0]} does not have the memory that it shared: {error}."
+            message = f"The process {shared._handle[0]} does not have the memory that it shared: {error}."
             raise RuntimeError(message) from None
-        self._lay_out(memory)
+        shared._lay_out(memory)
+        return shared
 
     def huge_pages(self, name: str) -> HugePages | None:
         """The pages of an array; None if it is empty, or this process did not make the memory."""
