@@ -19,6 +19,7 @@ from buffers.dataset.files.directory import EpisodeDirectory
 from tests import tagged
 from tests.faults import as_nobody
 from tests.file_helpers import add, files, numbers, numbers_drawn
+from tests.reading import reader_of
 
 # Readers.
 
@@ -131,7 +132,7 @@ def test_readers_count_what_is_evicted_as_the_writer_does(tmp_path, kind) -> Non
     add(dataset, [5, 5, 5])
     reader: Any = IndividualFileDataset(directory=tmp_path, mode="r") if "reader" in kind else dataset
     if "copy" in kind:
-        reader = pickle.loads(pickle.dumps(reader))
+        reader = reader_of(reader)
     for lengths, num_evicted, is_full in (([4], 0, False), ([5], 1, True), ([8], 3, True), ([1, 1], 3, True)):
         add(dataset, lengths, dataset.table.next_id)
         for each in (dataset, reader):

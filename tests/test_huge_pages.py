@@ -88,8 +88,7 @@ def test_arrays_of_nothing_and_those_of_others_have_none() -> None:
     assert shared.huge_pages("nothing") is None
     small = shared.huge_pages("small")
     assert small is not None and small.reach(1) == 5
-    reader = SharedArrays.__new__(SharedArrays)
-    reader.__setstate__(shared.__getstate__())
+    reader = SharedArrays.opened(shared.__getstate__())
     assert reader.huge_pages("small") is None
 
 

@@ -178,10 +178,10 @@ def test_a_reader_needs_no_capacity(tmp_path) -> None:
         add(dataset, [15, 15])
         for each, is_full in ((reader, True), (small, True)):
             each.refresh()
-            assert "2 episodes, 30 of 30 steps (100%)" in repr(each) and each.is_full is is_full
+            assert "2 episodes, 30 steps (read-only)" in repr(each) and each.is_full is is_full
             assert ReplayBuffer(each, 2).stats()["fill"] == 1
     (tmp_path / ".lock").unlink()
-    assert "30 of 30 steps" in repr(IndividualFileDataset(directory=tmp_path, mode="r"))
+    assert "30 steps (read-only)" in repr(IndividualFileDataset(directory=tmp_path, mode="r"))
 
 
 def test_a_reader_draws_sequences_longer_than_its_capacity(tmp_path) -> None:

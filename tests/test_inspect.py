@@ -16,7 +16,7 @@ import torch
 
 from buffers.dataset import IndividualFileDataset
 from buffers.dataset.individual_file import NumpyCompressedSerialization, TorchSerialization
-from buffers.table import EpisodeTable, Windows
+from buffers.table import Windows
 from buffers.viewing import inspection
 from buffers.viewing.commands import main
 from tests.file_helpers import add, files
@@ -178,14 +178,7 @@ def test_the_episode_is_the_named_one_while_others_leave(
         dataset.table.remove(0)
         return read(dataset, windows, *rest)
 
-    def find_and_lose(table: EpisodeTable, episode_id: int) -> int | None:
-        found = position(table, episode_id)
-        table.remove(0)
-        return found
-
-    position = EpisodeTable.position
     monkeypatch.setattr(IndividualFileDataset, "read", lose_the_oldest)
-    monkeypatch.setattr(EpisodeTable, "position", find_and_lose)
     assert inspect(episodes, "--episode", "5")[1].startswith("Episode 5: 6 steps, ")
 
 
