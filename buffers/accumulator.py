@@ -1,13 +1,13 @@
 """Accumulator: rows with boundaries in, complete episodes out.
 
-A row is one record in memory, with all fields side by side. Each environment has a short run of records, and addresses
-for a long one, which take memory only where they are written to:
+A row is one record in memory, with all fields side by side. Each environment has a run of 64 records, one of 128, one
+of 256, and so on. Its open episode lies in one of them, and moves to the next when it outgrows it:
 
-    env 0    # # # # . . . .                        4 rows open: the next is written at 0 * 64 + 4
-    env 1    # . . . . . . .                        1 row open:                         1 * 64 + 1
-    env 2    . . . . . . . .   # # # # # # # # #    outgrew its short run:              3 * 64 + 2 * room + 9
+    runs of 64      env 0 # # # .    env 1 . . . .    env 2 # . . .         3 rows open, and 1 row
+    runs of 128     env 0 . . . . . . . .    env 1 # # # # # . . .          65 rows open
 
-So adding a row of N environments writes to N addresses, and a complete episode is one slice.
+So adding a row of N environments writes to N addresses, and a complete episode is one slice. Addresses take memory only
+where they are written to, so every run can have its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ __all__ = ["Accumulator"]
 _SHORT = 64
 # Address space is all that a reservation takes, but a process has no more than 2 ** 47 bytes of it.
 _MOST_ADDRESSES = 2**43
-_HUGE_PAGE = 2**21
 _NO_RESERVE = 0x4000  # MAP_NORESERVE, which Python names since 3.13.
 # Up to this many environments are written one by one; for more, one pass over all of them is faster.
 _FEW = 6
@@ -67,14 +66,14 @@ class Accumulator:
         self._reserve(max_rows if cut_after is None else cut_after)
         # Where the run of each environment begins, its next row goes, and it is full.
         self._begin = np.arange(num_envs) * _SHORT
-        self._next, self._end = self._begin.copy(), self._begin + self._max_short
+        self._next, self._end = self._begin.copy(), self._begin + min(_SHORT - 1, self._longest)
         # Single numbers are read and written through these in a fraction of the time that it takes through arrays.
         self._begins, self._nexts, self._ends = self._begin.data, self._next.data, self._end.data
         self._cuts = [0] * num_envs
-        # Of each environment's long run: the rows that have memory, and those of the last episode.
-        self._num_touched, self._last_length = [0] * num_envs, [0] * num_envs
-        #: Rows that every environment can add before one may be full.
-        self._num_free = self._max_short
+        # By environment: runs of 64 << size, and rows of the last episode.
+        self._sizes, self._last_lengths = [0] * num_envs, [0] * num_envs
+        # Rows that every environment can add before one may be full.
+        self._num_free = 0
         self._make_views()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,10 +86,9 @@ class Accumulator:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])  # type: ignore[misc]
-        self._cuts, self._num_free = state["cuts"], 0
+        self._cuts = state["cuts"]
         for env, rows in enumerate(state["runs"]):
-            if len(rows) > self._max_short:
-                self._begins[env], self._ends[env] = self._long_run(env)
+            self._start_run(env, _size_for(len(rows)))
             self._nexts[env] = self._begins[env] + len(rows)
             self._rows[self._begins[env] : self._nexts[env]] = rows
 
@@ -181,7 +179,7 @@ class Accumulator:
             goes_on &= ~is_first
         envs = goes_on.nonzero()[0].tolist()
         longest = int((self._next - self._begin)[envs].max(initial=0))
-        if longest == self._max_long and longest != self.cut_after:
+        if longest == self._longest and longest != self.cut_after:
             limit = "the `capacity` of the dataset" if longest == self.max_rows else "for which there are addresses"
             raise ValueError(
                 f"An open episode has reached {longest} steps, {limit}, and cannot take another. End it, or cut "
@@ -191,46 +189,44 @@ class Accumulator:
             if self._nexts[env] - self._begins[env] == self.cut_after:
                 self._cut(env)
             else:
-                self._move_to_long_run(env)
+                self._move_on(env)
         self._num_free = max(1, int((self._end - self._next).min()))
 
     def _reserve(self, max_rows: int) -> None:
-        """Reserve short runs, and long ones for `max_rows` rows, or for as many as there are addresses."""
-        num_envs, size = self.num_envs, self._record.itemsize
-        num_short = num_envs * _SHORT
-        room = max(_SHORT, min(max_rows + 1, (_MOST_ADDRESSES // size - num_short) // num_envs))
+        """Reserve runs for `max_rows` rows an environment, or for as many as there are addresses."""
+        num_sizes = _size_for(max_rows) + 1
         while True:
-            # Runs that begin at multiples of 4 KiB would share a few places of the caches.
-            room += room * size % 4096 == 0
-            try:
-                self._memory, buffer = _reserved((num_short + num_envs * room) * size, num_short * size, _SHORT * size)
-                break
-            except (OSError, MemoryError):
-                if room <= _SHORT:
-                    raise MemoryError(f"No memory for {_SHORT} steps of {num_envs} environments.") from None
-                room //= 4
+            num_bytes = self.num_envs * (_SHORT << num_sizes) * self._record.itemsize
+            if num_bytes <= _MOST_ADDRESSES or num_sizes == 1:
+                with contextlib.suppress(OSError):
+                    self._memory, buffer = _reserved(num_bytes)
+                    break
+            if num_sizes == 1:
+                raise MemoryError(f"{_SHORT} open steps of {self.num_envs} environments need {num_bytes:,} bytes.")
+            num_sizes -= 1
         self._rows = np.frombuffer(buffer, self._record)
-        self._room, self._max_long = room, min(max_rows, room - 1)
-        self._max_short = min(_SHORT - 1, self._max_long)
+        self._longest = min(max_rows, (_SHORT << num_sizes - 1) - 1)
 
-    def _long_run(self, env: int) -> tuple[int, int]:
-        begin = self.num_envs * _SHORT + env * self._room
-        return begin, begin + self._max_long
+    def _start_run(self, env: int, size: int) -> None:
+        """Let the next row of an environment be the first of its run of `64 << size` records."""
+        begin = self.num_envs * _SHORT * ((1 << size) - 1) + (env * _SHORT << size)
+        self._sizes[env], self._begins[env], self._nexts[env] = size, begin, begin
+        # One record is to spare, for `_write`.
+        self._ends[env] = begin + min((_SHORT << size) - 1, self._longest)
 
-    def _move_to_long_run(self, env: int) -> None:
-        old, length = self._begins[env], self._max_short
-        begin, self._ends[env] = self._long_run(env)
-        self._rows[begin : begin + length] = self._rows[old : old + length]
-        self._begins[env], self._nexts[env] = begin, begin + length
+    def _move_on(self, env: int) -> None:
+        """Move an open episode to its environment's next larger run."""
+        size, begin, end = self._sizes[env], self._begins[env], self._nexts[env]
+        self._start_run(env, size + 1)
+        self._nexts[env] += end - begin
+        self._rows[self._begins[env] : self._nexts[env]] = self._rows[begin:end]
+        self._give_back(size, begin)
 
-    def _give_back(self, env: int, length: int) -> None:
-        """Give back the memory of a long run that the last two episodes needed not both."""
-        touched, kept = max(self._num_touched[env], length), min(length, 2 * self._last_length[env])
-        self._num_touched[env], self._last_length[env] = kept, length
-        if touched > kept and isinstance(self._memory, mmap.mmap):
-            begin = self._long_run(env)[0]
-            page, size = mmap.PAGESIZE, self._record.itemsize
-            first, last = -(-(begin + kept) * size // page) * page, (begin + touched) * size // page * page
+    def _give_back(self, size: int, begin: int) -> None:
+        """Give the memory of a run back to the system, unless it is one of the shortest."""
+        if size and isinstance(self._memory, mmap.mmap):
+            page, record = mmap.PAGESIZE, self._record.itemsize
+            first, last = -(-begin * record // page) * page, (begin + (_SHORT << size)) * record // page * page
             if last > first:
                 self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
@@ -256,16 +252,20 @@ class Accumulator:
         begin, end = self._begins[env], self._nexts[env]
         if end == begin:
             return
-        length, short, cut = end - begin, env * _SHORT, self._cuts[env]
-        is_short = begin == short
-        self._cuts[env] = 0
-        if is_short or min(length, self._last_length[env]) > self._max_short:
-            self._nexts[env] = begin
-        else:
-            self._begins[env], self._nexts[env], self._ends[env] = short, short, short + self._max_short
+        size, cut, length = self._sizes[env], self._cuts[env], end - begin
+        self._cuts[env], self._nexts[env] = 0, begin
+        if size == 0:
+            self._emit(env, self._episode(begin, end), cut)
+            self._last_lengths[env] = length
+            return
+        # The next episode begins in as long a run as the last two needed, so those that are all long do not move.
+        next_size = min(size, _size_for(min(length, self._last_lengths[env])))
+        self._last_lengths[env] = length
+        if next_size != size:
+            self._start_run(env, next_size)
         self._emit(env, self._episode(begin, end), cut)
-        if not is_short or self._num_touched[env]:
-            self._give_back(env, 0 if is_short else length)
+        if next_size != size:
+            self._give_back(size, begin)
 
     def _cut(self, env: int) -> None:
         """Emit what is open of an episode that goes on."""
@@ -281,14 +281,19 @@ class Accumulator:
         return {name: rows[begin:end] for name, rows in zip(self.fields.names, self._columns, strict=True)}
 
 
-def _reserved(num_bytes: int, num_short: int, run: int) -> tuple[Any, Any]:
-    """Addresses, which take memory when they are written to, and their buffer; huge pages where they will be filled."""
+def _size_for(num_rows: int) -> int:
+    """The least size of which a run of `64 << size` records has room for `num_rows` and one more."""
+    return (num_rows // _SHORT).bit_length()
+
+
+def _reserved(num_bytes: int) -> tuple[Any, Any]:
+    """Addresses that take memory where they are written to, in huge pages if the kernel has them; and their buffer."""
     if sys.platform != "linux":
         rows = np.empty(num_bytes, np.uint8)
         return rows, rows
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-    with contextlib.suppress(OSError):  # The kernel has none.
-        memory.madvise(mmap.MADV_HUGEPAGE, 0, num_bytes if run >= _HUGE_PAGE else num_short)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory, memory
 
 

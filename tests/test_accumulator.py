@@ -66,13 +66,14 @@ def test_one_long_episode_takes_its_own_memory_and_gives_it_back() -> None:
         fields, num_envs, 10**6, None, 0, lambda env, episode, cut: lengths.append((env, len(episode["x"])))
     )
     row, first = [np.ones((num_envs, record), np.uint8)], np.arange(num_envs) == 0
-    most_short = num_envs * 64 * record
+    # Huge pages may reach over the ends of what is used.
+    most_short = num_envs * 64 * record + 2 * 2**21
     for _ in range(20_000):
         accumulator.add_rows(row, mask=first)
     assert accumulator.num_open_rows == 20_000
-    assert bytes_in_use(accumulator) < 20_000 * record + most_short + 2**12
+    assert bytes_in_use(accumulator) < 20_000 * record + most_short
     accumulator.add_rows(row, is_first=first)
-    assert lengths == [(0, 20_000)] and bytes_in_use(accumulator) <= most_short + 2**12
+    assert lengths == [(0, 20_000)] and bytes_in_use(accumulator) <= most_short
     # Where all are long, one after the other, their memory stays, and is used again.
     for _ in range(3):
         for _ in range(500):
