@@ -332,9 +332,7 @@ class _Returns:
             rewards = (rewards.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         if rewards.ndim != 1 or rewards.dtype.kind not in "fiub":
             return
-        # Small floats would overflow; the others are summed faster as they are.
-        dtype = np.float64 if rewards.dtype.itemsize < 4 else None
-        found = float(np.add.reduce(rewards[context_of(cut) :], dtype=dtype))
+        found = float(np.add.reduce(rewards[context_of(cut) :], dtype=np.float64))
         found += self._so_far.pop(env, 0.0) if cut & CONTINUES else 0.0
         if cut & GOES_ON:
             self._so_far[env] = found
