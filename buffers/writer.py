@@ -236,7 +236,10 @@ class EpisodeWriter:
         """Let pieces that `max_episode_length` cuts overlap by so many rows; ValueError if that is all of a piece."""
         most = self.max_episode_length
         if num_rows and (most is None or num_rows >= most):
-            raise ValueError(f"`overlap`={num_rows} must be less than `max_episode_length`, found {most}.")
+            raise ValueError(
+                f"`overlap`={num_rows} must be less than `max_episode_length`, found {most}. A recorder overlaps "
+                "pieces by 1 at least, so that no transition is lost."
+            )
         self.overlap = max(self.overlap, num_rows)
         if self._accumulator is not None:
             self._accumulator.overlap = self.overlap

@@ -118,8 +118,10 @@ def test_it_lists_damaged_unfinished_and_set_aside_files(episodes: Path, inspect
 def test_nothing_in_the_directory_changes(episodes: Path, tmp_path: Path, inspect: Inspect) -> None:
     damage(episodes)
     before = state(episodes)
-    for options in (["--verify"], ["--episode", "7", "--output", tmp_path / "film.png"]):
-        assert inspect(episodes, *options)[0] == 0
+    assert inspect(episodes, "--episode", "7", "--output", tmp_path / "film.png")[0] == 0
+    # The answer of a check is its exit status.
+    status, out, error = inspect(episodes, "--verify")
+    assert status == 1 and "Verified: " in out and error.endswith(" files are damaged.\n")
     assert inspect(episodes, "--episode", "0")[0] == 1
     assert state(episodes) == before
 

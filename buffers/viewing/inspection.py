@@ -58,7 +58,10 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
         if episode_id is None:
             findings = _find_other_files(path, dataset)
             state = [f"Format: {dataset.serialization_strategy.suffix}", f"Writer: {_describe_writer(path)}"]
-            _print([path, *_describe_dataset(dataset), "", *state, *_describe_findings(findings)])
+            verified = [f"Verified: {dataset.num_episodes:,} whole episodes"] if verify == "full" else []
+            _print([path, *_describe_dataset(dataset), "", *state, *verified, *_describe_findings(findings)])
+            if verify == "full" and findings.damaged:
+                raise InspectionError(f"{len(findings.damaged):,} files are damaged.")
         else:
             episode = _read_episode(dataset, episode_id)
             _print(_describe_episode(dataset, episode_id, episode))

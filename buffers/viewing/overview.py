@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from buffers.dataset.printing import bytes_per_step
+from buffers.table import context_of
 from buffers.utils import format_bytes
 from buffers.viewing.panels import COLORS, NAME_SIZE, TEXT_SIZE, TICK_SIZE, shorten
 from buffers.viewing.tracks import evenly_spaced
@@ -52,9 +53,10 @@ def draw_overview(figure: Figure, dataset: EpisodeSource, max_episodes: int) -> 
     _draw_points(next(rest), "length", "steps of each episode", np.arange(len(lengths)), lengths)
     if has_returns(dataset):
         positions, returns = _read_returns(dataset, max_episodes)
+        kind = "piece of a stream" if dataset.table.rows[:, 3].any() else "episode"
         some = "" if len(positions) == len(lengths) else f" ({len(positions):,} of {len(lengths):,} episodes read)"
         ax = next(rest)
-        _draw_points(ax, "return", f"sum of rewards of each episode{some}", positions, returns)
+        _draw_points(ax, "return", f"sum of rewards of each {kind}{some}", positions, returns)
         ax.sharex(axes[0])
     _draw_fill(next(rest), dataset)
     if num_fields:
@@ -91,7 +93,8 @@ def _read_returns(dataset: EpisodeSource, max_episodes: int) -> tuple[np.ndarray
         episode = _episode(dataset, int(ids[position]))
         if episode is not None:
             positions.append(position)
-            returns.append(float(episode["reward"].double().sum()))
+            context = context_of(dataset.table.row_of(int(ids[position]))[3])
+            returns.append(float(episode["reward"][context:].double().sum()))
     return np.array(positions, np.int64), np.array(returns, np.float64)
 
 
