@@ -139,13 +139,18 @@ class Accumulator:
         if is_last is not None:
             self._close_all(is_last, mask)
 
-    def flush(self, mask: np.ndarray | None = None, **changes: Any) -> None:
-        """Complete the open episodes under the mask, or all, after setting the fields `changes` of their last rows."""
+    def flush(self, mask: np.ndarray | None = None, truncate: bool = False) -> None:
+        """Complete the open episodes under the mask, or all; with `truncate`, as truncated unless they terminated."""
         is_open = self._next > self._begin
         if mask is not None:
             is_open &= mask
-        for name, value in changes.items():
-            self._rows[name][self._next[is_open] - 1] = value
+        if truncate and "truncated" in self.fields:
+            last = self._next[is_open] - 1
+            if "terminated" in self.fields:
+                # Ctrl-C may have left an episode open that has ended.
+                has_terminated = self._rows["terminated"][last]
+                last = last[~has_terminated.any(axis=tuple(range(1, has_terminated.ndim)))]
+            self._rows["truncated"][last] = True
         self._close_all(is_open, None)
 
     def read_last(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -172,7 +177,7 @@ class Accumulator:
 
     def _make_room(self, is_first: np.ndarray | None, mask: np.ndarray | None) -> None:
         """Let every environment that goes on take a row; behind the others' rows is a place to spare for `_write`."""
-        goes_on = self._next == self._end
+        goes_on = self._next >= self._end
         if mask is not None:
             goes_on &= mask
         if is_first is not None:
@@ -209,17 +214,24 @@ class Accumulator:
 
     def _start_run(self, env: int, size: int) -> None:
         """Let the next row of an environment be the first of its run of `64 << size` records."""
-        begin = self.num_envs * _SHORT * ((1 << size) - 1) + (env * _SHORT << size)
-        self._sizes[env], self._begins[env], self._nexts[env] = size, begin, begin
+        begin = self._run(env, size)
         # One record is to spare, for `_write`.
-        self._ends[env] = begin + min((_SHORT << size) - 1, self._longest)
+        num_rows = min((_SHORT << size) - 1, self._longest)
+        self._num_free = min(self._num_free, num_rows)
+        # At once, so that Ctrl-C finds all of it or nothing.
+        self._sizes[env], self._begins[env], self._nexts[env], self._ends[env] = size, begin, begin, begin + num_rows
+
+    def _run(self, env: int, size: int) -> int:
+        """Where a run begins."""
+        return self.num_envs * _SHORT * ((1 << size) - 1) + (env * _SHORT << size)
 
     def _move_on(self, env: int) -> None:
         """Move an open episode to its environment's next larger run."""
-        size, begin, end = self._sizes[env], self._begins[env], self._nexts[env]
-        self._start_run(env, size + 1)
-        self._nexts[env] += end - begin
-        self._rows[self._begins[env] : self._nexts[env]] = self._rows[begin:end]
+        size, begin, length = self._sizes[env], self._begins[env], self._nexts[env] - self._begins[env]
+        place = self._run(env, size + 1)
+        self._rows[place : place + length] = self._rows[begin : begin + length]
+        end = place + min((_SHORT << size + 1) - 1, self._longest)
+        self._sizes[env], self._begins[env], self._nexts[env], self._ends[env] = size + 1, place, place + length, end
         self._give_back(size, begin)
 
     def _give_back(self, size: int, begin: int) -> None:

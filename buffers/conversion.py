@@ -101,6 +101,8 @@ def _tensor_to_array(name: str, tensor: torch.Tensor) -> np.ndarray:
 def _list_to_array(name: str, value: list | tuple) -> np.ndarray:
     if any(isinstance(item, torch.Tensor) for item in value):
         value = [as_array(name, item) if isinstance(item, torch.Tensor) else item for item in value]
+    if any(isinstance(item, np.ma.MaskedArray) for item in value):
+        raise TypeError(f"Field `{name}` is a list of masked arrays, whose masks would be lost: use `.filled(value)`.")
     try:
         array = np.asarray(value)
     except ValueError:

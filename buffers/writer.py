@@ -206,7 +206,7 @@ class EpisodeWriter:
 
     def truncate(self, mask: np.ndarray) -> None:
         """Complete the open episodes under the mask, bool `(N,)`; their field `truncated`, if any, ends with True."""
-        self._complete(mask, truncated=True)
+        self._complete(mask, truncate=True)
 
     def read_last(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """`Accumulator.read_last`, also before the first row."""
@@ -217,12 +217,11 @@ class EpisodeWriter:
         if self._outbox.error is not None:
             raise self._outbox.error
 
-    def _complete(self, mask: np.ndarray | None, **changes: Any) -> None:
+    def _complete(self, mask: np.ndarray | None, truncate: bool = False) -> None:
         self._check_open()
         self._outbox.retry()
         if self._accumulator is not None:
-            fields = self._accumulator.fields
-            self._accumulator.flush(mask, **{name: value for name, value in changes.items() if name in fields})
+            self._accumulator.flush(mask, truncate)
 
     def _per_env(self, flag: Any) -> Any:
         """A plain bool as bool `(N,)`, if the rows have an environment axis; anything else as it is."""

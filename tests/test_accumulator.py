@@ -98,3 +98,43 @@ def test_a_bfloat16_is_not_made_of_another_numbers_first_bytes() -> None:
     accumulator = Accumulator(Fields(reward=Scalar(dtype=torch.bfloat16)), 9, 100, None, 0, print)
     with pytest.raises(ValueError, match="broadcast"):
         accumulator.add_rows([np.ones(9, np.float32)])
+
+
+@pytest.mark.parametrize("num_envs", [2, 3, 70])
+@pytest.mark.parametrize("together", [True, False])
+def test_long_and_short_episodes_in_turn_never_mix(num_envs: int, together: bool) -> None:
+    rng, kept = np.random.default_rng(num_envs), []
+    fields = Fields.from_rows({"key": np.zeros((num_envs, 3), np.int64)}, 1)
+    accumulator = Accumulator(
+        fields, num_envs, 10_000, None, 0, lambda env, episode, cut: kept.append(episode["key"].copy())
+    )
+    number, step = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.int64)
+    lengths = np.full(num_envs, 100)
+    for _ in range(3000):
+        is_last = step == lengths - 1
+        accumulator.add_rows([np.stack([np.arange(num_envs), number, step], 1)], is_last=is_last)
+        number, step = number + is_last, np.where(is_last, 0, step + 1)
+        drawn = rng.choice([5, 28, 30, 70, 80, 100, 150, 300], num_envs)
+        lengths = np.where(is_last, drawn[0] if together else drawn, lengths)
+    assert len(kept) > 20
+    for key in kept:
+        np.testing.assert_array_equal(
+            key, np.stack([np.full(len(key), key[0, 0]), np.full(len(key), key[0, 1]), np.arange(len(key))], 1)
+        )
+
+
+def test_an_episode_that_terminated_is_not_truncated_after_ctrl_c() -> None:
+    kept: list[tuple[list[bool], list[bool]]] = []
+
+    def emit(env: int, episode: dict[str, np.ndarray], cut: int) -> None:
+        kept.append((episode["terminated"].tolist(), episode["truncated"].tolist()))
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+
+    row = {"terminated": np.zeros(3, bool), "truncated": np.zeros(3, bool)}
+    accumulator = Accumulator(Fields.from_rows(row, 1), 3, 100, None, 0, emit)
+    ends = np.array([True, True, False])
+    with pytest.raises(KeyboardInterrupt):
+        accumulator.add_rows([ends, np.zeros(3, bool)], is_last=ends)
+    accumulator.flush(truncate=True)
+    assert kept == [([True], [False]), ([True], [False]), ([False], [True])]

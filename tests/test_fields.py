@@ -85,6 +85,7 @@ def test_layouts_of_images_are_known() -> None:
         (lambda: TensorType((1,), torch.quint8), TypeError, "cannot be stored"),
         (lambda: Fields.from_episode({"a": 3.0}), ValueError, "`a` has shape .* that of the environments, or of an ep"),
         (lambda: Fields.from_episode({"a": np.ma.zeros(3)}), TypeError, "`a` is a masked array, whose mask would be"),
+        (lambda: Fields.from_episode({"a": [np.ma.zeros(3)]}), TypeError, "`a` is a list of masked arrays"),
         (lambda: Fields.from_episode({"a": torch.zeros(3).to(torch.float8_e4m3fn)}), TypeError, "bfloat16 or a dtype"),
         (lambda: Fields.from_episode({"a": torch.zeros(3).to_sparse()}), TypeError, "`a` must be a dense tensor"),
         (lambda: Fields.from_episode({"a": np.zeros(3, "datetime64[s]")}), TypeError, "torch cannot hold"),

@@ -244,3 +244,10 @@ def test_a_damaged_episode_that_a_worker_meets_stays_away_from_it_only(tmp_path)
             drawn |= {n for _, n, _, _ in tagged.origins(batch)}
             add(dataset, [4], number)
     assert 0 not in drawn and drawn >= {1, 2, 3, 4, 5}
+
+
+def test_a_reader_of_an_empty_directory_starts_workers_once_there_is_something(tmp_path) -> None:
+    with IndividualFileDataset(20, directory=tmp_path, durability="rename") as dataset:
+        reader = IndividualFileDataset(directory=tmp_path, mode="r")
+        add(dataset, [5])
+        assert next(iter(reader.get_loader(2, 2, num_workers=1)))["reward"].shape == (2, 2)

@@ -73,6 +73,9 @@ class EpisodeSource(IterableDataset, ABC):
     def check_drawable(self) -> None:
         """RuntimeError while the fields are not known."""
         if self.fields is None:
+            with self._draw_lock:
+                self._refresh()
+        if self.fields is None:
             raise RuntimeError(self.table.no_window_message(None))
 
     def sources_of(self, windows: Windows) -> np.ndarray:

@@ -156,7 +156,8 @@ class IndividualFileDataset(EpisodeDataset):
     def _check_capacity(self) -> None:
         """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
         ids, num_steps = self.table.ids.tolist(), self.table.num_steps
-        # If no capacity is known, these may be left by an addition that was cut off.
+        # With the same capacity, a power loss may have brought back what had left. If none is known, the newest episode
+        # may be left by an addition that was cut off.
         if self.capacity >= (self._directory.last_capacity or num_steps - int(self.table.lengths[-1])):
             return
         # To ask the evictor which ones, without deleting any.
