@@ -36,10 +36,11 @@ def test_what_threads_draw_while_another_adds_is_whole(batch_size, threads) -> N
     streams = [ring.get_loader(batch_size, 3, include=INCLUDE, seed=seed).stream for seed in range(2)]
 
     def num_torn(stream: Any) -> int:
-        found = [reading.count_inconsistent(stream.take()) for _ in range(3000 // batch_size)]
-        while ring.num_evicted <= 12:
-            found.append(reading.count_inconsistent(stream.take()))
-        return sum(found)
+        found, n = 0, 0
+        while n < 3000 // batch_size or ring.num_evicted <= 12:
+            found += reading.count_inconsistent(reading.batch_of(stream, n))
+            n += 1
+        return found
 
     with reading.adding(ring), concurrent.futures.ThreadPoolExecutor(2) as pool:
         assert list(pool.map(num_torn, streams)) == [0, 0]
