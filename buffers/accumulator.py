@@ -203,7 +203,7 @@ class Accumulator:
         while True:
             num_bytes = self.num_envs * (_SHORT << num_sizes) * self._record.itemsize
             if num_bytes <= _MOST_ADDRESSES or num_sizes == 1:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, MemoryError):
                     self._memory, buffer = _reserved(num_bytes)
                     break
             if num_sizes == 1:
@@ -214,23 +214,22 @@ class Accumulator:
 
     def _start_run(self, env: int, size: int) -> None:
         """Let the next row of an environment be the first of its run of `64 << size` records."""
-        begin = self._run(env, size)
-        # One record is to spare, for `_write`.
-        num_rows = min((_SHORT << size) - 1, self._longest)
-        self._num_free = min(self._num_free, num_rows)
+        begin, end = self._run(env, size)
+        self._num_free = min(self._num_free, end - begin)
         # At once, so that Ctrl-C finds all of it or nothing.
-        self._sizes[env], self._begins[env], self._nexts[env], self._ends[env] = size, begin, begin, begin + num_rows
+        self._sizes[env], self._begins[env], self._nexts[env], self._ends[env] = size, begin, begin, end
 
-    def _run(self, env: int, size: int) -> int:
-        """Where a run begins."""
-        return self.num_envs * _SHORT * ((1 << size) - 1) + (env * _SHORT << size)
+    def _run(self, env: int, size: int) -> tuple[int, int]:
+        """Where a run begins, and where it is full."""
+        begin = self.num_envs * _SHORT * ((1 << size) - 1) + (env * _SHORT << size)
+        # One record is to spare, for `_write`.
+        return begin, begin + min((_SHORT << size) - 1, self._longest)
 
     def _move_on(self, env: int) -> None:
         """Move an open episode to its environment's next larger run."""
         size, begin, length = self._sizes[env], self._begins[env], self._nexts[env] - self._begins[env]
-        place = self._run(env, size + 1)
+        place, end = self._run(env, size + 1)
         self._rows[place : place + length] = self._rows[begin : begin + length]
-        end = place + min((_SHORT << size + 1) - 1, self._longest)
         self._sizes[env], self._begins[env], self._nexts[env], self._ends[env] = size + 1, place, place + length, end
         self._give_back(size, begin)
 
@@ -266,10 +265,6 @@ class Accumulator:
             return
         size, cut, length = self._sizes[env], self._cuts[env], end - begin
         self._cuts[env], self._nexts[env] = 0, begin
-        if size == 0:
-            self._emit(env, self._episode(begin, end), cut)
-            self._last_lengths[env] = length
-            return
         # The next episode begins in as long a run as the last two needed, so those that are all long do not move.
         next_size = min(size, _size_for(min(length, self._last_lengths[env])))
         self._last_lengths[env] = length

@@ -181,7 +181,7 @@ class ReplayBuffer:
                     "when these end; `flush()` completes them as they stand."
                 )
         stream = self.dataloader.stream
-        # At more and more batches' distance, as it looks at every episode.
+        # Before batches 0, 1, 2, 4, 8, ... only, because it looks at every episode.
         if stream.position & (stream.position - 1) == 0 and not self._has_warned:
             self._warn_of_unreachable()
         if self._direct:

@@ -70,6 +70,7 @@ class EpisodeSink(Protocol):
         """
 
 
+# A flag that is one value, not an array of one for each environment.
 _ONE = (bool, np.bool_)
 
 
@@ -205,7 +206,7 @@ class EpisodeWriter:
             accumulator.add_row(rows, bool(is_first), bool(is_last))
 
     def truncate(self, mask: np.ndarray) -> None:
-        """Complete the open episodes under the mask, bool `(N,)`; their field `truncated`, if any, ends with True."""
+        """Complete the open episodes under the mask, bool `(N,)`, as truncated unless they terminated."""
         self._complete(mask, truncate=True)
 
     def read_last(self, arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from buffers import accumulator as accumulator_module
 from buffers.accumulator import Accumulator
 from buffers.dataset import RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
@@ -98,6 +100,25 @@ def test_a_bfloat16_is_not_made_of_another_numbers_first_bytes() -> None:
     accumulator = Accumulator(Fields(reward=Scalar(dtype=torch.bfloat16)), 9, 100, None, 0, print)
     with pytest.raises(ValueError, match="broadcast"):
         accumulator.add_rows([np.ones(9, np.float32)])
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError])
+def test_fewer_addresses_than_the_capacity_refuse_longer_episodes(error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reserved(num_bytes: int) -> Any:
+        if num_bytes > 3 * 512 * record:
+            raise error
+        rows = np.empty(num_bytes, np.uint8)
+        return rows, rows
+
+    record = accumulator_module._record_of(Fields.from_rows(tagged.rows(np.zeros(3, int), 0, 0), 1), {}).itemsize
+    monkeypatch.setattr(accumulator_module, "_reserved", reserved)
+    accumulator, ring = make(3)
+    for step in range(255):
+        accumulator.add_rows(rows(3, step))
+    with pytest.raises(ValueError, match="reached 255 steps, for which there are addresses, and cannot take another"):
+        accumulator.add_rows(rows(3, 255))
+    accumulator.flush()
+    assert stored(ring) == [(env, 0, list(range(255))) for env in range(3)]
 
 
 @pytest.mark.parametrize("num_envs", [2, 3, 70])
