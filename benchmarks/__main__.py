@@ -16,7 +16,10 @@ from benchmarks.peers import CONTESTANTS
 from benchmarks.picture import draw
 
 # Against the peers; distribution and claims are facts, not figures.
-AGAINST_PEERS = ("sampling", "transitions", "adding", "growth", "training", "memory", "disk", "distribution", "claims")
+AGAINST_PEERS = (
+    *("sampling", "transitions", "adding", "growth", "training", "memory", "disk", "offsets"),
+    *("distribution", "claims"),
+)
 # Ours in a process of its own, beside the build from before.
 OURS = ("samplers", "wrapping", "holding_up")
 # Ours alone.

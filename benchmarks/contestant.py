@@ -48,13 +48,17 @@ class Contestant(ABC):
     def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
         """A function that draws a batch."""
 
+    def offset_drawer(self, batch_size: int) -> Callable[[], Any]:
+        """A function that draws anchors, any rows, and reads `OFFSETS` around them: beyond an end, the nearest row."""
+        raise NotImplementedError
+
     def step_adder(self, envs: TaggedEnvs) -> Callable[[], Any]:
         """A function that adds `envs.rows`, a row of each environment."""
         raise NotImplementedError
 
     @abstractmethod
     def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
-        """A batch as `field -> (B, T, *shape)`."""
+        """A batch as `field -> (B, T, *shape)`, of offsets as `field -> (B, n, *shape)`."""
 
     def set_threads(self, number: int) -> None:  # noqa: B027
         """How many threads may compute; nothing to do for what has one, or was started with as many."""
@@ -86,6 +90,8 @@ class Contestant(ABC):
 
     def drawers(self, workload: Workload) -> dict[str, Callable[[], Any]]:
         """The functions that draw, by variant; nearly all contestants have one way, ""."""
+        if workload.part == "offsets":
+            return {"": self.offset_drawer(workload.batch_size)}
         return {"": self.drawer(workload.batch_size, workload.length)}
 
     def functions(self, workload: Workload) -> dict[str, Callable[[], Any]]:

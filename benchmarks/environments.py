@@ -18,6 +18,8 @@ FOLDER = HERE / ".venvs"
 NAMES = tuple(sorted(path.stem for path in REQUIREMENTS.glob("*.txt")))
 # Written last: a folder without it is of an installation that was broken off.
 _MARK = "complete"
+# Peers that need another Python than the one that this runs in, and other versions than `constraints.txt` has.
+_PYTHONS = {"lerobot": "python3.12"}
 
 
 def python_of(environment: str | None) -> Path | None:
@@ -63,8 +65,8 @@ def make(names: tuple[str, ...] = NAMES) -> dict[str, str]:
         print(f"{name}: installing", flush=True)
         try:
             _install(name, requirements)
-        except subprocess.CalledProcessError as error:
-            failed[name] = str(error.stderr or error).strip().splitlines()[-1]
+        except (subprocess.CalledProcessError, OSError) as error:
+            failed[name] = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
             print(f"{name}: left out, as it cannot be installed: {failed[name]}", flush=True)
         else:
             mark.write_text(requirements)
@@ -74,16 +76,9 @@ def make(names: tuple[str, ...] = NAMES) -> dict[str, str]:
 def _install(name: str, requirements: str) -> None:
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
-    _run(sys.executable, "-m", "venv", str(folder))
-    pip = (
-        str(folder / "bin" / "python"),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "-c",
-        str(HERE.parent / "constraints.txt"),
-    )
+    _run(_PYTHONS.get(name, sys.executable), "-m", "venv", str(folder))
+    constraints = () if name in _PYTHONS else ("-c", str(HERE.parent / "constraints.txt"))
+    pip = (str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *constraints)
     # torch alone and first: what comes after must do with this one, and cannot bring another.
     torch = [line for line in requirements.splitlines() if line.startswith("torch==")]
     if torch:

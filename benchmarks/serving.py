@@ -55,7 +55,9 @@ class Server:
 
     def warm(self) -> dict[str, Any]:
         """Settle how many calls make a measurement."""
-        self.calls = {variant: calls_to_fill(function) for variant, function in self.functions.items()}
+        # Batches of workers come in bursts: a measurement has at least as many as they may hold.
+        least = max(1, self.contestant.prefetched)
+        self.calls = {variant: max(least, calls_to_fill(function)) for variant, function in self.functions.items()}
         return {"calls": self.calls}
 
     def measure(self) -> dict[str, Any]:
@@ -105,9 +107,9 @@ def memory_in_use() -> int:
 
 
 def _versions() -> dict[str, str]:
-    names = ("buffers", "torch", "torchrl", "tensordict", "jax", "flashbax", "cpprb", "stable_baselines3", "numpy")
+    peers = ("torchrl", "tensordict", "jax", "flashbax", "cpprb", "stable_baselines3", "lerobot")
     found = {}
-    for name in names:
+    for name in ("buffers", "torch", "numpy", *peers):
         module = sys.modules.get(name)
         if module is not None:
             found[name] = str(getattr(module, "__version__", "")) or importlib.metadata.version(name)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestant import Contestant
-from benchmarks.workloads import Store, Workload, tagged_rows, tags_of
+from benchmarks.contestant import Contestant, Rows
+from benchmarks.workloads import Store, Workload, offsets_of, tagged_rows, tags_of
 
 _NUM_SEQUENCES = 2_000
 _NUM_DRAWN = 40_000
@@ -20,7 +20,7 @@ _IS_ALIKE = 1.5
 
 
 def check_sequences(contestant: Contestant, workload: Workload) -> dict[str, Any]:
-    """How many of the sequences drawn are not consecutive rows of one episode.
+    """How many of the sequences drawn are not consecutive rows of one episode, or not those at the offsets.
 
     Returns:
         `num_sequences` looked at, 0 where a contestant draws no sequences, and `num_crossing` among them.
@@ -34,7 +34,10 @@ def check_sequences(contestant: Contestant, workload: Workload) -> dict[str, Any
         obs = rows["obs"]
         if workload.store.transitions:
             obs = np.concatenate([obs, rows["next_obs"]], axis=1)
-        num_crossing += int(is_crossing(*tags_of(obs)).sum())
+        if workload.part == "offsets":
+            num_crossing += int(is_misread(rows, workload.store.episode_length).sum())
+        else:
+            num_crossing += int(is_crossing(*tags_of(obs)).sum())
         num_sequences += len(obs)
     return {"num_sequences": num_sequences, "num_crossing": num_crossing}
 
@@ -42,6 +45,15 @@ def check_sequences(contestant: Contestant, workload: Workload) -> dict[str, Any
 def is_crossing(episode: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Which of the sequences with these tags `(B, T)` are not consecutive rows of one episode; bool `(B,)`."""
     return (np.diff(episode) != 0).any(1) | (np.diff(step) != 1).any(1)
+
+
+def is_misread(rows: Rows, episode_length: int) -> np.ndarray:
+    """Which anchors were not read at their offsets, within their episode; bool `(B,)`. A row's reward is its step."""
+    anchor = rows["reward"].astype(np.int64)
+    episode, step = tags_of(rows["obs"])
+    found = {"obs": step, "action": rows["action"][..., 0]}
+    expected = {name: np.clip(anchor + offsets_of(name), 0, episode_length - 1) for name in found}
+    return (episode != episode[:, :1]).any(1) | np.any([(found[n] != expected[n]).any(1) for n in found], axis=0)
 
 
 def distribution(contestant: Contestant) -> dict[str, Any]:

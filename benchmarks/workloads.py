@@ -26,6 +26,8 @@ FIELDS: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
 NUM_STEPS = {"state": 1_000_000, "pixels": 100_000}
 SIZES = [("state", 256, 64), ("state", 32, 16), ("state", 256, 1), ("pixels", 16, 64), ("pixels", 256, 3)]
 EPISODE_LENGTH = 200
+#: Rows of each field that "offsets" reads, relative to an anchor; of fields not named, the anchor's own.
+OFFSETS = {"obs": (-1, 0), "action": tuple(range(16))}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Workload:
     training         step 256 environments, add their rows, and draw B sequences of T rows
     samplers         draw B sequences of T rows, by each of several samplers
     wrapping         draw B sequences of T rows, from short episodes and from long ones
+    offsets          draw B anchors, and read each field at its own rows around them
 
     With `adds_episode`, an episode is added before each draw.
     """
@@ -102,6 +105,7 @@ def workloads(part: str, scale: int = 1) -> list[Workload]:
         "memory": _memory,
         "samplers": _samplers,
         "wrapping": _wrapping,
+        "offsets": _offsets,
     }[part](scale)
 
 
@@ -170,6 +174,16 @@ def _wrapping(scale: int) -> list[Workload]:
     return [Workload("wrapping", f"state {b} x {t}", store, b, t) for b, t in ((32, 16), (256, 8))]
 
 
+def _offsets(scale: int) -> list[Workload]:
+    # LeRobot writes an image of each row: more rows would take minutes.
+    return [Workload("offsets", "pixels 64", Store("pixels", 10_000 // scale), 64)]
+
+
+def offsets_of(name: str) -> np.ndarray:
+    """What "offsets" reads of a field, int64 `(n,)`."""
+    return np.asarray(OFFSETS.get(name, (0,)))
+
+
 # Rows.
 
 
@@ -216,7 +230,7 @@ def tagged_rows(kind: str, first_episode: int, num_episodes: int, length: int) -
     episode = np.repeat(np.arange(first_episode, first_episode + num_episodes), length)
     step = np.tile(np.arange(length), num_episodes)
     tag(rows["obs"], episode, step)
-    rows["reward"][:] = step
+    rows["reward"][:] = rows["action"][:, 0] = step
     rows["terminated"][:] = step == length - 1
     return rows
 

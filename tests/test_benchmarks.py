@@ -16,8 +16,20 @@ from benchmarks.claims import NO_SEQUENCES, NOT_CHECKED, claims
 from benchmarks.driver import ContestantError, Driver, Row
 from benchmarks.environments import NAMES
 from benchmarks.peers import CONTESTANTS
-from benchmarks.verification import LENGTHS, is_crossing, rule_of
-from benchmarks.workloads import FIELDS, Store, TaggedEnvs, Workload, blocks, tags_of, transitions_of, workloads
+from benchmarks.peers.limits import BareGather
+from benchmarks.verification import LENGTHS, check_sequences, is_crossing, is_misread, rule_of
+from benchmarks.workloads import (
+    FIELDS,
+    Store,
+    TaggedEnvs,
+    Workload,
+    blocks,
+    offsets_of,
+    tagged_rows,
+    tags_of,
+    transitions_of,
+    workloads,
+)
 
 TINY = Workload("sampling", "tiny", Store("state", 400, 20), 8, 5)
 
@@ -68,7 +80,18 @@ def test_environments_end_episodes_one_row_after_the_other():
 
 
 def test_a_workload_crosses_the_pipe_as_it_is():
-    parts = ("sampling", "transitions", "disk", "adding", "growth", "training", "memory", "samplers", "wrapping")
+    parts = (
+        "sampling",
+        "transitions",
+        "disk",
+        "adding",
+        "growth",
+        "training",
+        "memory",
+        "samplers",
+        "wrapping",
+        "offsets",
+    )
     everything = [workload for part in parts for workload in workloads(part)]
     assert [Workload.from_json(json.loads(json.dumps(w.to_json()))) for w in everything] == everything
 
@@ -80,6 +103,19 @@ def test_a_sequence_over_the_end_of_an_episode_is_crossing():
     episode = np.array([[1, 1, 1], [1, 1, 2], [1, 1, 1], [1, 1, 1]])
     step = np.array([[3, 4, 5], [3, 4, 0], [3, 5, 6], [3, 3, 4]])
     assert is_crossing(episode, step).tolist() == [False, True, True, True]
+
+
+def test_rows_at_other_offsets_or_of_another_episode_are_misread():
+    rows = tagged_rows("pixels", 0, 3, 20)
+    first, anchor = np.array([0, 20, 40, 20])[:, None], np.array([0, 7, 19, 4])[:, None]
+    at = {name: first + np.clip(anchor + offsets_of(name), 0, 19) for name in rows}
+    assert not is_misread({name: rows[name][at[name]] for name in rows}, 20).any()
+    for name, wrong in (("obs", 0), ("obs", 1), ("action", 3), ("action", 15)):
+        for shift, is_wrong in ((20, name == "obs"), (1, True)):
+            moved = at[name].copy()
+            moved[1, wrong] += shift
+            misread = is_misread({**{n: rows[n][at[n]] for n in rows}, name: rows[name][moved]}, 20)
+            assert misread.tolist() == [False, is_wrong, False, False]
 
 
 def test_the_rule_that_was_drawn_by_is_named():
@@ -114,6 +150,18 @@ def test_contestants_in_processes_of_their_own_are_verified_and_timed(tiny):
         assert row.timings[name] == {"median": median, "least": least, "most": most}
     assert row.crossing == {"copy": "", "gather": "", "ours": "0 of 160"}
     assert distribution["rule"] == "all windows alike" and distribution["last_step"]
+
+
+def test_offsets_are_verified_of_ours_with_and_without_workers_and_gathered_alike(tiny, monkeypatch):
+    small = Workload("offsets", "small", Store("pixels", 400, 20), 8)
+    monkeypatch.setattr(driver, "workloads", lambda part, scale: [small])
+    with Driver(["copy", "gather", "ours", "ours_workers"], rounds=2) as running:
+        (row,) = running.run("offsets")
+    assert list(row.timings) == ["copy", "gather", "ours", "ours_workers"] and not row.left_out
+    assert row.crossing["ours"] == row.crossing["ours_workers"] == "0 of 160"
+    gather = BareGather()
+    gather.fill(small.store)
+    assert check_sequences(gather, small) == {"num_sequences": 160, "num_crossing": 0}
 
 
 @pytest.mark.skipif(not (driver.ROOT / ".git").exists(), reason="an earlier build comes from git")
@@ -155,6 +203,13 @@ def test_additions_are_timed_while_a_thread_reads(tmp_path):
         found = holding_up.hold_up(str(tmp_path), num_added=3, limit=60, large_length=20)
         assert len(found["milliseconds"]) == 3 and min(found["milliseconds"]) > 0
     assert holding_up.hold_up(str(tmp_path), num_added=3, limit=0, large_length=20)["milliseconds"] == []
+
+
+def test_a_peer_whose_python_is_not_there_is_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setattr(environments, "_PYTHONS", {"lerobot": "python-that-is-not-there"})
+    assert list(environments.make(("lerobot",))) == ["lerobot"]
+    assert "lerobot: left out" in capsys.readouterr().out
 
 
 class FakeContestant:

@@ -33,7 +33,7 @@ class Spec:
     is_before: bool = False
 
 
-_LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training")
+_LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training", "offsets")
 _ALL = ("sampling", "transitions", "adding", "growth", "training", "memory")
 # A cache that each addition throws away is no other contestant where an addition comes before each batch.
 _PLAIN = ("sampling", "growth", "training", "transitions", "adding", "memory")
@@ -43,7 +43,8 @@ _OUR_FILES = ("disk", "holding_up")
 CONTESTANTS = {
     "copy": Spec("memory copy", "limits:MemoryCopy", _LIMITS),
     "gather": Spec("bare gather", "limits:BareGather", tuple(set(_LIMITS) - {"adding"})),
-    "ours": Spec("ours", "ours:Ring", _OURS),
+    "ours": Spec("ours", "ours:Ring", (*_OURS, "offsets")),
+    "ours_workers": Spec("ours, 2 workers", "ours:Ring", ("offsets",), None, {"num_workers": 2}),
     "before": Spec("before", "ours:Ring", _OURS, is_before=True),
     "ours_tensors": Spec("ours, given tensors", "ours:Ring", ("adding",), None, {"tensors": True}),
     "ours_disk": Spec("ours, files", "ours:Files", _OUR_FILES),
@@ -56,6 +57,7 @@ CONTESTANTS = {
     "flashbax": Spec("flashbax", "flashbax_buffer:Flashbax", _ALL, "flashbax", threads_at_start=True),
     "cpprb": Spec("cpprb", "cpprb_buffer:Cpprb", _ALL, "cpprb"),
     "sb3": Spec("SB3", "sb3_buffer:SB3", _ALL, "sb3", copies=2),
+    "lerobot": Spec("LeRobot, 2 workers", "lerobot_dataset:LeRobot", ("offsets",), "lerobot", {"num_workers": 2}),
     "npy": Spec(".npy, memory-mapped", "files:NpyFiles", ("disk",)),
     "npz": Spec("npz by hand", "files:NpzFiles", ("disk",)),
     "npz_workers": Spec("npz by hand, 2 workers", "files:NpzFiles", ("disk",), None, {"num_workers": 2}),

@@ -8,7 +8,7 @@ rows lie in memory of numpy, for which the kernel gives huge pages where it can.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import Store, TaggedEnvs, blocks
+from benchmarks.workloads import Store, TaggedEnvs, blocks, offsets_of
 
 _NUM_PLACES = 512
 _MAX_ROWS_TO_WRITE = 30_000
@@ -66,10 +66,15 @@ class MemoryCopy(_RawArrays):
         super().fill_rows(self._made)
 
     def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
-        num_rows = 2 if self._made.transitions else length
+        return self._copier(batch_size, dict.fromkeys(self._made.fields, 2 if self._made.transitions else length))
+
+    def offset_drawer(self, batch_size: int) -> Callable[[], Any]:
+        return self._copier(batch_size, {name: len(offsets_of(name)) for name in self._made.fields})
+
+    def _copier(self, batch_size: int, num_rows: dict[str, int]) -> Callable[[], Any]:
         pairs = []
-        for shape, dtype in self._made.fields.values():
-            source = torch.from_numpy(np.ones((batch_size, num_rows, *shape), dtype))
+        for name, (shape, dtype) in self._made.fields.items():
+            source = torch.from_numpy(np.ones((batch_size, num_rows[name], *shape), dtype))
             pairs.append((torch.empty_like(source), source))
 
         def copy() -> None:
@@ -86,16 +91,10 @@ class BareGather(_RawArrays):
     """Windows at random places within episodes."""
 
     def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
-        store = self._made
-        num_rows = 2 if store.transitions else length
+        num_rows = 2 if self._made.transitions else length
         views = [_window_view(array, num_rows) for array in self._arrays.values()]
-        rng = np.random.default_rng(1)
-        places = []
-        for _ in range(_NUM_PLACES):
-            episode = rng.integers(store.num_steps // store.episode_length, size=batch_size)
-            step = rng.integers(store.episode_length - num_rows + 1, size=batch_size)
-            places.append(torch.from_numpy(episode * store.episode_length + step))
-        cycle = itertools.cycle(places)
+        places = (torch.from_numpy(first + step) for first, step in self._places(batch_size, num_rows))
+        cycle = itertools.cycle(list(places))
 
         def gather() -> list[torch.Tensor]:
             place = next(cycle)
@@ -103,11 +102,34 @@ class BareGather(_RawArrays):
 
         return gather
 
+    def offset_drawer(self, batch_size: int) -> Callable[[], Any]:
+        """Rows one by one: beyond an episode's ends, those at its ends."""
+        last = self._made.episode_length - 1
+        views = [_window_view(array, 1) for array in self._arrays.values()]
+        offsets = [offsets_of(name) for name in self._arrays]
+        places = [
+            [torch.from_numpy((first[:, None] + np.clip(step[:, None] + n, 0, last)).ravel()) for n in offsets]
+            for first, step in self._places(batch_size, 1)
+        ]
+        cycle = itertools.cycle(places)
+
+        def gather() -> list[torch.Tensor]:
+            return [torch.index_select(view, 0, place) for view, place in zip(views, next(cycle), strict=True)]
+
+        return gather
+
+    def _places(self, batch_size: int, num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Random episodes' first rows, and steps within them that `num_rows` begin at, each `(B,)`."""
+        store, rng = self._made, np.random.default_rng(1)
+        for _ in range(_NUM_PLACES):
+            episode = rng.integers(store.num_steps // store.episode_length, size=batch_size)
+            step = rng.integers(store.episode_length - num_rows + 1, size=batch_size)
+            yield episode * store.episode_length, step
+
     def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
-        num_rows = 2 if self._made.transitions else length
         rows = {}
         for (name, (shape, dtype)), values in zip(self._made.fields.items(), batch, strict=True):
-            rows[name] = values.numpy().view(dtype).reshape(batch_size, num_rows, *shape)
+            rows[name] = values.numpy().view(dtype).reshape(batch_size, -1, *shape)
         if self._made.transitions:
             rows = {**rows, "obs": rows["obs"][:, :1], "next_obs": rows["obs"][:, 1:]}
         return rows

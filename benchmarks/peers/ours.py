@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import Store, TaggedEnvs, Workload, tagged_rows
+from benchmarks.workloads import OFFSETS, Store, TaggedEnvs, Workload, tagged_rows
 from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, TensorType
@@ -50,9 +50,10 @@ def ring_of_long_episodes(store: Store) -> RingBufferDataset:
 class _Ours(Contestant):
     dataset: EpisodeDataset
 
-    def __init__(self, tensors: bool = False) -> None:
+    def __init__(self, tensors: bool = False, num_workers: int = 0) -> None:
         super().__init__()
-        self._tensors = tensors
+        self._tensors, self._num_workers = tensors, num_workers
+        self.prefetched = 2 * num_workers
 
     def episode_adder(self, rows: Rows, length: int) -> Callable[[], Any]:
         dataset = self.dataset
@@ -85,6 +86,17 @@ class _Ours(Contestant):
             return ReplayBuffer(self.dataset, batch_size, 2, transform=to_transitions, seed=0).sample
         return ReplayBuffer(self.dataset, batch_size, length, sampler=sampler, seed=0).sample
 
+    def offset_drawer(self, batch_size: int) -> Callable[[], Any]:
+        loader = self.dataset.get_loader(
+            batch_size,
+            num_workers=self._num_workers,
+            offsets=OFFSETS,  # type: ignore[arg-type, call-arg, unused-ignore]
+            pad="edge",
+            seed=0,
+        )
+        batches = iter(loader)
+        return lambda: next(batches)
+
     def drawers(self, workload: Workload) -> dict[str, Callable[[], Any]]:
         found = super().drawers(workload)
         size = workload.batch_size, workload.length
@@ -96,7 +108,7 @@ class _Ours(Contestant):
         return found
 
     def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
-        return {name: values.numpy() for name, values in batch.items()}
+        return {name: values.numpy() for name, values in batch.items() if name != "mask"}
 
     def set_threads(self, number: int) -> None:
         torch.set_num_threads(number)
