@@ -70,6 +70,8 @@ class ReplayBuffer:
     ) -> None:
         if not isinstance(dataset, EpisodeSource):
             raise TypeError(f"`dataset` must be an EpisodeSource, found {type(dataset).__name__}.")
+        if loader_options.get("epochs") is not None:
+            raise ValueError("A buffer's batches have no end: iterate `dataset.get_loader(..., epochs=1)` instead.")
         self.dataset = dataset
         self.dataloader = dataset.get_loader(
             batch_size,
@@ -199,8 +201,8 @@ class ReplayBuffer:
     @property
     def _reachable(self) -> float:
         """The share of stored steps that lie in some window of T steps; 0.0 if there are none."""
-        length, lengths = self.dataloader.stream.sequence_length or 0, self.dataset.table.lengths
-        return float(lengths[lengths >= length].sum() / lengths.sum()) if len(lengths) else 0.0
+        stream = self.dataloader.stream
+        return self.dataset.table.reachable(stream.sequence_length, stream.selection)
 
     def _warn_of_unreachable(self) -> None:
         share, length = self._reachable, self.dataloader.stream.sequence_length
@@ -208,7 +210,8 @@ class ReplayBuffer:
             self._has_warned = True
             warnings.warn(
                 f"Only {share:.0%} of the stored steps can be drawn: all others are in episodes of fewer than "
-                f"`sequence_length`={length} steps. Lower it, or draw whole episodes, padded: `sequence_length=None`.",
+                f"`sequence_length`={length} steps. Pad windows (`pad_before`, `pad_after`), lower it, or draw whole "
+                "episodes: `sequence_length=None`.",
                 stacklevel=3,
             )
 
@@ -268,7 +271,8 @@ class ReplayBuffer:
     @property
     def can_sample(self) -> bool:
         """Whether `sample` would find an episode that is long enough now; of a mixture, one in each member."""
-        return not self._is_closed and self.dataset.can_draw(self.dataloader.stream.sequence_length)
+        stream = self.dataloader.stream
+        return not self._is_closed and self.dataset.can_draw(stream.sequence_length, stream.selection)
 
     def stats(self) -> dict[str, float]:
         """Numbers for a logger.
@@ -276,7 +280,8 @@ class ReplayBuffer:
         Returns:
             `num_episodes` and `num_timesteps` that are stored, `fill` (their share of the capacity), `reachable` (the
             share of the steps that lie in some window of T steps), `mean_episode_length`, `num_evicted` episodes so
-            far, `num_batches` taken, `num_rejected_windows` (drawn again because their episode was evicted);
+            far, `num_batches` taken, `num_rejected_windows` (drawn again because their episode was evicted), `padding`
+            (its share in the last batch, if that has a `mask`);
             `mean_episode_return` of the last 100 complete episodes if there is a scalar `reward`; after a batch,
             `newest_age`: steps added since its newest row (not for a mixture). Lengths and returns are those of
             episodes, not of the pieces that `max_episode_length` cuts.
@@ -292,6 +297,8 @@ class ReplayBuffer:
             "num_batches": stream.position,
             "num_rejected_windows": stream.num_rejected,
         }
+        if stream.padding is not None:
+            found["padding"] = stream.padding
         last = self._returns.last
         if last:
             found["mean_episode_return"] = sum(last) / len(last)

@@ -103,6 +103,5 @@ class UniformEpisodeSampler(Sampler):
         if num < len(table):  # Otherwise all are long enough, and the integer is the position.
             offsets, _ = episodes.locate(position)
             position = offsets - episodes.first
-        first = table.first_steps(position, length)
-        step = first + integers_below(rng, table.lengths[position] - first - (length - 1), num_windows)
-        return table.windows(position, step, length)
+        first, num_starts = table.steps_to_draw(position, length)
+        return table.windows(position, first + integers_below(rng, num_starts, num_windows), length)

@@ -153,7 +153,9 @@ def test_another_dataloader_does_not_repeat_what_has_no_seed() -> None:
 def test_options_of_no_use_say_so() -> None:
     ring = RingBufferDataset(10)
     for name in ("shuffle", "drop_last"):
-        with pytest.raises(ValueError, match=f"drawn at random, and every batch is full: leave out `{name}`"):
+        with pytest.raises(
+            ValueError, match="without end, and every batch is full: `shuffle`, `drop_last` and `stride`"
+        ):
             ring.get_loader(4, 2, **{name: True})
         ring.get_loader(4, 2, **{name: False})
     with pytest.raises(ValueError, match="in the order of their numbers, which `state_dict` counts: drop `in_ord"):

@@ -196,7 +196,7 @@ class Stubborn(UniformSampler):
         ((8, 4, 0), "asked for windows of 3 steps, found 4"),
         (
             (8, 3, 3),
-            r"row 3 of 5. Choose `step` from 0 to `table.lengths\[position\] - 3`, in episodes of at lea",
+            r"row 3 of 5. Choose `step` by `table.steps_to_draw\(position, 3\)`, .* `pad_before` and `pad_after`",
         ),
         ((8, 3, -1), "not within its episode: it begins at row -1 of 5"),
     ],

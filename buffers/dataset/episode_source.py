@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from torch.utils.data import IterableDataset
 from buffers.conversion import as_array
 from buffers.dataset.printing import counts_line, fields_table
 from buffers.fields import Fields, TensorType, as_tensor
-from buffers.loading import SequenceLoader, SequenceStream
+from buffers.loading import Pad, RowOptions, SequenceLoader, SequenceStream, shift
 from buffers.sampler import Sampler
-from buffers.table import EpisodeTable, Windows
+from buffers.table import EpisodeTable, Selection, Split, SplitTable, Windows
 from buffers.utils import ThreadLock, integer
 
 __all__ = ["EpisodeSource", "Rows"]
@@ -31,14 +31,17 @@ class EpisodeSource(IterableDataset, ABC):
     max_sampling_attempts = 100
     #: Whether it is a mixture, see `sources_of`.
     has_members = False
+    #: Whether `_read` takes windows that begin before their episodes, and leaves the rows before those as they are.
+    reads_before_episodes = False
     #: Whether `chunk_size` applies. If not, batches are read as a whole.
     reads_in_chunks = True
 
     def __init__(self, capacity: int) -> None:
         self.capacity = integer("capacity", capacity, minimum=1)
         self.table = EpisodeTable()
-        # A snapshot, so that drawing never holds up an addition.
-        self._drawn_table, self._draw_lock = EpisodeTable(), ThreadLock()
+        # Snapshots of the table, or of a part, so that drawing never holds up an addition.
+        self._drawn_tables: dict[Split | None, EpisodeTable] = {}
+        self._draw_lock = ThreadLock()
         #: Of the ids that are gone: those that were not evicted, and those that were evicted without need of room.
         self.num_lost = self.num_dismissed = 0
         self._fields: Fields | None = None
@@ -48,9 +51,9 @@ class EpisodeSource(IterableDataset, ABC):
         """Copy windows into `out`.
 
         Args:
-            windows: B windows of T rows; row t of window b is row `windows.step[b] + t` of its episode.
-            out: `name -> (B, T, *shape)`, contiguous, for some or all of the fields. Padding behind the end of an
-                episode need not be written.
+            windows: B windows of T rows; row t of window b is row `windows.step[b] + t` of its episode. They begin in
+                their episodes, unless `reads_before_episodes`.
+            out: `name -> (B, T, *shape)`, contiguous, for some or all of the fields. Padding need not be written.
 
         Returns:
             None if all were read, else bool `(B,)`, False for windows whose episode is gone: others replace them.
@@ -82,12 +85,39 @@ class EpisodeSource(IterableDataset, ABC):
         """The member of a mixture that each window is in, int64 `(B,)`."""
         raise NotImplementedError
 
+    @property
+    def leaves(self) -> list[EpisodeSource]:
+        """The datasets that hold the episodes; `Windows.source` is a position in this list."""
+        return [self]
+
+    def table_to_draw(self, selection: Selection) -> EpisodeTable:
+        """A snapshot of the episodes that a selection has, brought up to date; the caller holds the lock."""
+        self._refresh()
+        table = self._drawn_tables.get(selection.split)
+        if table is None:
+            table = EpisodeTable() if selection.split is None else SplitTable(selection.split)
+            self._drawn_tables[selection.split] = table
+        table.show(self.table)
+        table.selection = selection
+        return table
+
+    def snapshot(self, selection: Selection, bound: int) -> EpisodeTable:
+        """A copy of the table, with the episodes of ids below `bound` that a selection has."""
+        table = EpisodeTable()
+        with self._draw_lock:
+            shown = self.table_to_draw(selection)
+            table.replace(shown.rows[: shown.ids.searchsorted(bound)])
+            table.skip_to(self.table.next_id, 0)
+        table.selection = selection
+        return table
+
     def draw(
         self,
         sampler: Sampler,
         num_windows: int,
         length: int | None,
         rng: np.random.Generator,
+        selection: Selection,
         again: Windows | None = None,
     ) -> Windows:
         """Draw as `Sampler.draw` does; `again`: the windows to be replaced, which were gone before they were read.
@@ -97,38 +127,38 @@ class EpisodeSource(IterableDataset, ABC):
             ValueError: The sampler did not draw what it was asked for.
         """
         with self._draw_lock:
-            self._refresh()
-            self._drawn_table.show(self.table)
-            windows = sampler.draw(self._drawn_table, num_windows, length, rng)
-            return _checked(self._drawn_table, sampler, windows, num_windows, length)
+            table = self.table_to_draw(selection)
+            return _checked(table, sampler, sampler.draw(table, num_windows, length, rng), num_windows, length)
 
-    def can_draw(self, length: int | None) -> bool:
-        """Whether an episode has `length` steps now; with None, whether there is one."""
+    def can_draw(self, length: int | None, selection: Selection) -> bool:
+        """Whether there is a window of `length` steps now; with None, whether there is an episode."""
         with self._draw_lock:
-            self._refresh()
-            self._drawn_table.show(self.table)
-            table = self._drawn_table
+            table = self.table_to_draw(selection)
             return len(table) > 0 if length is None else table.count_windows(length).num > 0
 
     def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
         """Rows `name -> (B, T, *shape)`, in `out` if that is given, and which windows were read, as `_read` returns."""
-        out = self.empty_batch(windows) if out is None else out
-        return out, self._read(windows, out)
+        if out is None:
+            assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
+            out = self.empty_batch(self._fields, len(windows), windows.length)
+        if self.reads_before_episodes or not (windows.step < 0).any():
+            return out, self._read(windows, out)
+        was_read = self._read(windows.moved_between(0, windows.episode_length - 1), out)
+        shift(windows, out)
+        return out, was_read
 
-    def empty_batch(self, windows: Windows) -> Rows:
+    def empty_batch(self, names: Iterable[str], num_windows: int, length: int) -> Rows:
         """Uninitialized memory for windows, `name -> (B, T, *shape)`."""
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
-        leading = (len(windows), windows.length)
-        if self.device.type == "cpu":
-            # numpy is faster, and asks for huge pages.
-            return {
-                name: as_tensor(np.empty(leading + shape, dtype), self._fields[name])
-                for name, dtype, shape in self._fields.layout
-            }
-        return {
-            name: torch.empty(leading + tensor_type.shape, dtype=tensor_type.dtype, device=self.device)
-            for name, tensor_type in self._fields.items()
-        }
+        leading, rows = (num_windows, length), {}
+        for name in names:
+            kind = self._fields[name]
+            if self.device.type == "cpu":
+                # numpy is faster, and asks for huge pages.
+                rows[name] = as_tensor(np.empty(leading + kind.shape, kind.numpy_dtype), kind)
+            else:
+                rows[name] = torch.empty(leading + kind.shape, dtype=kind.dtype, device=self.device)
+        return rows
 
     @property
     def longest_window(self) -> int:
@@ -198,9 +228,21 @@ class EpisodeSource(IterableDataset, ABC):
         include: Iterable[str] = (),
         seed: int | None = None,
         output_device: torch.device | str | None = None,
+        pad_before: int | None = None,
+        pad_after: int | None = None,
+        pad: Pad = "zero",
+        offsets: Mapping[str, Iterable[int]] | None = None,
+        pack: int | None = None,
+        split: tuple[str, float, int] | None = None,
+        epochs: int | None = None,
+        shuffle: bool | None = None,
+        drop_last: bool = False,
+        stride: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
         **loader_options: Any,
     ) -> SequenceLoader:
-        """An endless `DataLoader` of batches, `field -> (batch_size, sequence_length, *shape)`.
+        """A `DataLoader` of batches, `field -> (batch_size, sequence_length, *shape)`; without `epochs`, it has no end.
 
             >>> from buffers.dataset import RingBufferDataset
             >>> dataset = RingBufferDataset(capacity=1_000)
@@ -209,10 +251,11 @@ class EpisodeSource(IterableDataset, ABC):
             >>> {name: tuple(value.shape) for name, value in batch.items()}
             {'obs': (8, 10, 4), 'reward': (8, 10), 'step': (8, 10)}
 
+        `docs/windows.md` draws what the options about windows mean.
+
         Args:
             batch_size: B, sequences in a batch.
-            sequence_length: T, in steps; None for whole episodes, padded with zeros to the longest of the batch, with
-                their `mask`.
+            sequence_length: T, in steps; None for whole episodes, padded to the longest of the batch, with a `mask`.
             chunk_size: Sequences in one read, a divisor of `batch_size`. It does not change what is drawn. Files are
                 read a batch at a time.
             num_workers: Worker processes; 0 by default.
@@ -222,14 +265,54 @@ class EpisodeSource(IterableDataset, ABC):
             include: What else a batch holds, see `SequenceStream`.
             seed: Of all draws; None takes one from the operating system.
             output_device: Where batches are moved after `transform`; by default they are where the episodes are.
+            pad_before: How many rows before its episode a window may begin, 0 to T - 1. Padded batches have a `mask`.
+            pad_after: How many rows behind its episode a window may end.
+            pad: What padding is: "zero", or "edge" for the nearest real row.
+            offsets: In place of `sequence_length`: the n rows of each field that are read, relative to an anchor,
+                `(B, n, *shape)`; 0 for fields that are not named. Every row is an anchor, unless `pad_before` or
+                `pad_after` is less than the offsets reach.
+            pack: In place of `sequence_length`: episodes end to end in long rows, `(B, pack, *shape)`, with `episode`,
+                `step` int64 `(B, pack)` and `cu_seqlens` int32 `(n + 1,)`: where, in all rows, each of the n begins.
+            split: ("train", 0.9, seed) or ("val", 0.9, seed): the episodes of one part, each of which is in one by its
+                id, for ever. Pieces of a stream count as episodes.
+            epochs: An iteration has every window so many times, in so many passes over what is stored as it begins,
+                whatever the weights of a mixture.
+            shuffle: With `epochs`: whether each pass has an order of its own; True by default.
+            drop_last: With `epochs`: leave out what does not fill a batch for every rank.
+            stride: With `epochs`: only every so many-th window of an episode.
+            rank: Which of the processes that share out the batches: this has number rank, rank + `world_size`, ...
+            world_size: How many they are; they must give the same `seed`.
             **loader_options: Other options of torch's `DataLoader`.
 
         Raises:
             TypeError: An argument of the wrong type.
             ValueError: An argument out of its range.
         """
-        options: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
-        stream = SequenceStream(self, batch_size, sequence_length, chunk_size, **options)
+        row_options = RowOptions(
+            pad_before=pad_before,
+            pad_after=pad_after,
+            pad=pad,
+            offsets=offsets,
+            pack=pack,
+            split=split,
+            stride=stride,
+        )
+        stream = SequenceStream(
+            self,
+            batch_size,
+            sequence_length,
+            chunk_size,
+            sampler=sampler,
+            transform=transform,
+            include=include,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            epochs=epochs,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            row_options=row_options,
+        )
         return SequenceLoader(stream, num_workers, pin_memory, output_device, **loader_options)
 
     def sequences(
@@ -240,6 +323,11 @@ class EpisodeSource(IterableDataset, ABC):
         transform: Callable[[dict[str, Any]], Any] | None = None,
         include: Iterable[str] = (),
         seed: int | None = None,
+        pad_before: int | None = None,
+        pad_after: int | None = None,
+        pad: Pad = "zero",
+        offsets: Mapping[str, Iterable[int]] | None = None,
+        split: tuple[str, float, int] | None = None,
     ) -> SequenceStream:
         """An `IterableDataset` of single sequences `field -> (T, *shape)`, for your own `DataLoader`.
 
@@ -257,9 +345,9 @@ class EpisodeSource(IterableDataset, ABC):
             raise TypeError(
                 "Whole episodes come in padded batches: use `get_loader(batch_size, sequence_length=None)`."
             )
-        return SequenceStream(
-            self, None, sequence_length, sampler=sampler, transform=transform, include=include, seed=seed
-        )
+        row_options = RowOptions(pad_before=pad_before, pad_after=pad_after, pad=pad, offsets=offsets, split=split)
+        arguments: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
+        return SequenceStream(self, None, sequence_length, **arguments, row_options=row_options)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate `sequences(1)`."""
@@ -329,16 +417,18 @@ def _checked(table: EpisodeTable, sampler: Sampler, windows: Windows, num_window
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
     if length is not None and length != windows.length:
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
+    if windows.cut is None and table.has_cuts:  # The sampler has not made them with the table.
+        windows.cut = table.cuts_of(windows.episode)
     if length is None:
         if windows.step.any():
             raise ValueError(f"{type(sampler).__name__} was asked for whole episodes, which begin at `step` 0.")
-    elif not (windows.is_checked or windows.are_within):
-        b = int(((windows.step < 0) | (windows.step > windows.episode_length - length)).argmax())
+    elif not (windows.is_checked or table.has_room_for(windows)):
+        before, after = table.selection.room(windows.cut)
+        last = windows.episode_length - length + after
+        b = int(((windows.step < -before) | (windows.step > last)).argmax())
         raise ValueError(
             f"{type(sampler).__name__} drew a window that is not within its episode: it begins at row "
-            f"{windows.step[b]} of {windows.episode_length[b]}. Choose `step` from 0 to `table.lengths[position] - "
-            f"{length}`, in episodes of at least {length} rows."
+            f"{windows.step[b]} of {windows.episode_length[b]}. Choose `step` by `table.steps_to_draw(position, "
+            f"{length})`, in episodes that have such windows; `pad_before` and `pad_after` of the loader allow more."
         )
-    if windows.cut is None and table.has_cuts:  # The sampler has not made them with the table.
-        windows.cut = table.cuts_of(windows.episode)
     return windows

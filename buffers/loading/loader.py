@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import forget
-from buffers.loading.stream import COUNTERS, SequenceStream
+from buffers.loading.stream import SequenceStream
 from buffers.sharing import SharedArrays
 from buffers.utils import integer, usable_device
 
@@ -25,9 +25,10 @@ __all__ = ["SequenceLoader"]
 
 
 class SequenceLoader(DataLoader):
-    """torch's `DataLoader`, with its options, over a `SequenceStream`: one endless sequence of batches.
+    """torch's `DataLoader`, with its options, over a `SequenceStream`.
 
     A new iteration goes on where the last one stopped. So does a loader that has loaded the `state_dict()` of another.
+    Only with `epochs` does an iteration end, and is there a `len(loader)`, in batches of this rank.
     """
 
     def __init__(
@@ -49,15 +50,14 @@ class SequenceLoader(DataLoader):
             if name not in known:
                 raise TypeError(f"There is no argument `{name}`, neither here nor of torch's DataLoader.")
         num_workers = 0 if num_workers is None else integer("num_workers", num_workers, 0)
-        for name in ("shuffle", "drop_last"):
-            if loader_options.pop(name, None):
-                raise ValueError(f"Windows are drawn at random, and every batch is full: leave out `{name}`.")
         if not loader_options.get("in_order", True):
             raise ValueError("Batches come in the order of their numbers, which `state_dict` counts: drop `in_order`.")
         collate_fn = loader_options.pop("collate_fn", None) or _as_it_is
         if num_workers:
             stream.source.check_workers()
-            stream.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in COUNTERS.items()})
+            stream.counters = SharedArrays(
+                {name: ((n,), np.dtype(np.int64)) for name, n in stream.counter_sizes.items()}
+            )
             # Batches that wait for the trainer, the one that it uses, and the one that is being made.
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
             collate_fn = partial(stream.collate_and_pack, collate_fn)
@@ -89,6 +89,7 @@ class SequenceLoader(DataLoader):
             self.stream.is_counted = False
 
     def _iterate(self) -> Any:
+        self.stream.begin()
         if self.num_workers == 0:
             return super().__iter__() if self.output_device is None else map(self.deliver, super().__iter__())
         self.stream.source.check_drawable()
@@ -104,29 +105,46 @@ class SequenceLoader(DataLoader):
             self.end_workers()  # A worker was killed, but had not ended when it was asked.
             return _BatchesOfWorkers(self, super().__iter__())
 
+    def __len__(self) -> int:
+        if self.stream.one_pass is None:
+            raise TypeError("Batches are drawn without end: only a loader with `epochs` has a length.")
+        return self.stream.one_pass.num_batches_from(self.stream.position)
+
     def end_workers(self) -> None:
         """End persistent workers, if any; the next iteration starts new ones."""
         self._iterator = None
         self.generation += 1
 
-    def state_dict(self) -> dict[str, int]:
-        """`seed`, and `position`, the number of batches taken; RuntimeError if another DataLoader has taken some."""
+    def state_dict(self) -> dict[str, Any]:
+        """`seed`, and `position`, the number of batches taken; with `epochs`, also `pass`: which these are.
+
+        RuntimeError if another DataLoader has taken some.
+        """
         if self.stream.counters["uncounted"][0]:
             raise RuntimeError(
                 "Another DataLoader has taken batches, such as the one that accelerate's `prepare` makes, and may be "
                 "ahead of what it has delivered. Iterate this loader itself, without `prepare`; or count the batches, "
                 f"and load {{'seed': {self.stream.random.seed}, 'position': their number}}."
             )
-        return {"seed": self.stream.random.seed, "position": self.stream.position}
+        state: dict[str, Any] = {"seed": self.stream.random.seed, "position": self.stream.position}
+        return state if self.stream.one_pass is None else {**state, "pass": self.stream.counters["pass"].tolist()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader stood, from the next iteration on."""
-        if not state.keys() >= {"seed", "position"}:
-            raise ValueError(f"A state has 'seed' and 'position', as `state_dict()` gives them, found {sorted(state)}.")
+        has_pass = self.stream.one_pass is not None
+        names = {"seed", "position", "pass"} if has_pass else {"seed", "position"}
+        if not state.keys() >= names:
+            raise ValueError(f"A state has {sorted(names)}, as `state_dict()` gives them, found {sorted(state)}.")
+        if has_pass and len(state["pass"]) != len(self.stream.counters["pass"]):
+            raise ValueError(
+                f"The state is of {len(state['pass']) - 3} datasets, of which there are other numbers here."
+            )
         self.stream.random = BatchRandom(integer("seed", state["seed"], 0))
         self.end_workers()
         self.stream.position = integer("position", state["position"], 0)
         self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = self.stream.position, 0
+        if has_pass:
+            self.stream.counters["pass"][:] = state["pass"]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -147,6 +165,8 @@ class _BatchesOfWorkers(Iterator[Any]):
     def __next__(self) -> Any:
         try:
             batch = next(self._batches)
+        except StopIteration:
+            raise
         except BaseException:
             if _all_alive(self._batches):
                 self._loader.stream.position += 1  # A batch that failed counts.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,10 +77,10 @@ class Slots:
         self._used += _aligned(tensor.nbytes)
         return tensor
 
-    def empty_batch(self, fields: Fields, leading: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Memory for a batch, `name -> (*leading, *shape)`."""
-        self.begin(fields.nbytes * leading[0] * leading[1] + _ALIGNMENT * len(fields))
-        return {name: self.empty(leading + field.shape, field.dtype) for name, field in fields.items()}
+    def empty_batch(self, fields: Fields, leading: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Memory for a batch, `name -> (B, T, *shape)`, where (B, T) are `leading` of each field."""
+        self.begin(sum(_aligned(fields[name].nbytes * b * t) for name, (b, t) in leading.items()))
+        return {name: self.empty(leading[name] + field.shape, field.dtype) for name, field in fields.items()}
 
     def pack(self, batch: Any) -> Any:
         """What is sent instead of the batch; unpickling it gives the batch."""

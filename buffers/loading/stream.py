@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import IterableDataset, get_worker_info
 
 from buffers.fields import Fields
-from buffers.loading.include import checked_include, included, zero_padding
+from buffers.loading.include import checked_include
+from buffers.loading.layout import Rows
 from buffers.loading.lifetime import end_with
+from buffers.loading.one_pass import OnePass
+from buffers.loading.options import RowOptions
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
 from buffers.sampler import Sampler, UniformSampler
@@ -35,21 +39,21 @@ _SEQUENCES_PER_READ = 32  # Single sequences are drawn and read this many at a t
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 #: Names and sizes of the int64 arrays through which workers and the trainer tell each other:
 #: "first", the position at which the iteration began (which persistent workers see change); "newest", by batch, its
-#: newest step id plus one; "rejected", by worker, windows that were gone before they could be read; "uncounted", 1 if
-#: another DataLoader than a `SequenceLoader` has taken batches.
-COUNTERS = {"first": 1, "newest": 1024, "rejected": 64, "uncounted": 1}
-
-Rows = dict[str, torch.Tensor]
+#: newest step id plus one, and "padding", its share in billionths; "rejected", by worker, windows that were gone before
+#: they could be read; "uncounted", 1 if another DataLoader than a `SequenceLoader` has taken batches.
+COUNTERS = {"first": 1, "newest": 1024, "padding": 1024, "rejected": 64, "uncounted": 1}
+_PARTS = 1_000_000_000
 
 
 class SequenceStream(IterableDataset):
-    """Batches without end from an `EpisodeSource`; or single sequences `field -> (T, *shape)`, if it has no batch size.
+    """Batches from an `EpisodeSource`; or single sequences `field -> (T, *shape)`, if it has no batch size.
 
     The arguments are those of `EpisodeSource.get_loader`. `include` says what a batch holds besides the fields:
     `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its episode;
     `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32 `(B,)`;
     `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the dataset
-    that holds the episode, also in batches of a mixture.
+    that holds the episode, also in batches of a mixture. With `offsets`, `(B, T)` are the anchors, `(B, 1)`, and `mask`
+    is a nested dict like the fields, `(B, n)` each; with `pack`, all are `(B, pack)`.
     """
 
     def __init__(
@@ -63,11 +67,20 @@ class SequenceStream(IterableDataset):
         transform: Callable[[dict[str, Any]], Any] | None = None,
         include: Iterable[str] = (),
         seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        epochs: int | None = None,
+        shuffle: bool | None = None,
+        drop_last: bool = False,
+        row_options: RowOptions | None = None,
     ) -> None:
         self.source = source
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
-        self.sequence_length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
-        if self.sequence_length is not None and self.sequence_length > source.longest_window:
+        #: T of the windows that are drawn.
+        row_options = RowOptions() if row_options is None else row_options
+        self.sequence_length, self.selection, self.layout = row_options.resolved(sequence_length)
+        least = (self.sequence_length or 0) - self.selection.pad_before - self.selection.pad_after
+        if least > source.longest_window:
             raise ValueError(
                 f"`sequence_length`={sequence_length} exceeds the `capacity` of {source.longest_window} steps."
             )
@@ -83,14 +96,21 @@ class SequenceStream(IterableDataset):
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
-        self.include = checked_include(include, whole_episodes=self.sequence_length is None)
+        self.include = checked_include(include, self.layout.is_padded) + self.layout.extra
         if "source" in self.include and not source.has_members:
             raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
         self.is_seeded = seed is not None
         self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
-        self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
+        self.world_size = integer("world_size", world_size, 1)
+        self.rank = integer("rank", rank, 0)
+        if self.rank >= self.world_size:
+            raise ValueError(f"`rank` must be less than `world_size`={world_size}, found {rank}.")
+        #: Says where an iteration ends; None if it does not.
+        self.one_pass = self._make_pass(epochs, shuffle, drop_last)
+        self.counter_sizes = {**COUNTERS, "pass": 0 if self.one_pass is None else len(self.one_pass.state)}
+        self.counters: Mapping[str, np.ndarray] = {n: np.zeros(num, np.int64) for n, num in self.counter_sizes.items()}
         #: Makes a batch of windows and their rows, before `transform`.
         self.assemble: Callable[[SequenceStream, Windows, Rows], Any] = _batch_of
         # For workers; the loader sets them.
@@ -102,22 +122,50 @@ class SequenceStream(IterableDataset):
         # Threads that draw from this stream take turns.
         self._lock = ThreadLock()
 
+    def _make_pass(self, epochs: int | None, shuffle: bool | None, drop_last: bool) -> OnePass | None:
+        if epochs is None:
+            if shuffle or drop_last or self.selection.stride > 1:
+                raise ValueError(
+                    "Windows are drawn at random without end, and every batch is full: `shuffle`, `drop_last` and "
+                    "`stride` need `epochs`."
+                )
+            return None
+        if type(self.sampler) is not UniformSampler or self.layout.is_packed or self.batch_size is None:
+            raise ValueError("`epochs` brings every window once, in batches: leave out `sampler` and `pack`.")
+        return OnePass(
+            self.source,
+            self.batch_size,
+            self.sequence_length,
+            self.selection,
+            epochs=integer("epochs", epochs, 1),
+            shuffle=shuffle is not False,
+            drop_last=drop_last,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
     # Batches.
 
-    def batch(self, n: int) -> Any:
-        """Draw and read batch n: `field -> (B, T, *shape)` with what `include` adds, or what `transform` made of it.
+    def batch(self, position: int) -> Any:
+        """Draw and read a batch: `field -> (B, T, *shape)` with what `include` adds, or what `transform` made of it.
+
+        At a position of this stream, which is that of one rank.
 
         Raises:
             RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
         """
-        windows = self._draw(n, 0)
+        n = position * self.world_size + self.rank
+        windows = self._draw(n, 0) if self.one_pass is None else self.one_pass.windows(position, self.random)
         rows, was_read = self._read(windows)
         if was_read is not None and not was_read.all():
             windows, rows = self._with_others(n, windows, was_read)
         if self._slots is None:
             self._last = windows
         else:
-            self.counters["newest"][n % COUNTERS["newest"]] = windows.last_steps.max() + 1
+            self.counters["newest"][position % COUNTERS["newest"]] = windows.last_steps.max() + 1
+            if self.layout.is_padded:
+                share = self.layout.padding(self.source, windows)
+                self.counters["padding"][position % COUNTERS["padding"]] = round(share * _PARTS)
         batch = self.assemble(self, windows, rows)
         # `_sequences_of` transforms single sequences.
         return batch if self.transform is None or self.batch_size is None else self.transform(batch)
@@ -125,8 +173,16 @@ class SequenceStream(IterableDataset):
     def take(self) -> Any:
         """The next batch. One that fails counts: with workers, the next one is already being made."""
         with self._lock:
+            if self.one_pass is not None and self.position >= self.one_pass.end:
+                raise StopIteration
             self.position += 1
             return self.batch(self.position - 1)
+
+    def begin(self) -> None:
+        """Begin an iteration, or go on with the last one."""
+        if self.one_pass is not None:
+            self.one_pass.state = self.counters["pass"]
+            self.one_pass.begin(self.position)
 
     def _draw(self, n: int, attempt: int, again: Windows | None = None) -> Windows:
         """Draw the windows of batch n; or replacements for `again`, which were gone before they could be read."""
@@ -134,7 +190,9 @@ class SequenceStream(IterableDataset):
         while True:
             try:
                 rng = self.random.generator(n, attempt)
-                return self.source.draw(self.sampler, num_windows, self.sequence_length, rng, again)
+                return self.layout.draw(
+                    self.source, self.sampler, num_windows, self.sequence_length, rng, self.selection, again
+                )
             except RuntimeError:
                 # All episodes may have been evicted for one that is being written.
                 deadline = deadline or time.monotonic() + _SECONDS_TO_WAIT
@@ -147,25 +205,34 @@ class SequenceStream(IterableDataset):
         num_windows, out = len(windows.start), None
         if self._slots is not None:
             assert self.source.fields is not None  # Windows are drawn from episodes, so there are fields.
-            out = self._slots.empty_batch(self.source.fields, (num_windows, windows.length))
-        if self.chunk_size >= num_windows or not self.source.reads_in_chunks:
-            return self.source.read(windows, out)
-        out = self.source.empty_batch(windows) if out is None else out
+            out = self._slots.empty_batch(self.source.fields, self.layout.leading(self.source.fields, windows))
+        if self.chunk_size >= num_windows or not self.source.reads_in_chunks or self.layout.is_packed:
+            return self.layout.read(self.source, windows, out)
+        if out is None:
+            assert self.source.fields is not None  # As above.
+            sizes = self.layout.leading(self.source.fields, windows)
+            out = {name: self.source.empty_batch((name,), *size)[name] for name, size in sizes.items()}
         was_read = np.ones(num_windows, np.bool_)
         for begin in range(0, num_windows, self.chunk_size):
             chunk = slice(begin, begin + self.chunk_size)
-            _, found = self.source.read(windows[chunk], {name: tensor[chunk] for name, tensor in out.items()})
+            part = {name: tensor[chunk] for name, tensor in out.items()}
+            _, found = self.layout.read(self.source, windows[chunk], part)
             if found is not None:
                 was_read[chunk] = found
         return out, was_read
 
     def _with_others(self, n: int, windows: Windows, was_read: np.ndarray) -> tuple[Windows, Rows]:
         """Replace the windows of batch n that were gone before they could be read, and read all windows again."""
+        if self.one_pass is not None:
+            raise RuntimeError("Episodes were evicted during the pass. Raise the `capacity`, or add nothing meanwhile.")
         for attempt in range(1, self.source.max_sampling_attempts + 1):
             missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)
-            windows = windows.replaced(missed, self._draw(n, attempt, windows[missed]))
-            if self.sequence_length is None:
+            if self.layout.is_packed:
+                windows = self._draw(n, attempt)
+            else:
+                windows = windows.replaced(missed, self._draw(n, attempt, windows[missed]))
+            if self.sequence_length is None and not self.layout.is_packed:
                 windows.length = int(windows.episode_length.max())
             rows, found = self._read(windows)
             if found is None or found.all():
@@ -180,11 +247,20 @@ class SequenceStream(IterableDataset):
         """ValueError if a name of `include` is also a field."""
         for name in self.include:
             if name in fields.roots:
-                by_itself = " (whole episodes have it by themselves)" if name == "mask" else ""
+                by_itself = " (padded batches have it by themselves)" if name == "mask" else ""
                 raise ValueError(
                     f"'{name}' of `include`{by_itself} is also a field of the steps. Drop it from `include` if the "
                     "field is what you want (a Recorder stores `is_first`), or rename the field."
                 )
+
+    @property
+    def padding(self) -> float | None:
+        """The share of padding in the rows of the last batch that was taken; None if batches have none."""
+        if not self.layout.is_padded or not self.position:
+            return None
+        if self._last is not None:
+            return self.layout.padding(self.source, self._last)
+        return float(self.counters["padding"][(self.position - 1) % COUNTERS["padding"]]) / _PARTS
 
     @property
     def num_rejected(self) -> int:
@@ -214,8 +290,13 @@ class SequenceStream(IterableDataset):
                 # A worker's copy of the trainer's stream must not repeat what the last iteration drew.
                 self.random = BatchRandom(secrets.randbits(128))
             self._worker_number = worker.id % COUNTERS["rejected"]
-            numbers = iter(range(int(self.counters["first"][0]) + worker.id, 2**63 - 1, worker.num_workers))
-            batches = _Batches(lambda: self.batch(next(numbers)))
+            end = 2**63 - 1
+            if self.one_pass is not None:
+                self.one_pass.state = self.counters["pass"]
+                self.one_pass.open()
+                end = self.one_pass.end
+            positions = iter(range(int(self.counters["first"][0]) + worker.id, end, worker.num_workers))
+            batches = _Batches(lambda: self.batch(next(positions)))
         return batches if self.batch_size is not None else self._sequences_of(batches)
 
     def _sequences_of(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -231,17 +312,16 @@ class SequenceStream(IterableDataset):
 
 
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:
-    if stream.sequence_length is None:
-        zero_padding(windows, rows)
-    fields = stream.source.fields
+    source, layout = stream.source, stream.layout
+    fields = source.fields
     assert fields is not None  # Windows are drawn from episodes, so there are fields.
     batch = rows if fields.is_flat else fields.unflatten(rows)
     if stream.include:
         stream.check_include(fields)
     for name in stream.include:
-        is_source = name == "source"
-        value = torch.from_numpy(stream.source.sources_of(windows)) if is_source else included(name, windows)
-        batch[name] = value.to(stream.source.device)
+        value = layout.included(name, source, windows)
+        is_moved = source.device.type != "cpu"
+        batch[name] = tree_map_only(torch.Tensor, lambda tensor: tensor.to(source.device), value) if is_moved else value
     return batch
 
 

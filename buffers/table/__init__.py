@@ -3,7 +3,9 @@
 from buffers.table.cumulation import Cumulation, Int64Array
 from buffers.table.cut import CONTINUES, GOES_ON, context_of, continuing
 from buffers.table.episode_table import EpisodeTable, TableRow
-from buffers.table.windows import Windows
+from buffers.table.selection import Selection, Split
+from buffers.table.split_table import SplitTable
+from buffers.table.windows import Windows, joined
 
 __all__ = [
     "CONTINUES",
@@ -11,8 +13,12 @@ __all__ = [
     "EpisodeTable",
     "GOES_ON",
     "Int64Array",
+    "Selection",
+    "Split",
+    "SplitTable",
     "TableRow",
     "Windows",
     "context_of",
     "continuing",
+    "joined",
 ]

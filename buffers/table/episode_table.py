@@ -20,11 +20,12 @@ import numpy as np
 
 from buffers.table.cumulation import Cumulation, Int64Array
 from buffers.table.cut import CONTINUES, context_of
+from buffers.table.selection import Selection
 from buffers.table.windows import Windows
 
-__all__ = ["EpisodeTable", "TableRow"]
+__all__ = ["EpisodeTable", "ID", "TableRow"]
 
-_START, _LENGTH, _ID, _CUT = range(4)
+_START, _LENGTH, ID, _CUT = range(4)
 _INITIAL_SIZE = 64
 _MAX_CUMULATIONS = 8
 
@@ -52,7 +53,14 @@ class EpisodeTable:
         self._state = _State(np.empty((_INITIAL_SIZE, 4), np.int64), 0, 0, 0, 0, 0)
         #: Whether an episode has ever been a piece of a longer stream.
         self.has_cuts = False
-        self._cumulations: dict[tuple[str, int], tuple[Int64Array, Cumulation]] = {}
+        #: Which windows are drawn.
+        self.selection = Selection()
+        self._cumulations: dict[tuple[str, int, Selection], tuple[Int64Array, Cumulation]] = {}
+
+    @property
+    def state(self) -> _State:
+        """What a snapshot is made of."""
+        return self._state
 
     def show(self, other: EpisodeTable) -> None:
         """Become a snapshot of `other`, which its later changes do not affect."""
@@ -83,7 +91,7 @@ class EpisodeTable:
     @property
     def ids(self) -> Int64Array:
         """`(E,)`: episode ids, ascending."""
-        return self.rows[:, _ID]
+        return self.rows[:, ID]
 
     @property
     def num_steps(self) -> int:
@@ -151,9 +159,9 @@ class EpisodeTable:
         """Add episodes `(n, 4)` in ascending order; O(E) if one is older than a live one."""
         if not len(episodes):
             return
-        if len(self) and episodes[0, _ID] < self.ids[-1]:
+        if len(self) and episodes[0, ID] < self.ids[-1]:
             episodes = np.concatenate([self.rows, episodes])
-            self.replace(episodes[episodes[:, _ID].argsort()])
+            self.replace(episodes[episodes[:, ID].argsort()])
             return
         if self._state.last + len(episodes) > len(self._state.rows):
             self.replace(self.rows, len(episodes))
@@ -217,16 +225,18 @@ class EpisodeTable:
         """The cuts of live episodes, by their ids `(B,)`."""
         return self.rows[self.ids.searchsorted(episode), _CUT]
 
-    def first_steps(self, position: Int64Array, length: int) -> Int64Array:
-        """The first row of each episode `(B,)` at which a window of T = `length` may begin: 0, but for pieces."""
-        return np.maximum(context_of(self.rows[position, _CUT]) - (length - 1), 0)
+    def steps_to_draw(self, position: Int64Array, length: int) -> tuple[Int64Array, Int64Array]:
+        """The row of each episode `(B,)` at which its first window of T = `length` begins, and its windows `(B,)`."""
+        found, selection = self.rows.take(position, axis=0), self.selection
+        num_windows = selection.num_windows(found[:, _LENGTH], found[:, _CUT], length)
+        return selection.first_steps(found[:, _CUT], length), num_windows
 
     def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
         """The windows of T = `length` that begin at row `step` `(B,)` of the episodes at `position` `(B,)`."""
         found = self.rows.take(position, axis=0)
-        windows = Windows(length, found[:, _START] + step, step, found[:, _ID], found[:, _LENGTH])
+        windows = Windows(length, found[:, _START] + step, step, found[:, ID], found[:, _LENGTH])
         windows.cut = found[:, _CUT] if self.has_cuts else None
-        windows.is_checked, windows.oldest_step = windows.are_within, self.oldest_start
+        windows.is_checked, windows.oldest_step = self.has_room_for(windows), self.oldest_start
         return windows
 
     def windows_of(self, windows: Cumulation, r: Int64Array, length: int) -> Windows:
@@ -235,40 +245,59 @@ class EpisodeTable:
         rows, first, *_ = self._state
         # All of an episode's row at once: with many episodes, each look is a cache miss.
         found, cut = rows.take(numbers, axis=0), None
+        if self.selection.stride > 1:
+            step *= self.selection.stride
         if self.has_cuts:
             cut = found[:, _CUT]
-            step += np.maximum(context_of(cut) - (length - 1), 0)
+            step += self.selection.first_steps(cut, length)
+        elif self.selection.pad_before:
+            step -= self.selection.pad_before
         start, oldest_step = found[:, _START] + step, rows.item(first, _START)
-        return Windows(length, start, step, found[:, _ID], found[:, _LENGTH], None, None, True, oldest_step, cut)
+        return Windows(length, start, step, found[:, ID], found[:, _LENGTH], None, None, True, oldest_step, cut)
+
+    def has_room_for(self, windows: Windows) -> bool:
+        """Whether windows lie within their episodes, and the padding that is selected."""
+        return (
+            windows.are_within(*self.selection.room(windows.cut)) if self.selection.is_padded else windows.are_within()
+        )
+
+    def reachable(self, length: int | None, selection: Selection) -> float:
+        """The share of the steps that lie in some window of T = `length`; 0.0 if there are none."""
+        rows = self.rows
+        if selection.split is not None:
+            rows = rows[selection.split.accepts(rows[:, ID])]
+        lengths = rows[:, _LENGTH]
+        if length is None or not len(rows):
+            return float(len(rows) > 0)
+        return float(lengths[selection.num_windows(lengths, rows[:, _CUT], length) > 0].sum() / lengths.sum())
 
     def no_window_message(self, length: int | None) -> str:
         """The error message where no window of `length` can be drawn."""
         if len(self) == 0:
             return "The dataset is empty. Add a complete episode before sampling."
         stored = f"every stored episode (longest of {len(self)}: {self.lengths.max()} steps)"
-        return f"`sequence_length`={length} is longer than {stored}. Add longer episodes or lower it."
+        advice = "Add longer episodes, lower it, or pad (`pad_before`, `pad_after`)"
+        return f"`sequence_length`={length} is longer than {stored}. {advice}."
 
     def _cumulated(self, kind: str, length: int) -> Cumulation:
         rows, first, last, *_ = self._state
-        key = (kind, length)
+        key = (kind, length, self.selection)
         counted_rows, cumulation = self._cumulations.get(key) or (None, None)
         if cumulation is not None and counted_rows is rows and cumulation.counted >= first:
             cumulation.first = first
             if cumulation.counted == last:
                 return cumulation
-            counts = _counts(kind, rows[cumulation.counted : last], length)
+            counts = self._counts(kind, rows[cumulation.counted : last], length)
             if all(map(cumulation.append, counts.tolist())):
                 return cumulation
         self._cumulations.pop(key, None)
         # A sequence length that keeps changing (a curriculum) must not leave an array behind each time.
         if len(self._cumulations) == _MAX_CUMULATIONS:
             del self._cumulations[next(iter(self._cumulations))]
-        cumulation = Cumulation(_counts(kind, rows[first:last], length), first, len(rows))
+        cumulation = Cumulation(self._counts(kind, rows[first:last], length), first, len(rows))
         self._cumulations[key] = rows, cumulation
         return cumulation
 
-
-def _counts(kind: str, rows: Int64Array, length: int) -> Int64Array:
-    # Windows that lie within the context of an episode are windows of the piece before it.
-    num_windows = np.maximum(rows[:, _LENGTH] - np.maximum(context_of(rows[:, _CUT]), length - 1), 0)
-    return num_windows if kind == "windows" else np.minimum(num_windows, 1)
+    def _counts(self, kind: str, rows: Int64Array, length: int) -> Int64Array:
+        num_windows = self.selection.num_windows(rows[:, _LENGTH], rows[:, _CUT], length)
+        return num_windows if kind == "windows" else np.minimum(num_windows, 1)

@@ -10,14 +10,18 @@ import numpy.typing as npt
 
 from buffers.table.cumulation import Int64Array
 
-__all__ = ["Windows"]
+__all__ = ["Windows", "joined"]
 
 _COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source", "cut")
 
 
 @dataclass(slots=True)  # Not frozen: that takes longer to make.
 class Windows:
-    """B windows to be read. All arrays are `(B,)`."""
+    """B windows to be read. All arrays are `(B,)`.
+
+    With padding, a window may begin before row 0 of its episode (then `step` is negative, and `start` no step id) and
+    end behind the last row.
+    """
 
     length: int  # T, steps of each window. Whole episodes are padded to the longest.
     start: Int64Array  # Step id of the first row.
@@ -35,13 +39,44 @@ class Windows:
 
     @property
     def num_rows(self) -> Int64Array:
-        """int64 `(B,)`, real rows: T, or fewer where the episode ends before the window."""
-        return np.minimum(self.length, self.episode_length - self.step)
+        """int64 `(B,)`, real rows: T, or fewer where a window reaches beyond its episode."""
+        return np.minimum(self.length, self.episode_length - self.step) + np.minimum(self.step, 0)
 
     @property
     def last_steps(self) -> Int64Array:
         """int64 `(B,)`, step ids of the last real rows."""
-        return self.start + self.num_rows - 1
+        return self.first_steps + self.num_rows - 1
+
+    @property
+    def first_steps(self) -> Int64Array:
+        """int64 `(B,)`, step ids of the first real rows."""
+        return self.start - np.minimum(self.step, 0)
+
+    @property
+    def steps(self) -> Int64Array:
+        """int64 `(B, T)`, positions in the episode; negative, or at least its length, in padding."""
+        return self.step[:, None] + np.arange(self.length)
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Where rows are real: bool `(B, T)`."""
+        mask = np.ones((len(self.step), self.length), np.bool_)
+        outside = (self.step | (self.episode_length - self.length - self.step)) < 0
+        b = outside.nonzero()[0]
+        if len(b):
+            # In one comparison: as unsigned numbers, negative steps are the largest.
+            steps = self.step[b, None] + np.arange(self.length)
+            mask[b] = steps.view(np.uint64) < self.episode_length[b, None].view(np.uint64)
+        return mask
+
+    def moved_between(self, first: int, last: Int64Array) -> Windows:
+        """The windows, moved so that each begins at row `first` of its episode, or behind it, and not after `last`."""
+        step: Int64Array = np.minimum(np.maximum(self.step, first), last)
+        return replace(self, start=self.start + (step - self.step), step=step)
+
+    def shifted(self, offset: int | Int64Array, length: int) -> Windows:
+        """Windows of `length` rows that begin `offset` rows, one number or `(B,)`, after these."""
+        return replace(self, start=self.start + offset, step=self.step + offset, length=length)
 
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
         columns = ((name, getattr(self, name)) for name in _COLUMNS)
@@ -59,9 +94,25 @@ class Windows:
         copied.oldest_step = min(self.oldest_step, others.oldest_step)
         return copied
 
-    @property
-    def are_within(self) -> bool:
-        """Whether each window lies within its episode."""
+    def are_within(self, before: int | Int64Array = 0, after: int | Int64Array = 0) -> bool:
+        """Whether each begins at most `before` rows before its episode and ends at most `after` rows behind it."""
         # The sign bit of the union is set where either is negative.
-        outside = self.step | (self.episode_length - self.step - self.length)
+        outside = (self.step + before) | (self.episode_length - self.step - self.length + after)
         return bool(outside[outside.argmin()] >= 0)
+
+
+def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
+    """The windows of several draws one after the other, of the datasets with these numbers if those are given.
+
+    T is that of the longest.
+    """
+    columns: dict[str, Any] = {}
+    for name in _COLUMNS:
+        found = [getattr(part, name) for part in parts]
+        if any(column is not None for column in found):
+            missing = np.ones if name == "weight" else np.zeros
+            pairs = zip(found, parts, strict=True)
+            columns[name] = np.concatenate([missing(len(part), np.int64) if c is None else c for c, part in pairs])
+    if sources is not None:
+        columns["source"] = np.repeat(np.array(sources, np.int64), [len(part) for part in parts])
+    return Windows(max(part.length for part in parts), **columns)

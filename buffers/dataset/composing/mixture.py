@@ -24,7 +24,7 @@ from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.printing import counts_line
 from buffers.fields import Fields
 from buffers.sampler import Sampler
-from buffers.table import EpisodeTable, Int64Array, Windows
+from buffers.table import EpisodeTable, Int64Array, Selection, Windows, joined
 
 __all__ = ["MixtureDataset"]
 
@@ -56,7 +56,7 @@ class MixtureDataset(EpisodeSource):
         ValueError: No members, not as many weights as members, members on several devices, or fields that differ.
     """
 
-    has_members = True
+    has_members = reads_before_episodes = True
 
     def __init__(
         self,
@@ -134,6 +134,11 @@ class MixtureDataset(EpisodeSource):
             )
 
     @property
+    def leaves(self) -> list[EpisodeSource]:
+        """The datasets that hold the episodes."""
+        return self._leaves
+
+    @property
     def longest_window(self) -> int:
         """Steps that an episode of a member can have at most."""
         return max(leaf.longest_window for leaf in self._leaves)
@@ -142,10 +147,10 @@ class MixtureDataset(EpisodeSource):
         """As `EpisodeSource.has_news`, of any member."""
         return any(leaf.has_news() for leaf in self._leaves)
 
-    def can_draw(self, length: int | None) -> bool:
+    def can_draw(self, length: int | None, selection: Selection) -> bool:
         """As `EpisodeSource.can_draw`, of every member with a weight."""
         weighted = zip(self._leaves, self._leaf_weights(), strict=True)
-        return self.fields is not None and all(leaf.can_draw(length) for leaf, weight in weighted if weight)
+        return self.fields is not None and all(leaf.can_draw(length, selection) for leaf, weight in weighted if weight)
 
     def draw(
         self,
@@ -153,6 +158,7 @@ class MixtureDataset(EpisodeSource):
         num_windows: int,
         length: int | None,
         rng: np.random.Generator,
+        selection: Selection,
         again: Windows | None = None,
     ) -> Windows:
         """As `EpisodeSource.draw`, within each member."""
@@ -170,7 +176,7 @@ class MixtureDataset(EpisodeSource):
                 continue
             try:
                 # Even if it gets no window this time: an empty member shall be an error in every batch.
-                part = leaf.draw(sampler, max(1, int(counts[number])), length, rng)
+                part = leaf.draw(sampler, max(1, int(counts[number])), length, rng, selection)
             except RuntimeError as error:
                 name = f"{self._names[number]} ({type(leaf).__name__})"
                 raise RuntimeError(f"Member {name} of the mixture: {error}") from error
@@ -178,7 +184,7 @@ class MixtureDataset(EpisodeSource):
                 parts.append(part)
                 leaves.append(number)
         self.check_drawable()
-        return _joined(parts, leaves)
+        return joined(parts, leaves)
 
     def _leaf_weights(self) -> Float64Array:
         """float64 `(leaves,)` of sum 1."""
@@ -198,7 +204,7 @@ class MixtureDataset(EpisodeSource):
         bounds = [0, *(np.flatnonzero(np.diff(windows.source)) + 1).tolist(), len(windows)]
         for part in map(slice, bounds[:-1], bounds[1:]):
             leaf = self._leaves[windows.source[part.start]]
-            was_read = _read_part(leaf, windows[part], {name: tensor[part] for name, tensor in out.items()})
+            was_read = leaf.read(windows[part], {name: tensor[part] for name, tensor in out.items()})[1]
             if was_read is not None:
                 whole[part] = was_read
         return whole
@@ -258,29 +264,3 @@ class _MixtureTable(EpisodeTable):
     @property
     def rows(self) -> Int64Array:
         return np.concatenate([leaf.table.rows for leaf in self._leaves])
-
-
-def _joined(parts: list[Windows], leaves: list[int]) -> Windows:
-    """The windows of some leaves, by their numbers, one after the other; T is that of the longest."""
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("start", "step", "episode", "episode_length")
-    }
-    weights = [np.ones(len(part), np.float32) if part.weight is None else part.weight for part in parts]
-    cuts = [np.zeros(len(part), np.int64) if part.cut is None else part.cut for part in parts]
-    source = np.repeat(np.array(leaves, np.int64), [len(part) for part in parts])
-    columns |= {"weight": np.concatenate(weights), "cut": np.concatenate(cuts)}
-    return Windows(max(part.length for part in parts), **columns, source=source)
-
-
-def _read_part(leaf: EpisodeSource, windows: Windows, out: Rows) -> np.ndarray | None:
-    longest = int(windows.num_rows.max())
-    if longest == windows.length:
-        return leaf.read(windows, out)[1]
-    # Whole episodes, padded to a longer one of another leaf, which may exceed the capacity of this one.
-    windows.length = longest
-    rows = {name: tensor[:, :longest].contiguous() for name, tensor in out.items()}
-    _, was_read = leaf.read(windows, rows)
-    for name, tensor in out.items():
-        tensor[:, :longest] = rows[name]
-    return was_read

@@ -82,7 +82,7 @@ class IndividualFileDataset(EpisodeDataset):
     _written: FileName | None = None
     _is_closed = _is_copy = False
     evicts_before_writing = False
-    reads_beside_writers = True
+    reads_beside_writers = reads_before_episodes = True
     # A chunk could need the file of the chunk before.
     reads_in_chunks = False
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from buffers.dataset.files.directory import EpisodeDirectory, FileName
@@ -56,9 +57,13 @@ class WindowReader:
         self, strategy: EpisodeSerializationStrategy, fields: Fields, windows: Windows, out: Mapping[str, torch.Tensor]
     ) -> dict[FileName, str | None]:
         """Fill `name -> (B, T, *shape)`, and return the episodes that are gone (None) or damaged (what is wrong)."""
-        starts = (windows.start - windows.step).tolist()
-        ids, lengths, steps = windows.episode.tolist(), windows.episode_length.tolist(), windows.step.tolist()
-        num_rows = windows.num_rows.tolist()
+        starts, skipped = (windows.start - windows.step).tolist(), np.maximum(-windows.step, 0)
+        ids, lengths, steps = (
+            windows.episode.tolist(),
+            windows.episode_length.tolist(),
+            (windows.step + skipped).tolist(),
+        )
+        num_rows, first_rows = windows.num_rows.tolist(), skipped.tolist()
         cuts = [0] * len(ids) if windows.cut is None else windows.cut.tolist()
         # (position of the field, bytes of a row, memory)
         targets = [(i, fields[name].nbytes, bytes_of(out[name])) for i, name in enumerate(fields) if name in out]
@@ -75,10 +80,11 @@ class WindowReader:
                         name = FileName(episode_id, starts[b], lengths[b], cuts[b], self._directory.suffix)
                         source = self._find(name, strategy, fields)
                     if isinstance(source, tuple):
-                        _read_rows(*source, targets, b * windows.length, steps[b], num_rows[b])
+                        _read_rows(*source, targets, b * windows.length + first_rows[b], steps[b], num_rows[b])
                     elif source is not None:
                         for field, tensor in out.items():
-                            tensor[b, : num_rows[b]] = source[field][steps[b] : steps[b] + num_rows[b]]
+                            rows = source[field][steps[b] : steps[b] + num_rows[b]]
+                            tensor[b, first_rows[b] : first_rows[b] + num_rows[b]] = rows
                 except FileNotFoundError:
                     lost[name] = None
                 except DamagedEpisodeError as error:

@@ -84,7 +84,7 @@ class Column:
         """
         row_bytes, num_rows = self.stored.nbytes, num * length
         can_share = torch.get_num_threads() > 1 and num_rows * math.prod(self._rows.shape[1:]) > _GRAIN
-        if self.array is None or can_share:
+        if self.array is None or can_share or length > self.capacity:
             return None
         if self._needs_cast or not row_bytes or num_rows * row_bytes >= _LARGE:
             return partial(self._gathered, length)

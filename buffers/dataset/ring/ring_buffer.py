@@ -61,7 +61,7 @@ class RingBufferDataset(EpisodeDataset):
         MemoryError: The memory for `capacity` steps could not be allocated. More than there is in all is a warning.
     """
 
-    reads_beside_writers = True
+    reads_beside_writers = reads_before_episodes = True
 
     def __init__(
         self,
@@ -162,13 +162,14 @@ class RingBufferDataset(EpisodeDataset):
 
     def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
         offsets, last_offset = windows.start % self.capacity, self.capacity - windows.length
-        # The padding of whole episodes may reach beyond the end of the ring: read those row by row.
+        # Padding may reach beyond an end of the ring: read those windows row by row.
         late = (offsets > last_offset).nonzero()[0]
-        gathered = self._on_device(np.minimum(offsets, last_offset) if len(late) else offsets)
-        for name, tensor in out.items():
-            self._columns[name].gather(gathered, windows.length, tensor)
+        if last_offset >= 0:
+            gathered = self._on_device(np.minimum(offsets, last_offset) if len(late) else offsets)
+            for name, tensor in out.items():
+                self._columns[name].gather(gathered, windows.length, tensor)
         if len(late):
-            rows = np.minimum(offsets[late, None] + np.arange(windows.length), self.capacity - 1)
+            rows = (offsets[late, None] + np.arange(windows.length)) % self.capacity
             for name, tensor in out.items():
                 self._columns[name].gather_rows(self._on_device(rows), self._on_device(late), tensor)
         return self._which_are_whole(windows)
@@ -186,7 +187,7 @@ class RingBufferDataset(EpisodeDataset):
                     rows = {name: gather(offsets) for name, gather in gathers.items()}
                     return rows, self._which_are_whole(windows)
                 except IndexError:
-                    pass  # Padding reaches beyond the end of the ring.
+                    pass  # Padding reaches beyond an end of the ring.
         return super().read(windows, out)
 
     def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
@@ -206,7 +207,7 @@ class RingBufferDataset(EpisodeDataset):
             oldest_step = self._published.oldest_step
         if oldest_step <= windows.oldest_step:
             return None  # No episode has left since the draw.
-        is_whole = windows.start >= oldest_step
+        is_whole = windows.first_steps >= oldest_step
         return None if is_whole.all() else is_whole
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
@@ -234,7 +235,7 @@ class RingBufferDataset(EpisodeDataset):
         if self._published is None:
             state["tensors"] = {name: column.tensor for name, column in columns.items()}
         else:
-            state["table"], state["_drawn_table"] = EpisodeTable(), EpisodeTable()
+            state["table"], state["_drawn_tables"] = EpisodeTable(), {}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

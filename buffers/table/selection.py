@@ -1,0 +1,80 @@
+"""Which windows there are: how far they reach beyond their episodes, and of which episodes.
+
+An episode of 4 rows has 2 windows of T = 3, and 5 with padding (`.`) of up to 2 rows before it and 1 behind it:
+
+    row              0 1 2 3
+    start -2     . . #
+          -1       . # #
+           0         # # #
+           1           # # #
+           2             # # .
+
+The ends that `max_episode_length` cut out of a stream are not padded: there, the stream goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from buffers.table.cumulation import Int64Array
+from buffers.table.cut import CONTINUES, GOES_ON, context_of
+
+__all__ = ["Selection", "Split"]
+
+
+class Split(NamedTuple):
+    """One of two parts of the episodes. An episode belongs to one by its id, whatever else is stored."""
+
+    is_train: bool
+    share: float  # Of the part for training.
+    seed: int
+
+    def accepts(self, episode_id: Int64Array) -> npt.NDArray[np.bool_]:
+        """Whether, bool `(n,)`, episodes `(n,)` belong to this part."""
+        words = _mixed(episode_id.astype(np.uint64) ^ _mixed(np.array([self.seed % 2**64], np.uint64)))
+        return (words < self.share * 2.0**64) == self.is_train
+
+
+def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One step of the generator splitmix64 (Steele, Lea and Flood, 2014), from each of the states `(n,)`."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+class Selection(NamedTuple):
+    """By default, all windows that lie within their episodes."""
+
+    pad_before: int = 0
+    pad_after: int = 0
+    stride: int = 1  # Of the starts of windows in an episode.
+    split: Split | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a window may reach beyond its episode."""
+        return self.pad_before > 0 or self.pad_after > 0
+
+    def room(self, cut: Any) -> tuple[Any, Any]:
+        """How many rows a window may begin before episodes of these cuts `(n,)` and end behind them."""
+        if cut is None:
+            return self.pad_before, self.pad_after
+        return self.pad_before * ((cut & CONTINUES) == 0), self.pad_after * ((cut & GOES_ON) == 0)
+
+    def first_steps(self, cut: Int64Array, length: int) -> Int64Array:
+        """Where in each episode, of cuts `(n,)`, its first window of T = `length` begins."""
+        first = np.maximum(context_of(cut) - (length - 1), 0)
+        return first - self.room(cut)[0] if self.pad_before else first
+
+    def num_windows(self, lengths: Int64Array, cut: Int64Array, length: int) -> Int64Array:
+        """The number of windows of T = `length` in episodes of `lengths` `(n,)` rows and cuts `(n,)`.
+
+        Windows that lie within the context of an episode are windows of the piece before it.
+        """
+        last = lengths - length + (self.room(cut)[1] if self.pad_after else 0)
+        num = np.maximum(last + 1 - self.first_steps(cut, length), 0)
+        return num if self.stride == 1 else -(-num // self.stride)
