@@ -49,7 +49,7 @@ def stack_frames(
 
     Returns:
         The batch, with the field as `(B, T, n, *shape)`, or joined, the oldest frame first, and the last T rows of all
-        else. `episode`, `weight` and `source` `(B,)` are unchanged.
+        else. `episode`, `weight` and `source` `(B,)` are unchanged. Stacks share frames: do not change them in place.
 
     Raises:
         ValueError: An argument out of its range, no such field, or fewer than n rows.
