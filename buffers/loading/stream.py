@@ -49,11 +49,11 @@ class SequenceStream(IterableDataset):
     """Batches from an `EpisodeSource`; or single sequences `field -> (T, *shape)`, if it has no batch size.
 
     The arguments are those of `EpisodeSource.get_loader`, and `StreamOptions`. `include` says what a batch holds besides
-    the fields: `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its episode;
-    `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32 `(B,)`;
-    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the dataset
-    that holds the episode, also in batches of a mixture. With `offsets`, `(B, T)` are the anchors, `(B, 1)`, and `mask`
-    is a nested dict like the fields, `(B, n)` each; with `pack`, all are `(B, pack)`.
+    the fields: `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its
+    episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32
+    `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the
+    dataset that holds the episode, also in batches of a mixture. With `offsets`, `(B, T)` are the anchors, `(B, 1)`,
+    and `mask` is a nested dict like the fields, `(B, n)` each; with `pack`, all are `(B, pack)`.
     """
 
     def __init__(
