@@ -48,7 +48,7 @@ _PARTS = 1_000_000_000
 class SequenceStream(IterableDataset):
     """Batches from an `EpisodeSource`; or single sequences `field -> (T, *shape)`, if it has no batch size.
 
-    The arguments are those of `EpisodeSource.get_loader`, and `StreamOptions`. `include` says what a batch holds besides
+    Arguments are those of `EpisodeSource.get_loader`, and `StreamOptions`. `include` says what a batch holds besides
     the fields: `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its
     episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32
     `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the
