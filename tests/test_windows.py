@@ -174,6 +174,21 @@ def test_padded_windows_are_as_likely_as_the_sampler_says(sampler, kind) -> None
     )
 
 
+def test_loaders_of_one_dataset_do_not_mix_up_their_windows() -> None:
+    options: list[dict[str, Any]] = [
+        {},
+        {"pad_before": 2},
+        {"pad_after": 2},
+        {"split": ("train", 0.5, 0), "pad_before": 2},
+    ]
+    with model.stored("ring", [5, 3, 9, 1, 4]) as ring:
+        alone = [list(itertools.islice(ring.get_loader(8, 3, seed=0, **each), 4)) for each in options]
+        loaders = [iter(ring.get_loader(8, 3, seed=0, **each)) for each in options]
+        for n in range(4):
+            for loader, batches in zip(loaders, alone, strict=True):
+                assert torch.equal(next(loader)["code"], batches[n]["code"])
+
+
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=4),
     st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))),
