@@ -189,11 +189,11 @@ class ReplayBuffer:
     def _reachable(self) -> float:
         """The share of stored steps that lie in some window of T steps; 0.0 if there are none."""
         stream = self.dataloader.stream
-        return self.dataset.table.reachable(stream.sequence_length, stream.selection)
+        return self.dataset.table.reachable(stream.sequence_length, stream.selection, stream.layout.num_packed)
 
     def _warn_of_unreachable(self) -> None:
         share, length = self._reachable, self.dataloader.stream.sequence_length
-        if 0 < share < 0.5:
+        if 0 < share < 0.5 and length is not None:
             self._has_warned = True
             warnings.warn(
                 f"Only {share:.0%} of the stored steps can be drawn: all others are in episodes of fewer than "

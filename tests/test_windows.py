@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -11,14 +12,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
+from buffers.loading.randomness import BatchRandom
 from buffers.sampler import UniformEpisodeSampler, UniformSampler
 from buffers.table import EpisodeTable, Selection, Split, SplitTable
 from buffers.writer import EpisodeWriter
 from tests import tagged
 from tests import windows_model as model
+from tests.list_dataset import ListDataset
 
 EVERYTHING = ("index", "episode", "step", "is_first", "is_last", "mask")
 PROPERTY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -299,6 +303,106 @@ def test_a_resumed_pass_whose_episodes_are_gone_says_so() -> None:
         next(iter(other))
 
 
+def spoiled(batches: Any) -> Counter[tuple[int, int]]:
+    """The windows of batches, each checked to be one of its episode, without padding."""
+    return Counter((number, first) for batch in batches for _, number, first, _ in tagged.origins(batch))
+
+
+def test_a_pass_after_one_that_lost_episodes_has_an_order_of_its_own() -> None:
+    ring = RingBufferDataset(400)
+    for number in range(40):
+        ring.add_episode(tagged.episode(10, number))
+    loader = ring.get_loader(8, 3, epochs=1, seed=0)
+    next(iter(loader))
+    ring.add_episode(tagged.episode(2, 40))
+    with pytest.raises(RuntimeError, match="Of 320 windows of this pass, 312 are left"):
+        iter(loader)
+    assert spoiled(loader) == Counter((number, first) for number in range(1, 40) for first in range(8))
+
+
+def test_a_pass_of_a_loaded_state_has_the_order_of_that_seed() -> None:
+    with model.stored("ring", [9, 9, 9]) as ring:
+        one, other = (ring.get_loader(4, 3, epochs=1, seed=seed) for seed in (1, 2))
+        begun = list(itertools.islice(one, 2))
+        next(iter(other))
+        other.load_state_dict(one.state_dict())
+        assert len(other) == 6
+        assert spoiled(begun + list(other)) == Counter((n, first) for n in range(3) for first in range(7))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_another_dataloader_makes_a_pass_or_says_that_it_cannot(num_workers) -> None:
+    with model.stored("ring", [9, 9, 9]) as ring:
+        stream = ring.get_loader(4, 3, epochs=1, seed=0).stream
+        other = DataLoader(stream, batch_size=None, num_workers=num_workers)
+        if num_workers:
+            with pytest.raises(RuntimeError, match="Another DataLoader cannot begin a pass in its workers"):
+                list(other)
+        else:
+            assert sum(spoiled(other).values()) == 21
+
+
+def test_an_error_before_a_pass_leaves_nothing_behind() -> None:
+    ring = RingBufferDataset(100)
+    ring.add_episode(tagged.episode(5, 0))
+    loader = ring.get_loader(2, 3, epochs=1)
+    assert len(list(loader)) == 2
+    ring.evict_episode(0)
+    assert len(loader) == 0
+    with pytest.raises(RuntimeError, match="The dataset is empty"):
+        iter(loader)
+    ring.add_episode(tagged.episode(6, 1))
+    assert spoiled(loader) == Counter((1, first) for first in range(4))
+
+
+def test_what_is_added_while_a_pass_begins_is_not_in_it(monkeypatch) -> None:
+    ring = RingBufferDataset(100)
+    ring.add_episode(tagged.episode(5, 0))
+    replace = EpisodeTable.replace
+
+    def replace_after_an_addition(table: EpisodeTable, *arguments: Any) -> None:
+        monkeypatch.undo()
+        ring.add_episode(tagged.episode(5, 1))
+        replace(table, *arguments)
+
+    monkeypatch.setattr(EpisodeTable, "replace", replace_after_an_addition)
+    loader = ring.get_loader(2, 3, epochs=1)
+    next(iter(loader))
+    assert len(list(loader)) == 1 and len(loader) == 3
+
+
+def test_a_state_of_another_loader_is_refused_and_changes_nothing() -> None:
+    with model.stored("ring", [9, 9, 9]) as ring:
+        state = ring.get_loader(4, 3, epochs=1, seed=0).state_dict()
+        for options in ({"batch_size": 8}, {"batch_size": 4, "world_size": 2}):
+            loader = ring.get_loader(sequence_length=3, epochs=1, seed=5, **options)
+            before = loader.state_dict()
+            with pytest.raises(ValueError, match="another number of datasets, `batch_size` or `world_size`"):
+                loader.load_state_dict(state)
+            with pytest.raises(TypeError, match="`position` must be an integer"):
+                loader.load_state_dict({**before, "seed": 7, "position": "x"})
+            assert loader.state_dict() == before
+
+
+def test_a_pass_that_has_begun_is_pickled_without_its_tables() -> None:
+    with model.stored("ring", [9] * 50) as ring:
+        one_pass = ring.get_loader(8, 2, epochs=1).stream.one_pass
+        assert one_pass is not None
+        one_pass.begin(0)
+        one_pass.windows(0, BatchRandom(0))
+        state = one_pass.__getstate__()
+        assert state.keys() == one_pass.__dict__.keys() and not state["_tables"] and state["_order"] is None
+        ring.statistics()
+        assert len(pickle.dumps(ring.running_statistics)) < 200
+
+
+def test_packs_of_long_episodes_say_what_they_reach() -> None:
+    ring = RingBufferDataset(100)
+    ring.add_episode(tagged.episode(30, 0))
+    ring.add_episode(tagged.episode(10, 1))
+    assert ReplayBuffer(ring, 2, pack=15).stats()["reachable"] == pytest.approx(25 / 40)
+
+
 def test_order_follows_from_the_seed_unless_it_is_not_shuffled() -> None:
     ring = RingBufferDataset(100)
     for number in range(6):
@@ -463,6 +567,11 @@ def test_single_sequences_take_the_same_options() -> None:
     ring.add_episode(tagged.episode(5, 0))
     sequence = next(iter(ring.sequences(4, pad_before=3, pad_after=3, pad="edge", seed=1, include=EVERYTHING)))
     assert sequence["mask"].shape == (4,) and sequence["obs"]["state"].shape == (4, 3)
+    for options, message in (({"pack": 8}, "use `get_loader`"), ({"epochs": 1}, "in batches of a loader")):
+        with pytest.raises(ValueError, match=message):
+            ring.sequences(**options)
+    with pytest.raises(TypeError, match="There is no argument `num_workers`"):
+        ring.sequences(3, num_workers=2)
     sequence = next(iter(ring.sequences(offsets={"obs": (-1, 0)}, seed=1)))
     assert sequence["mask"]["obs"]["state"].shape == (2,) and sequence["code"].shape == (1,)
 
@@ -488,6 +597,13 @@ def test_single_sequences_take_the_same_options() -> None:
         ({"pack": 8, "sequence_length": 4}, ValueError, "`pack` says which rows are read: leave out `sequence_length`"),
         ({"pack": 8, "epochs": 1}, ValueError, "leave out `sampler` and `pack`"),
         ({"epochs": 1, "sampler": UniformEpisodeSampler()}, ValueError, "leave out `sampler` and `pack`"),
+        ({"pack": 8, "offsets": {"obs": (0,)}}, ValueError, "leave out `offsets` and `pad`"),
+        ({"stride": 2, "epochs": 1}, ValueError, "leave out `stride`"),
+        ({"epochs": 1, "world_size": 2}, ValueError, "give the same to all"),
+        ({"epochs": 1, "shuffle": "yes"}, TypeError, "`shuffle` must be a bool, found 'yes'"),
+        ({"epochs": 1, "drop_last": 1}, TypeError, "`drop_last` must be a bool, found 1"),
+        ({"offsets": {"obs": (2**40,)}}, ValueError, "`offsets` of `obs` must be within 2147483648 rows"),
+        ({"pad_befor": 1}, TypeError, "There is no argument `pad_befor`"),
         ({"epochs": 0}, ValueError, "`epochs` must be at least 1, found 0"),
         ({"stride": 2, "sequence_length": 4}, ValueError, "`shuffle`, `drop_last` and `stride` need `epochs`"),
         ({"rank": 2, "world_size": 2}, ValueError, "`rank` must be less than `world_size`=2, found 2"),
@@ -525,6 +641,13 @@ def test_fields_of_any_dtype_and_no_bytes_are_padded(pad) -> None:
         for dtype in dtypes:
             assert torch.equal(batch[str(dtype)].to(torch.complex128), batch["x"].to(dtype).to(torch.complex128))
         assert batch["nothing"].shape[1:] == (9, 0) and bool((batch["x"] > 0).all()) is (pad == "edge")
+
+
+def test_fields_of_no_bytes_are_packed_and_read_at_offsets() -> None:
+    for dataset in (RingBufferDataset(10), ListDataset(10)):
+        dataset.add_episode({"nothing": np.zeros((4, 0)), "x": np.arange(4)})
+        assert next(iter(dataset.get_loader(2, pack=7)))["nothing"].shape == (2, 7, 0)
+        assert next(iter(dataset.get_loader(3, offsets={"nothing": (-2, 0)})))["nothing"].shape == (3, 2, 0)
 
 
 @pytest.mark.parametrize("pad", ["zero", "edge"])

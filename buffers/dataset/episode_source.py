@@ -113,7 +113,7 @@ class EpisodeSource(IterableDataset, ABC):
         with self._draw_lock:
             shown = self.table_to_draw(selection)
             table.replace(shown.rows[: shown.ids.searchsorted(bound)])
-            table.skip_to(self.table.next_id, 0)
+            table.skip_to(shown.next_id, 0)
         table.selection = selection
         return table
 

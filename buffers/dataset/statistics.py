@@ -25,7 +25,7 @@ _NUMBERS_AT_A_TIME = 1 << 20
 class FieldStatistics:
     """Of a field over all rows, element by element: tensors `(*shape)` on the CPU, NaN where all values are NaN.
 
-    An infinite value makes mean and deviation of its element NaN.
+    Values that are infinite, or whose squares are, make mean and deviation of their element NaN.
     """
 
     count: torch.Tensor  # int64, values that are not NaN.
@@ -49,34 +49,39 @@ class RunningStatistics:
     """What has been counted of a dataset that is no mixture."""
 
     def __init__(self) -> None:
-        self._moments: dict[str, _Moments] = {}
-        self._counted: set[int] = set()
+        # The moments of some episodes, the first so many of these. Replaced at once, so that no error counts one twice.
+        self._state: tuple[dict[str, _Moments], int] = {}, 0
+        self._counted: list[int] = []
         self._lock = ThreadLock()
+
+    def __reduce__(self) -> tuple[type[RunningStatistics], tuple[()]]:
+        return RunningStatistics, ()
 
     def update(self, source: EpisodeSource, progress: bool) -> dict[str, _Moments] | None:
         """Count the live episodes that are not counted yet, or all if one that was has left; None if there is none."""
         with self._lock:
             source.can_draw(None, Selection())  # So the table shows what other processes have added.
             cuts = {episode_id: cut for _, _, episode_id, cut in source.table.rows.tolist()}
-            if not self._counted <= cuts.keys():
-                self._moments, self._counted = {}, set()
-            new = [episode_id for episode_id in cuts if episode_id not in self._counted]
+            del self._counted[self._state[1] :]
+            if not cuts.keys() >= {*self._counted}:
+                self._state, self._counted = ({}, 0), []
+            new = sorted(cuts.keys() - {*self._counted})
             for episode_id in _with_bar(new) if progress else new:
                 rows = source.rows_of_id(episode_id)
                 if rows is not None:
                     # The rows before are those of the piece before it.
-                    self._add(rows, context_of(cuts[episode_id]))
-                    self._counted.add(episode_id)
-            return self._moments if self._counted else None
+                    self._counted.append(episode_id)
+                    self._state = self._added(rows, context_of(cuts[episode_id])), len(self._counted)
+            return self._state[0] if self._counted else None
 
-    def _add(self, rows: Rows, first: int) -> None:
-        moments = dict(self._moments)
+    def _added(self, rows: Rows, first: int) -> dict[str, _Moments]:
+        moments = dict(self._state[0])
         for name, tensor in rows.items():
             if not tensor.is_complex():
                 size = max(1, _NUMBERS_AT_A_TIME // max(1, tensor[0].numel()))
                 parts = [_moments(part.cpu().double().numpy()) for part in tensor[first:].split(size)]
                 moments[name] = reduce(_merged, parts if name not in moments else [moments[name], *parts])
-        self._moments = moments
+        return moments
 
 
 def statistics_of(source: EpisodeSource, progress: bool) -> dict[str, FieldStatistics]:
@@ -85,6 +90,7 @@ def statistics_of(source: EpisodeSource, progress: bool) -> dict[str, FieldStati
     counted = [moments for moments in updated if moments is not None]
     if not counted:
         raise RuntimeError("The dataset is empty, so it has no statistics. Add a complete episode first.")
+    source.check_drawable()
     # A reader may know its fields only now. Complex ones have no moments.
     numbers = [name for name in source.fields or () if name in counted[0]]
     return {name: _finished(reduce(_merged, [moments[name] for moments in counted])) for name in numbers}

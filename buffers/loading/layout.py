@@ -23,6 +23,8 @@ __all__ = ["OffsetLayout", "Rows", "SequenceLayout"]
 
 Rows = dict[str, torch.Tensor]
 
+_FARTHEST = 2**31
+
 
 class SequenceLayout:
     """The rows of the windows: `(B, T, *shape)` of every field.
@@ -32,8 +34,8 @@ class SequenceLayout:
         with_edge: Whether padding repeats the nearest real row, instead of being zero.
     """
 
-    #: Whether a batch is made of episodes end to end, which are replaced together.
-    is_packed = False
+    #: Rows of a long row of episodes end to end; None where a batch is made of windows.
+    num_packed: int | None = None
     #: What batches have besides fields and `include`.
     extra: tuple[str, ...] = ()
 
@@ -59,7 +61,7 @@ class SequenceLayout:
     def included(self, name: str, source: EpisodeSource, windows: Windows) -> Any:
         """What `include` calls `name`: a tensor, or a nested dict of some."""
         if name == "mask":
-            return torch.from_numpy(self._mask_of(windows))
+            return torch.from_numpy(self._mask_of(windows).copy())
         return torch.from_numpy(source.sources_of(windows)) if name == "source" else included(name, windows)
 
     def padding(self, source: EpisodeSource, windows: Windows) -> float:
@@ -69,9 +71,10 @@ class SequenceLayout:
 
     def _mask_of(self, windows: Windows) -> npt.NDArray[np.bool_]:
         """`windows.mask`, made once a batch."""
-        if self._masked is None or self._masked[0] is not windows:
-            self._masked = windows, windows.mask
-        return self._masked[1]
+        masked = self._masked
+        if masked is None or masked[0] is not windows:
+            self._masked = masked = windows, windows.mask
+        return masked[1]
 
 
 class _Part(NamedTuple):
@@ -119,11 +122,12 @@ class OffsetLayout(SequenceLayout):
         return self._grouped[1]
 
     def _parts_of(self, source: EpisodeSource, windows: Windows) -> list[_Part]:
-        if self._parts is None or self._parts[0] is not windows:
+        parts = self._parts
+        if parts is None or parts[0] is not windows:
             assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
             groups = self._groups(source.fields).items()
-            self._parts = windows, [self._part(windows, offsets, tuple(names)) for offsets, names in groups]
-        return self._parts[1]
+            self._parts = parts = windows, [self._part(windows, offsets, tuple(names)) for offsets, names in groups]
+        return parts[1]
 
     def _part(self, windows: Windows, offsets: tuple[int, ...], names: tuple[str, ...]) -> _Part:
         num, first = len(offsets), self.before + offsets[0]
@@ -147,7 +151,7 @@ class OffsetLayout(SequenceLayout):
             rows = source.empty_batch(names, len(windows), num) if out is None else {name: out[name] for name in names}
             read |= rows
             if part.length != num:
-                rows = {name: tensor.view(-1, 1, *tensor.shape[2:]) for name, tensor in rows.items()}
+                rows = {name: tensor.view(len(part), 1, *tensor.shape[2:]) for name, tensor in rows.items()}
             is_padded = not mask.all()
             # Of a window without a real row, the nearest is read.
             moved = part.moved_between(1 - part.length, part.episode_length - 1) if is_padded else part
@@ -178,6 +182,8 @@ def _checked_offsets(offsets: Mapping[str, Iterable[int]]) -> dict[str, tuple[in
             checked[name] = tuple(operator.index(offset) for offset in group)
         except TypeError:
             raise TypeError(f"`offsets` of `{name}` must be integers, such as (-1, 0), found {group!r:.60}.") from None
+        if checked[name] and max(map(abs, checked[name])) > _FARTHEST:
+            raise ValueError(f"`offsets` of `{name}` must be within {_FARTHEST} rows, found {checked[name]!r:.60}.")
         if not checked[name]:
             raise ValueError(f"`offsets` of `{name}` are empty: leave the field out to read it at 0.")
     return checked

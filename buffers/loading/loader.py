@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
@@ -18,7 +17,6 @@ from torch.utils.data import DataLoader
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import forget
 from buffers.loading.stream import SequenceStream
-from buffers.sharing import SharedArrays
 from buffers.utils import integer, usable_device
 
 __all__ = ["SequenceLoader"]
@@ -55,9 +53,7 @@ class SequenceLoader(DataLoader):
         collate_fn = loader_options.pop("collate_fn", None) or _as_it_is
         if num_workers:
             stream.source.check_workers()
-            stream.counters = SharedArrays(
-                {name: ((n,), np.dtype(np.int64)) for name, n in stream.counter_sizes.items()}
-            )
+            stream.share()
             # Batches that wait for the trainer, the one that it uses, and the one that is being made.
             stream.num_slots = (loader_options.get("prefetch_factor") or 2) + 2
             collate_fn = partial(stream.collate_and_pack, collate_fn)
@@ -127,24 +123,22 @@ class SequenceLoader(DataLoader):
                 f"and load {{'seed': {self.stream.random.seed}, 'position': their number}}."
             )
         state: dict[str, Any] = {"seed": self.stream.random.seed, "position": self.stream.position}
-        return state if self.stream.one_pass is None else {**state, "pass": self.stream.counters["pass"].tolist()}
+        one_pass = self.stream.one_pass
+        return state if one_pass is None else {**state, "pass": one_pass.state.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader stood, from the next iteration on."""
-        has_pass = self.stream.one_pass is not None
-        names = {"seed", "position", "pass"} if has_pass else {"seed", "position"}
-        if not state.keys() >= names:
-            raise ValueError(f"A state has {sorted(names)}, as `state_dict()` gives them, found {sorted(state)}.")
-        if has_pass and len(state["pass"]) != len(self.stream.counters["pass"]):
-            raise ValueError(
-                f"The state is of {len(state['pass']) - 3} datasets, of which there are other numbers here."
-            )
-        self.stream.random = BatchRandom(integer("seed", state["seed"], 0))
+        one_pass = self.stream.one_pass
+        names = ["position", "seed"] if one_pass is None else ["pass", "position", "seed"]
+        if not state.keys() >= {*names}:
+            raise ValueError(f"A state has {names}, as `state_dict()` gives them, found {sorted(state)}.")
+        random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
+        if one_pass is not None:
+            one_pass.check(state["pass"])
+            one_pass.state[:] = state["pass"]
         self.end_workers()
-        self.stream.position = integer("position", state["position"], 0)
-        self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = self.stream.position, 0
-        if has_pass:
-            self.stream.counters["pass"][:] = state["pass"]
+        self.stream.random, self.stream.position = random, position
+        self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = position, 0
 
 
 def _as_it_is(batch: Any) -> Any:

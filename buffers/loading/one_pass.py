@@ -6,7 +6,8 @@ windows k * B to (k + 1) * B of an order that follows from the seed and the numb
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["OnePass"]
 
-_POSITION, _NUMBER, _NUM_WINDOWS, _BOUNDS = range(4)
+_POSITION, _NUMBER, _NUM_WINDOWS, _BATCH_SIZE, _WORLD_SIZE, _BOUNDS = range(6)
 _ALL = 2**63 - 1
+_SECONDS_TO_WAIT, _PAUSE = 3.0, 0.05
 
 
 class OnePass:
     """The batches of an iteration, which has `epochs` passes. Rank r of W makes batches r, r + W, r + 2W, ... of each.
 
     Attributes:
-        state: int64 `(3 + datasets,)`, shared with workers: the position of the iteration's first batch, the number of
-            its first pass, the windows of each pass, and for each dataset the id of the first episode that is too new.
+        state: int64 `(5 + datasets,)`, shared with workers: the position of the iteration's first batch, the number of
+            its first pass, the windows of each pass (0 before the first), the batch size, W, and for each dataset the
+            id of the first episode that is too new.
     """
 
     def __init__(
@@ -48,27 +51,41 @@ class OnePass:
         self._epochs, self._shuffle, self._drop_last = epochs, shuffle, drop_last
         self._rank, self._world_size = rank, world_size
         self.state = np.zeros(_BOUNDS + len(source.leaves), np.int64)
+        self.state[_BATCH_SIZE], self.state[_WORLD_SIZE] = batch_size, world_size
+        self.forget()
+
+    def forget(self) -> None:
+        """Find the episodes again before the next batch."""
         self._tables: list[EpisodeTable] = []
         # The number of windows before each dataset's.
         self._firsts: list[int] = []
-        self._order: tuple[int, npt.NDArray[np.integer]] | None = None
+        self._order: tuple[tuple[int, int, int], npt.NDArray[np.integer]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": [], "_order": None}
 
     def begin(self, position: int) -> None:
         """Before an iteration from `position` on: go on with the last one, or begin another."""
-        if not self.state[_NUM_WINDOWS] or position >= self.end:
-            self.state[_NUMBER] += self._epochs if self.state[_NUM_WINDOWS] else 0
-            self.state[_POSITION], self.state[_BOUNDS:] = position, _ALL
-            num_windows = self._look()
-            if not num_windows:
-                raise RuntimeError(self._tables[0].no_window_message(self._length))
-            self.state[_NUM_WINDOWS] = num_windows
-            self.state[_BOUNDS:] = [table.next_id for table in self._tables]
-            return
-        try:
-            self.open()
-        except RuntimeError:
-            self.state[_NUM_WINDOWS] = 0  # The next iteration begins another.
-            raise
+        self._source.check_drawable()
+        if self._goes_on_at(position):
+            try:
+                return self._open()
+            except RuntimeError:
+                # The next iteration begins another.
+                self.state[_NUMBER] += self._epochs
+                self.state[_NUM_WINDOWS] = 0
+                raise
+        num_windows = self._look([_ALL] * len(self._source.leaves))
+        if not num_windows:
+            fullest = max(self._tables, key=lambda table: table.lengths.max(initial=0))
+            raise RuntimeError(fullest.no_window_message(self._length))
+        number = self.state[_NUMBER] + (self._epochs if self.state[_NUM_WINDOWS] else 0)
+        bounds = [table.next_id for table in self._tables]
+        # At once, so that no error leaves half a change.
+        self.state[:] = position, number, num_windows, self._batch_size, self._world_size, *bounds
+
+    def _goes_on_at(self, position: int) -> bool:
+        return self.state[_NUM_WINDOWS] > 0 and position < self.end
 
     @property
     def end(self) -> int:
@@ -77,11 +94,21 @@ class OnePass:
 
     def num_batches_from(self, position: int) -> int:
         """The batches of the iteration that goes on, or will begin, at `position`."""
-        if self.state[_NUM_WINDOWS] and position < self.end:
-            num_windows = int(self.state[_NUM_WINDOWS])
-        else:
-            num_windows = sum(map(self._count, self._snapshots([_ALL] * len(self._source.leaves))))
-        return self._epochs * self._num_batches(num_windows)
+        if self._goes_on_at(position):
+            return self.end - int(self.state[_POSITION])
+        tables = self._snapshots([_ALL] * len(self._source.leaves))
+        return self._epochs * self._num_batches(sum(map(self._count, tables)))
+
+    def check(self, state: list[int]) -> None:
+        """ValueError if a state is not one of such a loader."""
+        if np.shape(state) != self.state.shape or tuple(state[_BATCH_SIZE:_BOUNDS]) != (
+            self._batch_size,
+            self._world_size,
+        ):
+            raise ValueError(
+                "The state is of a loader with another number of datasets, `batch_size` or `world_size`, or without "
+                "`epochs`: its pass cannot go on here."
+            )
 
     def _num_batches(self, num_windows: int) -> int:
         """Of this rank, in one pass."""
@@ -89,18 +116,20 @@ class OnePass:
             return num_windows // (self._batch_size * self._world_size)
         return max(0, -(-(-(-num_windows // self._batch_size) - self._rank) // self._world_size))
 
-    def open(self) -> None:
-        """Find the episodes of the iteration, in each process; RuntimeError if some have left."""
-        num_windows = self._look()
-        if num_windows != self.state[_NUM_WINDOWS]:
-            raise RuntimeError(
-                f"Of {self.state[_NUM_WINDOWS]} windows of this pass, {num_windows} are left: episodes were evicted "
-                "since it began. Raise the `capacity`, or add nothing during a pass."
-            )
+    def _open(self, seconds: float = 0.0) -> None:
+        """Find the episodes of the iteration; RuntimeError if some are not there, and do not come for so long."""
+        expected, bounds, deadline = self.state[_NUM_WINDOWS], self.state[_BOUNDS:].tolist(), time.monotonic() + seconds
+        while (num_windows := self._look(bounds)) != expected:
+            if time.monotonic() >= deadline:
+                raise RuntimeError(
+                    f"Of {expected} windows of this pass, {num_windows} are left: episodes were evicted since it "
+                    "began. Raise the `capacity`, or add nothing during a pass."
+                )
+            time.sleep(_PAUSE)
 
-    def _look(self) -> int:
+    def _look(self, bounds: list[int]) -> int:
         """Make snapshots of the tables, and return the number of windows."""
-        self._tables = self._snapshots(self.state[_BOUNDS:].tolist())
+        self._tables = self._snapshots(bounds)
         ends = np.cumsum([self._count(table) for table in self._tables]).tolist()
         self._firsts = [0, *ends[:-1]]
         return int(ends[-1])
@@ -113,7 +142,10 @@ class OnePass:
 
     def windows(self, position: int, random: BatchRandom) -> Windows:
         """The windows of the batch at a position of the iteration."""
-        first, number, num_windows = self.state[:_BOUNDS].tolist()
+        if not self._tables:
+            # Another process may see later what the trainer has seen.
+            self._open(_SECONDS_TO_WAIT)
+        first, number, num_windows = self.state[:_BATCH_SIZE].tolist()
         epoch, k = divmod(position - first, self._num_batches(num_windows))
         begin = (k * self._world_size + self._rank) * self._batch_size
         r = np.arange(begin, min(begin + self._batch_size, num_windows))
@@ -131,9 +163,9 @@ class OnePass:
         return table.windows_of(table.count_windows(self._length), r, self._length)
 
     def _order_of(self, number: int, random: BatchRandom) -> npt.NDArray[np.integer]:
-        if self._order is None or self._order[0] != number:
-            num_windows = int(self.state[_NUM_WINDOWS])
-            order = np.arange(num_windows, dtype=np.uint32 if num_windows < 2**32 else np.int64)
+        key = random.seed, number, int(self.state[_NUM_WINDOWS])
+        if self._order is None or self._order[0] != key:
+            order = np.arange(key[2], dtype=np.uint32 if key[2] < 2**32 else np.int64)
             random.generator(number).shuffle(order)
-            self._order = number, order
+            self._order = key, order
         return self._order[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+import numpy as np
 import torch
 
 from buffers.loading.layout import OffsetLayout, SequenceLayout
@@ -100,6 +101,8 @@ def rows_to_draw(
     for name, given in (("offsets", offsets), ("pack", pack)):
         if given is not None and length not in (None, 1):
             raise ValueError(f"`{name}` says which rows are read: leave out `sequence_length`, found {length}.")
+    if pack is not None and (offsets is not None or pad != "zero"):
+        raise ValueError("`pack` takes whole episodes as they are: leave out `offsets` and `pad`.")
     with_edge = one_of("pad", pad, get_args(Pad)) == "edge"
     layout: SequenceLayout
     before = after = 0
@@ -112,6 +115,8 @@ def rows_to_draw(
         if length is None and (pad_before or pad_after):
             raise ValueError("Whole episodes are padded by themselves: leave out `pad_before` and `pad_after`.")
         most = (0, 0) if length is None else (length - 1, length - 1)
+    if length is None and stride != 1:
+        raise ValueError("Whole episodes begin at their first row: leave out `stride`.")
     before = before if pad_before is None else _padding("pad_before", pad_before, most[0])
     after = after if pad_after is None else _padding("pad_after", pad_after, most[1])
     if offsets is None:
@@ -136,6 +141,6 @@ def _checked_split(split: Any) -> Split | None:
         raise TypeError(f"`split` must be (part, share, seed), such as ('train', 0.9, 0), found {split!r:.60}.")
     part, share, seed = split
     one_of("split", part, ("train", "val"))
-    if not (isinstance(share, float) and 0.0 < share < 1.0):
+    if not (isinstance(share, float | np.floating) and 0.0 < share < 1.0):
         raise ValueError(f"The share of `split` must be between 0 and 1, found {share!r}.")
-    return Split(part == "train", share, integer("seed", seed, 0))
+    return Split(part == "train", float(share), integer("seed", seed, 0))

@@ -5,7 +5,8 @@ Episodes of 5, 3, 6 and 5 rows, drawn in this order, in two long rows of 10:
     a a a a a b b b c c        c gives its last two rows: it is the first that does not fit any more
     d d d d d ...
 
-So there is no padding, and every episode that is drawn is there. `step` tells where one that was cut begins.
+So there is no padding, and every episode that is drawn is there. `step` tells where one that was cut begins. Of an
+episode longer than a long row, only the last rows can come.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ __all__ = ["PackedLayout"]
 class PackedLayout(SequenceLayout):
     """Long rows of episodes, `(B, num_rows, *shape)`, which are drawn and read as windows of one row."""
 
-    is_packed = True
     extra = ("episode", "step", "cu_seqlens")
 
     def __init__(self, num_rows: int) -> None:
         super().__init__(is_padded=False, with_edge=False)
-        self._num_rows = num_rows
+        self.num_packed = self._num_rows = num_rows
 
     def draw(self, num_windows: int, rng: np.random.Generator, draw: Callable[[int], Windows]) -> Windows:
         """B * `num_rows` windows of one row, for B = `num_windows`."""
@@ -67,9 +67,12 @@ class PackedLayout(SequenceLayout):
 
     def read(self, source: EpisodeSource, windows: Windows, out: Rows | None) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`."""
-        single = None if out is None else {name: rows.view(-1, 1, *rows.shape[2:]) for name, rows in out.items()}
+        single = (
+            None if out is None else {name: rows.view(len(windows), 1, *rows.shape[2:]) for name, rows in out.items()}
+        )
         rows, was_read = source.read(windows, single)
-        return {name: tensor.view(-1, self._num_rows, *tensor.shape[2:]) for name, tensor in rows.items()}, was_read
+        size = len(windows) // self._num_rows, self._num_rows
+        return {name: tensor.view(*size, *tensor.shape[2:]) for name, tensor in rows.items()}, was_read
 
     def included(self, name: str, source: EpisodeSource, windows: Windows) -> Any:
         """`(B, num_rows)` each; "cu_seqlens" int32 `(n + 1,)`: where in all rows of the batch its n episodes begin."""

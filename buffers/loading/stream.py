@@ -22,10 +22,11 @@ from buffers.loading.include import checked_include
 from buffers.loading.layout import Rows
 from buffers.loading.lifetime import end_with
 from buffers.loading.one_pass import OnePass
-from buffers.loading.options import rows_to_draw
+from buffers.loading.options import StreamOptions, rows_to_draw
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
 from buffers.sampler import Sampler, UniformSampler
+from buffers.sharing import SharedArrays
 from buffers.table import Windows
 from buffers.utils import ThreadLock, integer
 
@@ -77,12 +78,15 @@ class SequenceStream(IterableDataset):
         self.source, self.is_seeded = source, seed is not None
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         #: T of the windows that are drawn.
+        unknown = row_options.keys() - StreamOptions.__annotations__
+        if unknown:
+            raise TypeError(f"There is no argument `{min(unknown)}`.")
         self.sequence_length, self.selection, self.layout = rows_to_draw(sequence_length, **row_options)
         least = (self.sequence_length or 0) - self.selection.pad_before - self.selection.pad_after
         if least > source.longest_window:
-            raise ValueError(
-                f"`sequence_length`={sequence_length} exceeds the `capacity` of {source.longest_window} steps."
-            )
+            raise ValueError(f"Windows of {least} steps exceed the `capacity` of {source.longest_window} steps.")
+        if self.layout.num_packed is not None and batch_size is None:
+            raise ValueError("`pack` makes batches: use `get_loader`.")
         self.num_windows = _SEQUENCES_PER_READ if self.batch_size is None else self.batch_size
         self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
         if self.num_windows % self.chunk_size:
@@ -102,8 +106,7 @@ class SequenceStream(IterableDataset):
             raise ValueError(f"`rank` must be less than `world_size`={world_size}, found {rank}.")
         #: Says where an iteration ends; None if it does not.
         self.one_pass = self._make_pass(epochs, shuffle, drop_last)
-        self.counter_sizes = {**COUNTERS, "pass": 0 if self.one_pass is None else len(self.one_pass.state)}
-        self.counters: Mapping[str, np.ndarray] = {n: np.zeros(num, np.int64) for n, num in self.counter_sizes.items()}
+        self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
         #: Makes a batch of windows and their rows, before `transform`.
         self.assemble: Callable[[SequenceStream, Windows, Rows], Any] = _batch_of
         # For workers; the loader sets them.
@@ -123,8 +126,15 @@ class SequenceStream(IterableDataset):
                     "`stride` need `epochs`."
                 )
             return None
-        if type(self.sampler) is not UniformSampler or self.layout.is_packed or self.batch_size is None:
-            raise ValueError("`epochs` brings every window once, in batches: leave out `sampler` and `pack`.")
+        if type(self.sampler) is not UniformSampler or self.layout.num_packed is not None or self.batch_size is None:
+            raise ValueError(
+                "`epochs` brings every window once, in batches of a loader: leave out `sampler` and `pack`."
+            )
+        for name, value in (("shuffle", True if shuffle is None else shuffle), ("drop_last", drop_last)):
+            if not isinstance(value, bool):
+                raise TypeError(f"`{name}` must be a bool, found {value!r:.60}.")
+        if self.world_size > 1 and shuffle is not False and not self.is_seeded:
+            raise ValueError("Ranks share out one order, which follows from the `seed`: give the same to all.")
         return OnePass(
             self.source,
             self.batch_size,
@@ -171,10 +181,17 @@ class SequenceStream(IterableDataset):
             self.position += 1
             return self.batch(self.position - 1)
 
+    def share(self) -> None:
+        """Share the counters, and where a pass is, with workers."""
+        sizes = {**COUNTERS, "pass": 0 if self.one_pass is None else len(self.one_pass.state)}
+        self.counters = SharedArrays({name: ((n,), np.dtype(np.int64)) for name, n in sizes.items()})
+        if self.one_pass is not None:
+            self.counters["pass"][:] = self.one_pass.state
+            self.one_pass.state = self.counters["pass"]
+
     def begin(self) -> None:
         """Begin an iteration, or go on with the last one."""
         if self.one_pass is not None:
-            self.one_pass.state = self.counters["pass"]
             self.one_pass.begin(self.position)
 
     def _draw(self, n: int, attempt: int, again: Windows | None = None) -> Windows:
@@ -201,7 +218,7 @@ class SequenceStream(IterableDataset):
         if self._slots is not None:
             assert self.source.fields is not None  # Windows are drawn from episodes, so there are fields.
             out = self._slots.empty_batch(self.source.fields, self.layout.leading(self.source.fields, windows))
-        if self.chunk_size >= num_windows or not self.source.reads_in_chunks or self.layout.is_packed:
+        if self.chunk_size >= num_windows or not self.source.reads_in_chunks or self.layout.num_packed is not None:
             return self.layout.read(self.source, windows, out)
         if out is None:
             assert self.source.fields is not None  # As above.
@@ -223,11 +240,11 @@ class SequenceStream(IterableDataset):
         for attempt in range(1, self.source.max_sampling_attempts + 1):
             missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)
-            if self.layout.is_packed:
+            if self.layout.num_packed is not None:
                 windows = self._draw(n, attempt)
             else:
                 windows = windows.replaced(missed, self._draw(n, attempt, windows[missed]))
-            if self.sequence_length is None and not self.layout.is_packed:
+            if self.sequence_length is None and self.layout.num_packed is None:
                 windows.length = int(windows.episode_length.max())
             rows, found = self._read(windows)
             if found is None or found.all():
@@ -276,6 +293,8 @@ class SequenceStream(IterableDataset):
         worker = get_worker_info()
         self.counters["uncounted"][0] |= not self.is_counted
         if worker is None:
+            if not self.is_counted:
+                self.begin()
             batches = _Batches(self.take)
         else:
             end_with(self.trainer)
@@ -287,8 +306,12 @@ class SequenceStream(IterableDataset):
             self._worker_number = worker.id % COUNTERS["rejected"]
             end = 2**63 - 1
             if self.one_pass is not None:
+                if not self.is_counted:
+                    raise RuntimeError(
+                        "Another DataLoader cannot begin a pass in its workers: iterate the loader itself."
+                    )
                 self.one_pass.state = self.counters["pass"]
-                self.one_pass.open()
+                self.one_pass.forget()
                 end = self.one_pass.end
             positions = iter(range(int(self.counters["first"][0]) + worker.id, end, worker.num_workers))
             batches = _Batches(lambda: self.batch(next(positions)))

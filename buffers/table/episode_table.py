@@ -261,15 +261,22 @@ class EpisodeTable:
             windows.are_within(*self.selection.room(windows.cut)) if self.selection.is_padded else windows.are_within()
         )
 
-    def reachable(self, length: int | None, selection: Selection) -> float:
-        """The share of the steps that lie in some window of T = `length`; 0.0 if there are none."""
+    def reachable(self, length: int | None, selection: Selection, most: int | None = None) -> float:
+        """The share of the steps that lie in some window of T = `length`; 0.0 if there are none.
+
+        With None for T, windows are whole episodes, or the last `most` rows of longer ones.
+        """
         rows = self.rows
         if selection.split is not None:
             rows = rows[selection.split.accepts(rows[:, ID])]
         lengths = rows[:, _LENGTH]
-        if length is None or not len(rows):
-            return float(len(rows) > 0)
-        return float(lengths[selection.num_windows(lengths, rows[:, _CUT], length) > 0].sum() / lengths.sum())
+        if not len(rows):
+            return 0.0
+        if length is None:
+            reached = lengths if most is None else np.minimum(lengths, most)
+        else:
+            reached = lengths[selection.num_windows(lengths, rows[:, _CUT], length) > 0]
+        return float(reached.sum() / lengths.sum())
 
     def no_window_message(self, length: int | None) -> str:
         """The error message where no window of `length` can be drawn."""

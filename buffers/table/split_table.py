@@ -29,5 +29,11 @@ class SplitTable(EpisodeTable):
             self.replace(self._part(rows[first:last]))
         self._rows, self._last = rows, last
 
+    def no_window_message(self, length: int | None) -> str:
+        """The error message where no window of `length` can be drawn."""
+        return (
+            super().no_window_message(length) if len(self) else "No stored episode belongs to this part of the split."
+        )
+
     def _part(self, episodes: Int64Array) -> Int64Array:
         return episodes[self._split.accepts(episodes[:, ID])]
