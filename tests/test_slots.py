@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from buffers.dataset import RingBufferDataset
 from buffers.loading.slots import Slots, _opened, _unpack
+from buffers.transforms import stack_frames
 from tests import tagged
 
 
@@ -115,6 +118,108 @@ def test_what_a_transform_makes_crosses_in_slots_whatever_it_is() -> None:
     mine = [f"torch_{process}_" for process in (os.getpid(), *workers_of(batches))]
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(tuple(mine))]
     assert set(workers_of(batches)) <= set(_opened)
+
+
+def stacked_and_transposed(batch: dict[str, Any]) -> dict[str, Any]:
+    stacked = stack_frames(batch, "obs/pixels", 4, "first")
+    return {**stacked, "transposed": stacked["obs"]["pixels"].transpose(0, 1), "rest": batch["reward"][:, 3:]}
+
+
+def test_stacks_of_frames_cross_as_views_in_the_bytes_of_one_batch() -> None:
+    dataset = filled(2000)
+    plain = iter(dataset.get_loader(64, 100, num_workers=1, seed=0))
+    num_bytes = sum(value.nbytes for value in tagged.flatten(next(plain)).values())
+    of_plain = _opened[workers_of(plain)[0]][1]["slots"].shape[1]
+    options = {"transform": stacked_and_transposed, "seed": 0}
+    batches = iter(dataset.get_loader(64, 100, num_workers=1, **options))
+    for expected in itertools.islice(dataset.get_loader(64, 100, **options), 5):
+        found = next(batches)
+        flat, flat_expected = tagged.flatten(found), tagged.flatten(expected)
+        assert flat.keys() == flat_expected.keys()
+        for name, value in flat_expected.items():
+            assert torch.equal(flat[name], value) and flat[name].stride() == value.stride()
+        pixels = found["obs"]["pixels"]
+        assert pixels.shape == (64, 97, 16, 2, 3)
+        pixels[0, 0, 12:] = 77
+        assert (pixels[0, 1, 8:12] == 77).all() and (found["transposed"][3, 0, :4] == 77).all()
+        assert found["reward"].data_ptr() == found["rest"].data_ptr()
+    # Of the same size: no batch has outgrown its slot.
+    assert _opened[workers_of(batches)[0]][1]["slots"].shape[1] == of_plain < 2 * num_bytes
+
+
+@st.composite
+def views(draw: st.DrawFn, base: torch.Tensor) -> torch.Tensor:
+    """A view of a tensor, of any kind that keeps its dtype."""
+    view = base
+    for _ in range(draw(st.integers(0, 4))):
+        axis = draw(st.integers(0, view.dim() - 1)) if view.dim() else 0
+        size = view.shape[axis] if view.dim() else 0
+        kinds = ["narrow", "transpose", "select", "unfold", "skip"] if size else []
+        kind = draw(st.sampled_from([*kinds, "unsqueeze", "expand", "conj"]))
+        if kind == "narrow":
+            start = draw(st.integers(0, size))
+            view = view.narrow(axis, start, draw(st.integers(0, size - start)))
+        elif kind == "transpose":
+            view = view.transpose(axis, draw(st.integers(0, view.dim() - 1)))
+        elif kind == "select":
+            view = view.select(axis, draw(st.integers(0, size - 1)))
+        elif kind == "unfold":
+            view = view.unfold(axis, draw(st.integers(1, size)), draw(st.integers(1, 2))).movedim(-1, 0)
+        elif kind == "skip":
+            view = view[(slice(None),) * axis + (slice(None, None, 2),)]
+        elif kind == "unsqueeze":
+            view = view.unsqueeze(0)
+        elif kind == "expand":
+            view = view.expand(3, *view.shape)
+        else:
+            view = view.conj()
+    return view
+
+
+@given(st.data(), st.sampled_from([torch.uint8, torch.bool, torch.bfloat16, torch.float64, torch.complex64]))
+def test_views_of_a_batch_cross_without_a_copy_and_others_with_at_most_their_bytes(
+    data: st.DataObject, dtype: torch.dtype
+) -> None:
+    slots = Slots(1)
+    slots.begin(0)
+    values = (torch.arange(60).view(3, 4, 5) * (1 + 1j if dtype.is_complex else 1)).to(dtype)
+    slots.empty((5,), torch.uint8)  # So that the base does not begin at 0.
+    base = slots.empty((3, 4, 5), dtype).copy_(values)
+    used = slots._used
+    inside, outside = data.draw(views(base)), data.draw(views(values.clone()))
+    function, arguments = slots.pack({"base": base, "inside": inside, "outside": outside}).__reduce__()
+    copied = slots._used - used
+    found = function(*arguments)
+    for name, view in (("inside", inside), ("outside", outside)):
+        assert torch.equal(found[name], view.resolve_conj()) and found[name].dtype == dtype
+        found[name].copy_(found[name].clone())  # As pinning it does: an item that stands for many is an error.
+    repeats = not inside.is_contiguous() and 0 in inside.stride()
+    if inside.numel() and not (repeats or inside.is_conj()):  # So all that was copied is `outside`.
+        assert found["inside"].data_ptr() - found["base"].data_ptr() == inside.data_ptr() - base.data_ptr()
+        assert found["inside"].stride() == inside.stride()
+        items = 1 + sum(step * (size - 1) for size, step in zip(outside.shape, outside.stride(), strict=True))
+        most = outside.numel() if outside.is_conj() or 0 in outside.stride() else min(items, outside.numel())
+        assert copied < most * dtype.itemsize + 64
+
+
+def test_stacks_of_what_a_transform_made_need_no_more_room_than_it_does() -> None:
+    slots = Slots(1)
+    slots.begin(80_000)
+    made = torch.arange(20_000.0)
+    function, arguments = slots.pack({"stacks": made.unfold(0, 100, 1)}).__reduce__()
+    is_single_use = arguments[2]
+    assert not is_single_use and torch.equal(function(*arguments)["stacks"][:, 0], made[:-99])
+
+
+def test_a_view_that_reaches_behind_the_batch_is_copied() -> None:
+    slots = Slots(1)
+    slots.begin(0)
+    tensor = slots.empty((8,), torch.int64).copy_(torch.arange(8))
+    whole = torch.from_numpy(slots._memory[: 64 * 3]).view(torch.int64)
+    used = slots._used
+    function, arguments = slots.pack({"x": tensor, "behind": whole[4::8]}).__reduce__()
+    assert slots._used > used, "what lies behind is not the batch's, and may be written to"
+    assert function(*arguments)["behind"][0] == 4
 
 
 @pytest.mark.parametrize("persistent", [False, True])

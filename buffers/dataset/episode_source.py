@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from buffers.conversion import as_array
 from buffers.dataset.printing import counts_line, fields_table
+from buffers.dataset.statistics import FieldStatistics, RunningStatistics, statistics_of
 from buffers.fields import Fields, TensorType, as_tensor
 from buffers.loading import Pad, RowOptions, SequenceLoader, SequenceStream, shift
 from buffers.sampler import Sampler
@@ -45,6 +46,7 @@ class EpisodeSource(IterableDataset, ABC):
         #: Of the ids that are gone: those that were not evicted, and those that were evicted without need of room.
         self.num_lost = self.num_dismissed = 0
         self._fields: Fields | None = None
+        self.running_statistics = RunningStatistics()
 
     @abstractmethod
     def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
@@ -191,15 +193,16 @@ class EpisodeSource(IterableDataset, ABC):
 
     def episode_of_id(self, episode_id: int) -> dict[str, Any] | None:
         """A copy of an episode, `field -> (L, *shape)`; None if it is gone."""
-        rows = self._rows_of_id(episode_id)
+        rows = self.rows_of_id(episode_id)
         return None if rows is None or self._fields is None else self._fields.unflatten(rows)
 
     def arrays_of_id(self, episode_id: int) -> dict[str, np.ndarray] | None:
         """A copy of an episode as flat arrays, `name -> (L, *shape)`; None if it is gone."""
-        rows = self._rows_of_id(episode_id)
+        rows = self.rows_of_id(episode_id)
         return None if rows is None else {name: as_array(name, tensor) for name, tensor in rows.items()}
 
-    def _rows_of_id(self, episode_id: int) -> Rows | None:
+    def rows_of_id(self, episode_id: int) -> Rows | None:
+        """A copy of an episode as flat tensors, `name -> (L, *shape)`; None if it is gone."""
         table = EpisodeTable()
         table.show(self.table)
         position = table.position(episode_id)
@@ -214,6 +217,25 @@ class EpisodeSource(IterableDataset, ABC):
         if position >= self.num_episodes:
             raise ValueError(f"`episode_index`={episode_index} is out of range: {self.num_episodes} episodes live.")
         return position % self.num_episodes
+
+    def statistics(self, progress: bool = False) -> dict[str, FieldStatistics]:
+        """Count, mean, standard deviation, minimum and maximum of each element of each field, to normalize by.
+
+        Over all rows, each once, an episode at a time; over all members of a mixture, whatever their weights. A later
+        call reads only what was added since, or all again if an episode has left. One that leaves meanwhile may count.
+        Rows with which a piece repeats the piece before it (`overlap`) are left out.
+
+            >>> from buffers.dataset import RingBufferDataset
+            >>> dataset = RingBufferDataset(capacity=1_000)
+            >>> episode_id = dataset.add_episode({"obs": [[0.0, 1.0], [2.0, float("nan")]]})
+            >>> found = dataset.statistics()["obs"]
+            >>> found.count, found.mean, found.std
+            (tensor([2, 1]), tensor([1., 1.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
+
+        Fields have their flat names ("obs/image"); complex ones are left out. `progress` shows a bar (of tqdm) over the
+        episodes, for each member of a mixture. RuntimeError if there is no episode.
+        """
+        return statistics_of(self, [self], progress)
 
     def get_loader(
         self,

@@ -4,9 +4,10 @@
 
     finds a slot whose flag is 0, sets it to 1
     gathers into the slot
-    sends slot number, offsets, shapes, dtypes    ->    makes tensors over the slot
+    sends slot number, offsets, shapes, strides   ->    makes tensors over the slot
                                                         drops the last of them: a finalizer sets the flag to 0
 
+Views of the slot, such as stacks of frames that a transform has made, cross as views: no byte is copied.
 A batch that the user keeps is never overwritten. If no slot is free, the batch crosses in new shared memory of its own.
 So nothing waits, and nothing is taken from `/dev/shm`, which is small in containers.
 """
@@ -39,7 +40,9 @@ class _Leaf:
     """Where a tensor lies in the memory of its batch."""
 
     offset: int
+    num_bytes: int  # From its first item to its last.
     shape: tuple[int, ...]
+    stride: tuple[int, ...]  # In items. Views may overlap.
     dtype: torch.dtype
 
 
@@ -73,8 +76,9 @@ class Slots:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in the memory of the current batch."""
-        tensor = _tensor_at(self._memory, _Leaf(self._used, shape, dtype))
-        self._used += _aligned(tensor.nbytes)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        tensor = torch.from_numpy(self._memory[self._used : self._used + num_bytes]).view(dtype).view(shape)
+        self._used += _aligned(num_bytes)
         return tensor
 
     def empty_batch(self, fields: Fields, leading: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -109,33 +113,57 @@ class Slots:
     def _make_room_for(self, batch: Any) -> None:
         """Move to new memory if a transform has made the batch too large for its slot."""
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and _can_share(leaf)]
-        needed = self._used + sum(_aligned(tensor.nbytes) for tensor in tensors if self._offset(tensor) is None)
+        needed = self._used + sum(map(_bytes_to_copy, (tensor for tensor in tensors if self._offset(tensor) is None)))
         if needed > len(self._memory):
             # So the next slot has room for the fields and for what the transform makes of them.
             self._minimal_size = needed
             self._release()
-            self._use(self._make(1, sum(_aligned(tensor.nbytes) for tensor in tensors)), 0)
+            self._use(self._make(1, sum(map(_bytes_to_copy, tensors))), 0)
 
     def _offset(self, tensor: torch.Tensor) -> int | None:
-        """Where a tensor lies in the memory of the batch; None if it lies elsewhere."""
+        """Where a tensor lies in the memory of the batch; None if it lies elsewhere, or is no plain view of it."""
         offset = tensor.data_ptr() - self._memory.ctypes.data
-        is_inside = offset >= 0 and offset + tensor.nbytes <= self._used
-        is_plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-        return offset if is_inside and is_plain else None
+        is_inside = offset >= 0 and offset + _num_items(tensor) * tensor.itemsize <= self._used
+        return offset if is_inside and _is_plain(tensor) else None
 
     def _leaf(self, tensor: torch.Tensor) -> Any:
         if not _can_share(tensor):
             return tensor
-        offset, shape = self._offset(tensor), tuple(tensor.shape)
+        offset, shape, stride = self._offset(tensor), tuple(tensor.shape), tensor.stride()
+        num_bytes = _num_items(tensor) * tensor.itemsize
         if offset is None:
-            offset = self._used
-            self.empty(shape, tensor.dtype).copy_(tensor)
-        return _Leaf(offset, shape, tensor.dtype)
+            offset, source = self._used, _without_overlap(tensor)
+            copied = self.empty(tuple(source.shape), source.dtype).copy_(source)
+            num_bytes, stride = copied.nbytes, copied.stride() if source is tensor else stride
+        return _Leaf(offset, num_bytes, shape, stride, tensor.dtype)
 
 
 def _can_share(tensor: torch.Tensor) -> bool:
     is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
     return is_plain and not (tensor.requires_grad or tensor.is_nested or tensor.is_quantized)
+
+
+def _num_items(tensor: torch.Tensor) -> int:
+    """Items from the first to the last of a tensor, with those in between that a view leaves out."""
+    if tensor.is_contiguous():  # As are those without items.
+        return tensor.numel()
+    return sum(step * (size - 1) for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it can be sent as bytes and strides. torch cannot pin a tensor with an item that stands for many."""
+    repeats = not tensor.is_contiguous() and 0 in tensor.stride()
+    return not (repeats or tensor.is_conj() or tensor.is_neg())
+
+
+def _without_overlap(tensor: torch.Tensor) -> torch.Tensor:
+    """What to copy of a tensor: of a view that has items more than once, all from the first to the last, once."""
+    num_items = _num_items(tensor)
+    return tensor.as_strided((num_items,), (1,)) if num_items < tensor.numel() and _is_plain(tensor) else tensor
+
+
+def _bytes_to_copy(tensor: torch.Tensor) -> int:
+    return _aligned(_without_overlap(tensor).nbytes)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -186,5 +214,5 @@ def _free(shared: SharedArrays, slot: int, trainer: int) -> None:
 
 
 def _tensor_at(memory: np.ndarray, leaf: _Leaf) -> torch.Tensor:
-    num_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
-    return torch.from_numpy(memory[leaf.offset : leaf.offset + num_bytes]).view(leaf.dtype).view(leaf.shape)
+    items = torch.from_numpy(memory[leaf.offset : leaf.offset + leaf.num_bytes]).view(leaf.dtype)
+    return items.as_strided(leaf.shape, leaf.stride)
