@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Fields
-from buffers.sampler import Sampler
 from buffers.table import CONTINUES, GOES_ON, context_of
 from buffers.writer import EpisodeWriter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from buffers.loading import LoaderOptions
 
 __all__ = ["ReplayBuffer"]
 
@@ -59,35 +62,19 @@ class ReplayBuffer:
         num_workers: int | None = None,
         *,
         num_envs: int | None = None,
-        sampler: Sampler | None = None,
-        transform: Callable[[dict[str, Any]], Any] | None = None,
-        include: Iterable[str] = (),
-        seed: int | None = None,
         max_episode_length: int | None = None,
         overlap: int = 0,
-        output_device: torch.device | str | None = None,
-        **loader_options: Any,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         if not isinstance(dataset, EpisodeSource):
             raise TypeError(f"`dataset` must be an EpisodeSource, found {type(dataset).__name__}.")
-        if loader_options.get("epochs") is not None:
+        if options.get("epochs") is not None:
             raise ValueError("A buffer's batches have no end: iterate `dataset.get_loader(..., epochs=1)` instead.")
         self.dataset = dataset
-        self.dataloader = dataset.get_loader(
-            batch_size,
-            sequence_length,
-            chunk_size,
-            num_workers,
-            sampler=sampler,
-            transform=transform,
-            include=include,
-            seed=seed,
-            output_device=output_device,
-            **loader_options,
-        )
+        self.dataloader = dataset.get_loader(batch_size, sequence_length, chunk_size, num_workers, **options)
         # Without workers and pinning, a DataLoader adds nothing but time.
         loader = self.dataloader
-        self._direct = not (loader.num_workers or loader.pin_memory or loader_options.get("collate_fn"))
+        self._direct = not (loader.num_workers or loader.pin_memory or options.get("collate_fn"))
         self._batches: Iterator[Any] | None = None
         self._generation = 0
         self._is_closed = False

@@ -468,7 +468,7 @@ def test_single_sequences_take_the_same_options() -> None:
         ({"offsets": {"obs": (0.5,)}}, TypeError, "`offsets` of `obs` must be integers"),
         ({"offsets": [1]}, TypeError, "`offsets` must be a dict from fields to integers, found list"),
         ({"pack": 0}, ValueError, "`pack` must be at least 1, found 0"),
-        ({"pack": 8, "sequence_length": 4}, ValueError, "`pack` takes whole episodes: leave out `sequence_length`"),
+        ({"pack": 8, "sequence_length": 4}, ValueError, "`pack` says which rows are read: leave out `sequence_length`"),
         ({"pack": 8, "epochs": 1}, ValueError, "leave out `sampler` and `pack`"),
         ({"epochs": 1, "sampler": UniformEpisodeSampler()}, ValueError, "leave out `sampler` and `pack`"),
         ({"epochs": 0}, ValueError, "`epochs` must be at least 1, found 0"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from buffers.conversion import as_array
 from buffers.dataset.printing import counts_line, fields_table
 from buffers.dataset.statistics import FieldStatistics, RunningStatistics, statistics_of
 from buffers.fields import Fields, TensorType, as_tensor
-from buffers.loading import Pad, RowOptions, SequenceLoader, SequenceStream, shift
+from buffers.loading import LoaderOptions, SequenceLoader, SequenceStream, StreamOptions, shift
 from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Selection, Split, SplitTable, Windows
 from buffers.utils import ThreadLock, integer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["EpisodeSource", "Rows"]
 
@@ -244,25 +247,7 @@ class EpisodeSource(IterableDataset, ABC):
         chunk_size: int | None = None,
         num_workers: int | None = None,
         pin_memory: bool | None = None,
-        *,
-        sampler: Sampler | None = None,
-        transform: Callable[[dict[str, Any]], Any] | None = None,
-        include: Iterable[str] = (),
-        seed: int | None = None,
-        output_device: torch.device | str | None = None,
-        pad_before: int | None = None,
-        pad_after: int | None = None,
-        pad: Pad = "zero",
-        offsets: Mapping[str, Iterable[int]] | None = None,
-        pack: int | None = None,
-        split: tuple[str, float, int] | None = None,
-        epochs: int | None = None,
-        shuffle: bool | None = None,
-        drop_last: bool = False,
-        stride: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        **loader_options: Any,
+        **options: Unpack[LoaderOptions],
     ) -> SequenceLoader:
         """A `DataLoader` of batches, `field -> (batch_size, sequence_length, *shape)`; without `epochs`, it has no end.
 
@@ -304,53 +289,18 @@ class EpisodeSource(IterableDataset, ABC):
             stride: With `epochs`: only every so many-th window of an episode.
             rank: Which of the processes that share out the batches: this has number rank, rank + `world_size`, ...
             world_size: How many they are; they must give the same `seed`.
-            **loader_options: Other options of torch's `DataLoader`.
+            **options: These, and other options of torch's `DataLoader`.
 
         Raises:
             TypeError: An argument of the wrong type.
             ValueError: An argument out of its range.
         """
-        row_options = RowOptions(
-            pad_before=pad_before,
-            pad_after=pad_after,
-            pad=pad,
-            offsets=offsets,
-            pack=pack,
-            split=split,
-            stride=stride,
-        )
-        stream = SequenceStream(
-            self,
-            batch_size,
-            sequence_length,
-            chunk_size,
-            sampler=sampler,
-            transform=transform,
-            include=include,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            epochs=epochs,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            row_options=row_options,
-        )
-        return SequenceLoader(stream, num_workers, pin_memory, output_device, **loader_options)
+        kept: dict[str, Any] = dict(options)
+        of_stream = {name: kept.pop(name) for name in StreamOptions.__annotations__ if name in kept}
+        stream = SequenceStream(self, batch_size, sequence_length, chunk_size, **of_stream)
+        return SequenceLoader(stream, num_workers, pin_memory, **kept)
 
-    def sequences(
-        self,
-        sequence_length: int = 1,
-        *,
-        sampler: Sampler | None = None,
-        transform: Callable[[dict[str, Any]], Any] | None = None,
-        include: Iterable[str] = (),
-        seed: int | None = None,
-        pad_before: int | None = None,
-        pad_after: int | None = None,
-        pad: Pad = "zero",
-        offsets: Mapping[str, Iterable[int]] | None = None,
-        split: tuple[str, float, int] | None = None,
-    ) -> SequenceStream:
+    def sequences(self, sequence_length: int = 1, **options: Unpack[StreamOptions]) -> SequenceStream:
         """An `IterableDataset` of single sequences `field -> (T, *shape)`, for your own `DataLoader`.
 
             >>> from torch.utils.data import DataLoader
@@ -367,9 +317,7 @@ class EpisodeSource(IterableDataset, ABC):
             raise TypeError(
                 "Whole episodes come in padded batches: use `get_loader(batch_size, sequence_length=None)`."
             )
-        row_options = RowOptions(pad_before=pad_before, pad_after=pad_after, pad=pad, offsets=offsets, split=split)
-        arguments: dict[str, Any] = {"sampler": sampler, "transform": transform, "include": include, "seed": seed}
-        return SequenceStream(self, None, sequence_length, **arguments, row_options=row_options)
+        return SequenceStream(self, None, sequence_length, **options)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate `sequences(1)`."""

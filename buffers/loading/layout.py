@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 from buffers.fields import Fields
 from buffers.loading.include import included
 from buffers.loading.padding import pad
-from buffers.sampler import Sampler
-from buffers.table import Selection, Windows
+from buffers.table import Windows
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
@@ -42,18 +41,9 @@ class SequenceLayout:
         self.is_padded, self._with_edge = is_padded, with_edge
         self._masked: tuple[Windows, npt.NDArray[np.bool_]] | None = None
 
-    def draw(
-        self,
-        source: EpisodeSource,
-        sampler: Sampler,
-        num_windows: int,
-        length: int | None,
-        rng: np.random.Generator,
-        selection: Selection,
-        again: Windows | None,
-    ) -> Windows:
-        """As `EpisodeSource.draw`."""
-        return source.draw(sampler, num_windows, length, rng, selection, again)
+    def draw(self, num_windows: int, rng: np.random.Generator, draw: Callable[[int], Windows]) -> Windows:
+        """The windows of a batch; `draw` draws as many as it is asked for."""
+        return draw(num_windows)
 
     def leading(self, fields: Fields, windows: Windows) -> dict[str, tuple[int, int]]:
         """The first two sizes, (B, T), of each field's rows."""

@@ -1,60 +1,95 @@
-"""What the arguments of a loader that say which rows are drawn mean together."""
+"""The arguments of a loader, and what those that say which rows are drawn mean together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+import torch
 
 from buffers.loading.layout import OffsetLayout, SequenceLayout
 from buffers.loading.packing import PackedLayout
 from buffers.table import Selection, Split
 from buffers.utils import integer, one_of
 
-__all__ = ["Pad", "RowOptions"]
+if TYPE_CHECKING:
+    from buffers.sampler import Sampler
+
+__all__ = ["LoaderOptions", "StreamOptions", "rows_to_draw"]
 
 Pad = Literal["zero", "edge"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
+class StreamOptions(TypedDict, total=False):
     """As in `EpisodeSource.get_loader`."""
 
-    pad_before: int | None = None
-    pad_after: int | None = None
-    pad: Pad = "zero"
-    offsets: Mapping[str, Iterable[int]] | None = None
-    pack: int | None = None
-    split: tuple[str, float, int] | None = None
-    stride: int = 1
+    sampler: Sampler | None
+    transform: Callable[[dict[str, Any]], Any] | None
+    include: Iterable[str]
+    seed: int | None
+    pad_before: int | None
+    pad_after: int | None
+    pad: Pad
+    offsets: Mapping[str, Iterable[int]] | None
+    pack: int | None
+    split: tuple[str, float, int] | None
+    epochs: int | None
+    shuffle: bool | None
+    drop_last: bool
+    stride: int
+    rank: int
+    world_size: int
 
-    def resolved(self, sequence_length: int | None) -> tuple[int | None, Selection, SequenceLayout]:
-        """T, None for whole episodes, which windows there are, and how batches are laid out."""
-        length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
-        with_edge = one_of("pad", self.pad, get_args(Pad)) == "edge"
-        most_before = most_after = 0 if length is None else length - 1
-        layout = SequenceLayout(is_padded=length is None, with_edge=with_edge)
-        before = after = 0
-        if self.offsets is not None:
-            if length not in (None, 1):
-                raise ValueError(f"`offsets` say which rows are read: leave out `sequence_length`, found {length}.")
-            layout = OffsetLayout(self.offsets, with_edge)
-            length, before, after = layout.length, layout.before, layout.after
-            most_before, most_after = before, after
-        elif self.pack is not None:
-            if length not in (None, 1):
-                raise ValueError(f"`pack` takes whole episodes: leave out `sequence_length`, found {length}.")
-            layout, length = PackedLayout(integer("pack", self.pack, 1)), None
-        if length is None and (self.pad_before or self.pad_after):
+
+class LoaderOptions(StreamOptions, total=False):
+    """As in `EpisodeSource.get_loader`, with the options of torch's `DataLoader` that have a use here."""
+
+    output_device: torch.device | str | None
+    collate_fn: Callable[[Any], Any] | None
+    generator: torch.Generator | None
+    in_order: bool
+    multiprocessing_context: Any
+    persistent_workers: bool
+    pin_memory_device: str
+    prefetch_factor: int | None
+    timeout: float
+    worker_init_fn: Callable[[int], None] | None
+
+
+def rows_to_draw(
+    sequence_length: int | None,
+    *,
+    pad_before: int | None = None,
+    pad_after: int | None = None,
+    pad: Pad = "zero",
+    offsets: Mapping[str, Iterable[int]] | None = None,
+    pack: int | None = None,
+    split: tuple[str, float, int] | None = None,
+    stride: int = 1,
+) -> tuple[int | None, Selection, SequenceLayout]:
+    """T, None for whole episodes, which windows there are, and how batches are laid out."""
+    length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
+    for name, given in (("offsets", offsets), ("pack", pack)):
+        if given is not None and length not in (None, 1):
+            raise ValueError(f"`{name}` says which rows are read: leave out `sequence_length`, found {length}.")
+    with_edge = one_of("pad", pad, get_args(Pad)) == "edge"
+    layout: SequenceLayout
+    before = after = 0
+    if offsets is not None:
+        layout = OffsetLayout(offsets, with_edge)
+        length, before, after = layout.length, layout.before, layout.after
+        most = before, after
+    else:
+        length = None if pack is not None else length
+        if length is None and (pad_before or pad_after):
             raise ValueError("Whole episodes are padded by themselves: leave out `pad_before` and `pad_after`.")
-        if self.pad_before is not None:
-            before = _padding("pad_before", self.pad_before, most_before)
-        if self.pad_after is not None:
-            after = _padding("pad_after", self.pad_after, most_after)
-        selection = Selection(before, after, integer("stride", self.stride, 1), _checked_split(self.split))
-        if selection.is_padded and not layout.is_padded:
-            layout = SequenceLayout(is_padded=True, with_edge=with_edge)
-        return length, selection, layout
+        most = (0, 0) if length is None else (length - 1, length - 1)
+    before = before if pad_before is None else _padding("pad_before", pad_before, most[0])
+    after = after if pad_after is None else _padding("pad_after", pad_after, most[1])
+    if offsets is None:
+        is_padded = length is None or before > 0 or after > 0
+        layout = SequenceLayout(is_padded, with_edge) if pack is None else PackedLayout(integer("pack", pack, 1))
+    return length, Selection(before, after, integer("stride", stride, 1), _checked_split(split)), layout
 
 
 def _padding(name: str, value: int, most: int) -> int:

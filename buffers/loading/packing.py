@@ -10,6 +10,7 @@ So there is no padding, and every episode that is drawn is there. `step` tells w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +18,7 @@ import torch
 
 from buffers.fields import Fields
 from buffers.loading.layout import Rows, SequenceLayout
-from buffers.sampler import Sampler
-from buffers.table import Int64Array, Selection, Windows, joined
+from buffers.table import Int64Array, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
@@ -36,24 +36,15 @@ class PackedLayout(SequenceLayout):
         super().__init__(is_padded=False, with_edge=False)
         self._num_rows = num_rows
 
-    def draw(
-        self,
-        source: EpisodeSource,
-        sampler: Sampler,
-        num_windows: int,
-        length: int | None,
-        rng: np.random.Generator,
-        selection: Selection,
-        again: Windows | None,
-    ) -> Windows:
+    def draw(self, num_windows: int, rng: np.random.Generator, draw: Callable[[int], Windows]) -> Windows:
         """B * `num_rows` windows of one row, for B = `num_windows`."""
-        at_a_time = 8 + num_windows * self._num_rows * len(source.table) // max(source.table.num_steps, 1)
-        drawn, bounds = [], None
+        drawn, bounds, at_a_time = [], None, 2 * num_windows
         while bounds is None:
-            windows = source.draw(sampler, at_a_time, None, rng, selection)
+            windows = draw(at_a_time)
             # Those of a mixture come by member.
             drawn.append(windows[rng.permutation(at_a_time)])
             bounds = self._bounds(np.concatenate([part.episode_length for part in drawn]), num_windows)
+            at_a_time *= 2
         episode, step, num = bounds
         begin = (num.cumsum() - num).repeat(num)
         return joined(drawn)[episode.repeat(num)].shifted(step.repeat(num) + np.arange(len(begin)) - begin, 1)

@@ -22,7 +22,7 @@ from buffers.loading.include import checked_include
 from buffers.loading.layout import Rows
 from buffers.loading.lifetime import end_with
 from buffers.loading.one_pass import OnePass
-from buffers.loading.options import RowOptions
+from buffers.loading.options import rows_to_draw
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
 from buffers.sampler import Sampler, UniformSampler
@@ -72,13 +72,12 @@ class SequenceStream(IterableDataset):
         epochs: int | None = None,
         shuffle: bool | None = None,
         drop_last: bool = False,
-        row_options: RowOptions | None = None,
+        **row_options: Any,
     ) -> None:
         self.source = source
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         #: T of the windows that are drawn.
-        row_options = RowOptions() if row_options is None else row_options
-        self.sequence_length, self.selection, self.layout = row_options.resolved(sequence_length)
+        self.sequence_length, self.selection, self.layout = rows_to_draw(sequence_length, **row_options)
         least = (self.sequence_length or 0) - self.selection.pad_before - self.selection.pad_after
         if least > source.longest_window:
             raise ValueError(
@@ -190,8 +189,9 @@ class SequenceStream(IterableDataset):
         while True:
             try:
                 rng = self.random.generator(n, attempt)
+                length, selection = self.sequence_length, self.selection
                 return self.layout.draw(
-                    self.source, self.sampler, num_windows, self.sequence_length, rng, self.selection, again
+                    num_windows, rng, lambda num: self.source.draw(self.sampler, num, length, rng, selection, again)
                 )
             except RuntimeError:
                 # All episodes may have been evicted for one that is being written.
