@@ -15,7 +15,7 @@ import pytest
 from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.dataset.ring.column import Column
 from buffers.sampler import UniformSampler
-from buffers.table import EpisodeTable, Windows
+from buffers.table import EpisodeTable, Selection, Windows
 from tests import reading, tagged
 from tests.list_dataset import ListDataset
 
@@ -76,7 +76,7 @@ def between_fields(patch: pytest.MonkeyPatch, methods: tuple[str, ...], function
 def num_torn_while_adding(patch: pytest.MonkeyPatch, batch_size: int) -> int:
     """Windows that were drawn before, and just now, by the writer and a reader, at each moment of some additions."""
     ring, num_torn = wide_ring(), 0
-    windows = ring.draw(UniformSampler(), batch_size, 3, np.random.default_rng(0))
+    windows = ring.draw(UniformSampler(), batch_size, 3, np.random.default_rng(0), Selection())
     reader = reading.reader_of(ring)
     drawn = reader.get_loader(batch_size, 3, include=INCLUDE, seed=0).stream
 

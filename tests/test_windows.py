@@ -251,7 +251,7 @@ def test_a_pass_is_over_what_was_stored_when_it_began() -> None:
     ring = RingBufferDataset(20)
     for number in range(3):
         ring.add_episode(tagged.episode(5, number))
-    loader = ring.get_loader(2, 3, epochs=1, include=EVERYTHING)
+    loader = ring.get_loader(2, 3, epochs=1, seed=0, include=EVERYTHING)
     found = []
     for batch in loader:
         found += [place(batch, b)[0] for b in range(len(batch["step"]))]
@@ -266,6 +266,7 @@ def test_a_pass_is_over_what_was_stored_when_it_began() -> None:
         list(batches)
     with pytest.raises(RuntimeError, match="Of 12 windows of this pass, 9 are left"):
         iter(loader)
+    assert len(list(loader)) == 6, "the next iteration begins another pass"
 
 
 def test_a_resumed_pass_whose_episodes_are_gone_says_so() -> None:

@@ -14,7 +14,8 @@ from buffers.conversion import as_array
 from buffers.dataset.printing import counts_line, fields_table
 from buffers.dataset.statistics import FieldStatistics, RunningStatistics, statistics_of
 from buffers.fields import Fields, TensorType, as_tensor
-from buffers.loading import LoaderOptions, SequenceLoader, SequenceStream, StreamOptions, shift
+from buffers.loading import LoaderOptions, SequenceLoader, SequenceStream, StreamOptions
+from buffers.loading.padding import shift
 from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Selection, Split, SplitTable, Windows
 from buffers.utils import ThreadLock, integer
@@ -153,7 +154,7 @@ class EpisodeSource(IterableDataset, ABC):
         return out, was_read
 
     def empty_batch(self, names: Iterable[str], num_windows: int, length: int) -> Rows:
-        """Uninitialized memory for windows, `name -> (B, T, *shape)`."""
+        """Uninitialized memory for fields of these names, `name -> (B, T, *shape)`."""
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
         leading, rows = (num_windows, length), {}
         for name in names:
@@ -238,7 +239,7 @@ class EpisodeSource(IterableDataset, ABC):
         Fields have their flat names ("obs/image"); complex ones are left out. `progress` shows a bar (of tqdm) over the
         episodes, for each member of a mixture. RuntimeError if there is no episode.
         """
-        return statistics_of(self, [self], progress)
+        return statistics_of(self, progress)
 
     def get_loader(
         self,
@@ -258,8 +259,6 @@ class EpisodeSource(IterableDataset, ABC):
             >>> {name: tuple(value.shape) for name, value in batch.items()}
             {'obs': (8, 10, 4), 'reward': (8, 10), 'step': (8, 10)}
 
-        `docs/windows.md` draws what the options about windows mean.
-
         Args:
             batch_size: B, sequences in a batch.
             sequence_length: T, in steps; None for whole episodes, padded to the longest of the batch, with a `mask`.
@@ -267,29 +266,7 @@ class EpisodeSource(IterableDataset, ABC):
                 read a batch at a time.
             num_workers: Worker processes; 0 by default.
             pin_memory: As in `DataLoader`. By default, batches for another `output_device` that is a GPU are pinned.
-            sampler: Chooses the windows; uniformly over all by default.
-            transform: A function of the batch, called in the worker.
-            include: What else a batch holds, see `SequenceStream`.
-            seed: Of all draws; None takes one from the operating system.
-            output_device: Where batches are moved after `transform`; by default they are where the episodes are.
-            pad_before: How many rows before its episode a window may begin, 0 to T - 1. Padded batches have a `mask`.
-            pad_after: How many rows behind its episode a window may end.
-            pad: What padding is: "zero", or "edge" for the nearest real row.
-            offsets: In place of `sequence_length`: the n rows of each field that are read, relative to an anchor,
-                `(B, n, *shape)`; 0 for fields that are not named. Every row is an anchor, unless `pad_before` or
-                `pad_after` is less than the offsets reach.
-            pack: In place of `sequence_length`: episodes end to end in long rows, `(B, pack, *shape)`, with `episode`,
-                `step` int64 `(B, pack)` and `cu_seqlens` int32 `(n + 1,)`: where, in all rows, each of the n begins.
-            split: ("train", 0.9, seed) or ("val", 0.9, seed): the episodes of one part, each of which is in one by its
-                id, for ever. Pieces of a stream count as episodes.
-            epochs: An iteration has every window so many times, in so many passes over what is stored as it begins,
-                whatever the weights of a mixture.
-            shuffle: With `epochs`: whether each pass has an order of its own; True by default.
-            drop_last: With `epochs`: leave out what does not fill a batch for every rank.
-            stride: With `epochs`: only every so many-th window of an episode.
-            rank: Which of the processes that share out the batches: this has number rank, rank + `world_size`, ...
-            world_size: How many they are; they must give the same `seed`.
-            **options: These, and other options of torch's `DataLoader`.
+            **options: See `LoaderOptions`: which rows are drawn, what is made of them, options of the `DataLoader`.
 
         Raises:
             TypeError: An argument of the wrong type.
@@ -310,8 +287,8 @@ class EpisodeSource(IterableDataset, ABC):
             >>> next(iter(DataLoader(dataset.sequences(16), batch_size=32)))["obs"].shape
             torch.Size([32, 16, 4])
 
-        Arguments are those of `get_loader`; `transform` gets single sequences. Without `seed`, each worker has its own;
-        with one, workers draw the same again in each iteration.
+        Options are `StreamOptions`, without `pack` and `epochs`; `transform` gets single sequences. Without `seed`,
+        each worker has its own; with one, workers draw the same again in each iteration.
         """
         if sequence_length is None:
             raise TypeError(

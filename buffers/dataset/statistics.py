@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from buffers.table import context_of
+from buffers.table import Selection, context_of
 from buffers.utils import ThreadLock, how_to_install
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class RunningStatistics:
     def update(self, source: EpisodeSource, progress: bool) -> dict[str, _Moments] | None:
         """Count the live episodes that are not counted yet, or all if one that was has left; None if there is none."""
         with self._lock:
-            source.can_draw(None)  # So the table shows what other processes have added.
+            source.can_draw(None, Selection())  # So the table shows what other processes have added.
             cuts = {episode_id: cut for _, _, episode_id, cut in source.table.rows.tolist()}
             if not self._counted <= cuts.keys():
                 self._moments, self._counted = {}, set()
@@ -79,9 +79,9 @@ class RunningStatistics:
         self._moments = moments
 
 
-def statistics_of(source: EpisodeSource, leaves: Sequence[EpisodeSource], progress: bool) -> dict[str, FieldStatistics]:
-    """The statistics of a source that has these datasets, none of them a mixture; see `EpisodeSource.statistics`."""
-    updated = [leaf.running_statistics.update(leaf, progress) for leaf in leaves]
+def statistics_of(source: EpisodeSource, progress: bool) -> dict[str, FieldStatistics]:
+    """The statistics of all datasets that hold the episodes of a source; see `EpisodeSource.statistics`."""
+    updated = [leaf.running_statistics.update(leaf, progress) for leaf in source.leaves]
     counted = [moments for moments in updated if moments is not None]
     if not counted:
         raise RuntimeError("The dataset is empty, so it has no statistics. Add a complete episode first.")

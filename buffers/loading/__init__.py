@@ -2,7 +2,6 @@
 
 from buffers.loading.loader import SequenceLoader
 from buffers.loading.options import LoaderOptions, StreamOptions
-from buffers.loading.padding import shift
 from buffers.loading.stream import SequenceStream
 
-__all__ = ["LoaderOptions", "SequenceLoader", "SequenceStream", "StreamOptions", "shift"]
+__all__ = ["LoaderOptions", "SequenceLoader", "SequenceStream", "StreamOptions"]

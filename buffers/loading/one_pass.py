@@ -63,8 +63,12 @@ class OnePass:
                 raise RuntimeError(self._tables[0].no_window_message(self._length))
             self.state[_NUM_WINDOWS] = num_windows
             self.state[_BOUNDS:] = [table.next_id for table in self._tables]
-        else:
+            return
+        try:
             self.open()
+        except RuntimeError:
+            self.state[_NUM_WINDOWS] = 0  # The next iteration begins another.
+            raise
 
     @property
     def end(self) -> int:

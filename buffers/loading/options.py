@@ -21,7 +21,31 @@ Pad = Literal["zero", "edge"]
 
 
 class StreamOptions(TypedDict, total=False):
-    """As in `EpisodeSource.get_loader`."""
+    """Which rows are drawn, and what is made of them; `docs/windows.md` draws what these mean.
+
+    Attributes:
+        sampler: Chooses the windows; uniformly over all by default.
+        transform: A function of the batch, called in the worker.
+        include: What else a batch holds, see `SequenceStream`.
+        seed: Of all draws; None takes one from the operating system.
+        pad_before: How many rows before its episode a window may begin, 0 to T - 1. Padded batches have a `mask`.
+        pad_after: How many rows behind its episode a window may end.
+        pad: What padding is: "zero", or "edge" for the nearest real row.
+        offsets: In place of `sequence_length`: the n rows of each field that are read, relative to an anchor,
+            `(B, n, *shape)`; 0 for fields that are not named. Every row is an anchor, unless `pad_before` or
+            `pad_after` is less than the offsets reach.
+        pack: In place of `sequence_length`: episodes end to end in long rows, `(B, pack, *shape)`, with `episode`,
+            `step` int64 `(B, pack)` and `cu_seqlens` int32 `(n + 1,)`: where, in all rows, each of the n begins.
+        split: ("train", 0.9, seed) or ("val", 0.9, seed): the episodes of one part, each of which is in one by its
+            id, for ever. Pieces of a stream count as episodes.
+        epochs: An iteration has every window so many times, in so many passes over what is stored as it begins,
+            whatever the weights of a mixture.
+        shuffle: With `epochs`: whether each pass has an order of its own; True by default.
+        drop_last: With `epochs`: leave out what does not fill a batch for every rank.
+        stride: With `epochs`: only every so many-th window of an episode.
+        rank: Which of the processes that share out the batches: this has number rank, rank + `world_size`, ...
+        world_size: How many they are; they must give the same `seed`.
+    """
 
     sampler: Sampler | None
     transform: Callable[[dict[str, Any]], Any] | None
@@ -42,7 +66,11 @@ class StreamOptions(TypedDict, total=False):
 
 
 class LoaderOptions(StreamOptions, total=False):
-    """As in `EpisodeSource.get_loader`, with the options of torch's `DataLoader` that have a use here."""
+    """`StreamOptions`, and options of torch's `DataLoader` that have a use here.
+
+    Attributes:
+        output_device: Where batches are moved after `transform`; by default they are where the episodes are.
+    """
 
     output_device: torch.device | str | None
     collate_fn: Callable[[Any], Any] | None

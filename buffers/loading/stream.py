@@ -48,12 +48,12 @@ _PARTS = 1_000_000_000
 class SequenceStream(IterableDataset):
     """Batches from an `EpisodeSource`; or single sequences `field -> (T, *shape)`, if it has no batch size.
 
-    The arguments are those of `EpisodeSource.get_loader`. `include` says what a batch holds besides the fields:
-    `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its episode;
-    `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32 `(B,)`;
-    `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the dataset
-    that holds the episode, also in batches of a mixture. With `offsets`, `(B, T)` are the anchors, `(B, 1)`, and `mask`
-    is a nested dict like the fields, `(B, n)` each; with `pack`, all are `(B, pack)`.
+    Arguments are those of `EpisodeSource.get_loader`, and `StreamOptions`. `include` says what a batch holds besides
+    the fields: `index` int64 `(B, T)`, step ids; `episode` int64 `(B,)`, ids; `step` int64 `(B, T)`, position in its
+    episode; `is_first`, `is_last` bool `(B, T)`; `mask` bool `(B, T)`, True where the row is real; `weight` float32
+    `(B,)`; `source` int64 `(B,)`, the member of a mixture. In padding, `index` and `step` are -1. Ids are those of the
+    dataset that holds the episode, also in batches of a mixture. With `offsets`, `(B, T)` are the anchors, `(B, 1)`,
+    and `mask` is a nested dict like the fields, `(B, n)` each; with `pack`, all are `(B, pack)`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SequenceStream(IterableDataset):
         drop_last: bool = False,
         **row_options: Any,
     ) -> None:
-        self.source = source
+        self.source, self.is_seeded = source, seed is not None
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         #: T of the windows that are drawn.
         self.sequence_length, self.selection, self.layout = rows_to_draw(sequence_length, **row_options)
@@ -87,23 +87,17 @@ class SequenceStream(IterableDataset):
         self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
         if self.num_windows % self.chunk_size:
             raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
-        if sampler is not None and not isinstance(sampler, Sampler):
-            is_class = isinstance(sampler, type)
-            found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if is_class else type(sampler).__name__
-            raise TypeError(f"`sampler` must be a Sampler, found {found}.")
-        self.sampler = UniformSampler() if sampler is None else sampler
+        self.sampler = _checked_sampler(sampler)
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
         self.include = checked_include(include, self.layout.is_padded) + self.layout.extra
         if "source" in self.include and not source.has_members:
             raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
-        self.is_seeded = seed is not None
         self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
-        self.world_size = integer("world_size", world_size, 1)
-        self.rank = integer("rank", rank, 0)
+        self.world_size, self.rank = integer("world_size", world_size, 1), integer("rank", rank, 0)
         if self.rank >= self.world_size:
             raise ValueError(f"`rank` must be less than `world_size`={world_size}, found {rank}.")
         #: Says where an iteration ends; None if it does not.
@@ -186,13 +180,14 @@ class SequenceStream(IterableDataset):
     def _draw(self, n: int, attempt: int, again: Windows | None = None) -> Windows:
         """Draw the windows of batch n; or replacements for `again`, which were gone before they could be read."""
         num_windows, deadline = self.num_windows if again is None else len(again), 0.0
+
+        def draw(num: int) -> Windows:
+            return self.source.draw(self.sampler, num, self.sequence_length, rng, self.selection, again)
+
         while True:
+            rng = self.random.generator(n, attempt)
             try:
-                rng = self.random.generator(n, attempt)
-                length, selection = self.sequence_length, self.selection
-                return self.layout.draw(
-                    num_windows, rng, lambda num: self.source.draw(self.sampler, num, length, rng, selection, again)
-                )
+                return self.layout.draw(num_windows, rng, draw)
             except RuntimeError:
                 # All episodes may have been evicted for one that is being written.
                 deadline = deadline or time.monotonic() + _SECONDS_TO_WAIT
@@ -309,6 +304,14 @@ class SequenceStream(IterableDataset):
         """What a worker sends for a batch."""
         assert self._slots is not None  # Only workers of a loader collate by this function.
         return self._slots.pack(collate_fn(batch))
+
+
+def _checked_sampler(sampler: Any) -> Sampler:
+    if sampler is not None and not isinstance(sampler, Sampler):
+        is_class = isinstance(sampler, type)
+        found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if is_class else type(sampler).__name__
+        raise TypeError(f"`sampler` must be a Sampler, found {found}.")
+    return UniformSampler() if sampler is None else sampler
 
 
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from buffers.dataset.composing.mixture_fields import common_fields
 from buffers.dataset.composing.weights import Float64Array, SharedWeights, shares
 from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.printing import counts_line
-from buffers.dataset.statistics import FieldStatistics, statistics_of
 from buffers.fields import Fields
 from buffers.sampler import Sampler
 from buffers.table import EpisodeTable, Int64Array, Selection, Windows, joined
@@ -222,11 +221,6 @@ class MixtureDataset(EpisodeSource):
         """Copies of all episodes, in the order of the members."""
         for leaf in self._leaves:
             yield from leaf.episodes()
-
-    def statistics(self, progress: bool = False) -> dict[str, FieldStatistics]:
-        """As `EpisodeSource.statistics`."""
-        self.check_drawable()
-        return statistics_of(self, self._leaves, progress)
 
     @property
     def num_evicted(self) -> int:
