@@ -21,7 +21,7 @@ AGAINST_PEERS = (
     *("distribution", "claims"),
 )
 # Ours in a process of its own, beside the build from before.
-OURS = ("samplers", "wrapping", "holding_up")
+OURS = ("samplers", "wrapping", "padding", "holding_up")
 # Ours alone.
 ALONE = ("recording", "workers", "filing", "composing")
 QUICK_SCALE, QUICK_ROUNDS = 10, 5

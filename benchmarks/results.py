@@ -30,7 +30,8 @@ TITLES = {
     "claims": "What was checked",
     "samplers": "Drawing a batch of B x T from memory, by sampler",
     "wrapping": "Drawing a batch of B x T from a ring of 10,000 steps, of episodes of 100 steps and of long ones",
-    "offsets": "Drawing 64 anchors of pixels: observations at -1 and 0, actions at 0 to 15, the rest at 0",
+    "padding": "Drawing a batch of B x T from memory: as it is, a tenth of it padded, and as stacks of four frames",
+    "offsets": "Drawing 256 anchors of pixels: observations at -1 and 0, actions at 0 to 15, the rest at 0",
     "holding_up": "Adding an episode while another thread samples from compressed files of 100 MB",
 }
 UNITS = "microseconds a call: median (least to most)"

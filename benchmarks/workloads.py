@@ -28,6 +28,8 @@ SIZES = [("state", 256, 64), ("state", 32, 16), ("state", 256, 1), ("pixels", 16
 EPISODE_LENGTH = 200
 #: Rows of each field that "offsets" reads, relative to an anchor; of fields not named, the anchor's own.
 OFFSETS = {"obs": (-1, 0), "action": tuple(range(16))}
+#: Rows before and behind an episode of 200, in "padding": of its windows of 64, 15 in 152 are padded, about a tenth.
+PADDING = {"pad_before": 7, "pad_after": 8}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Workload:
     training         step 256 environments, add their rows, and draw B sequences of T rows
     samplers         draw B sequences of T rows, by each of several samplers
     wrapping         draw B sequences of T rows, from short episodes and from long ones
+    padding          draw B sequences of T rows, as they are, with a tenth padded, and as stacks of four frames
     offsets          draw B anchors, and read each field at its own rows around them
 
     With `adds_episode`, an episode is added before each draw.
@@ -105,6 +108,7 @@ def workloads(part: str, scale: int = 1) -> list[Workload]:
         "memory": _memory,
         "samplers": _samplers,
         "wrapping": _wrapping,
+        "padding": _padding,
         "offsets": _offsets,
     }[part](scale)
 
@@ -174,9 +178,17 @@ def _wrapping(scale: int) -> list[Workload]:
     return [Workload("wrapping", f"state {b} x {t}", store, b, t) for b, t in ((32, 16), (256, 8))]
 
 
+def _padding(scale: int) -> list[Workload]:
+    return [
+        replace(workload, part="padding")
+        for workload in _sampling(scale)
+        if workload.batch_size * workload.length > 1_000
+    ]
+
+
 def _offsets(scale: int) -> list[Workload]:
     # LeRobot writes an image of each row: more rows would take minutes.
-    return [Workload("offsets", "pixels 64", Store("pixels", 10_000 // scale), 64)]
+    return [Workload("offsets", "pixels 256", Store("pixels", 10_000 // scale), 256)]
 
 
 def offsets_of(name: str) -> np.ndarray:

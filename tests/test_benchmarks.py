@@ -90,6 +90,7 @@ def test_a_workload_crosses_the_pipe_as_it_is():
         "memory",
         "samplers",
         "wrapping",
+        "padding",
         "offsets",
     )
     everything = [workload for part in parts for workload in workloads(part)]

@@ -142,7 +142,7 @@ def test_stride_takes_every_so_many_th_start_of_an_episode(lengths, shape, strid
         for rank in range(world):
             loader = ring.get_loader(batch_size, length, rank=rank, **options)
             batches = list(loader)
-            assert len(batches) == len(loader)
+            assert len(batches) == len(loader) and all(len(batch["step"]) for batch in batches)
             for k, batch in enumerate(batches):
                 passes[k >= len(batches) // 2] += [place(batch, b) for b in range(len(batch["step"]))]
         for found in passes:
@@ -236,6 +236,7 @@ def test_workers_share_a_pass_and_it_goes_on_after_a_restart(kind, num_workers) 
         assert len(loader) == 10
         whole = [[place(batch, b) for b in range(len(batch["step"]))] for batch in loader]
         assert [sorted(sum(whole[k : k + 5], [])) for k in (0, 5)] == [expected] * 2
+        assert loader.state_dict()["position"] == 10
         assert whole[:5] != whole[5:]
         again = [[place(batch, b) for b in range(len(batch["step"]))] for batch in loader]
         assert sorted(sum(again, [])) == sorted(expected * 2) and again[:5] not in (whole[:5], whole[5:])
@@ -509,6 +510,21 @@ def test_fields_of_any_dtype_and_no_bytes_are_padded(pad) -> None:
         for dtype in dtypes:
             assert torch.equal(batch[str(dtype)].to(torch.complex128), batch["x"].to(dtype).to(torch.complex128))
         assert batch["nothing"].shape[1:] == (9, 0) and bool((batch["x"] > 0).all()) is (pad == "edge")
+
+
+@pytest.mark.parametrize("pad", ["zero", "edge"])
+@pytest.mark.parametrize("kind", ["ring", "list"])
+def test_rows_of_many_bytes_are_padded(kind, pad) -> None:
+    with model.stored(kind, []) as dataset:
+        dataset.add_episode({"x": np.arange(1, 10)[:, None] * np.ones(10_000)})
+        for batch in dataset.get_loader(5, 9, epochs=1, pad_before=8, pad_after=8, pad=pad, include=("step",)):
+            steps = (
+                batch["step"].max(1, keepdim=True).values - batch["mask"].cumsum(1).argmax(1, keepdim=True)
+            ) + torch.arange(9)
+            expected = steps.clamp(0, 8) + 1 if pad == "edge" else (batch["step"] + 1)
+            assert torch.equal(batch["x"][..., 0], expected.double()) and torch.equal(
+                batch["x"][..., -1], expected.double()
+            )
 
 
 def test_a_ring_of_half_precision_is_padded() -> None:

@@ -33,7 +33,7 @@ class Spec:
     is_before: bool = False
 
 
-_LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training", "offsets")
+_LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training", "padding", "offsets")
 _ALL = ("sampling", "transitions", "adding", "growth", "training", "memory")
 # A cache that each addition throws away is no other contestant where an addition comes before each batch.
 _PLAIN = ("sampling", "growth", "training", "transitions", "adding", "memory")
@@ -43,7 +43,7 @@ _OUR_FILES = ("disk", "holding_up")
 CONTESTANTS = {
     "copy": Spec("memory copy", "limits:MemoryCopy", _LIMITS),
     "gather": Spec("bare gather", "limits:BareGather", tuple(set(_LIMITS) - {"adding"})),
-    "ours": Spec("ours", "ours:Ring", (*_OURS, "offsets")),
+    "ours": Spec("ours", "ours:Ring", (*_OURS, "padding", "offsets")),
     "ours_workers": Spec("ours, 2 workers", "ours:Ring", ("offsets",), None, {"num_workers": 2}),
     "before": Spec("before", "ours:Ring", _OURS, is_before=True),
     "ours_tensors": Spec("ours, given tensors", "ours:Ring", ("adding",), None, {"tensors": True}),
@@ -67,7 +67,14 @@ CONTESTANTS = {
 LIMITS = ("copy", "gather")
 
 #: Further columns of a contestant's, by suffix: what its process measures in turn over the same store.
-VARIANTS = {"episodes": "UniformEpisodeSampler", "own": "a sampler of one's own", "long": "long episodes"}
+VARIANTS = {
+    "episodes": "UniformEpisodeSampler",
+    "own": "a sampler of one's own",
+    "long": "long episodes",
+    "zero": "a tenth zeros",
+    "edge": "a tenth the nearest row",
+    "stacks": "stacks of 4",
+}
 
 
 def label_of(column: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import OFFSETS, Store, TaggedEnvs, Workload, tagged_rows
+from benchmarks.workloads import OFFSETS, PADDING, Store, TaggedEnvs, Workload, tagged_rows
 from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, TensorType
@@ -28,6 +28,12 @@ _NUM_LAPS = 5
 
 class OwnSampler(UniformSampler):
     """A sampler of the user's own, which draws as its parent does."""
+
+
+def stacked(batch: Any) -> Any:
+    from buffers.transforms import stack_frames  # Which builds from before do not have.
+
+    return stack_frames(batch, "obs", 4)
 
 
 def info_of(store: Store) -> EpisodeDatasetInfo:
@@ -90,7 +96,7 @@ class _Ours(Contestant):
         loader = self.dataset.get_loader(
             batch_size,
             num_workers=self._num_workers,
-            offsets=OFFSETS,  # type: ignore[arg-type, call-arg, unused-ignore]
+            offsets=OFFSETS,
             pad="edge",
             seed=0,
         )
@@ -103,6 +109,11 @@ class _Ours(Contestant):
         if workload.part == "samplers":
             found["episodes"] = self.drawer(*size, UniformEpisodeSampler())
             found["own"] = self.drawer(*size, OwnSampler())
+        if workload.part == "padding":
+            for pad in ("zero", "edge"):
+                options: Any = {"pad": pad, **PADDING, "seed": 0}
+                found[pad] = ReplayBuffer(self.dataset, *size, **options).sample
+            found["stacks"] = ReplayBuffer(self.dataset, *size, transform=stacked, seed=0).sample
         if workload.part == "wrapping":
             found["long"] = ReplayBuffer(ring_of_long_episodes(workload.store), *size, seed=0).sample
         return found

@@ -74,11 +74,13 @@ class SequenceLayout:
         return self._masked[1]
 
 
-class _Group(NamedTuple):
-    """Fields that are read at the same offsets."""
+class _Part(NamedTuple):
+    """Fields that are read at the same n offsets: as windows of n rows if these follow each other, else of one row."""
 
     names: tuple[str, ...]
-    offsets: tuple[int, ...]
+    num: int
+    windows: Windows
+    mask: npt.NDArray[np.bool_]  # `(B, n)`
 
 
 class OffsetLayout(SequenceLayout):
@@ -102,43 +104,59 @@ class OffsetLayout(SequenceLayout):
         reached = [0, *(offset for group in self._offsets.values() for offset in group)]
         #: Rows before and after an anchor, as far as the offsets reach.
         self.before, self.after = -min(reached), max(reached)
-        self._grouped: tuple[Fields, list[_Group]] | None = None
+        # The names of fields by their offsets, and the parts of a batch, made once.
+        self._grouped: tuple[Fields, dict[tuple[int, ...], list[str]]] | None = None
+        self._parts: tuple[Windows, list[_Part]] | None = None
 
     @property
     def length(self) -> int:
         """T, rows of the windows that hold all offsets of an anchor."""
         return self.before + 1 + self.after
 
-    def groups(self, fields: Fields) -> list[_Group]:
-        """The fields by their offsets; ValueError for a name that is no field."""
+    def _groups(self, fields: Fields) -> dict[tuple[int, ...], list[str]]:
         if self._grouped is None or self._grouped[0] is not fields:
             self._grouped = fields, _grouped(fields, self._offsets)
         return self._grouped[1]
 
+    def _parts_of(self, source: EpisodeSource, windows: Windows) -> list[_Part]:
+        if self._parts is None or self._parts[0] is not windows:
+            assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
+            groups = self._groups(source.fields).items()
+            self._parts = windows, [self._part(windows, offsets, tuple(names)) for offsets, names in groups]
+        return self._parts[1]
+
+    def _part(self, windows: Windows, offsets: tuple[int, ...], names: tuple[str, ...]) -> _Part:
+        num, first = len(offsets), self.before + offsets[0]
+        if offsets == tuple(range(offsets[0], offsets[0] + num)):
+            part = windows.shifted(first, num)
+        else:
+            repeated = windows[np.arange(len(windows)).repeat(num)]
+            part = repeated.shifted(self.before + np.tile(np.array(offsets, np.int64), len(windows)), 1)
+        return _Part(names, num, part, part.mask.reshape(-1, num))
+
     def leading(self, fields: Fields, windows: Windows) -> dict[str, tuple[int, int]]:
         """(B, n) of each field, for n offsets."""
-        found = {name: len(offsets) for names, offsets in self.groups(fields) for name in names}
+        found = {name: len(offsets) for offsets, names in self._groups(fields).items() for name in names}
         return {name: (len(windows), found[name]) for name in fields}
 
     def read(self, source: EpisodeSource, windows: Windows, out: Rows | None) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`: each field's rows, with padding."""
-        fields, num_windows = source.fields, len(windows)
-        assert fields is not None  # Windows are drawn from episodes, so there are fields.
         read: Rows = {}
-        was_read = np.ones(num_windows, np.bool_)
-        for names, offsets in self.groups(fields):
-            num = len(offsets)
-            part = _windows_at(windows, self.before, offsets)
-            rows = source.empty_batch(names, num_windows, num) if out is None else {name: out[name] for name in names}
+        was_read: np.ndarray | None = None
+        for names, num, part, mask in self._parts_of(source, windows):
+            rows = source.empty_batch(names, len(windows), num) if out is None else {name: out[name] for name in names}
             read |= rows
             if part.length != num:
                 rows = {name: tensor.view(-1, 1, *tensor.shape[2:]) for name, tensor in rows.items()}
+            is_padded = not mask.all()
             # Of a window without a real row, the nearest is read.
-            _, found = source.read(part.moved_between(1 - part.length, part.episode_length - 1), rows)
-            pad(part, rows, part.mask, self._with_edge)
+            moved = part.moved_between(1 - part.length, part.episode_length - 1) if is_padded else part
+            _, found = source.read(moved, rows)
+            if is_padded:
+                pad(part, rows, mask, self._with_edge)
             if found is not None:
-                was_read &= found.reshape(num_windows, -1).all(1)
-        return {name: read[name] for name in fields}, None if was_read.all() else was_read
+                was_read = found.reshape(len(windows), -1).all(1) & (True if was_read is None else was_read)
+        return {name: read[name] for name in source.fields or ()}, was_read
 
     def included(self, name: str, source: EpisodeSource, windows: Windows) -> Any:
         """As in `SequenceLayout`, of the anchors, `(B, 1)`; "mask" is a nested dict like the fields, `(B, n)` each."""
@@ -146,18 +164,9 @@ class OffsetLayout(SequenceLayout):
             return super().included(name, source, windows.shifted(self.before, 1))
         assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
         masks: dict[str, torch.Tensor] = {}
-        for names, offsets in self.groups(source.fields):
-            mask = torch.from_numpy(_windows_at(windows, self.before, offsets).mask.reshape(-1, len(offsets)))
-            masks |= {name: mask.clone() for name in names}
+        for names, _, _, mask in self._parts_of(source, windows):
+            masks |= {name: torch.from_numpy(mask.copy()) for name in names}
         return source.fields.unflatten(masks)
-
-
-def _windows_at(windows: Windows, before: int, offsets: tuple[int, ...]) -> Windows:
-    """The windows of one field: B of n rows where its offsets follow each other, else B * n of one row."""
-    if offsets == tuple(range(offsets[0], offsets[0] + len(offsets))):
-        return windows.shifted(before + offsets[0], len(offsets))
-    repeated = windows[np.arange(len(windows)).repeat(len(offsets))]
-    return repeated.shifted(before + np.tile(np.array(offsets, np.int64), len(windows)), 1)
 
 
 def _checked_offsets(offsets: Mapping[str, Iterable[int]]) -> dict[str, tuple[int, ...]]:
@@ -174,7 +183,8 @@ def _checked_offsets(offsets: Mapping[str, Iterable[int]]) -> dict[str, tuple[in
     return checked
 
 
-def _grouped(fields: Fields, offsets: Mapping[str, tuple[int, ...]]) -> list[_Group]:
+def _grouped(fields: Fields, offsets: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], list[str]]:
+    """The fields by their offsets; ValueError for a name that is no field."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name in fields:
         # The most specific of "obs/image" and "obs".
@@ -183,4 +193,4 @@ def _grouped(fields: Fields, offsets: Mapping[str, tuple[int, ...]]) -> list[_Gr
     unknown = [key for key in offsets if not any(f"{name}/".startswith(f"{key}/") for name in fields)]
     if unknown:
         raise ValueError(f"`offsets` names {unknown}, which are no fields. There are {list(fields)}.")
-    return [_Group(tuple(names), offset) for offset, names in groups.items()]
+    return groups

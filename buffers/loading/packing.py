@@ -78,6 +78,5 @@ class PackedLayout(SequenceLayout):
         follows = np.diff(windows.step, prepend=-1) == 1
         for column in (windows.episode, windows.source):
             follows &= True if column is None else np.diff(column, prepend=-1) == 0
-        follows[:: self._num_rows] = False
         begins = np.append(np.flatnonzero(~follows), len(windows))
         return torch.from_numpy(begins.astype(np.int32))

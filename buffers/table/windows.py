@@ -69,14 +69,17 @@ class Windows:
             mask[b] = steps.view(np.uint64) < self.episode_length[b, None].view(np.uint64)
         return mask
 
+    def shifted(self, offset: int | Int64Array, length: int) -> Windows:
+        """Windows of `length` rows that begin `offset` rows, one number or `(B,)`, after these."""
+        start, step = self.start + offset, self.step + offset
+        # As `replace` would, in a fraction of its time.
+        kept = self.episode, self.episode_length, self.weight, self.source, self.is_checked, self.oldest_step, self.cut
+        return Windows(length, start, step, *kept)
+
     def moved_between(self, first: int, last: Int64Array) -> Windows:
         """The windows, moved so that each begins at row `first` of its episode, or behind it, and not after `last`."""
         step: Int64Array = np.minimum(np.maximum(self.step, first), last)
-        return replace(self, start=self.start + (step - self.step), step=step)
-
-    def shifted(self, offset: int | Int64Array, length: int) -> Windows:
-        """Windows of `length` rows that begin `offset` rows, one number or `(B,)`, after these."""
-        return replace(self, start=self.start + offset, step=self.step + offset, length=length)
+        return self.shifted(step - self.step, self.length)
 
     def __getitem__(self, selection: slice | npt.NDArray[np.generic]) -> Windows:
         columns = ((name, getattr(self, name)) for name in _COLUMNS)
