@@ -25,7 +25,9 @@ BLOCKS = [
 def test_code_runs_as_printed(code: str, is_run: bool, tmp_path: Path) -> None:
     compile(code, "block", "exec")
     if is_run:
-        command = [sys.executable, "-W", "error", "-c", code]
+        # As a script, which processes that it starts can import.
+        (tmp_path / "block.py").write_text(code)
+        command = [sys.executable, "-W", "error", "block.py"]
         found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert found.returncode == 0, found.stderr
 

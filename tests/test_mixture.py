@@ -350,6 +350,20 @@ def test_a_mixture_can_be_sampled_once_every_weighted_member_can(members) -> Non
         assert buffer.can_sample is expected
 
 
+def test_a_mixture_of_readers_that_were_empty_can_be_sampled_once_each_has_an_episode(tmp_path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    readers = [IndividualFileDataset(directory=tmp_path / name, mode="r") for name in ("one", "other")]
+    buffer = ReplayBuffer(MixtureDataset(readers, [1.0, 1.0]), batch_size=8, sequence_length=2)
+    found = []
+    for number, name in enumerate(("one", "other")):
+        with IndividualFileDataset(100, directory=tmp_path / name) as writer:
+            writer.add_episode(tagged.episode(5, number))
+        found.append(buffer.can_sample)
+    assert found == [False, True]
+    assert buffer.sample()["code"].shape == (8, 2)
+
+
 def test_ids_of_a_batch_are_those_of_the_dataset_that_holds_the_episode(members) -> None:
     mixture = MixtureDataset(members, [1, 1, 1])
     batch = mixture.get_loader(30, 3, include=("source", "episode", "index", "step"), seed=0).stream.take()

@@ -150,7 +150,8 @@ class MixtureDataset(EpisodeSource):
     def can_draw(self, length: int | None, selection: Selection) -> bool:
         """As `EpisodeSource.can_draw`, of every member with a weight."""
         weighted = zip(self._leaves, self._leaf_weights(), strict=True)
-        return self.fields is not None and all(leaf.can_draw(length, selection) for leaf, weight in weighted if weight)
+        # Readers know their fields only after they have looked for episodes.
+        return all(leaf.can_draw(length, selection) for leaf, weight in weighted if weight) and self.fields is not None
 
     def draw(
         self,
