@@ -336,7 +336,7 @@ def test_another_dataloader_makes_a_pass_or_says_that_it_cannot(num_workers) -> 
         stream = ring.get_loader(4, 3, epochs=1, seed=0).stream
         other = DataLoader(stream, batch_size=None, num_workers=num_workers)
         if num_workers:
-            with pytest.raises(RuntimeError, match="Another DataLoader cannot begin a pass in its workers"):
+            with pytest.raises(RuntimeError, match="Another DataLoader's workers cannot make a pass"):
                 list(other)
         else:
             assert sum(spoiled(other).values()) == 21
@@ -567,7 +567,7 @@ def test_single_sequences_take_the_same_options() -> None:
     ring.add_episode(tagged.episode(5, 0))
     sequence = next(iter(ring.sequences(4, pad_before=3, pad_after=3, pad="edge", seed=1, include=EVERYTHING)))
     assert sequence["mask"].shape == (4,) and sequence["obs"]["state"].shape == (4, 3)
-    for options, message in (({"pack": 8}, "use `get_loader`"), ({"epochs": 1}, "in batches of a loader")):
+    for options, message in (({"pack": 8}, "use `get_loader`"), ({"epochs": 1}, "in a loader's batches")):
         with pytest.raises(ValueError, match=message):
             ring.sequences(**options)
     with pytest.raises(TypeError, match="There is no argument `num_workers`"):

@@ -95,8 +95,11 @@ def rows_to_draw(
     pack: int | None = None,
     split: tuple[str, float, int] | None = None,
     stride: int = 1,
+    **unknown: Any,
 ) -> tuple[int | None, Selection, SequenceLayout]:
     """T, None for whole episodes, which windows there are, and how batches are laid out."""
+    if unknown:
+        raise TypeError(f"There is no argument `{min(unknown)}`.")
     length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
     for name, given in (("offsets", offsets), ("pack", pack)):
         if given is not None and length not in (None, 1):

@@ -22,7 +22,7 @@ from buffers.loading.include import checked_include
 from buffers.loading.layout import Rows
 from buffers.loading.lifetime import end_with
 from buffers.loading.one_pass import OnePass
-from buffers.loading.options import StreamOptions, rows_to_draw
+from buffers.loading.options import rows_to_draw
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
 from buffers.sampler import Sampler, UniformSampler
@@ -40,10 +40,9 @@ _SEQUENCES_PER_READ = 32  # Single sequences are drawn and read this many at a t
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 #: Names and sizes of the int64 arrays through which workers and the trainer tell each other:
 #: "first", the position at which the iteration began (which persistent workers see change); "newest", by batch, its
-#: newest step id plus one, and "padding", its share in billionths; "rejected", by worker, windows that were gone before
-#: they could be read; "uncounted", 1 if another DataLoader than a `SequenceLoader` has taken batches.
-COUNTERS = {"first": 1, "newest": 1024, "padding": 1024, "rejected": 64, "uncounted": 1}
-_PARTS = 1_000_000_000
+#: newest step id plus one; "rejected", by worker, windows that were gone before they could be read; "uncounted", 1 if
+#: another DataLoader than a `SequenceLoader` has taken batches.
+COUNTERS = {"first": 1, "newest": 1024, "rejected": 64, "uncounted": 1}
 
 
 class SequenceStream(IterableDataset):
@@ -78,13 +77,11 @@ class SequenceStream(IterableDataset):
         self.source, self.is_seeded = source, seed is not None
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         #: T of the windows that are drawn.
-        unknown = row_options.keys() - StreamOptions.__annotations__
-        if unknown:
-            raise TypeError(f"There is no argument `{min(unknown)}`.")
         self.sequence_length, self.selection, self.layout = rows_to_draw(sequence_length, **row_options)
         least = (self.sequence_length or 0) - self.selection.pad_before - self.selection.pad_after
         if least > source.longest_window:
-            raise ValueError(f"Windows of {least} steps exceed the `capacity` of {source.longest_window} steps.")
+            length = self.sequence_length
+            raise ValueError(f"`sequence_length`={length} exceeds the `capacity` of {source.longest_window} steps.")
         if self.layout.num_packed is not None and batch_size is None:
             raise ValueError("`pack` makes batches: use `get_loader`.")
         self.num_windows = _SEQUENCES_PER_READ if self.batch_size is None else self.batch_size
@@ -128,7 +125,7 @@ class SequenceStream(IterableDataset):
             return None
         if type(self.sampler) is not UniformSampler or self.layout.num_packed is not None or self.batch_size is None:
             raise ValueError(
-                "`epochs` brings every window once, in batches of a loader: leave out `sampler` and `pack`."
+                "`epochs` brings every window once, in a loader's batches: leave out `sampler` and `pack`."
             )
         for name, value in (("shuffle", True if shuffle is None else shuffle), ("drop_last", drop_last)):
             if not isinstance(value, bool):
@@ -166,9 +163,6 @@ class SequenceStream(IterableDataset):
             self._last = windows
         else:
             self.counters["newest"][position % COUNTERS["newest"]] = windows.last_steps.max() + 1
-            if self.layout.is_padded:
-                share = self.layout.padding(self.source, windows)
-                self.counters["padding"][position % COUNTERS["padding"]] = round(share * _PARTS)
         batch = self.assemble(self, windows, rows)
         # `_sequences_of` transforms single sequences.
         return batch if self.transform is None or self.batch_size is None else self.transform(batch)
@@ -267,12 +261,10 @@ class SequenceStream(IterableDataset):
 
     @property
     def padding(self) -> float | None:
-        """The share of padding in the rows of the last batch that was taken; None if batches have none."""
-        if not self.layout.is_padded or not self.position:
+        """The share of padding in the last batch that was made in this process; None if there is no mask."""
+        if self._last is None or not self.layout.is_padded:
             return None
-        if self._last is not None:
-            return self.layout.padding(self.source, self._last)
-        return float(self.counters["padding"][(self.position - 1) % COUNTERS["padding"]]) / _PARTS
+        return self.layout.padding(self.source, self._last)
 
     @property
     def num_rejected(self) -> int:
@@ -307,9 +299,7 @@ class SequenceStream(IterableDataset):
             end = 2**63 - 1
             if self.one_pass is not None:
                 if not self.is_counted:
-                    raise RuntimeError(
-                        "Another DataLoader cannot begin a pass in its workers: iterate the loader itself."
-                    )
+                    raise RuntimeError("Another DataLoader's workers cannot make a pass: iterate the loader itself.")
                 self.one_pass.state = self.counters["pass"]
                 self.one_pass.forget()
                 end = self.one_pass.end
