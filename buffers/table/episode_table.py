@@ -225,11 +225,11 @@ class EpisodeTable:
         """The cuts of live episodes, by their ids `(B,)`."""
         return self.rows[self.ids.searchsorted(episode), _CUT]
 
-    def steps_to_draw(self, position: Int64Array, length: int) -> tuple[Int64Array, Int64Array]:
-        """The row of each episode `(B,)` at which its first window of T = `length` begins, and its windows `(B,)`."""
-        found, selection = self.rows.take(position, axis=0), self.selection
-        num_windows = selection.num_windows(found[:, _LENGTH], found[:, _CUT], length)
-        return selection.first_steps(found[:, _CUT], length), num_windows
+    def steps_to_draw(self, position: Int64Array, length: int) -> tuple[Any, Int64Array]:
+        """Of episodes at `position` `(B,)`: where the first window of T = `length` begins, and how many there are."""
+        cut = self.rows[position, _CUT] if self.has_cuts else None
+        num_windows = self.selection.num_windows(self.lengths[position], cut, length)
+        return self.selection.first_steps(cut, length), num_windows
 
     def windows(self, position: Int64Array, step: Int64Array, length: int) -> Windows:
         """The windows of T = `length` that begin at row `step` `(B,)` of the episodes at `position` `(B,)`."""
@@ -249,9 +249,8 @@ class EpisodeTable:
             step *= self.selection.stride
         if self.has_cuts:
             cut = found[:, _CUT]
+        if self.has_cuts or self.selection.pad_before:
             step += self.selection.first_steps(cut, length)
-        elif self.selection.pad_before:
-            step -= self.selection.pad_before
         start, oldest_step = found[:, _START] + step, rows.item(first, _START)
         return Windows(length, start, step, found[:, ID], found[:, _LENGTH], None, None, True, oldest_step, cut)
 
@@ -275,7 +274,8 @@ class EpisodeTable:
         if length is None:
             reached = lengths if most is None else np.minimum(lengths, most)
         else:
-            reached = lengths[selection.num_windows(lengths, rows[:, _CUT], length) > 0]
+            cut = rows[:, _CUT]
+            reached = lengths[selection.num_windows(lengths, cut if cut.any() else None, length) > 0]
         return float(reached.sum() / lengths.sum())
 
     def no_window_message(self, length: int | None) -> str:
@@ -306,5 +306,6 @@ class EpisodeTable:
         return cumulation
 
     def _counts(self, kind: str, rows: Int64Array, length: int) -> Int64Array:
-        num_windows = self.selection.num_windows(rows[:, _LENGTH], rows[:, _CUT], length)
+        cut = rows[:, _CUT] if self.has_cuts else None
+        num_windows = self.selection.num_windows(rows[:, _LENGTH], cut, length)
         return num_windows if kind == "windows" else np.minimum(num_windows, 1)

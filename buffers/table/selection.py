@@ -59,22 +59,23 @@ class Selection(NamedTuple):
         """Whether a window may reach beyond its episode."""
         return self.pad_before > 0 or self.pad_after > 0
 
-    def room(self, cut: Any) -> tuple[Any, Any]:
-        """How many rows a window may begin before episodes of these cuts `(n,)` and end behind them."""
+    # Below, `cut` are the cuts `(n,)` of episodes, None where none is a piece.
+
+    def room(self, cut: Int64Array | None) -> tuple[Any, Any]:
+        """How many rows a window may begin before episodes and end behind them."""
         if cut is None:
             return self.pad_before, self.pad_after
         return self.pad_before * ((cut & CONTINUES) == 0), self.pad_after * ((cut & GOES_ON) == 0)
 
-    def first_steps(self, cut: Int64Array, length: int) -> Int64Array:
-        """Where in each episode, of cuts `(n,)`, its first window of T = `length` begins."""
-        first = np.maximum(context_of(cut) - (length - 1), 0)
-        return first - self.room(cut)[0] if self.pad_before else first
+    def first_steps(self, cut: Int64Array | None, length: int) -> Any:
+        """Where in each episode its first window of T = `length` begins."""
+        first = 0 if cut is None else np.maximum(context_of(cut) - (length - 1), 0)
+        return first - self.room(cut)[0]
 
-    def num_windows(self, lengths: Int64Array, cut: Int64Array, length: int) -> Int64Array:
-        """The number of windows of T = `length` in episodes of `lengths` `(n,)` rows and cuts `(n,)`.
+    def num_windows(self, lengths: Int64Array, cut: Int64Array | None, length: int) -> Int64Array:
+        """The windows of T = `length` in episodes of `lengths` `(n,)` rows.
 
         Windows that lie within the context of an episode are windows of the piece before it.
         """
-        last = lengths - length + (self.room(cut)[1] if self.pad_after else 0)
-        num = np.maximum(last + 1 - self.first_steps(cut, length), 0)
+        num: Int64Array = np.maximum(lengths + (1 - length + self.room(cut)[1] - self.first_steps(cut, length)), 0)
         return num if self.stride == 1 else -(-num // self.stride)
