@@ -273,9 +273,10 @@ class EpisodeTable:
             return 0.0
         if length is None:
             reached = lengths if most is None else np.minimum(lengths, most)
+        elif self.has_cuts:
+            reached = lengths[selection.num_windows(lengths, rows[:, _CUT], length) > 0]
         else:
-            cut = rows[:, _CUT]
-            reached = lengths[selection.num_windows(lengths, cut if cut.any() else None, length) > 0]
+            reached = lengths[lengths >= length - selection.pad_before - selection.pad_after]
         return float(reached.sum() / lengths.sum())
 
     def no_window_message(self, length: int | None) -> str:

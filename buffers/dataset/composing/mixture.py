@@ -250,6 +250,7 @@ class _MixtureTable(EpisodeTable):
 
     def __init__(self, leaves: list[EpisodeSource]) -> None:
         self._leaves = leaves
+        self.has_cuts = True  # Of an episode that a member may get.
 
     def __len__(self) -> int:
         return sum(len(leaf.table) for leaf in self._leaves)
