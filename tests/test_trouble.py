@@ -107,7 +107,7 @@ def test_a_good_file_survives_a_signal_handler_that_raises(tmp_path, strategy, i
     dataset = IndividualFileDataset(100, None, None, tmp_path, strategy, durability="rename")
     add(dataset, [4])
     windows = dataset.table.windows(np.zeros(1, np.int64), np.zeros(1, np.int64), 4)
-    num_calls, out = 1, dataset.empty_batch(dataset.fields, len(windows), windows.length)
+    num_calls, out = 1, dataset.empty_batch(windows)
 
     def look() -> None:
         if is_opened:

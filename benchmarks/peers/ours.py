@@ -93,15 +93,8 @@ class _Ours(Contestant):
         return ReplayBuffer(self.dataset, batch_size, length, sampler=sampler, seed=0).sample
 
     def offset_drawer(self, batch_size: int) -> Callable[[], Any]:
-        loader = self.dataset.get_loader(
-            batch_size,
-            num_workers=self._num_workers,
-            offsets=OFFSETS,
-            pad="edge",
-            seed=0,
-        )
-        batches = iter(loader)
-        return lambda: next(batches)
+        options: Any = {"offsets": OFFSETS, "pad": "edge", "seed": 0}
+        return ReplayBuffer(self.dataset, batch_size, num_workers=self._num_workers, **options).sample
 
     def drawers(self, workload: Workload) -> dict[str, Callable[[], Any]]:
         found = super().drawers(workload)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,18 @@ class EpisodeDataset(EpisodeSource):
         """Whether an episode must be evicted before `length` rows can be stored from step id `start` on."""
         return self.table.num_steps + length > self.capacity
 
-    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
+    def read(
+        self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
+    ) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`."""
         if self.reads_beside_writers:
-            return super().read(windows, out)
+            return super().read(windows, out, names)
         with self._lock:
             # If another thread has evicted some since the draw, read nothing: the batch is read again with others.
             lives = np.isin(windows.episode, self.table.ids)
-            return super().read(windows, out) if lives.all() else ({} if out is None else out, lives)
+            if lives.all():
+                return super().read(windows, out, names)
+            return self.empty_batch(windows, names) if out is None else out, lives
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
         """Store a complete episode, evicting others if there is no room. It can be drawn at once.

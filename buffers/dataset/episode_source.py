@@ -142,29 +142,33 @@ class EpisodeSource(IterableDataset, ABC):
             table = self.table_to_draw(selection)
             return len(table) > 0 if length is None else table.count_windows(length).num > 0
 
-    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
-        """Rows `name -> (B, T, *shape)`, in `out` if that is given, and which windows were read, as `_read` returns."""
-        if out is None:
-            assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
-            out = self.empty_batch(self._fields, len(windows), windows.length)
+    def read(
+        self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
+    ) -> tuple[Rows, np.ndarray | None]:
+        """Rows `name -> (B, T, *shape)`, and which windows were read, as `_read` returns.
+
+        Into `out` if that is given, else of the fields in `names`, or of all.
+        """
+        out = self.empty_batch(windows, names) if out is None else out
         if self.reads_before_episodes or not (windows.step < 0).any():
             return out, self._read(windows, out)
         was_read = self._read(windows.moved_between(0, windows.episode_length - 1), out)
         shift(windows, out)
         return out, was_read
 
-    def empty_batch(self, names: Iterable[str], num_windows: int, length: int) -> Rows:
-        """Uninitialized memory for fields of these names, `name -> (B, T, *shape)`."""
+    def empty_batch(self, windows: Windows, names: Iterable[str] | None = None) -> Rows:
+        """Uninitialized memory for windows, `name -> (B, T, *shape)`, of the fields in `names` or of all."""
+        leading = len(windows), windows.length
+        return {name: self.empty(name, leading) for name in (self._fields or () if names is None else names)}
+
+    def empty(self, name: str, leading: tuple[int, int]) -> torch.Tensor:
+        """Uninitialized memory for a field, `(*leading, *shape)`."""
         assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
-        leading, rows = (num_windows, length), {}
-        for name in names:
-            kind = self._fields[name]
-            if self.device.type == "cpu":
-                # numpy is faster, and asks for huge pages.
-                rows[name] = as_tensor(np.empty(leading + kind.shape, kind.numpy_dtype), kind)
-            else:
-                rows[name] = torch.empty(leading + kind.shape, dtype=kind.dtype, device=self.device)
-        return rows
+        kind = self._fields[name]
+        if self.device.type == "cpu":
+            # numpy is faster, and asks for huge pages.
+            return as_tensor(np.empty(leading + kind.shape, kind.numpy_dtype), kind)
+        return torch.empty(leading + kind.shape, dtype=kind.dtype, device=self.device)
 
     @property
     def longest_window(self) -> int:

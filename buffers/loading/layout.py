@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils._pytree import tree_leaves
 
 from buffers.fields import Fields
 from buffers.loading.include import included
@@ -61,13 +60,12 @@ class SequenceLayout:
     def included(self, name: str, source: EpisodeSource, windows: Windows) -> Any:
         """What `include` calls `name`: a tensor, or a nested dict of some."""
         if name == "mask":
-            return torch.from_numpy(self._mask_of(windows).copy())
+            return torch.from_numpy(self._mask_of(windows))
         return torch.from_numpy(source.sources_of(windows)) if name == "source" else included(name, windows)
 
     def padding(self, source: EpisodeSource, windows: Windows) -> float:
         """The share of padding in the rows of a batch."""
-        masks = tree_leaves(self.included("mask", source, windows))
-        return 1.0 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return 1.0 - float(windows.num_rows.sum()) / (len(windows) * windows.length)
 
     def _mask_of(self, windows: Windows) -> npt.NDArray[np.bool_]:
         """`windows.mask`, made once a batch."""
@@ -84,6 +82,7 @@ class _Part(NamedTuple):
     num: int
     windows: Windows
     mask: npt.NDArray[np.bool_]  # `(B, n)`
+    has_anchor: bool  # Whether each window has its anchor's row.
 
 
 class OffsetLayout(SequenceLayout):
@@ -130,13 +129,21 @@ class OffsetLayout(SequenceLayout):
         return parts[1]
 
     def _part(self, windows: Windows, offsets: tuple[int, ...], names: tuple[str, ...]) -> _Part:
-        num, first = len(offsets), self.before + offsets[0]
+        num = len(offsets)
         if offsets == tuple(range(offsets[0], offsets[0] + num)):
-            part = windows.shifted(first, num)
+            part = windows.shifted(self.before + offsets[0], num)
+            has_anchor = offsets[0] <= 0 <= offsets[-1]
         else:
             repeated = windows[np.arange(len(windows)).repeat(num)]
-            part = repeated.shifted(self.before + np.tile(np.array(offsets, np.int64), len(windows)), 1)
-        return _Part(names, num, part, part.mask.reshape(-1, num))
+            part, has_anchor = repeated.shifted(self.before + np.tile(np.array(offsets), len(windows)), 1), False
+        # The row of an anchor is real.
+        mask = np.ones((len(windows), 1), np.bool_) if offsets == (0,) else part.mask.reshape(-1, num)
+        return _Part(names, num, part, mask, has_anchor)
+
+    def padding(self, source: EpisodeSource, windows: Windows) -> float:
+        """The share of padding in the rows of a batch, where a row of each field counts."""
+        parts = [(len(part.names), part.mask) for part in self._parts_of(source, windows)]
+        return 1.0 - sum(num * mask.sum() for num, mask in parts) / sum(num * mask.size for num, mask in parts)
 
     def leading(self, fields: Fields, windows: Windows) -> dict[str, tuple[int, int]]:
         """(B, n) of each field, for n offsets."""
@@ -147,17 +154,20 @@ class OffsetLayout(SequenceLayout):
         """As `EpisodeSource.read`: each field's rows, with padding."""
         read: Rows = {}
         was_read: np.ndarray | None = None
-        for names, num, part, mask in self._parts_of(source, windows):
-            rows = source.empty_batch(names, len(windows), num) if out is None else {name: out[name] for name in names}
-            read |= rows
-            if part.length != num:
-                rows = {name: tensor.view(len(part), 1, *tensor.shape[2:]) for name, tensor in rows.items()}
-            is_padded = not mask.all()
-            # Of a window without a real row, the nearest is read.
-            moved = part.moved_between(1 - part.length, part.episode_length - 1) if is_padded else part
-            _, found = source.read(moved, rows)
+        for names, num, part, mask, has_anchor in self._parts_of(source, windows):
+            is_padded, into = not mask.all(), None
+            moved = part
+            if is_padded and not has_anchor:
+                # Of a window without a real row, the nearest is read.
+                moved = part.moved_between(1 - part.length, part.episode_length - 1)
+            if out is not None:
+                into = {name: out[name].view(len(part), part.length, *out[name].shape[2:]) for name in names}
+            rows, found = source.read(moved, into, names)
             if is_padded:
                 pad(part, rows, mask, self._with_edge)
+            if part.length != num:
+                rows = {name: tensor.view(len(windows), num, *tensor.shape[2:]) for name, tensor in rows.items()}
+            read |= rows
             if found is not None:
                 was_read = found.reshape(len(windows), -1).all(1) & (True if was_read is None else was_read)
         return {name: read[name] for name in source.fields or ()}, was_read
@@ -168,8 +178,8 @@ class OffsetLayout(SequenceLayout):
             return super().included(name, source, windows.shifted(self.before, 1))
         assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
         masks: dict[str, torch.Tensor] = {}
-        for names, _, _, mask in self._parts_of(source, windows):
-            masks |= {name: torch.from_numpy(mask.copy()) for name in names}
+        for part in self._parts_of(source, windows):
+            masks |= {name: torch.from_numpy(part.mask.copy()) for name in part.names}
         return source.fields.unflatten(masks)
 
 

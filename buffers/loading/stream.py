@@ -208,21 +208,20 @@ class SequenceStream(IterableDataset):
 
     def _read(self, windows: Windows) -> tuple[Rows, np.ndarray | None]:
         """Read windows into a worker's slot or new memory; also returns which were read, as `EpisodeSource.read`."""
-        num_windows, out = len(windows.start), None
+        num_windows, out, source = len(windows.start), None, self.source
         if self._slots is not None:
-            assert self.source.fields is not None  # Windows are drawn from episodes, so there are fields.
-            out = self._slots.empty_batch(self.source.fields, self.layout.leading(self.source.fields, windows))
-        if self.chunk_size >= num_windows or not self.source.reads_in_chunks or self.layout.num_packed is not None:
-            return self.layout.read(self.source, windows, out)
+            assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
+            out = self._slots.empty_batch(source.fields, self.layout.leading(source.fields, windows))
+        if self.chunk_size >= num_windows or not source.reads_in_chunks or self.layout.num_packed is not None:
+            return self.layout.read(source, windows, out)
         if out is None:
-            assert self.source.fields is not None  # As above.
-            sizes = self.layout.leading(self.source.fields, windows)
-            out = {name: self.source.empty_batch((name,), *size)[name] for name, size in sizes.items()}
+            assert source.fields is not None  # As above.
+            out = {name: source.empty(name, size) for name, size in self.layout.leading(source.fields, windows).items()}
         was_read = np.ones(num_windows, np.bool_)
         for begin in range(0, num_windows, self.chunk_size):
             chunk = slice(begin, begin + self.chunk_size)
             part = {name: tensor[chunk] for name, tensor in out.items()}
-            _, found = self.layout.read(self.source, windows[chunk], part)
+            _, found = self.layout.read(source, windows[chunk], part)
             if found is not None:
                 was_read[chunk] = found
         return out, was_read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, final
 
 import numpy as np
@@ -174,7 +174,9 @@ class RingBufferDataset(EpisodeDataset):
                 self._columns[name].gather_rows(self._on_device(rows), self._on_device(late), tensor)
         return self._which_are_whole(windows)
 
-    def read(self, windows: Windows, out: Rows | None = None) -> tuple[Rows, np.ndarray | None]:
+    def read(
+        self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
+    ) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`."""
         if out is None:
             size = (len(windows.start), windows.length, torch.get_num_threads())
@@ -184,11 +186,11 @@ class RingBufferDataset(EpisodeDataset):
             if gathers:
                 offsets = windows.start % self.capacity
                 try:
-                    rows = {name: gather(offsets) for name, gather in gathers.items()}
+                    rows = {name: gathers[name](offsets) for name in (gathers if names is None else names)}
                     return rows, self._which_are_whole(windows)
                 except IndexError:
                     pass  # Padding reaches beyond an end of the ring.
-        return super().read(windows, out)
+        return super().read(windows, out, names)
 
     def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
         found = {name: column.items(*size[:2]) for name, column in self._columns.items()}
