@@ -67,11 +67,10 @@ class PackedLayout(SequenceLayout):
 
     def read(self, source: EpisodeSource, windows: Windows, out: Rows | None) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`."""
-        single = (
-            None if out is None else {name: rows.view(len(windows), 1, *rows.shape[2:]) for name, rows in out.items()}
-        )
+        num = len(windows)
+        single = None if out is None else {name: rows.view(num, 1, *rows.shape[2:]) for name, rows in out.items()}
         rows, was_read = source.read(windows, single)
-        size = len(windows) // self._num_rows, self._num_rows
+        size = num // self._num_rows, self._num_rows
         return {name: tensor.view(*size, *tensor.shape[2:]) for name, tensor in rows.items()}, was_read
 
     def included(self, name: str, source: EpisodeSource, windows: Windows) -> Any:

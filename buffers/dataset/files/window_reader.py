@@ -58,12 +58,9 @@ class WindowReader:
     ) -> dict[FileName, str | None]:
         """Fill `name -> (B, T, *shape)`, and return the episodes that are gone (None) or damaged (what is wrong)."""
         starts, skipped = (windows.start - windows.step).tolist(), np.maximum(-windows.step, 0)
-        ids, lengths, steps = (
-            windows.episode.tolist(),
-            windows.episode_length.tolist(),
-            (windows.step + skipped).tolist(),
-        )
-        num_rows, first_rows = windows.num_rows.tolist(), skipped.tolist()
+        ids, lengths = windows.episode.tolist(), windows.episode_length.tolist()
+        steps = (windows.step + skipped).tolist()
+        rows = (np.arange(len(windows)) * windows.length + skipped).tolist()
         cuts = [0] * len(ids) if windows.cut is None else windows.cut.tolist()
         # (position of the field, bytes of a row, memory)
         targets = [(i, fields[name].nbytes, bytes_of(out[name])) for i, name in enumerate(fields) if name in out]
@@ -73,18 +70,17 @@ class WindowReader:
         with self._lock:
             self._drop_forgotten()
             # Grouped by episode, so that each file is opened, or decoded, only once.
-            for b in windows.episode.argsort(kind="stable").tolist():
+            for b, num in _runs(windows):
                 try:
                     if ids[b] != episode_id:
                         episode_id, source = ids[b], None
                         name = FileName(episode_id, starts[b], lengths[b], cuts[b], self._directory.suffix)
                         source = self._find(name, strategy, fields)
                     if isinstance(source, tuple):
-                        _read_rows(*source, targets, b * windows.length + first_rows[b], steps[b], num_rows[b])
+                        _read_rows(*source, targets, rows[b], steps[b], num)
                     elif source is not None:
                         for field, tensor in out.items():
-                            rows = source[field][steps[b] : steps[b] + num_rows[b]]
-                            tensor[b, first_rows[b] : first_rows[b] + num_rows[b]] = rows
+                            tensor.flatten(0, 1)[rows[b] : rows[b] + num] = source[field][steps[b] : steps[b] + num]
                 except FileNotFoundError:
                     lost[name] = None
                 except DamagedEpisodeError as error:
@@ -162,6 +158,16 @@ class WindowReader:
         if size != layout.size:
             raise DamagedEpisodeError(f"has {size} bytes, and had {layout.size} before")
         return layout
+
+
+def _runs(windows: Windows) -> list[tuple[int, int]]:
+    """Position and real rows of each window, by episode; windows of one row that follow each other are one."""
+    order, num_rows = windows.episode.argsort(kind="stable"), windows.num_rows
+    if windows.length > 1:
+        return list(zip(order.tolist(), num_rows[order].tolist(), strict=True))
+    follows = (np.diff(order) == 1) & (np.diff(windows.step[order]) == 1) & (np.diff(windows.episode[order]) == 0)
+    begins = np.append(0, np.flatnonzero(~follows) + 1)
+    return list(zip(order[begins].tolist(), np.diff(begins, append=len(order)).tolist(), strict=True))
 
 
 def _read_rows(
