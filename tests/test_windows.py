@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
+from buffers.loading import layout
 from buffers.loading.randomness import BatchRandom
 from buffers.sampler import UniformEpisodeSampler, UniformSampler
-from buffers.table import EpisodeTable, Selection, Split, SplitTable
+from buffers.table import EpisodeTable, Selection, Split, SplitTable, Windows
 from buffers.writer import EpisodeWriter
 from tests import tagged
 from tests import windows_model as model
@@ -49,36 +50,61 @@ def live(dataset: Any) -> dict[int, int]:
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 
+def check_a_pass(dataset: Any, batch_size: int, length: int, before: int, after: int, pad: str) -> None:
+    """Every window comes once, with the rows, the mask and the ids that the model says."""
+    episodes = live(dataset)
+    expected = {
+        (number, first) for number, num in episodes.items() for first in model.starts(length, num, before, after)
+    }
+    options: dict[str, Any] = {"pad_before": before, "pad_after": after, "pad": pad, "include": EVERYTHING}
+    if length - before - after > dataset.longest_window:
+        with pytest.raises(ValueError, match="exceeds the `capacity`"):
+            dataset.get_loader(batch_size, length, epochs=1, **options)
+        return
+    loader = dataset.get_loader(batch_size, length, epochs=1, seed=0, **options)
+    if not expected:
+        with pytest.raises(RuntimeError, match="is longer than every stored episode"):
+            next(iter(loader))
+        return
+    assert len(loader) == -(-len(expected) // batch_size)
+    found: Counter[tuple[int, int]] = Counter()
+    for batch in loader:
+        for b in range(len(batch["step"])):
+            number, first = place(batch, b)
+            model.assert_sequence(batch, b, number, episodes[number], first, length, pad)
+            found[number, first] += 1
+    assert set(found) == expected and set(found.values()) == {1}
+
+
 @given(st.sampled_from(model.KINDS), LENGTHS, st.integers(9, 30), padded(12), st.booleans(), st.integers(1, 9))
 @example("ring", [9, 1], 9, (12, 11, 11), True, 3)
 @example("list", [1, 9], 9, (12, 11, 11), False, 3)
 @PROPERTY
 def test_a_pass_has_every_window_once_and_padded_right(kind, lengths, capacity, shape, is_edge, batch_size) -> None:
-    length, before, after = shape
-    pad = "edge" if is_edge else "zero"
     with model.stored(kind, lengths, capacity) as dataset:
-        episodes = live(dataset)
-        expected = {
-            (number, first) for number, num in episodes.items() for first in model.starts(length, num, before, after)
-        }
-        options: dict[str, Any] = {"pad_before": before, "pad_after": after, "pad": pad, "include": EVERYTHING}
-        if length - before - after > dataset.longest_window:
-            with pytest.raises(ValueError, match="exceeds the `capacity`"):
-                dataset.get_loader(batch_size, length, epochs=1, **options)
-            return
-        loader = dataset.get_loader(batch_size, length, epochs=1, seed=0, **options)
-        if not expected:
-            with pytest.raises(RuntimeError, match="is longer than every stored episode"):
-                next(iter(loader))
-            return
-        assert len(loader) == -(-len(expected) // batch_size)
-        found: Counter[tuple[int, int]] = Counter()
-        for batch in loader:
-            for b in range(len(batch["step"])):
-                number, first = place(batch, b)
-                model.assert_sequence(batch, b, number, episodes[number], first, length, pad)
-                found[number, first] += 1
-        assert set(found) == expected and set(found.values()) == {1}
+        check_a_pass(dataset, batch_size, *shape, "edge" if is_edge else "zero")
+
+
+MUTANTS = {
+    "begins a row late": (Selection, "first_steps", lambda self, cut, length: 1 - self.pad_before),
+    "begins a row early": (Selection, "first_steps", lambda self, cut, length: -1 - self.pad_before),
+    "ends a row early": (Selection, "room", lambda self, cut: (self.pad_before, self.pad_after - 1)),
+    "ends a row late": (Selection, "room", lambda self, cut: (self.pad_before, self.pad_after + 1)),
+    "is real a row early": (Windows, "mask", property(lambda self: self.steps + 1 < self.episode_length[:, None])),
+    "is real before": (Windows, "mask", property(lambda self: self.steps < self.episode_length[:, None])),
+    "is real behind": (Windows, "mask", property(lambda self: self.steps >= 0)),
+    "is not padded": (layout, "pad", lambda windows, rows, mask, with_edge: None),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("pad", ["zero", "edge"])
+def test_every_mutant_of_the_ends_is_found(mutant, pad, monkeypatch) -> None:
+    with model.stored("ring", [5, 2, 7], 40) as ring:
+        check_a_pass(ring, 4, 4, 2, 3, pad)
+        monkeypatch.setattr(*MUTANTS[mutant])
+        with pytest.raises((AssertionError, IndexError, RuntimeError)):
+            check_a_pass(ring, 4, 4, 2, 3, pad)
 
 
 OFFSETS = st.lists(st.integers(-6, 6), min_size=1, max_size=4).map(tuple) | st.tuples(
