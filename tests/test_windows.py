@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
 from buffers.loading import layout
-from buffers.loading.randomness import BatchRandom
 from buffers.sampler import UniformEpisodeSampler, UniformSampler
-from buffers.table import EpisodeTable, Selection, Split, SplitTable, Windows
+from buffers.table import Selection, Windows
 from buffers.writer import EpisodeWriter
 from tests import tagged
 from tests import windows_model as model
 from tests.list_dataset import ListDataset
-
-EVERYTHING = ("index", "episode", "step", "is_first", "is_last", "mask")
-PROPERTY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def padded(most: int) -> st.SearchStrategy[tuple[int, int, int]]:
-    """T, pad_before, pad_after."""
-    return st.integers(1, most).flatmap(
-        lambda length: st.tuples(st.just(length), st.integers(0, length - 1), st.integers(0, length - 1))
-    )
-
-
-def place(batch: dict[str, Any], b: int) -> tuple[int, int]:
-    """The number of the episode of a sequence, and where it begins, from its first real row."""
-    t = int(batch["mask"][b].to(torch.int8).argmax())
-    return int(batch["obs"]["state"][b, t, 1]), int(batch["step"][b, t]) - t
-
-
-def live(dataset: Any) -> dict[int, int]:
-    """The number of each stored episode, and its rows."""
-    return dict(tagged.number_and_length(episode) for episode in dataset.episodes())
-
-
-LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+from tests.windows_model import EVERYTHING, LENGTHS, PROPERTY, live, padded, place
 
 
 def check_a_pass(dataset: Any, batch_size: int, length: int, before: int, after: int, pad: str) -> None:
@@ -154,31 +128,6 @@ def offsets_of(name: str, offsets: dict[str, tuple[int, ...]]) -> tuple[int, ...
     return offsets[max(keys, key=len)] if keys else (0,)
 
 
-@given(LENGTHS, padded(9), st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**70))
-@PROPERTY
-def test_stride_takes_every_so_many_th_start_of_an_episode(lengths, shape, stride, batch_size, world, seed) -> None:
-    length, before, after = shape
-    expected = {
-        (number, first)
-        for number, num in enumerate(lengths)
-        for first in model.starts(length, num, before, after)[::stride]
-    }
-    options: dict[str, Any] = {"pad_before": before, "pad_after": after, "include": EVERYTHING, "seed": seed}
-    options |= {"epochs": 2, "stride": stride, "world_size": world}
-    with model.stored("ring", lengths) as ring:
-        if not expected:
-            return
-        passes: list[list[Any]] = [[], []]
-        for rank in range(world):
-            loader = ring.get_loader(batch_size, length, rank=rank, **options)
-            batches = list(loader)
-            assert len(batches) == len(loader) and all(len(batch["step"]) for batch in batches)
-            for k, batch in enumerate(batches):
-                passes[k >= len(batches) // 2] += [place(batch, b) for b in range(len(batch["step"]))]
-        for found in passes:
-            assert sorted(found) == sorted(expected)
-
-
 @pytest.mark.parametrize("sampler", [UniformSampler(), UniformEpisodeSampler()])
 @pytest.mark.parametrize("kind", ["ring", "mixture"])
 def test_padded_windows_are_as_likely_as_the_sampler_says(sampler, kind) -> None:
@@ -270,201 +219,6 @@ def test_workers_make_the_same_batches(kind, options) -> None:
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["ring", ".safetensors", "mixture"])
-def test_workers_share_a_pass_and_it_goes_on_after_a_restart(kind, num_workers) -> None:
-    options: dict[str, Any] = {"epochs": 2, "seed": 1, "include": EVERYTHING, "num_workers": num_workers}
-    options["persistent_workers"] = num_workers > 0
-    with model.stored(kind, [5, 3, 9, 1, 4]) as dataset:
-        expected = sorted((number, first) for number, num in enumerate([5, 3, 9, 1, 4]) for first in range(num - 1))
-        loader = dataset.get_loader(4, 2, **options)
-        assert len(loader) == 10
-        whole = [[place(batch, b) for b in range(len(batch["step"]))] for batch in loader]
-        assert [sorted(sum(whole[k : k + 5], [])) for k in (0, 5)] == [expected] * 2
-        assert loader.state_dict()["position"] == 10
-        assert whole[:5] != whole[5:]
-        again = [[place(batch, b) for b in range(len(batch["step"]))] for batch in loader]
-        assert sorted(sum(again, [])) == sorted(expected * 2) and again[:5] not in (whole[:5], whole[5:])
-        # Another, which stops and goes on elsewhere.
-        first, second = (dataset.get_loader(4, 2, **options) for _ in range(2))
-        begun = [[place(batch, b) for b in range(len(batch["step"]))] for batch in itertools.islice(first, 3)]
-        second.load_state_dict(first.state_dict())
-        assert begun + [[place(batch, b) for b in range(len(batch["step"]))] for batch in second] == whole
-        assert len(second) == 10
-
-
-def test_a_pass_is_over_what_was_stored_when_it_began() -> None:
-    ring = RingBufferDataset(20)
-    for number in range(3):
-        ring.add_episode(tagged.episode(5, number))
-    loader = ring.get_loader(2, 3, epochs=1, seed=0, include=EVERYTHING)
-    found = []
-    for batch in loader:
-        found += [place(batch, b)[0] for b in range(len(batch["step"]))]
-        if len(found) == 2:
-            ring.add_episode(tagged.episode(5, 3))
-    assert sorted(found) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert len(loader) == 6
-    batches = iter(loader)
-    next(batches)
-    ring.add_episode(tagged.episode(5, 4))
-    with pytest.raises(RuntimeError, match="Episodes were evicted during the pass"):
-        list(batches)
-    with pytest.raises(RuntimeError, match="Of 12 windows of this pass, 9 are left"):
-        iter(loader)
-    assert len(list(loader)) == 6, "the next iteration begins another pass"
-
-
-def test_a_resumed_pass_whose_episodes_are_gone_says_so() -> None:
-    ring = RingBufferDataset(10)
-    ring.add_episode(tagged.episode(5, 0))
-    loader = ring.get_loader(2, 3, epochs=1)
-    next(iter(loader))
-    state = loader.state_dict()
-    for number in (1, 2):
-        ring.add_episode(tagged.episode(5, number))
-    other = ring.get_loader(2, 3, epochs=1)
-    other.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Of 3 windows of this pass, 0 are left"):
-        next(iter(other))
-
-
-def spoiled(batches: Any) -> Counter[tuple[int, int]]:
-    """The windows of batches, each checked to be one of its episode, without padding."""
-    return Counter((number, first) for batch in batches for _, number, first, _ in tagged.origins(batch))
-
-
-def test_a_pass_after_one_that_lost_episodes_has_an_order_of_its_own() -> None:
-    ring = RingBufferDataset(400)
-    for number in range(40):
-        ring.add_episode(tagged.episode(10, number))
-    loader = ring.get_loader(8, 3, epochs=1, seed=0)
-    next(iter(loader))
-    ring.add_episode(tagged.episode(2, 40))
-    with pytest.raises(RuntimeError, match="Of 320 windows of this pass, 312 are left"):
-        iter(loader)
-    assert spoiled(loader) == Counter((number, first) for number in range(1, 40) for first in range(8))
-
-
-def test_a_pass_of_a_loaded_state_has_the_order_of_that_seed() -> None:
-    with model.stored("ring", [9, 9, 9]) as ring:
-        one, other = (ring.get_loader(4, 3, epochs=1, seed=seed) for seed in (1, 2))
-        begun = list(itertools.islice(one, 2))
-        next(iter(other))
-        other.load_state_dict(one.state_dict())
-        assert len(other) == 6
-        assert spoiled(begun + list(other)) == Counter((n, first) for n in range(3) for first in range(7))
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_another_dataloader_makes_a_pass_or_says_that_it_cannot(num_workers) -> None:
-    with model.stored("ring", [9, 9, 9]) as ring:
-        stream = ring.get_loader(4, 3, epochs=1, seed=0).stream
-        other = DataLoader(stream, batch_size=None, num_workers=num_workers)
-        if num_workers:
-            with pytest.raises(RuntimeError, match="Another DataLoader's workers cannot make a pass"):
-                list(other)
-        else:
-            assert sum(spoiled(other).values()) == 21
-
-
-def test_an_error_before_a_pass_leaves_nothing_behind() -> None:
-    ring = RingBufferDataset(100)
-    ring.add_episode(tagged.episode(5, 0))
-    loader = ring.get_loader(2, 3, epochs=1)
-    assert len(list(loader)) == 2
-    ring.evict_episode(0)
-    assert len(loader) == 0
-    with pytest.raises(RuntimeError, match="The dataset is empty"):
-        iter(loader)
-    ring.add_episode(tagged.episode(6, 1))
-    assert spoiled(loader) == Counter((1, first) for first in range(4))
-
-
-def test_what_is_added_while_a_pass_begins_is_not_in_it(monkeypatch) -> None:
-    ring = RingBufferDataset(100)
-    ring.add_episode(tagged.episode(5, 0))
-    replace = EpisodeTable.replace
-
-    def replace_after_an_addition(table: EpisodeTable, *arguments: Any) -> None:
-        monkeypatch.undo()
-        ring.add_episode(tagged.episode(5, 1))
-        replace(table, *arguments)
-
-    monkeypatch.setattr(EpisodeTable, "replace", replace_after_an_addition)
-    loader = ring.get_loader(2, 3, epochs=1)
-    next(iter(loader))
-    assert len(list(loader)) == 1 and len(loader) == 3
-
-
-def test_a_state_of_another_loader_is_refused_and_changes_nothing() -> None:
-    with model.stored("ring", [9, 9, 9]) as ring:
-        state = ring.get_loader(4, 3, epochs=1, seed=0).state_dict()
-        for options in ({"batch_size": 8}, {"batch_size": 4, "world_size": 2}):
-            loader = ring.get_loader(sequence_length=3, epochs=1, seed=5, **options)
-            before = loader.state_dict()
-            with pytest.raises(ValueError, match="another number of datasets, `batch_size` or `world_size`"):
-                loader.load_state_dict(state)
-            with pytest.raises(TypeError, match="`position` must be an integer"):
-                loader.load_state_dict({**before, "seed": 7, "position": "x"})
-            assert loader.state_dict() == before
-
-
-def test_a_pass_that_has_begun_is_pickled_without_its_tables() -> None:
-    with model.stored("ring", [9] * 50) as ring:
-        one_pass = ring.get_loader(8, 2, epochs=1).stream.one_pass
-        assert one_pass is not None
-        one_pass.begin(0)
-        one_pass.windows(0, BatchRandom(0))
-        state = one_pass.__getstate__()
-        assert state.keys() == one_pass.__dict__.keys() and not state["_tables"] and state["_order"] is None
-        ring.statistics()
-        assert len(pickle.dumps(ring.running_statistics)) < 200
-
-
-def test_packs_of_long_episodes_say_what_they_reach() -> None:
-    ring = RingBufferDataset(100)
-    ring.add_episode(tagged.episode(30, 0))
-    ring.add_episode(tagged.episode(10, 1))
-    assert ReplayBuffer(ring, 2, pack=15).stats()["reachable"] == pytest.approx(25 / 40)
-
-
-def test_order_follows_from_the_seed_unless_it_is_not_shuffled() -> None:
-    ring = RingBufferDataset(100)
-    for number in range(6):
-        ring.add_episode(tagged.episode(9, number))
-
-    def order(**options: Any) -> list[tuple[int, int]]:
-        loader = ring.get_loader(7, 2, epochs=1, include=EVERYTHING, **options)
-        return [place(batch, b) for batch in loader for b in range(len(batch["step"]))]
-
-    in_order = [(number, first) for number in range(6) for first in range(8)]
-    assert order(shuffle=False) == in_order
-    assert order(seed=1) == order(seed=1, shuffle=True) != order(seed=2)
-    assert sorted(order(seed=1)) == in_order != order(seed=1)
-    assert order(shuffle=False, drop_last=True) == in_order[:42]
-    assert order(shuffle=False, drop_last=True, world_size=4, rank=3) == in_order[21:28]
-    assert order(shuffle=False, world_size=4, rank=3) == in_order[21:28]
-    assert order(shuffle=False, world_size=8, rank=7) == []
-
-
-def test_ranks_make_the_batches_of_one_stream_in_turn() -> None:
-    ring = RingBufferDataset(100)
-    ring.add_episode(tagged.episode(50, 0))
-    whole = list(itertools.islice(ring.get_loader(4, 3, seed=7), 6))
-    parts = [list(itertools.islice(ring.get_loader(4, 3, seed=7, rank=r, world_size=3), 2)) for r in range(3)]
-    for n, batch in enumerate(whole):
-        assert torch.equal(batch["code"], parts[n % 3][n // 3]["code"])
-
-
-def test_whole_episodes_come_once_in_a_pass() -> None:
-    with model.stored("mixture", [5, 3, 9, 1, 4]) as mixture:
-        batches = list(mixture.get_loader(2, epochs=1, include=("episode", "source")))
-        lengths = [int(length) for batch in batches for length in batch["mask"].sum(1)]
-        assert sorted(lengths) == [1, 3, 4, 5, 9] and len(batches) == 3
-        assert sorted(source for batch in batches for source in batch["source"].tolist()) == [0, 0, 0, 1, 1]
-
-
 def test_a_window_is_kept_as_long_as_its_rows_live() -> None:
     """The step id at which a padded window begins may be that of a row, of another episode, that is gone."""
     ring = RingBufferDataset(12)
@@ -481,91 +235,6 @@ def test_a_window_is_kept_as_long_as_its_rows_live() -> None:
     rows, was_read = ring.read(drawn)
     np.testing.assert_array_equal(was_read, drawn.episode != 1)
     assert was_read is not None and 0 < was_read.sum() < 256
-
-
-@given(
-    st.sampled_from(model.KINDS), LENGTHS, st.integers(9, 30), st.integers(1, 25), st.integers(1, 3), st.integers(0, 99)
-)
-@PROPERTY
-def test_packs_are_whole_episodes_and_tails_end_to_end(kind, lengths, capacity, num_rows, batch_size, seed) -> None:
-    with model.stored(kind, lengths, capacity) as dataset:
-        episodes = live(dataset)
-        include = ("index", "is_first", "is_last")
-        batch = next(iter(dataset.get_loader(batch_size, pack=num_rows, seed=seed, include=include)))
-        for name, values in tagged.flatten(tagged.rows(0, 0, np.zeros((batch_size, num_rows), int))).items():
-            assert tagged.flatten(batch)[name].shape == values.shape
-        bounds = batch["cu_seqlens"].tolist()
-        assert batch["cu_seqlens"].dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == batch_size * num_rows
-        code, step, episode, is_first, is_last = (
-            batch[name].flatten().tolist() for name in ("code", "step", "episode", "is_first", "is_last")
-        )
-        flat = {
-            name: tensor.flatten(0, 1).cpu().numpy()
-            for name, tensor in tagged.flatten(batch).items()
-            if name != "cu_seqlens"
-        }
-        for begin, end in itertools.pairwise(bounds):
-            number, first = divmod(code[begin], 10**6)
-            assert len({*episode[begin:end]}) == 1 and begin // num_rows == (end - 1) // num_rows
-            assert step[begin:end] == list(range(first, episodes[number])), "to the end of the episode"
-            assert first == 0 or end % num_rows == 0, "only the last of a long row is cut"
-            assert is_first[begin:end] == [t == 0 for t in range(first, episodes[number])]
-            assert is_last[begin:end] == [t == episodes[number] - 1 for t in range(first, episodes[number])]
-            for name, values in model.expected_rows(
-                number, episodes[number], range(first, episodes[number]), "zero"
-            ).items():
-                np.testing.assert_array_equal(flat[name][begin:end], values)
-
-
-@pytest.mark.parametrize("kind", ["ring", "mixture"])
-def test_packed_episodes_are_as_likely_as_drawn(kind) -> None:
-    lengths, counts = [1, 2, 3, 5, 8], Counter()
-    with model.stored(kind, lengths) as dataset:
-        for batch in itertools.islice(dataset.get_loader(4, pack=20, seed=2), 200):
-            counts.update(code // 10**6 for code in batch["code"].flatten()[batch["cu_seqlens"][:-1].long()].tolist())
-    weights = [1 / 5] * 5 if kind == "ring" else [1 / 6, 1 / 4, 1 / 6, 1 / 4, 1 / 6]
-    assert tagged.chi_square_is_plausible(np.array([counts[n] for n in range(5)]), np.array(weights))
-
-
-@given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), max_size=40), st.integers(0, 5), st.floats(0.1, 0.9))
-@PROPERTY
-def test_a_split_is_of_whole_episodes_and_stable(changes, seed, share) -> None:
-    table = EpisodeTable()
-    parts = [SplitTable(Split(is_train, share, seed)) for is_train in (True, False)]
-    belongs: dict[int, int] = {}
-    for length, removes in changes:
-        table.append(length)
-        if removes:
-            table.remove(length % len(table))
-        for part in parts:
-            part.show(table)
-        assert sorted([*parts[0].ids, *parts[1].ids]) == table.ids.tolist()
-        for n, part in enumerate(parts):
-            assert part.rows.tolist() == [row for row in table.rows.tolist() if row[2] in part.ids]
-            assert part.num_steps == part.lengths.sum()
-            for episode_id in part.ids.tolist():
-                assert belongs.setdefault(episode_id, n) == n
-
-
-def test_the_parts_of_a_split_have_their_shares_and_depend_on_the_seed() -> None:
-    ids = np.arange(100_000)
-    train = Split(True, 0.9, 0).accepts(ids)
-    assert abs(train.mean() - 0.9) < 0.005
-    other = Split(True, 0.9, 1).accepts(ids)
-    assert abs((train & other).mean() - 0.81) < 0.01
-    assert (Split(False, 0.9, 0).accepts(ids) == ~train).all()
-
-
-def test_loaders_of_both_parts_bring_everything_once() -> None:
-    with model.stored("mixture", [3] * 20) as mixture:
-        found = []
-        for part in ("train", "val"):
-            for batch in mixture.get_loader(4, 2, epochs=1, split=(part, 0.5, 3), include=EVERYTHING):
-                found += [place(batch, b) for b in range(len(batch["step"]))]
-        assert sorted(found) == [(number, first) for number in range(20) for first in range(2)]
-        endless = mixture.get_loader(16, 2, split=("val", 0.5, 3), seed=0, include=EVERYTHING)
-        drawn = {place(batch, b)[0] for batch in itertools.islice(endless, 20) for b in range(16)}
-        assert 2 <= len(drawn) < 20
 
 
 def test_a_buffer_takes_the_options_of_windows_and_says_what_it_reaches() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from buffers.dataset import IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.dataset.episode_source import EpisodeSource
@@ -83,3 +85,26 @@ def stored(kind: str, lengths: Sequence[int], capacity: int = 1000) -> Iterator[
             members[number % 2].add_episode(tagged.episode(length, number))
         members = [member for member in members if member.num_episodes]
         yield MixtureDataset(members, [1.0] * len(members))
+
+
+EVERYTHING = ("index", "episode", "step", "is_first", "is_last", "mask")
+PROPERTY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+def padded(most: int) -> st.SearchStrategy[tuple[int, int, int]]:
+    """T, pad_before, pad_after."""
+    return st.integers(1, most).flatmap(
+        lambda length: st.tuples(st.just(length), st.integers(0, length - 1), st.integers(0, length - 1))
+    )
+
+
+def place(batch: dict[str, Any], b: int) -> tuple[int, int]:
+    """The number of the episode of a sequence, and where it begins, from its first real row."""
+    t = int(batch["mask"][b].to(torch.int8).argmax())
+    return int(batch["obs"]["state"][b, t, 1]), int(batch["step"][b, t]) - t
+
+
+def live(dataset: Any) -> dict[int, int]:
+    """The number of each stored episode, and its rows."""
+    return dict(tagged.number_and_length(episode) for episode in dataset.episodes())
