@@ -87,7 +87,7 @@ class ReplayBuffer:
                 num_envs,
                 max_episode_length,
                 overlap,
-                check_fields=loader.stream.check_include,
+                check_fields=loader.stream.check_fields,
                 on_stored=self._returns.note,
             )
 

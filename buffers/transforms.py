@@ -181,6 +181,7 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"The batch has no {missing}: `to_transitions` takes what a Recorder has recorded.")
     _check_free(batch, "next_obs")
+    _check_sequences(batch)
     axis = batch["terminated"].dim() - 1
     length = batch["terminated"].shape[axis]
     if length < 2:
@@ -261,12 +262,18 @@ def _check_free(batch: Mapping[str, Any], *names: str) -> None:
 
 def _time(batch: Mapping[str, Any]) -> tuple[int, int]:
     """The time axis, 0 for a single sequence and 1 for a batch, and its size."""
+    _check_sequences(batch)
     rows = _leaves({name: batch[name] for name in _PER_ROW if name in batch})
     rows = rows or _leaves({name: value for name, value in batch.items() if name not in _PER_SEQUENCE})
     # A field of the user's own may have such a name and further axes.
     fewest = min(rows, key=torch.Tensor.dim)
     axis = min(fewest.dim() - 1, 1)
     return axis, fewest.shape[axis]
+
+
+def _check_sequences(batch: Mapping[str, Any]) -> None:
+    if "cu_seqlens" in batch or isinstance(batch.get("mask"), Mapping):
+        raise ValueError("This takes sequences: not packed episodes, nor fields that `offsets` read at different rows.")
 
 
 def _has_mask(batch: Mapping[str, Any], axis: int) -> bool:

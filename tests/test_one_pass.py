@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from buffers.dataset import RingBufferDataset
+from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.loading.randomness import BatchRandom
 from buffers.table import EpisodeTable, Split, SplitTable
 from tests import tagged
 from tests import windows_model as model
+from tests.list_dataset import ListDataset
 from tests.windows_model import EVERYTHING, LENGTHS, PROPERTY, padded, place
 
 
@@ -177,10 +178,19 @@ def test_what_is_added_while_a_pass_begins_is_not_in_it(monkeypatch) -> None:
 def test_a_state_of_another_loader_is_refused_and_changes_nothing() -> None:
     with model.stored("ring", [9, 9, 9]) as ring:
         state = ring.get_loader(4, 3, epochs=1, seed=0).state_dict()
-        for options in ({"batch_size": 8}, {"batch_size": 4, "world_size": 2}):
-            loader = ring.get_loader(sequence_length=3, epochs=1, seed=5, **options)
+        others: list[dict[str, Any]] = [
+            {"batch_size": 8},
+            {"world_size": 2},
+            {"shuffle": False},
+            {"sequence_length": 2},
+        ]
+        others += [{"pad_after": 1}, {"stride": 2}, {"epochs": 2}, {"split": ("train", 0.5, 0)}]
+        with pytest.raises(ValueError, match=r"The state of this loader has \['position', 'seed'\]"):
+            ring.get_loader(4, 3).load_state_dict(state)
+        for options in others:
+            loader = ring.get_loader(**{"batch_size": 4, "sequence_length": 3, "epochs": 1, "seed": 5, **options})
             before = loader.state_dict()
-            with pytest.raises(ValueError, match="another number of datasets, `batch_size` or `world_size`"):
+            with pytest.raises(ValueError, match="The state is of a loader of other windows, or in another order"):
                 loader.load_state_dict(state)
             with pytest.raises(TypeError, match="`position` must be an integer"):
                 loader.load_state_dict({**before, "seed": 7, "position": "x"})
@@ -233,6 +243,20 @@ def test_whole_episodes_come_once_in_a_pass() -> None:
         lengths = [int(length) for batch in batches for length in batch["mask"].sum(1)]
         assert sorted(lengths) == [1, 3, 4, 5, 9] and len(batches) == 3
         assert sorted(source for batch in batches for source in batch["source"].tolist()) == [0, 0, 0, 1, 1]
+
+
+def test_an_empty_part_says_so_and_an_extended_dataset_is_not_split() -> None:
+    ring, larger = RingBufferDataset(20), ListDataset(100)
+    ring.add_episode(tagged.episode(5, 0))
+    part = "val" if Split(True, 0.5, 0).accepts(np.array([0]))[0] else "train"
+    for options in ({}, {"epochs": 1}):
+        with pytest.raises(RuntimeError, match="No stored episode belongs to this part of the split"):
+            next(iter(ring.get_loader(2, 2, split=(part, 0.5, 0), **options)))
+    ring.extend(larger)
+    for source in (ring, MixtureDataset([ring], [1])):
+        with pytest.raises(ValueError, match="take `split` of the larger dataset"):
+            source.get_loader(2, 2, split=("train", 0.5, 0))
+    larger.get_loader(2, 2, split=("train", 0.5, 0))
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), max_size=40), st.integers(0, 5), st.floats(0.1, 0.9))

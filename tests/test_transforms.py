@@ -367,3 +367,13 @@ def test_a_mask_of_actions_is_not_overwritten() -> None:
     batch = some_rows(5, True, (2,))
     with pytest.raises(ValueError, match=r"already has \['action_mask'\]"):
         action_chunks({**batch, "action_mask": batch["mask"]}, 2)
+
+
+@pytest.mark.parametrize(
+    "function", [to_transitions, lambda b: stack_frames(b, "obs", 2), lambda b: split_burn_in(b, 1)]
+)
+def test_packed_episodes_and_fields_at_offsets_are_refused(function) -> None:
+    rows = {name: torch.zeros(2, 3) for name in ("obs", "action", "reward", "terminated", "truncated")}
+    for more in ({"cu_seqlens": torch.tensor([0, 6])}, {"mask": {"obs": torch.ones(2, 3, dtype=torch.bool)}}):
+        with pytest.raises(ValueError, match="This takes sequences: not packed episodes, nor"):
+            function(rows | more)

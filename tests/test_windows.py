@@ -262,7 +262,10 @@ def test_single_sequences_take_the_same_options() -> None:
     ring.add_episode(tagged.episode(5, 0))
     sequence = next(iter(ring.sequences(4, pad_before=3, pad_after=3, pad="edge", seed=1, include=EVERYTHING)))
     assert sequence["mask"].shape == (4,) and sequence["obs"]["state"].shape == (4, 3)
-    for options, message in (({"pack": 8}, "use `get_loader`"), ({"epochs": 1}, "in a loader's batches")):
+    for options, message in (
+        ({"pack": 8}, "use `get_loader`"),
+        ({"epochs": 1}, "`epochs` makes batches: use `get_loader`"),
+    ):
         with pytest.raises(ValueError, match=message):
             ring.sequences(**options)
     with pytest.raises(TypeError, match="There is no argument `num_workers`"):
@@ -304,7 +307,7 @@ def test_single_sequences_take_the_same_options() -> None:
         ({"rank": 2, "world_size": 2}, ValueError, "`rank` must be less than `world_size`=2, found 2"),
         ({"split": "train"}, TypeError, r"`split` must be \(part, share, seed\), such as \('train', 0.9, 0\)"),
         ({"split": ("all", 0.5, 0)}, ValueError, r"`split` must be one of \['train', 'val'\]|\('train', 'val'\)"),
-        ({"split": ("val", 90, 0)}, ValueError, "The share of `split` must be between 0 and 1, found 90"),
+        ({"split": ("val", 90, 0)}, ValueError, "The share of `split` must be more than 0 and less than 1, found 90"),
     ],
 )
 def test_options_that_make_no_sense_say_so(options, error, message) -> None:

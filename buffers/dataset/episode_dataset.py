@@ -47,7 +47,6 @@ class EpisodeDataset(EpisodeSource):
             raise TypeError(f"`evictor` must be an Evictor, found {type(evictor).__name__}.")
         self.evictor = FIFOEvictor() if evictor is None else evictor
         self.verification_mode = VerificationMode.BASIC_CHECKS if info is None else info.verification_mode
-        #: The larger dataset behind this one, see `extend`.
         self.extension: Extension | None = None
         #: Whether another dataset is extended by this one.
         self.is_behind = False

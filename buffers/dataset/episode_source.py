@@ -34,6 +34,8 @@ class EpisodeSource(IterableDataset, ABC):
     device = torch.device("cpu")
     #: How often a batch is completed by other windows, where episodes are gone before they are read.
     max_sampling_attempts = 100
+    #: The larger dataset behind this one, see `EpisodeDataset.extend`.
+    extension: Any = None
     #: Whether it is a mixture, see `sources_of`.
     has_members = False
     #: Whether `_read` takes windows that begin before their episodes, and leaves the rows before those as they are.
@@ -270,7 +272,11 @@ class EpisodeSource(IterableDataset, ABC):
                 read a batch at a time.
             num_workers: Worker processes; 0 by default.
             pin_memory: As in `DataLoader`. By default, batches for another `output_device` that is a GPU are pinned.
-            **options: See `LoaderOptions`: which rows are drawn, what is made of them, options of the `DataLoader`.
+            **options: See `buffers.loading.StreamOptions` for what they mean, and `docs/windows.md`. Defaults are:
+                sampler=UniformSampler(), transform=None, include=(), seed=None, output_device=None; pad_before=0,
+                pad_after=0, pad="zero", offsets=None, pack=None, split=None; epochs=None and, with it, shuffle=True,
+                drop_last=False, stride=1; rank=0, world_size=1. Of torch's `DataLoader`: prefetch_factor,
+                persistent_workers, multiprocessing_context, worker_init_fn, timeout, collate_fn, generator.
 
         Raises:
             TypeError: An argument of the wrong type.

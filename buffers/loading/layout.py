@@ -42,6 +42,9 @@ class SequenceLayout:
         self.is_padded, self._with_edge = is_padded, with_edge
         self._masked: tuple[Windows, npt.NDArray[np.bool_]] | None = None
 
+    def check(self, fields: Fields) -> None:
+        """ValueError for names that are no fields."""
+
     def draw(self, num_windows: int, rng: np.random.Generator, draw: Callable[[int], Windows]) -> Windows:
         """The windows of a batch; `draw` draws as many as it is asked for."""
         return draw(num_windows)
@@ -114,6 +117,10 @@ class OffsetLayout(SequenceLayout):
     def length(self) -> int:
         """T, rows of the windows that hold all offsets of an anchor."""
         return self.before + 1 + self.after
+
+    def check(self, fields: Fields) -> None:
+        """ValueError for names that are no fields."""
+        self._groups(fields)
 
     def _groups(self, fields: Fields) -> dict[tuple[int, ...], list[str]]:
         if self._grouped is None or self._grouped[0] is not fields:

@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
+from buffers.loading.options import check_names
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import forget
 from buffers.loading.stream import SequenceStream
@@ -43,10 +44,7 @@ class SequenceLoader(DataLoader):
         # Whether to copy from pinned memory, while the trainer goes on. A copy to the CPU must be complete.
         self._is_async = is_on_gpu and pin_memory is not False
         pin_memory = pin_memory or (self._is_async and bool(num_workers))
-        known = inspect.signature(DataLoader).parameters
-        for name in loader_options:
-            if name not in known:
-                raise TypeError(f"There is no argument `{name}`, neither here nor of torch's DataLoader.")
+        check_names(loader_options, inspect.signature(DataLoader).parameters)
         num_workers = 0 if num_workers is None else integer("num_workers", num_workers, 0)
         if not loader_options.get("in_order", True):
             raise ValueError("Batches come in the order of their numbers, which `state_dict` counts: drop `in_order`.")
@@ -130,8 +128,10 @@ class SequenceLoader(DataLoader):
         """Go on where another loader stood, from the next iteration on."""
         one_pass = self.stream.one_pass
         names = ["position", "seed"] if one_pass is None else ["pass", "position", "seed"]
-        if not state.keys() >= {*names}:
-            raise ValueError(f"A state has {names}, as `state_dict()` gives them, found {sorted(state)}.")
+        if not state.keys() >= {*names} or (one_pass is None and "pass" in state):
+            raise ValueError(
+                f"The state of this loader has {names}, as `state_dict()` gives them, found {sorted(state)}."
+            )
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])

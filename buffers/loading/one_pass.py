@@ -7,20 +7,21 @@ windows k * B to (k + 1) * B of an order that follows from the seed and the numb
 from __future__ import annotations
 
 import time
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from buffers.loading.randomness import BatchRandom
-from buffers.table import EpisodeTable, Int64Array, Selection, Windows, joined
+from buffers.table import EMPTY_PART, EpisodeTable, Int64Array, Selection, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
 
 __all__ = ["OnePass"]
 
-_POSITION, _NUMBER, _NUM_WINDOWS, _BATCH_SIZE, _WORLD_SIZE, _BOUNDS = range(6)
+_POSITION, _NUMBER, _NUM_WINDOWS, _CHECKSUM, _BOUNDS = range(5)
 _ALL = 2**63 - 1
 _SECONDS_TO_WAIT, _PAUSE = 3.0, 0.05
 
@@ -29,9 +30,9 @@ class OnePass:
     """The batches of an iteration, which has `epochs` passes. Rank r of W makes batches r, r + W, r + 2W, ... of each.
 
     Attributes:
-        state: int64 `(5 + datasets,)`, shared with workers: the position of the iteration's first batch, the number of
-            its first pass, the windows of each pass (0 before the first), the batch size, W, and for each dataset the
-            id of the first episode that is too new.
+        state: int64 `(4 + datasets,)`, shared with workers: the position of the iteration's first batch, the number of
+            its first pass, the windows of each pass (0 before the first), a checksum of what follows from arguments,
+            and for each dataset the id of the first episode that is too new.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class OnePass:
         self._epochs, self._shuffle, self._drop_last = epochs, shuffle, drop_last
         self._rank, self._world_size = rank, world_size
         self.state = np.zeros(_BOUNDS + len(source.leaves), np.int64)
-        self.state[_BATCH_SIZE], self.state[_WORLD_SIZE] = batch_size, world_size
+        arguments = batch_size, length, selection, epochs, shuffle, drop_last, world_size
+        self.state[_CHECKSUM] = zlib.crc32(repr(arguments).encode())
         self.forget()
 
     def forget(self) -> None:
@@ -77,12 +79,13 @@ class OnePass:
                 raise
         num_windows = self._look([_ALL] * len(self._source.leaves))
         if not num_windows:
-            fullest = max(self._tables, key=lambda table: table.lengths.max(initial=0))
-            raise RuntimeError(fullest.no_window_message(self._length))
+            longest = max(self._tables, key=lambda table: table.lengths.max(initial=0))
+            is_part = self._selection.split is not None and not len(longest)
+            raise RuntimeError(EMPTY_PART if is_part else longest.no_window_message(self._length))
         number = self.state[_NUMBER] + (self._epochs if self.state[_NUM_WINDOWS] else 0)
         bounds = [table.next_id for table in self._tables]
         # At once, so that no error leaves half a change.
-        self.state[:] = position, number, num_windows, self._batch_size, self._world_size, *bounds
+        self.state[:] = position, number, num_windows, self.state[_CHECKSUM], *bounds
 
     def _goes_on_at(self, position: int) -> bool:
         return self.state[_NUM_WINDOWS] > 0 and position < self.end
@@ -101,13 +104,11 @@ class OnePass:
 
     def check(self, state: list[int]) -> None:
         """ValueError if a state is not one of such a loader."""
-        if np.shape(state) != self.state.shape or tuple(state[_BATCH_SIZE:_BOUNDS]) != (
-            self._batch_size,
-            self._world_size,
-        ):
+        if np.shape(state) != self.state.shape or state[_CHECKSUM] != self.state[_CHECKSUM]:
             raise ValueError(
-                "The state is of a loader with another number of datasets, `batch_size` or `world_size`, or without "
-                "`epochs`: its pass cannot go on here."
+                "The state is of a loader of other windows, or in another order: give it the same arguments "
+                "(`sequence_length`, padding, `offsets`, `split`, `stride`, `epochs`, `shuffle`, `drop_last`, "
+                "`batch_size`, `world_size`) and as many datasets."
             )
 
     def _num_batches(self, num_windows: int) -> int:
@@ -145,7 +146,7 @@ class OnePass:
         if not self._tables:
             # Another process may see later what the trainer has seen.
             self._open(_SECONDS_TO_WAIT)
-        first, number, num_windows = self.state[:_BATCH_SIZE].tolist()
+        first, number, num_windows = self.state[:_CHECKSUM].tolist()
         epoch, k = divmod(position - first, self._num_batches(num_windows))
         begin = (k * self._world_size + self._rank) * self._batch_size
         r = np.arange(begin, min(begin + self._batch_size, num_windows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -16,7 +17,7 @@ from buffers.utils import integer, one_of
 if TYPE_CHECKING:
     from buffers.sampler import Sampler
 
-__all__ = ["LoaderOptions", "StreamOptions", "rows_to_draw"]
+__all__ = ["LoaderOptions", "StreamOptions", "check_names", "rows_to_draw"]
 
 Pad = Literal["zero", "edge"]
 
@@ -37,15 +38,15 @@ class StreamOptions(TypedDict, total=False):
             `pad_after` is less than the offsets reach.
         pack: In place of `sequence_length`: episodes end to end in long rows, `(B, pack, *shape)`, with `episode`,
             `step` int64 `(B, pack)` and `cu_seqlens` int32 `(n + 1,)`: where, in all rows, each of the n begins.
-        split: ("train", 0.9, seed) or ("val", 0.9, seed): the episodes of one part, each of which is in one by its
-            id, for ever. Pieces of a stream count as episodes.
-        epochs: An iteration has every window so many times, in so many passes over what is stored as it begins,
-            whatever the weights of a mixture.
-        shuffle: With `epochs`: whether each pass has an order of its own; True by default.
-        drop_last: With `epochs`: leave out what does not fill a batch for every rank.
-        stride: With `epochs`: only every so many-th window of an episode.
-        rank: Which of the processes that share out the batches: this has number rank, rank + `world_size`, ...
-        world_size: How many they are; they must give the same `seed`.
+        split: ("train", 0.9, seed) or ("val", 0.9, seed): the episodes of one of two parts. Each is in the first with
+            probability 0.9, by its id, whatever else is stored. Pieces of a stream count as episodes.
+        epochs: How many passes an iteration makes. Each brings every window once, of what was stored when the iteration
+            began. Weights of a mixture do not count.
+        shuffle: With `epochs`: whether each pass has a random order of its own; True by default.
+        drop_last: With `epochs`: leave out the last batches, so that all are full and all ranks have equally many.
+        stride: With `epochs`: s, only every s-th window of each episode.
+        rank: The number of this process, from 0. It gets the batches rank, rank + `world_size`, ...
+        world_size: How many processes share out the batches; they must give the same `seed`.
     """
 
     sampler: Sampler | None
@@ -98,8 +99,7 @@ def rows_to_draw(
     **unknown: Any,
 ) -> tuple[int | None, Selection, SequenceLayout]:
     """T, None for whole episodes, which windows there are, and how batches are laid out."""
-    if unknown:
-        raise TypeError(f"There is no argument `{min(unknown)}`.")
+    check_names(unknown, ())
     length = None if sequence_length is None else integer("sequence_length", sequence_length, 1)
     for name, given in (("offsets", offsets), ("pack", pack)):
         if given is not None and length not in (None, 1):
@@ -113,27 +113,38 @@ def rows_to_draw(
         layout = OffsetLayout(offsets, with_edge)
         length, before, after = layout.length, layout.before, layout.after
         most = before, after
+        why = "as far as `offsets` reach"
     else:
         length = None if pack is not None else length
         if length is None and (pad_before or pad_after):
-            raise ValueError("Whole episodes are padded by themselves: leave out `pad_before` and `pad_after`.")
+            what = "`pack` has no padding" if pack is not None else "Whole episodes are padded by themselves"
+            raise ValueError(f"{what}: leave out `pad_before` and `pad_after`.")
         most = (0, 0) if length is None else (length - 1, length - 1)
+        why = "so that every window has a real row"
     if length is None and stride != 1:
         raise ValueError("Whole episodes begin at their first row: leave out `stride`.")
-    before = before if pad_before is None else _padding("pad_before", pad_before, most[0])
-    after = after if pad_after is None else _padding("pad_after", pad_after, most[1])
+    before = before if pad_before is None else _padding("pad_before", pad_before, most[0], why)
+    after = after if pad_after is None else _padding("pad_after", pad_after, most[1], why)
     if offsets is None:
         is_padded = length is None or before > 0 or after > 0
         layout = SequenceLayout(is_padded, with_edge) if pack is None else PackedLayout(integer("pack", pack, 1))
     return length, Selection(before, after, integer("stride", stride, 1), _checked_split(split)), layout
 
 
-def _padding(name: str, value: int, most: int) -> int:
+def check_names(options: Iterable[str], others: Iterable[str]) -> None:
+    """TypeError for a name that is neither an option of a loader nor one of these others."""
+    known = {*StreamOptions.__annotations__, *LoaderOptions.__annotations__, *others}
+    for name in options:
+        if name not in others:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean `{close[0]}`?" if close and close[0] != name else ""
+            raise TypeError(f"There is no argument `{name}` here.{hint}")
+
+
+def _padding(name: str, value: int, most: int, why: str) -> int:
     value = integer(name, value, 0)
     if value > most:
-        raise ValueError(
-            f"`{name}` must be at most {most}, so that every window has a real row (or its anchor), found {value}."
-        )
+        raise ValueError(f"`{name}` must be at most {most}, {why}, found {value}.")
     return value
 
 
@@ -145,5 +156,5 @@ def _checked_split(split: Any) -> Split | None:
     part, share, seed = split
     one_of("split", part, ("train", "val"))
     if not (isinstance(share, float | np.floating) and 0.0 < share < 1.0):
-        raise ValueError(f"The share of `split` must be between 0 and 1, found {share!r}.")
+        raise ValueError(f"The share of `split` must be more than 0 and less than 1, found {share!r}.")
     return Split(part == "train", float(share), integer("seed", seed, 0))

@@ -78,12 +78,6 @@ class SequenceStream(IterableDataset):
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         #: T of the windows that are drawn.
         self.sequence_length, self.selection, self.layout = rows_to_draw(sequence_length, **row_options)
-        least = (self.sequence_length or 0) - self.selection.pad_before - self.selection.pad_after
-        if least > source.longest_window:
-            length = self.sequence_length
-            raise ValueError(f"`sequence_length`={length} exceeds the `capacity` of {source.longest_window} steps.")
-        if self.layout.num_packed is not None and batch_size is None:
-            raise ValueError("`pack` makes batches: use `get_loader`.")
         self.num_windows = _SEQUENCES_PER_READ if self.batch_size is None else self.batch_size
         self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
         if self.num_windows % self.chunk_size:
@@ -93,14 +87,11 @@ class SequenceStream(IterableDataset):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
         self.include = checked_include(include, self.layout.is_padded) + self.layout.extra
-        if "source" in self.include and not source.has_members:
-            raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
         self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
         self.world_size, self.rank = integer("world_size", world_size, 1), integer("rank", rank, 0)
-        if self.rank >= self.world_size:
-            raise ValueError(f"`rank` must be less than `world_size`={world_size}, found {rank}.")
+        self._check(shuffle)
         #: Says where an iteration ends; None if it does not.
         self.one_pass = self._make_pass(epochs, shuffle, drop_last)
         self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
@@ -115,23 +106,39 @@ class SequenceStream(IterableDataset):
         # Threads that draw from this stream take turns.
         self._lock = ThreadLock()
 
+    def _check(self, shuffle: bool | None) -> None:
+        """ValueError for arguments that do not fit each other or the source."""
+        source, length, selection = self.source, self.sequence_length, self.selection
+        if (length or 0) - selection.pad_before - selection.pad_after > source.longest_window:
+            raise ValueError(f"`sequence_length`={length} exceeds the `capacity` of {source.longest_window} steps.")
+        if self.layout.num_packed is not None and self.batch_size is None:
+            raise ValueError("`pack` makes batches: use `get_loader`.")
+        if "source" in self.include and not source.has_members:
+            raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
+        if source.fields is not None:
+            self.check_fields(source.fields)
+        if selection.split is not None and any(leaf.extension is not None for leaf in source.leaves):
+            raise ValueError("Episodes that come back from `extend` have new ids: take `split` of the larger dataset.")
+        if self.rank >= self.world_size:
+            raise ValueError(f"`rank` must be less than `world_size`={self.world_size}, found {self.rank}.")
+        if self.world_size > 1 and shuffle is not False and not self.is_seeded:
+            raise ValueError("Ranks share out what follows from the `seed`: give the same to all.")
+
     def _make_pass(self, epochs: int | None, shuffle: bool | None, drop_last: bool) -> OnePass | None:
         if epochs is None:
-            if shuffle or drop_last or self.selection.stride > 1:
+            if shuffle is not None or drop_last or self.selection.stride > 1:
                 raise ValueError(
                     "Windows are drawn at random without end, and every batch is full: `shuffle`, `drop_last` and "
                     "`stride` need `epochs`."
                 )
             return None
-        if type(self.sampler) is not UniformSampler or self.layout.num_packed is not None or self.batch_size is None:
-            raise ValueError(
-                "`epochs` brings every window once, in a loader's batches: leave out `sampler` and `pack`."
-            )
+        if self.batch_size is None:
+            raise ValueError("`epochs` makes batches: use `get_loader`.")
+        if type(self.sampler) is not UniformSampler or self.layout.num_packed is not None:
+            raise ValueError("`epochs` brings every window once, in its own order: leave out `sampler` and `pack`.")
         for name, value in (("shuffle", True if shuffle is None else shuffle), ("drop_last", drop_last)):
             if not isinstance(value, bool):
                 raise TypeError(f"`{name}` must be a bool, found {value!r:.60}.")
-        if self.world_size > 1 and shuffle is not False and not self.is_seeded:
-            raise ValueError("Ranks share out one order, which follows from the `seed`: give the same to all.")
         return OnePass(
             self.source,
             self.batch_size,
@@ -248,8 +255,9 @@ class SequenceStream(IterableDataset):
             f"{self.source.max_sampling_attempts} times over. Evict less often or raise the `capacity`."
         )
 
-    def check_include(self, fields: Fields) -> None:
-        """ValueError if a name of `include` is also a field."""
+    def check_fields(self, fields: Fields) -> None:
+        """ValueError if a name of `include` is also a field, or one of `offsets` is none."""
+        self.layout.check(fields)
         for name in self.include:
             if name in fields.roots:
                 by_itself = " (padded batches have it by themselves)" if name == "mask" else ""
@@ -332,7 +340,7 @@ def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str,
     assert fields is not None  # Windows are drawn from episodes, so there are fields.
     batch = rows if fields.is_flat else fields.unflatten(rows)
     if stream.include:
-        stream.check_include(fields)
+        stream.check_fields(fields)
     for name in stream.include:
         value = layout.included(name, source, windows)
         is_moved = source.device.type != "cpu"

@@ -285,7 +285,7 @@ class EpisodeTable:
             return "The dataset is empty. Add a complete episode before sampling."
         stored = f"every stored episode (longest of {len(self)}: {self.lengths.max()} steps)"
         advice = "Add longer episodes, lower it, or pad (`pad_before`, `pad_after`)"
-        return f"`sequence_length`={length} is longer than {stored}. {advice}."
+        return f"`sequence_length`={length} is longer than {stored}. {advice}; for `offsets`, it is how far they reach."
 
     def _cumulated(self, kind: str, length: int) -> Cumulation:
         rows, first, last, *_ = self._state

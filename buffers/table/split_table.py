@@ -6,7 +6,9 @@ from buffers.table.cumulation import Int64Array
 from buffers.table.episode_table import ID, EpisodeTable
 from buffers.table.selection import Split
 
-__all__ = ["SplitTable"]
+__all__ = ["EMPTY_PART", "SplitTable"]
+
+EMPTY_PART = "No stored episode belongs to this part of the split."
 
 
 class SplitTable(EpisodeTable):
@@ -31,9 +33,7 @@ class SplitTable(EpisodeTable):
 
     def no_window_message(self, length: int | None) -> str:
         """The error message where no window of `length` can be drawn."""
-        return (
-            super().no_window_message(length) if len(self) else "No stored episode belongs to this part of the split."
-        )
+        return super().no_window_message(length) if len(self) else EMPTY_PART
 
     def _part(self, episodes: Int64Array) -> Int64Array:
         return episodes[self._split.accepts(episodes[:, ID])]
