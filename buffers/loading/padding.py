@@ -1,10 +1,10 @@
-"""Padding: the rows of windows that reach beyond their episodes.
+"""Padding: the rows of windows that reach beyond their episodes. With T = 5, of an episode of 4 rows:
 
-L = 4, T = 5      step     -2 -1  0  1  2          step      1  2  3  4  5
-window             .  .  #  #  #                   window    #  #  #  .  .
-read               ?  ?  0  1  2                   read      1  2  3  ?  ?
-"zero"             -  -  0  1  2                   "zero"    1  2  3  -  -
-"edge"             0  0  0  1  2                   "edge"    1  2  3  3  3
+step      -2 -1  0  1  2          1  2  3  4  5
+window     .  .  #  #  #          #  #  #  .  .
+read       ?  ?  0  1  2          1  2  3  ?  ?
+"zero"     -  -  0  1  2          1  2  3  -  -
+"edge"     0  0  0  1  2          1  2  3  3  3
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def _copy_rows(rows: dict[str, torch.Tensor], target: Int64Array, source: Int64A
 def _items(tensor: torch.Tensor) -> Any:
     """The rows of `(B, T, *shape)`: `(B * T,)` opaque items, of which numpy copies each at once; or as bytes."""
     # Neither torch nor numpy can assign values of all dtypes.
+    num_rows = len(tensor) * tensor.shape[1]
     if not tensor.is_cpu:
-        return tensor.view(torch.uint8).view(len(tensor) * tensor.shape[1], -1)
+        return tensor.view(torch.uint8).view(num_rows, tensor.nbytes // num_rows)
     array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    num_rows = array.shape[0] * array.shape[1]
     return np.ndarray(num_rows, f"V{array.nbytes // num_rows}", array)
 
 
