@@ -1,4 +1,6 @@
-"""Padding: the rows of windows that reach beyond their episodes. With T = 5, of an episode of 4 rows:
+"""Padding: the rows of windows that reach beyond their episodes.
+
+An episode of 4 rows, T = 5:
 
 step      -2 -1  0  1  2          1  2  3  4  5
 window     .  .  #  #  #          #  #  #  .  .
