@@ -79,7 +79,7 @@ def split_burn_in(batch: Mapping[str, Any], burn_in: int) -> tuple[dict[str, Any
     """Split sequences into the rows that warm up a recurrent state and those to learn from, as views of the batch.
 
     As in R2D2. To learn from all rows, from an episode's first on, draw `sequence_length=burn_in + T,
-    pad_before=burn_in, include=("mask",)`.
+    pad_before=burn_in`.
 
         >>> warm_up, batch = split_burn_in({"obs": torch.arange(5)[None], "weight": torch.ones(1)}, burn_in=2)
         >>> warm_up["obs"], batch["obs"]

@@ -233,7 +233,9 @@ class EpisodeSource(IterableDataset, ABC):
 
         Over all rows, each once, an episode at a time; over all members of a mixture, whatever their weights. A later
         call reads only what was added since, or all again if an episode has left. One that leaves meanwhile may count.
-        Rows with which a piece repeats the piece before it (`overlap`) are left out.
+        Rows with which a piece repeats the piece before it (`overlap`) are left out. All episodes count, whatever
+        the `split` of a loader, and `std` is that of the population. Rows of a `Recorder` begin with a row whose action
+        and reward are zero, and it is counted. For actions, loop over `episodes()` and leave out row 0.
 
             >>> from buffers.dataset import RingBufferDataset
             >>> dataset = RingBufferDataset(capacity=1_000)
