@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -381,3 +382,15 @@ def test_bad_members_and_includes_are_refused(members) -> None:
         MixtureDataset(["ring"], [1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="'source' .* a RingBufferDataset has none"):
         members[0].get_loader(4, 3, include=("source",))
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"epochs": 1}])
+def test_a_mixture_of_some_fields_is_drawn_once_a_reader_has_an_episode(tmp_path, options) -> None:
+    ring = RingBufferDataset(100)
+    ring.add_episode(tagged.episode(5, 0))
+    with IndividualFileDataset(100, directory=tmp_path, durability="rename") as writer:
+        reader = IndividualFileDataset(directory=tmp_path, mode="r")
+        loader = MixtureDataset([ring, reader], [1, 1], fields="common").get_loader(4, 2, **options)
+        writer.add_episode(tagged.episode(6, 1))
+        time.sleep(0.1)
+        assert len(next(iter(loader))["code"]) == 4

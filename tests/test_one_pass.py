@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import pickle
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from buffers.dataset import MixtureDataset, RingBufferDataset
+from buffers.dataset import IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.loading.randomness import BatchRandom
 from buffers.table import EpisodeTable, Split, SplitTable
 from tests import tagged
@@ -132,6 +134,56 @@ def test_a_pass_of_a_loaded_state_has_the_order_of_that_seed() -> None:
         other.load_state_dict(one.state_dict())
         assert len(other) == 6
         assert spoiled(begun + list(other)) == Counter((n, first) for n in range(3) for first in range(7))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_copy_of_a_loader_makes_passes_of_its_own(num_workers) -> None:
+    with model.stored("ring", [9, 9, 9]) as ring:
+        loader = ring.get_loader(4, 3, epochs=1, seed=0, num_workers=num_workers)
+        copied = copy.deepcopy(loader)
+        expected = Counter((n, first) for n in range(3) for first in range(7))
+        assert spoiled(copied) == expected == spoiled(loader)
+        assert copied.state_dict() == loader.state_dict()
+
+
+def test_a_state_that_is_loaded_beside_an_iterator_is_followed_by_it() -> None:
+    ring = RingBufferDataset(100)
+    for number in range(4):
+        ring.add_episode(tagged.episode(5, number))
+    one, batches = ring.get_loader(2, 2, epochs=1, seed=0), None
+    batches = iter(one)
+    next(batches)
+    for number in range(4, 12):
+        ring.add_episode(tagged.episode(5, number))
+    other = ring.get_loader(2, 2, epochs=1, seed=0)
+    begun = [next(iter(other))]
+    one.load_state_dict(other.state_dict())
+    assert spoiled(begun + list(batches)) == Counter((n, first) for n in range(12) for first in range(4))
+
+
+def test_a_pass_of_a_reader_begins_with_what_the_writer_has_now(tmp_path) -> None:
+    with IndividualFileDataset(20, directory=tmp_path, durability="rename") as writer:
+        for number in range(4):
+            writer.add_episode(tagged.episode(5, number))
+        reader = IndividualFileDataset(directory=tmp_path, mode="r")
+        loader = reader.get_loader(4, 2, epochs=1, seed=0)
+        assert len(loader) == 4
+        writer.add_episode(tagged.episode(5, 4))
+        assert spoiled(loader) == Counter((n, first) for n in range(1, 5) for first in range(4))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_pass_that_meets_damage_names_the_episode(tmp_path, num_workers) -> None:
+    with IndividualFileDataset(100, directory=tmp_path, durability="rename") as writer:
+        for number in range(3):
+            writer.add_episode(tagged.episode(9, number))
+        path = sorted(tmp_path.glob("*.safetensors"))[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loader = writer.get_loader(30, 2, epochs=1, num_workers=num_workers)
+            path.write_bytes(path.read_bytes()[:-100])
+            with pytest.raises(RuntimeError, match=r"or their files are damaged \(ids \[1\]\).*verify='full'"):
+                list(loader)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -341,6 +341,14 @@ def test_fields_of_any_dtype_and_no_bytes_are_padded(pad) -> None:
         assert batch["nothing"].shape[1:] == (9, 0) and bool((batch["x"] > 0).all()) is (pad == "edge")
 
 
+def test_fields_of_no_bytes_are_padded_at_the_end_of_a_ring() -> None:
+    ring = RingBufferDataset(20)
+    for _ in range(2):
+        ring.add_episode({"nothing": np.zeros((10, 0)), "x": np.arange(1, 11)})
+    for batch in ring.get_loader(8, 4, epochs=1, pad_before=3, pad_after=3):
+        assert batch["nothing"].shape[1:] == (4, 0) and torch.equal(batch["x"] > 0, batch["mask"])
+
+
 def test_fields_of_no_bytes_are_packed_and_read_at_offsets() -> None:
     for dataset in (RingBufferDataset(10), ListDataset(10)):
         dataset.add_episode({"nothing": np.zeros((4, 0)), "x": np.arange(4)})

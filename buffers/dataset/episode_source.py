@@ -109,10 +109,16 @@ class EpisodeSource(IterableDataset, ABC):
         table.selection = selection
         return table
 
-    def snapshot(self, selection: Selection, bound: int) -> EpisodeTable:
-        """A copy of the table, with the episodes of ids below `bound` that a selection has."""
+    def refresh(self) -> None:
+        """Look for what another process has added or evicted. Drawing does so by itself, but not each time."""
+        self._refresh()
+
+    def snapshot(self, selection: Selection, bound: int, is_urgent: bool = False) -> EpisodeTable:
+        """A copy of the table, with the episodes of ids below `bound` that a selection has; `is_urgent`: by now."""
         table = EpisodeTable()
         with self._draw_lock:
+            if is_urgent:
+                self.refresh()
             shown = self.table_to_draw(selection)
             table.replace(shown.rows[: shown.ids.searchsorted(bound)])
             table.skip_to(shown.next_id, 0)

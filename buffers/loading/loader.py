@@ -63,6 +63,12 @@ class SequenceLoader(DataLoader):
         #: Counts up when earlier iterators become invalid.
         self.generation = 0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has workers and counters of its own."""
+        self.__dict__.update(state, _iterator=None)
+        if self.num_workers:
+            self.stream.share()
+
     def deliver(self, batch: Any) -> Any:
         """Move the tensors of a batch to `output_device`."""
         return batch if self.output_device is None else tree_map_only(torch.Tensor, self._moved, batch)
@@ -135,10 +141,13 @@ class SequenceLoader(DataLoader):
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])
+        self.stream.counters["first"][0] = position  # First, as it may be too large.
+        self.stream.counters["uncounted"][0] = 0
+        if one_pass is not None:
             one_pass.state[:] = state["pass"]
+            one_pass.forget()
         self.end_workers()
         self.stream.random, self.stream.position = random, position
-        self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = position, 0
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -19,11 +19,12 @@ from buffers.table import EMPTY_PART, EpisodeTable, Int64Array, Selection, Windo
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
 
-__all__ = ["OnePass"]
+__all__ = ["LOST_DURING_A_PASS", "OnePass"]
 
 _POSITION, _NUMBER, _NUM_WINDOWS, _CHECKSUM, _BOUNDS = range(5)
 _ALL = 2**63 - 1
 _SECONDS_TO_WAIT, _PAUSE = 3.0, 0.05
+LOST_DURING_A_PASS = "Raise the `capacity`, or add nothing during a pass; find damage by opening with verify='full'."
 
 
 class OnePass:
@@ -77,7 +78,7 @@ class OnePass:
                 self.state[_NUMBER] += self._epochs
                 self.state[_NUM_WINDOWS] = 0
                 raise
-        num_windows = self._look([_ALL] * len(self._source.leaves))
+        num_windows = self._look([_ALL] * len(self._source.leaves), is_urgent=True)
         if not num_windows:
             longest = max(self._tables, key=lambda table: table.lengths.max(initial=0))
             is_part = self._selection.split is not None and not len(longest)
@@ -120,23 +121,28 @@ class OnePass:
     def _open(self, seconds: float = 0.0) -> None:
         """Find the episodes of the iteration; RuntimeError if some are not there, and do not come for so long."""
         expected, bounds, deadline = self.state[_NUM_WINDOWS], self.state[_BOUNDS:].tolist(), time.monotonic() + seconds
-        while (num_windows := self._look(bounds)) != expected:
-            if time.monotonic() >= deadline:
+        num_windows = self._look(bounds)
+        while num_windows != expected:
+            is_late = any(leaf.table.next_id < bound for leaf, bound in zip(self._source.leaves, bounds, strict=True))
+            if time.monotonic() >= deadline or not is_late:
+                self.forget()
                 raise RuntimeError(
                     f"Of {expected} windows of this pass, {num_windows} are left: episodes were evicted since it "
-                    "began. Raise the `capacity`, or add nothing during a pass."
+                    f"began, or their files are damaged. {LOST_DURING_A_PASS}"
                 )
             time.sleep(_PAUSE)
+            num_windows = self._look(bounds, is_urgent=True)
 
-    def _look(self, bounds: list[int]) -> int:
+    def _look(self, bounds: list[int], is_urgent: bool = False) -> int:
         """Make snapshots of the tables, and return the number of windows."""
-        self._tables = self._snapshots(bounds)
+        self._tables = self._snapshots(bounds, is_urgent)
         ends = np.cumsum([self._count(table) for table in self._tables]).tolist()
         self._firsts = [0, *ends[:-1]]
         return int(ends[-1])
 
-    def _snapshots(self, bounds: list[int]) -> list[EpisodeTable]:
-        return [leaf.snapshot(self._selection, bound) for leaf, bound in zip(self._source.leaves, bounds, strict=True)]
+    def _snapshots(self, bounds: list[int], is_urgent: bool = False) -> list[EpisodeTable]:
+        leaves = zip(self._source.leaves, bounds, strict=True)
+        return [leaf.snapshot(self._selection, bound, is_urgent) for leaf, bound in leaves]
 
     def _count(self, table: EpisodeTable) -> int:
         return len(table) if self._length is None else table.count_windows(self._length).num

@@ -21,7 +21,7 @@ from buffers.fields import Fields
 from buffers.loading.include import checked_include
 from buffers.loading.layout import Rows
 from buffers.loading.lifetime import end_with
-from buffers.loading.one_pass import OnePass
+from buffers.loading.one_pass import LOST_DURING_A_PASS, OnePass
 from buffers.loading.options import rows_to_draw
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
@@ -236,7 +236,10 @@ class SequenceStream(IterableDataset):
     def _with_others(self, n: int, windows: Windows, was_read: np.ndarray) -> tuple[Windows, Rows]:
         """Replace the windows of batch n that were gone before they could be read, and read all windows again."""
         if self.one_pass is not None:
-            raise RuntimeError("Episodes were evicted during the pass. Raise the `capacity`, or add nothing meanwhile.")
+            gone = np.unique(windows.episode[~was_read]).tolist()
+            raise RuntimeError(
+                f"Episodes were evicted during the pass, or their files are damaged (ids {gone}). {LOST_DURING_A_PASS}"
+            )
         for attempt in range(1, self.source.max_sampling_attempts + 1):
             missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)

@@ -127,6 +127,9 @@ class MixtureDataset(EpisodeSource):
     def check_drawable(self) -> None:
         """RuntimeError while the fields are not known."""
         if self.fields is None:
+            for leaf in self._leaves:
+                leaf.can_draw(None, Selection())  # So readers know their fields.
+        if self.fields is None:
             unknown = [n for n, member in enumerate(self._members) if member.fields is None]
             raise RuntimeError(
                 f"The mixture cannot be drawn from: the fields of members {unknown} are not known yet. Add an "

@@ -86,7 +86,10 @@ class Column:
         can_share = torch.get_num_threads() > 1 and num_rows * math.prod(self._rows.shape[1:]) > _GRAIN
         if self.array is None or can_share or length > self.capacity:
             return None
-        if self._needs_cast or not row_bytes or num_rows * row_bytes >= _LARGE:
+        if not row_bytes:
+            empty = np.empty((num, length, *self.stored.shape), self._read_as.numpy_dtype)
+            return lambda offsets: as_tensor(empty.copy(), self._read_as)
+        if self._needs_cast or num_rows * row_bytes >= _LARGE:
             return partial(self._gathered, length)
         item = np.dtype((np.void, length * row_bytes))
         items = np.ndarray((self.capacity - length + 1,), item, self.array, 0, (row_bytes,))
