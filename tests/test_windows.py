@@ -160,8 +160,11 @@ def test_loaders_of_one_dataset_do_not_mix_up_their_windows() -> None:
         {"pad_after": 2},
         {"split": ("train", 0.5, 0), "pad_before": 2},
     ]
+    alone = []
+    for each in options:
+        with model.stored("ring", [5, 3, 9, 1, 4]) as ring:
+            alone.append(list(itertools.islice(ring.get_loader(8, 3, seed=0, **each), 4)))
     with model.stored("ring", [5, 3, 9, 1, 4]) as ring:
-        alone = [list(itertools.islice(ring.get_loader(8, 3, seed=0, **each), 4)) for each in options]
         loaders = [iter(ring.get_loader(8, 3, seed=0, **each)) for each in options]
         for n in range(4):
             for loader, batches in zip(loaders, alone, strict=True):
