@@ -43,13 +43,14 @@ def load(path: Path = RESULTS) -> dict[str, Any]:
 
 def record(results: dict[str, Any], part: str, found: Any, driver: Driver) -> None:
     """Put a part's findings in place of those from before, with how they came about."""
+    of_all = not any(part in spec.parts for spec in CONTESTANTS.values())
     results["parts"][part] = {
         "when": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "rounds": driver.rounds,
         "scale": driver.scale,
         "versions": dict(sorted(driver.versions.items())),
-        "missing": dict(driver.missing),
+        "missing": {name: why for name, why in driver.missing.items() if of_all or part in CONTESTANTS[name].parts},
         "found": [_without_raw(row) for row in found] if isinstance(found, list) else found,
     }
 

@@ -212,6 +212,10 @@ class Fields(Mapping[str, TensorType]):
         """The nested dict for `name -> leaf`; the inverse of `flatten`."""
         return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
 
+    def below(self, name: str) -> list[str]:
+        """The fields that a name stands for: the one that has it, or all below it, as "obs" for "obs/image"."""
+        return [field for field in self if f"{field}/".startswith(f"{name}/")]
+
     def select(self, names: Collection[str]) -> Fields:
         """The fields of these names, in their order here."""
         pairs = zip(self.paths, self.items(), strict=True)

@@ -106,3 +106,9 @@ def test_conflicts_name_what_differs() -> None:
 def test_defaults_numpy_dtypes_and_names_are_taken() -> None:
     assert TensorType(3, np.uint8) == TensorType((3,), torch.uint8)
     assert TensorType(3, ">f8").dtype == torch.float64
+
+
+def test_a_name_stands_for_its_field_or_all_below_it() -> None:
+    fields = Fields(obs={"image": Vector(2), "state": {"arm": Vector(2)}}, obs2=Scalar(), action=Vector(1))
+    assert fields.below("obs") == ["obs/image", "obs/state/arm"] and fields.below("obs/state") == ["obs/state/arm"]
+    assert fields.below("action") == ["action"] and fields.below("ob") == fields.below("") == []

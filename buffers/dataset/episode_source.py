@@ -147,8 +147,7 @@ class EpisodeSource(IterableDataset, ABC):
     def can_draw(self, length: int | None, selection: Selection) -> bool:
         """Whether there is a window of `length` steps now; with None, whether there is an episode."""
         with self._draw_lock:
-            table = self.table_to_draw(selection)
-            return len(table) > 0 if length is None else table.count_windows(length).num > 0
+            return self.table_to_draw(selection).num_to_draw(length) > 0
 
     def read(
         self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None

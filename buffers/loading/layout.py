@@ -38,6 +38,11 @@ class SequenceLayout:
     #: What batches have besides fields and `include`.
     extra: tuple[str, ...] = ()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a batch is made of episodes end to end, which are drawn together."""
+        return self.num_packed is not None
+
     def __init__(self, is_padded: bool, with_edge: bool) -> None:
         self.is_padded, self._with_edge = is_padded, with_edge
         self._masked: tuple[Windows, npt.NDArray[np.bool_]] | None = None
@@ -208,12 +213,14 @@ def _checked_offsets(offsets: Mapping[str, Iterable[int]]) -> dict[str, tuple[in
 
 def _grouped(fields: Fields, offsets: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], list[str]]:
     """The fields by their offsets; ValueError for a name that is no field."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name in fields:
-        # The most specific of "obs/image" and "obs".
-        found = max((key for key in offsets if f"{name}/".startswith(f"{key}/")), key=len, default=None)
-        groups.setdefault((0,) if found is None else offsets[found], []).append(name)
-    unknown = [key for key in offsets if not any(f"{name}/".startswith(f"{key}/") for name in fields)]
+    unknown = [key for key in offsets if not fields.below(key)]
     if unknown:
         raise ValueError(f"`offsets` names {unknown}, which are no fields. There are {list(fields)}.")
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(fields, (0,))
+    # "obs/image" after "obs", as it says more.
+    for key in sorted(offsets, key=len):
+        found |= dict.fromkeys(fields.below(key), offsets[key])
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, offset in found.items():
+        groups.setdefault(offset, []).append(name)
     return groups

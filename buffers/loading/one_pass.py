@@ -101,7 +101,7 @@ class OnePass:
         if self._goes_on_at(position):
             return self.end - int(self.state[_POSITION])
         tables = self._snapshots([_ALL] * len(self._source.leaves))
-        return self._epochs * self._num_batches(sum(map(self._count, tables)))
+        return self._epochs * self._num_batches(sum(table.num_to_draw(self._length) for table in tables))
 
     def check(self, state: list[int]) -> None:
         """ValueError if a state is not one of such a loader."""
@@ -136,16 +136,13 @@ class OnePass:
     def _look(self, bounds: list[int], is_urgent: bool = False) -> int:
         """Make snapshots of the tables, and return the number of windows."""
         self._tables = self._snapshots(bounds, is_urgent)
-        ends = np.cumsum([self._count(table) for table in self._tables]).tolist()
+        ends = np.cumsum([table.num_to_draw(self._length) for table in self._tables]).tolist()
         self._firsts = [0, *ends[:-1]]
         return int(ends[-1])
 
     def _snapshots(self, bounds: list[int], is_urgent: bool = False) -> list[EpisodeTable]:
         leaves = zip(self._source.leaves, bounds, strict=True)
         return [leaf.snapshot(self._selection, bound, is_urgent) for leaf, bound in leaves]
-
-    def _count(self, table: EpisodeTable) -> int:
-        return len(table) if self._length is None else table.count_windows(self._length).num
 
     def windows(self, position: int, random: BatchRandom) -> Windows:
         """The windows of the batch at a position of the iteration."""

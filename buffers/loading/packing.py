@@ -34,7 +34,7 @@ class PackedLayout(SequenceLayout):
 
     def __init__(self, num_rows: int) -> None:
         super().__init__(is_padded=False, with_edge=False)
-        self.num_packed = self._num_rows = num_rows
+        self.num_packed: int = num_rows
 
     def draw(self, num_windows: int, rng: np.random.Generator, draw: Callable[[int], Windows]) -> Windows:
         """B * `num_rows` windows of one row, for B = `num_windows`."""
@@ -53,7 +53,7 @@ class PackedLayout(SequenceLayout):
         """Position, first row and rows of each episode in the batch; None if there are too few to fill it."""
         ends, first, num = lengths.cumsum(), 0, lengths.copy()
         for _ in range(num_windows):
-            end = ends[first] - lengths[first] + self._num_rows
+            end = ends[first] - lengths[first] + self.num_packed
             last = int(ends.searchsorted(end))
             if last >= len(ends) - 1:
                 return None
@@ -63,20 +63,20 @@ class PackedLayout(SequenceLayout):
 
     def leading(self, fields: Fields, windows: Windows) -> dict[str, tuple[int, int]]:
         """(B, `num_rows`)."""
-        return dict.fromkeys(fields, (len(windows) // self._num_rows, self._num_rows))
+        return dict.fromkeys(fields, (len(windows) // self.num_packed, self.num_packed))
 
     def read(self, source: EpisodeSource, windows: Windows, out: Rows | None) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read`."""
         num = len(windows)
         single = None if out is None else {name: rows.view(num, 1, *rows.shape[2:]) for name, rows in out.items()}
         rows, was_read = source.read(windows, single)
-        size = num // self._num_rows, self._num_rows
+        size = num // self.num_packed, self.num_packed
         return {name: tensor.view(*size, *tensor.shape[2:]) for name, tensor in rows.items()}, was_read
 
     def included(self, name: str, source: EpisodeSource, windows: Windows) -> Any:
         """`(B, num_rows)` each; "cu_seqlens" int32 `(n + 1,)`: where in all rows of the batch its n episodes begin."""
         if name != "cu_seqlens":
-            return super().included(name, source, windows).view(-1, self._num_rows)
+            return super().included(name, source, windows).view(-1, self.num_packed)
         follows = np.diff(windows.step, prepend=-1) == 1
         for column in (windows.episode, windows.source):
             follows &= True if column is None else np.diff(column, prepend=-1) == 0

@@ -111,7 +111,7 @@ class SequenceStream(IterableDataset):
         source, length, selection = self.source, self.sequence_length, self.selection
         if (length or 0) - selection.pad_before - selection.pad_after > source.longest_window:
             raise ValueError(f"`sequence_length`={length} exceeds the `capacity` of {source.longest_window} steps.")
-        if self.layout.num_packed is not None and self.batch_size is None:
+        if self.layout.is_packed and self.batch_size is None:
             raise ValueError("`pack` makes batches: use `get_loader`.")
         if "source" in self.include and not source.has_members:
             raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
@@ -134,7 +134,7 @@ class SequenceStream(IterableDataset):
             return None
         if self.batch_size is None:
             raise ValueError("`epochs` makes batches: use `get_loader`.")
-        if type(self.sampler) is not UniformSampler or self.layout.num_packed is not None:
+        if type(self.sampler) is not UniformSampler or self.layout.is_packed:
             raise ValueError("`epochs` brings every window once, in its own order: leave out `sampler` and `pack`.")
         for name, value in (("shuffle", True if shuffle is None else shuffle), ("drop_last", drop_last)):
             if not isinstance(value, bool):
@@ -219,7 +219,7 @@ class SequenceStream(IterableDataset):
         if self._slots is not None:
             assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
             out = self._slots.empty_batch(source.fields, self.layout.leading(source.fields, windows))
-        if self.chunk_size >= num_windows or not source.reads_in_chunks or self.layout.num_packed is not None:
+        if self.chunk_size >= num_windows or not source.reads_in_chunks or self.layout.is_packed:
             return self.layout.read(source, windows, out)
         if out is None:
             assert source.fields is not None  # As above.
@@ -243,11 +243,11 @@ class SequenceStream(IterableDataset):
         for attempt in range(1, self.source.max_sampling_attempts + 1):
             missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)
-            if self.layout.num_packed is not None:
+            if self.layout.is_packed:
                 windows = self._draw(n, attempt)
             else:
                 windows = windows.replaced(missed, self._draw(n, attempt, windows[missed]))
-            if self.sequence_length is None and self.layout.num_packed is None:
+            if self.sequence_length is None and not self.layout.is_packed:
                 windows.length = int(windows.episode_length.max())
             rows, found = self._read(windows)
             if found is None or found.all():

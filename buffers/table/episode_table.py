@@ -217,6 +217,10 @@ class EpisodeTable:
         """The windows of T = `length` steps, for `windows_of`."""
         return self._cumulated("windows", length)
 
+    def num_to_draw(self, length: int | None) -> int:
+        """How many windows of T = `length` there are; with None, episodes."""
+        return len(self) if length is None else self.count_windows(length).num
+
     def count_episodes(self, length: int) -> Cumulation:
         """The episodes of at least `length` rows."""
         return self._cumulated("episodes", length)
@@ -256,9 +260,7 @@ class EpisodeTable:
 
     def has_room_for(self, windows: Windows) -> bool:
         """Whether windows lie within their episodes, and the padding that is selected."""
-        return (
-            windows.are_within(*self.selection.room(windows.cut)) if self.selection.is_padded else windows.are_within()
-        )
+        return windows.are_within(*self.selection.room(windows.cut))
 
     def reachable(self, length: int | None, selection: Selection, most: int | None = None) -> float:
         """The share of the steps that lie in some window of T = `length`; 0.0 if there are none.

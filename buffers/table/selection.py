@@ -54,11 +54,6 @@ class Selection(NamedTuple):
     stride: int = 1  # Of the starts of windows in an episode.
     split: Split | None = None
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether a window may reach beyond its episode."""
-        return self.pad_before > 0 or self.pad_after > 0
-
     # Below, `cut` are the cuts `(n,)` of episodes, None where none is a piece.
 
     def room(self, cut: Int64Array | None) -> tuple[Any, Any]:

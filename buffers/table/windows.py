@@ -97,7 +97,7 @@ class Windows:
         copied.oldest_step = min(self.oldest_step, others.oldest_step)
         return copied
 
-    def are_within(self, before: int | Int64Array = 0, after: int | Int64Array = 0) -> bool:
+    def are_within(self, before: int | Int64Array, after: int | Int64Array) -> bool:
         """Whether each begins at most `before` rows before its episode and ends at most `after` rows behind it."""
         # The sign bit of the union is set where either is negative.
         outside = (self.step + before) | (self.episode_length - self.step - self.length + after)

@@ -54,7 +54,7 @@ def _chosen_names(found: dict[int, Fields], choice: tuple[str, ...]) -> list[str
     chosen: list[str] = []
     for member, fields in found.items():
         for wanted in choice:
-            names = [name for name in fields if f"{name}/".startswith(f"{wanted}/")]
+            names = fields.below(wanted)
             if not names:
                 raise ValueError(f"Member {member} has no field `{wanted}`. It has {list(fields)}.")
             chosen += names
