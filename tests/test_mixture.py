@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
-from buffers.dataset.composing.weights import SharedWeights, shares
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.sampler import Sampler
+from buffers.sharing.weights import SharedWeights, shares
 from buffers.table import EpisodeTable, Windows
 from tests import reading, tagged
 from tests.forgetful import Forgetful

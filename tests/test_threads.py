@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from buffers.dataset import MixtureDataset, RingBufferDataset
-from buffers.dataset.ring.column import Column
 from buffers.sampler import UniformSampler
+from buffers.sharing.column import Column
 from buffers.table import EpisodeTable, Selection, Windows
 from tests import reading, tagged
 from tests.list_dataset import ListDataset

@@ -13,7 +13,7 @@ from buffers import Recorder, ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, Scalar, Vector
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.ring.column import Column
+from buffers.sharing.column import Column
 from tests.reading import reader_of
 
 KNOWN = EpisodeDatasetInfo(Fields(obs=Vector(4), action=Vector(4)))

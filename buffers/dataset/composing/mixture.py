@@ -19,11 +19,11 @@ from typing import Any, Literal, final
 import numpy as np
 
 from buffers.dataset.composing.mixture_fields import common_fields
-from buffers.dataset.composing.weights import Float64Array, SharedWeights, shares
 from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.printing import counts_line
 from buffers.fields import Fields
 from buffers.sampler import Sampler
+from buffers.sharing.weights import Float64Array, SharedWeights, shares
 from buffers.table import EpisodeTable, Int64Array, Selection, Windows, joined
 
 __all__ = ["MixtureDataset"]

@@ -14,10 +14,10 @@ import torch
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.ring.column import Column
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
+from buffers.sharing.column import Column
 from buffers.table import EpisodeTable, TableRow, Windows
 from buffers.utils import Process, format_bytes, usable_device
 

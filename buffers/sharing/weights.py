@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from buffers.sharing import SharedArrays, fence
+from buffers.sharing.arrays import SharedArrays
+from buffers.sharing.published_table import fence
 from buffers.table import Int64Array
 
 __all__ = ["Float64Array", "SharedWeights", "shares"]

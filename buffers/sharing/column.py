@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from buffers.fields import TensorType, as_tensor
-from buffers.sharing import SharedArrays
+from buffers.sharing.arrays import SharedArrays
 
 __all__ = ["Column"]
 
