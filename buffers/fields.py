@@ -221,6 +221,14 @@ class Fields(Mapping[str, TensorType]):
         pairs = zip(self.paths, self.items(), strict=True)
         return Fields(_unwalk((path, leaf) for path, (name, leaf) in pairs if name in names))
 
+    def with_others(self, others: Fields) -> Fields:
+        """These fields, and others behind them; ValueError if two have one name."""
+        pairs = [(path, own[name]) for own in (self, others) for path, name in zip(own.paths, own.names, strict=True)]
+        twice = self.roots & others.roots
+        if twice:
+            raise ValueError(f"Late fields have the names of fields of the steps: {sorted(twice)}. Rename one of them.")
+        return Fields(_unwalk(pairs))
+
     def conflict_with(self, other: Fields) -> str | None:
         """Describe what differs from `other` in names, shapes or dtypes; None if data of one fits the other."""
         missing, unexpected = set(other) - set(self), set(self) - set(other)

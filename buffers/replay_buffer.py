@@ -13,6 +13,7 @@ from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Fields
+from buffers.late import PRIORITY
 from buffers.table import CONTINUES, GOES_ON, context_of
 from buffers.writer import EpisodeWriter
 
@@ -185,6 +186,32 @@ class ReplayBuffer:
             self._batches = None
             raise
 
+    def update(self, index: Any, values: Mapping[str, Any], source: Any = None) -> int:
+        """`EpisodeDataset.update`: give rows new values of late fields; of a mixture, with the batch's `source`."""
+        return self.dataset.update(index, values, source)
+
+    def update_priorities(self, index: Any, values: Any, source: Any = None) -> int:
+        """Give rows the priorities that a `PrioritizedSampler` draws by.
+
+        Batches that are made later are drawn by them; with workers, that begins `num_workers * prefetch_factor` batches
+        later, plus one.
+
+        Args:
+            index: Step ids `(B, T)`, as `include=("index",)` gives them; -1 for padding.
+            values: `(B, T)`; or `(B,)`, one for all rows of a window. Finite, and not negative.
+            source: Of a mixture, `(B,)`, the members, as `include=("source",)` gives them.
+
+        Returns:
+            How many step ids are of no episode that is stored; they are ignored.
+
+        Raises:
+            ValueError: Priorities that are negative or not finite, or of another shape. Nothing has changed.
+        """
+        ids, priorities = as_array("index", index), as_array("values", values)
+        if priorities.ndim < ids.ndim and priorities.shape == ids.shape[:1]:
+            priorities = np.broadcast_to(priorities[:, None], ids.shape)
+        return self.update(ids, {PRIORITY: priorities}, source)
+
     @property
     def _reachable(self) -> float:
         """The share of stored steps that lie in some window of T steps; 0.0 if there are none."""
@@ -259,7 +286,7 @@ class ReplayBuffer:
     def can_sample(self) -> bool:
         """Whether `sample` would find an episode that is long enough now; of a mixture, one in each member."""
         stream = self.dataloader.stream
-        return not self._is_closed and self.dataset.can_draw(stream.sequence_length, stream.selection)
+        return not self._is_closed and self.dataset.can_draw(stream.sequence_length, stream.selection, stream.samplers)
 
     def stats(self) -> dict[str, float]:
         """Numbers for a logger.
@@ -286,6 +313,8 @@ class ReplayBuffer:
         }
         if stream.padding is not None:
             found["padding"] = stream.padding
+        if num_missed := sum(sampler.num_missed for sampler in stream.samplers):
+            found["num_missed_windows"] = num_missed
         last = self._returns.last
         if last:
             found["mean_episode_return"] = sum(last) / len(last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import threading
@@ -89,6 +90,16 @@ def integer(name: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, found {value}.")
     return operator.index(value)
+
+
+def number(name: str, value: Any, minimum: float, maximum: float = math.inf) -> float:
+    """Check an argument that must be a finite real number from `minimum` to `maximum`."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`{name}` must be a number, found {type(value).__name__}: {value!r:.60}.")
+    if not (minimum <= value <= maximum and math.isfinite(value)):
+        most = "" if maximum == math.inf else f" and at most {maximum:g}"
+        raise ValueError(f"`{name}` must be finite, at least {minimum:g}{most}, found {value}.")
+    return float(value)
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> Any:

@@ -13,9 +13,12 @@ from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_episode
 from buffers.evictor import Evictor, FIFOEvictor
-from buffers.fields import Fields
+from buffers.fields import Fields, TensorType
+from buffers.late import LateFields, PriorityField
+from buffers.loading.include import INCLUDABLE
+from buffers.sampler import Sampler, SamplerSet
 from buffers.table import TableRow, Windows
-from buffers.utils import ThreadLock
+from buffers.utils import ThreadLock, integer
 
 __all__ = ["EpisodeDataset"]
 
@@ -36,6 +39,8 @@ class EpisodeDataset(EpisodeSource):
     evicts_before_writing = True
     #: Whether `_check` may refuse values, so that writers call it for rows of open episodes, too.
     refuses_values = False
+    #: Whether the step ids that live are always within `capacity` of each other.
+    has_circular_ids = False
     #: Whether threads may call `_read` while another adds and evicts. If not, they take turns.
     reads_beside_writers = False
 
@@ -52,6 +57,9 @@ class EpisodeDataset(EpisodeSource):
         self.is_behind = False
         # For adding and evicting. Drawing does not take it.
         self._lock = ThreadLock()
+        self.late: LateFields = LateFields(self.capacity, self.has_circular_ids, self.device)
+        # Samplers that are told of episodes.
+        self._listeners = SamplerSet()
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
 
@@ -90,17 +98,17 @@ class EpisodeDataset(EpisodeSource):
         """Whether an episode must be evicted before `length` rows can be stored from step id `start` on."""
         return self.table.num_steps + length > self.capacity
 
-    def read(
+    def read_stored(
         self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
     ) -> tuple[Rows, np.ndarray | None]:
-        """As `EpisodeSource.read`."""
+        """As `EpisodeSource.read_stored`."""
         if self.reads_beside_writers:
-            return super().read(windows, out, names)
+            return super().read_stored(windows, out, names)
         with self._lock:
             # If another thread has evicted some since the draw, read nothing: the batch is read again with others.
             lives = np.isin(windows.episode, self.table.ids)
             if lives.all():
-                return super().read(windows, out, names)
+                return super().read_stored(windows, out, names)
             return self.empty_batch(windows, names) if out is None else out, lives
 
     def add_episode(self, episode: Mapping[str, Any]) -> int:
@@ -181,11 +189,14 @@ class EpisodeDataset(EpisodeSource):
         length = len(next(iter(episode.values())))
         self._check_length(length)
         start = self.start_of_next(length)
+        for sampler in list(self._listeners):
+            sampler.episode_added((start, length, self.table.next_id, cut), {})
         if self.evicts_before_writing:
             self.make_room(start, length)
         self._write(episode, start, self.table.next_id)
         if not self.evicts_before_writing:
             self.make_room(start, length)
+        self.late.fill(start, length)
         episode_id = self.table.append(length, start, cut)
         self._publish((start, length, episode_id, cut))
         return episode_id
@@ -203,10 +214,15 @@ class EpisodeDataset(EpisodeSource):
 
     def evict(self, position: int, makes_room: bool = False) -> None:
         """Evict the episode at a valid position of the table; the caller holds the lock."""
-        start, length, episode_id, _ = self.table.episode(position)
+        row = self.table.episode(position)
+        start, length, episode_id, _ = row
         self._erase(episode_id, start, length)
         self.table.remove(position)
         self.num_dismissed += not makes_room
+        if self.late:
+            self.late.release(row, position, self.table)
+        for sampler in list(self._listeners):
+            sampler.episode_removed(row)
 
     def _check_length(self, length: int) -> None:
         if length > self.episode_capacity:
@@ -224,6 +240,76 @@ class EpisodeDataset(EpisodeSource):
         fields = None if self.extension is None else self.extension.other.fields
         if fields is not None:
             self.settle_fields(fields)
+
+    # Late fields.
+
+    def add_late_field(self, name: str, type: TensorType, default: Any = 0) -> None:
+        """Add a field whose values are given later, by step id. Batches have it like any other from then on.
+
+            >>> from buffers.dataset import RingBufferDataset
+            >>> from buffers.fields import Vector
+            >>> dataset = RingBufferDataset(capacity=1_000)
+            >>> episode_id = dataset.add_episode({"obs": np.zeros((50, 4))})
+            >>> dataset.add_late_field("latent", Vector(8))
+            >>> batch = next(iter(dataset.get_loader(batch_size=16, sequence_length=10, include=("index",))))
+            >>> dataset.update(batch["index"], {"latent": batch["latent"] + 1})
+            0
+
+        Add it before iterating a loader with workers: those that run do not learn of it. "priority" is what a
+        `PrioritizedSampler` draws by.
+
+        Args:
+            name: Of the field, not of one that steps have. It stands at the top level of a batch.
+            type: Of one row.
+            default: A number, or a row `(*shape)`: what rows hold until they are given values.
+
+        Raises:
+            TypeError: An argument of the wrong type.
+            ValueError: There is such a field already, or the default does not fit.
+        """
+        if not isinstance(name, str) or not isinstance(type, TensorType):
+            raise TypeError(f"A late field is a name and a TensorType, found {name!r:.60} and {type!r:.60}.")
+        late = Fields({name: type})
+        if "/" in name or name in INCLUDABLE:
+            raise ValueError(f"`{name}` cannot name a late field: `include` has it, or it has a '/'.")
+        with self._lock:
+            if self.fields is not None:
+                self.fields.with_others(late)
+            self.late.add(name, type, default, self.table)
+
+    def add_priorities(self, initial: float | str) -> PriorityField:
+        """The late field "priority", which is added if it is missing: then batches do not have it."""
+        with self._lock:
+            return self.late.add_priorities(initial, self.table)
+
+    def update(self, index: Any, values: Mapping[str, Any], source: Any = None) -> int:
+        """Give rows new values of late fields. Batches that are made later have them, in workers too.
+
+        Args:
+            index: Step ids, `(B, T)` or of any other shape, as `include=("index",)` gives them; -1 for padding.
+            values: `name -> (*index.shape, *shape)`: tensors, arrays or lists.
+            source: Of a mixture only, see `MixtureDataset.update`.
+
+        Returns:
+            How many ids are of no episode that is stored; they are ignored.
+
+        Raises:
+            TypeError: An `index` that is not of integers.
+            ValueError: A name that is no late field, or values of another shape or dtype, or priorities that are
+                negative or not finite. Nothing has changed.
+            RuntimeError: In another process than the one that made the dataset.
+        """
+        return self.late.update(self.table, index, values)
+
+    def annotate(self, episode_id: int, values: Mapping[str, Any]) -> None:
+        """`update` for all rows of an episode, `name -> (L, *shape)`; ValueError if it is not stored."""
+        start, length, *_ = self.table.row_of(integer("episode_id", episode_id, 0))
+        if not length or self.late.update(self.table, np.arange(start, start + length), values):
+            raise ValueError(f"There is no episode {episode_id}. Those that live have the ids {self.table.ids}.")
+
+    def listen(self, sampler: Sampler) -> None:
+        """Tell a sampler of each episode that comes or leaves from now on, as long as anything refers to it."""
+        self._listeners.add(sampler)
 
     def extend(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from buffers.conversion import as_array
 from buffers.dataset.printing import counts_line, fields_table
 from buffers.dataset.statistics import FieldStatistics, RunningStatistics, statistics_of
 from buffers.fields import Fields, TensorType, as_tensor
+from buffers.late import LateFields
 from buffers.loading import LoaderOptions, SequenceLoader, SequenceStream, StreamOptions
 from buffers.loading.padding import shift
 from buffers.sampler import Sampler
-from buffers.table import EpisodeTable, Selection, Split, SplitTable, Windows
+from buffers.table import EMPTY_PART, DrawContext, EpisodeTable, PartTable, Selection, Split, Windows
 from buffers.utils import ThreadLock, integer
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class EpisodeSource(IterableDataset, ABC):
     max_sampling_attempts = 100
     #: The larger dataset behind this one, see `EpisodeDataset.extend`.
     extension: Any = None
+    #: Values that were given after their rows were stored; None where members have them.
+    late: LateFields | None = None
     #: Whether it is a mixture, see `sources_of`.
     has_members = False
     #: Whether `_read` takes windows that begin before their episodes, and leaves the rows before those as they are.
@@ -52,6 +55,7 @@ class EpisodeSource(IterableDataset, ABC):
         #: Of the ids that are gone: those that were not evicted, and those that were evicted without need of room.
         self.num_lost = self.num_dismissed = 0
         self._fields: Fields | None = None
+        self._batch_fields: tuple[Fields | None, Fields | None, Fields | None] = (None, None, None)
         self.running_statistics = RunningStatistics()
 
     @abstractmethod
@@ -103,7 +107,8 @@ class EpisodeSource(IterableDataset, ABC):
         self._refresh()
         table = self._drawn_tables.get(selection.split)
         if table is None:
-            table = EpisodeTable() if selection.split is None else SplitTable(selection.split)
+            split = selection.split
+            table = EpisodeTable() if split is None else PartTable(split.judge, EMPTY_PART)
             self._drawn_tables[selection.split] = table
         table.show(self.table)
         table.selection = selection
@@ -127,35 +132,67 @@ class EpisodeSource(IterableDataset, ABC):
 
     def draw(
         self,
-        sampler: Sampler,
+        samplers: Sequence[Sampler],
         num_windows: int,
         length: int | None,
         rng: np.random.Generator,
         selection: Selection,
+        context: DrawContext,
         again: Windows | None = None,
     ) -> Windows:
-        """Draw as `Sampler.draw` does; `again`: the windows to be replaced, which were gone before they were read.
+        """Draw as `Sampler.draw` does, with the sampler of each leaf.
+
+        With `again`, these windows are replaced, which were gone before they were read.
 
         Raises:
             RuntimeError: No episode is long enough.
             ValueError: The sampler did not draw what it was asked for.
         """
         with self._draw_lock:
-            table = self.table_to_draw(selection)
+            table, sampler = self.table_to_draw(selection), samplers[0]
+            if self.late:
+                self.late.follow(table)
+                context = context._replace(late=self.late)
+            table.context = context
             return _checked(table, sampler, sampler.draw(table, num_windows, length, rng), num_windows, length)
 
-    def can_draw(self, length: int | None, selection: Selection) -> bool:
-        """Whether there is a window of `length` steps now; with None, whether there is an episode."""
+    def num_to_draw(self, length: int | None, selection: Selection, sampler: Sampler | None = None) -> int:
+        """How many windows of `length` steps there are now, for a sampler; with None, episodes."""
         with self._draw_lock:
-            return self.table_to_draw(selection).num_to_draw(length) > 0
+            table = self.table_to_draw(selection)
+            return (table if sampler is None else sampler.part(table)).num_to_draw(length)
+
+    def can_draw(self, length: int | None, selection: Selection, samplers: Sequence[Sampler] | None = None) -> bool:
+        """Whether there is a window of `length` steps now; with None, whether there is an episode."""
+        return self.num_to_draw(length, selection, None if samplers is None else samplers[0]) > 0
 
     def read(
         self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
     ) -> tuple[Rows, np.ndarray | None]:
         """Rows `name -> (B, T, *shape)`, and which windows were read, as `_read` returns.
 
-        Into `out` if that is given, else of the fields in `names`, or of all.
+        Into `out` if that is given, else of the fields in `names`, or of all that a batch has.
         """
+        if not self.late or self.late.in_batches is None:
+            return self.read_stored(windows, out, names)
+        found = list((self.batch_fields or ()) if names is None else names) if out is None else list(out)
+        late, stored = [n for n in found if n in self.late], [n for n in found if n not in self.late]
+        rows = self.empty_batch(windows, late) if out is None else {name: out[name] for name in late}
+        # First, so that what finds out whether an episode has left meanwhile comes after.
+        self.late.read(windows, rows)
+        if not stored:
+            return rows, self.which_are_whole(windows)
+        others, was_read = self.read_stored(windows, None if out is None else {n: out[n] for n in stored}, stored)
+        return {name: rows[name] if name in rows else others[name] for name in found}, was_read
+
+    def which_are_whole(self, windows: Windows) -> np.ndarray | None:
+        """After reading, which windows may have been overwritten meanwhile, as `_read` returns."""
+        return None
+
+    def read_stored(
+        self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
+    ) -> tuple[Rows, np.ndarray | None]:
+        """As `read`, without late fields."""
         out = self.empty_batch(windows, names) if out is None else out
         if self.reads_before_episodes or not (windows.step < 0).any():
             return out, self._read(windows, out)
@@ -164,14 +201,15 @@ class EpisodeSource(IterableDataset, ABC):
         return out, was_read
 
     def empty_batch(self, windows: Windows, names: Iterable[str] | None = None) -> Rows:
-        """Uninitialized memory for windows, `name -> (B, T, *shape)`, of the fields in `names` or of all."""
+        """Uninitialized memory for windows, `name -> (B, T, *shape)`, of the fields in `names` or of all stored."""
         leading = len(windows), windows.length
         return {name: self.empty(name, leading) for name in (self._fields or () if names is None else names)}
 
     def empty(self, name: str, leading: tuple[int, int]) -> torch.Tensor:
         """Uninitialized memory for a field, `(*leading, *shape)`."""
-        assert self._fields is not None  # Windows are drawn from episodes, so there are fields.
-        kind = self._fields[name]
+        fields = self.batch_fields
+        assert fields is not None  # Windows are drawn from episodes, so there are fields.
+        kind = fields[name]
         if self.device.type == "cpu":
             # numpy is faster, and asks for huge pages.
             return as_tensor(np.empty(leading + kind.shape, kind.numpy_dtype), kind)
@@ -224,7 +262,7 @@ class EpisodeSource(IterableDataset, ABC):
         if position is None:
             return None
         length = table.episode(position)[1]
-        rows, was_read = self.read(table.windows(np.array([position]), np.zeros(1, np.int64), length))
+        rows, was_read = self.read_stored(table.windows(np.array([position]), np.zeros(1, np.int64), length))
         return {name: tensor[0] for name, tensor in rows.items()} if was_read is None else None
 
     def _position(self, episode_index: int) -> int:
@@ -323,6 +361,29 @@ class EpisodeSource(IterableDataset, ABC):
         if self._fields is None:
             self._find_fields()
         return self._fields
+
+    @abstractmethod
+    def add_late_field(self, name: str, type: TensorType, default: Any = 0) -> None:
+        """See `EpisodeDataset.add_late_field`."""
+
+    @abstractmethod
+    def update(self, index: Any, values: Mapping[str, Any], source: Any = None) -> int:
+        """See `EpisodeDataset.update`."""
+
+    @property
+    def late_fields(self) -> Fields | None:
+        """The late fields that batches have; None if there are none."""
+        return self.late.in_batches if self.late is not None else None
+
+    @property
+    def batch_fields(self) -> Fields | None:
+        """The fields of a batch: stored ones, then late ones."""
+        fields, late = self.fields, self.late_fields
+        if fields is None or late is None:
+            return fields
+        if self._batch_fields[0] is not fields or self._batch_fields[1] is not late:
+            self._batch_fields = fields, late, fields.with_others(late)
+        return self._batch_fields[2]
 
     def _find_fields(self) -> None:
         """Set `_fields` if they can be known without an episode."""

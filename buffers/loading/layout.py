@@ -35,6 +35,8 @@ class SequenceLayout:
 
     #: Rows of a long row of episodes end to end; None where a batch is made of windows.
     num_packed: int | None = None
+    #: The row of a window that stands for it; None where all rows do.
+    anchor: int | None = None
     #: What batches have besides fields and `include`.
     extra: tuple[str, ...] = ()
 
@@ -114,6 +116,7 @@ class OffsetLayout(SequenceLayout):
         reached = [0, *(offset for group in self._offsets.values() for offset in group)]
         #: Rows before and after an anchor, as far as the offsets reach.
         self.before, self.after = -min(reached), max(reached)
+        self.anchor = self.before
         # The names of fields by their offsets, and the parts of a batch, made once.
         self._grouped: tuple[Fields, dict[tuple[int, ...], list[str]]] | None = None
         self._parts: tuple[Windows, list[_Part]] | None = None
@@ -135,8 +138,8 @@ class OffsetLayout(SequenceLayout):
     def _parts_of(self, source: EpisodeSource, windows: Windows) -> list[_Part]:
         parts = self._parts
         if parts is None or parts[0] is not windows:
-            assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
-            groups = self._groups(source.fields).items()
+            assert source.batch_fields is not None  # Windows are drawn from episodes, so there are fields.
+            groups = self._groups(source.batch_fields).items()
             self._parts = parts = windows, [self._part(windows, offsets, tuple(names)) for offsets, names in groups]
         return parts[1]
 
@@ -182,17 +185,17 @@ class OffsetLayout(SequenceLayout):
             read |= rows
             if found is not None:
                 was_read = found.reshape(len(windows), -1).all(1) & (True if was_read is None else was_read)
-        return {name: read[name] for name in source.fields or ()}, was_read
+        return {name: read[name] for name in source.batch_fields or ()}, was_read
 
     def included(self, name: str, source: EpisodeSource, windows: Windows) -> Any:
         """As in `SequenceLayout`, of the anchors, `(B, 1)`; "mask" is a nested dict like the fields, `(B, n)` each."""
         if name != "mask":
             return super().included(name, source, windows.shifted(self.before, 1))
-        assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
+        assert source.batch_fields is not None  # Windows are drawn from episodes, so there are fields.
         masks: dict[str, torch.Tensor] = {}
         for part in self._parts_of(source, windows):
             masks |= {name: torch.from_numpy(part.mask.copy()) for name in part.names}
-        return source.fields.unflatten(masks)
+        return source.batch_fields.unflatten(masks)
 
 
 def _checked_offsets(offsets: Mapping[str, Iterable[int]]) -> dict[str, tuple[int, ...]]:

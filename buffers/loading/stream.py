@@ -25,9 +25,9 @@ from buffers.loading.one_pass import LOST_DURING_A_PASS, OnePass
 from buffers.loading.options import rows_to_draw
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
-from buffers.sampler import Sampler, UniformSampler
+from buffers.sampler import Geometry, Sampler, UniformSampler
 from buffers.sharing import SharedArrays
-from buffers.table import Windows
+from buffers.table import DrawContext, Windows
 from buffers.utils import ThreadLock, integer
 
 if TYPE_CHECKING:
@@ -83,10 +83,16 @@ class SequenceStream(IterableDataset):
         if self.num_windows % self.chunk_size:
             raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
         self.sampler = _checked_sampler(sampler)
+        if self.layout.is_packed and not self.sampler.can_pack:
+            raise ValueError(f"`pack` draws more episodes than it uses, which a {type(self.sampler).__name__} cannot.")
+        geometry = Geometry(self.sequence_length, self.selection, self.layout.anchor)
+        #: What it is for each leaf of the source.
+        self.samplers = [self.sampler.bind(leaf, geometry) for leaf in source.leaves]  # type: ignore[arg-type]
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
         self.include = checked_include(include, self.layout.is_padded) + self.layout.extra
+        self._has_weights = "weight" in self.include
         self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
@@ -115,8 +121,8 @@ class SequenceStream(IterableDataset):
             raise ValueError("`pack` makes batches: use `get_loader`.")
         if "source" in self.include and not source.has_members:
             raise ValueError(f"'source' of `include` is the member of a mixture: a {type(source).__name__} has none.")
-        if source.fields is not None:
-            self.check_fields(source.fields)
+        if source.batch_fields is not None:
+            self.check_fields(source.batch_fields)
         if selection.split is not None and any(leaf.extension is not None for leaf in source.leaves):
             raise ValueError("Episodes that come back from `extend` have new ids: take `split` of the larger dataset.")
         if self.rank >= self.world_size:
@@ -162,7 +168,7 @@ class SequenceStream(IterableDataset):
             RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
         """
         n = position * self.world_size + self.rank
-        windows = self._draw(n, 0) if self.one_pass is None else self.one_pass.windows(position, self.random)
+        windows = self._drawn(n) if self.one_pass is None else self.one_pass.windows(position, self.random)
         rows, was_read = self._read(windows)
         if was_read is not None and not was_read.all():
             windows, rows = self._with_others(n, windows, was_read)
@@ -170,6 +176,9 @@ class SequenceStream(IterableDataset):
             self._last = windows
         else:
             self.counters["newest"][position % COUNTERS["newest"]] = windows.last_steps.max() + 1
+        beta = self.sampler.beta if self._has_weights else None
+        if beta is not None and windows.density is not None and windows.weight is None:
+            windows.weight = ((windows.density / windows.density.min()) ** -beta).astype(np.float32)
         batch = self.assemble(self, windows, rows)
         # `_sequences_of` transforms single sequences.
         return batch if self.transform is None or self.batch_size is None else self.transform(batch)
@@ -181,6 +190,14 @@ class SequenceStream(IterableDataset):
                 raise StopIteration
             self.position += 1
             return self.batch(self.position - 1)
+
+    def load_samplers(self, states: list[dict[str, Any]] | None) -> None:
+        """Load the states of the samplers, one for each dataset."""
+        states = [{}] * len(self.samplers) if states is None else states
+        if len(states) != len(self.samplers):
+            raise ValueError(f"The state is one of {len(states)} datasets, and there are {len(self.samplers)}.")
+        for sampler, state in zip(self.samplers, states, strict=True):
+            sampler.load_state_dict(state)
 
     def share(self) -> None:
         """Share the counters, and where a pass is, with workers."""
@@ -195,12 +212,36 @@ class SequenceStream(IterableDataset):
         if self.one_pass is not None:
             self.one_pass.begin(self.position)
 
+    def _drawn(self, n: int) -> Windows:
+        try:
+            return self._draw(n, 0)
+        except BaseException:
+            # Workers that make later batches may wait for what a sampler says of this one.
+            for sampler in self.samplers:
+                sampler.give_up(n // self.world_size, self._first_of(n))
+            raise
+
+    def _first_of(self, n: int) -> int:
+        """The position of the first batch of the iteration that batch n is of; alone, none waits for another."""
+        return n // self.world_size if get_worker_info() is None else int(self.counters["first"][0])
+
     def _draw(self, n: int, attempt: int, again: Windows | None = None) -> Windows:
         """Draw the windows of batch n; or replacements for `again`, which were gone before they could be read."""
         num_windows, deadline = self.num_windows if again is None else len(again), 0.0
 
+        length, has_weights = self.sequence_length, self._has_weights
+        context = DrawContext(
+            batch=n // self.world_size,
+            anchor=self.layout.anchor,
+            again=again,
+            first=self._first_of(n),
+            is_whole=length is None,
+            has_weights=has_weights,
+            needs_density=has_weights and self.source.has_members,
+        )
+
         def draw(num: int) -> Windows:
-            return self.source.draw(self.sampler, num, self.sequence_length, rng, self.selection, again)
+            return self.source.draw(self.samplers, num, length, rng, self.selection, context, again)
 
         while True:
             rng = self.random.generator(n, attempt)
@@ -216,14 +257,14 @@ class SequenceStream(IterableDataset):
     def _read(self, windows: Windows) -> tuple[Rows, np.ndarray | None]:
         """Read windows into a worker's slot or new memory; also returns which were read, as `EpisodeSource.read`."""
         num_windows, out, source = len(windows.start), None, self.source
+        fields = source.batch_fields
+        assert fields is not None  # Windows are drawn from episodes, so there are fields.
         if self._slots is not None:
-            assert source.fields is not None  # Windows are drawn from episodes, so there are fields.
-            out = self._slots.empty_batch(source.fields, self.layout.leading(source.fields, windows))
+            out = self._slots.empty_batch(fields, self.layout.leading(fields, windows))
         if self.chunk_size >= num_windows or not source.reads_in_chunks or self.layout.is_packed:
             return self.layout.read(source, windows, out)
         if out is None:
-            assert source.fields is not None  # As above.
-            out = {name: source.empty(name, size) for name, size in self.layout.leading(source.fields, windows).items()}
+            out = {name: source.empty(name, size) for name, size in self.layout.leading(fields, windows).items()}
         was_read = np.ones(num_windows, np.bool_)
         for begin in range(0, num_windows, self.chunk_size):
             chunk = slice(begin, begin + self.chunk_size)
@@ -339,7 +380,7 @@ def _checked_sampler(sampler: Any) -> Sampler:
 
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:
     source, layout = stream.source, stream.layout
-    fields = source.fields
+    fields = source.batch_fields
     assert fields is not None  # Windows are drawn from episodes, so there are fields.
     batch = rows if fields.is_flat else fields.unflatten(rows)
     if stream.include:

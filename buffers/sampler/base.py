@@ -2,24 +2,70 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from buffers.table import EpisodeTable, Int64Array, Windows
+from buffers.table import EpisodeTable, Int64Array, Selection, TableRow, Windows, context_of
 
-__all__ = ["Sampler", "integers_below"]
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
+
+__all__ = ["Geometry", "Sampler", "SamplerSet", "integers_below"]
+
+
+class Geometry(NamedTuple):
+    """The windows that a loader asks for."""
+
+    length: int | None = 1  # T; None for whole episodes.
+    selection: Selection = Selection()
+    anchor: int | None = None  # As in `DrawContext`.
+
+    def spaced(self, rows: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array, int]:
+        """For episodes `(n, 4)`: the fewest windows that have every new row of them.
+
+        Returns:
+            How many windows each has, where the first and the last begin, int64 `(n,)`, and steps from one to the next.
+        """
+        num_rows, cut, length, zero = rows[:, 1], rows[:, 3], self.length, np.zeros(len(rows), np.int64)
+        if length is None:
+            return zero + 1, zero, zero, 1
+        if self.anchor is not None:
+            num, first = self.selection.num_windows(num_rows, cut, length), self.selection.first_steps(cut, length)
+            return num, zero + first, first + num - 1, 1
+        before, after = self.selection.room(cut)
+        first = context_of(cut)
+        num = -(-(num_rows - first) // length)
+        last = first + (num - 1) * length
+        last = np.where(last + length - num_rows <= after, last, num_rows - length)
+        return num * (last >= -before), np.minimum(first, last), last, length
 
 
 class Sampler(ABC):
-    """Draws windows over a table of episodes. It has no state, so loaders can share it."""
+    """Draws windows over a table of episodes.
+
+    A sampler without state implements `draw` alone. One that has some keeps it in memory that processes share, as
+    workers draw with copies of it: `bind` makes a part for each dataset that a loader draws from, which the dataset
+    tells of its episodes.
+
+    Attributes:
+        beta: The exponent of importance weights; None where windows have none.
+    """
+
+    beta: float | None = None
+    #: Windows that should have been drawn, but whose episode left before.
+    num_missed: int = 0
 
     @abstractmethod
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """Draw B = `num_windows` windows, with replacement, each within its episode.
 
         Args:
-            table: The live episodes. Build the result with `table.windows(position, step, length)`.
+            table: The live episodes. Build the result with `table.windows(position, step, length)`. `table.context` has
+                the late fields, and more.
             num_windows: B, at least 1.
             length: T, in steps; None for whole episodes (then T is that of the longest one drawn).
             rng: Source of randomness: a function of the loader's seed, the batch's number and the attempt.
@@ -27,6 +73,46 @@ class Sampler(ABC):
         Raises:
             RuntimeError: No live episode has `length` rows.
         """
+
+    def density(self, table: EpisodeTable, windows: Windows) -> npt.NDArray[np.float64] | None:
+        """How likely each window is, float64 `(B,)`, relative to a uniform draw; None for ones."""
+        return None
+
+    #: Whether it can be asked more than once for one batch, as `pack` does.
+    can_pack = True
+
+    def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
+        """The sampler that a loader uses for one dataset and such windows; itself, if it has no state."""
+        return self
+
+    def part(self, table: EpisodeTable) -> EpisodeTable:
+        """The episodes that it draws from; all of them by default."""
+        return table
+
+    def give_up(self, batch: int, first: int) -> None:  # noqa: B027
+        """Called when a batch could not be drawn, which is not tried again; `first` as in `DrawContext`."""
+
+    def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:  # noqa: B027  (most need neither)
+        """Called before anyone can draw an episode, in the process that adds it, with its start, length, id and cut."""
+
+    def episode_removed(self, row: TableRow) -> None:  # noqa: B027
+        """Called when an episode has left, in the process that evicts it."""
+
+    def state_dict(self, batch: int | None = None) -> dict[str, Any]:
+        """What another needs to go on with batch number `batch`: plain numbers, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another sampler stood; ValueError if the state is not one of such a sampler."""
+        if state:
+            raise ValueError(f"A {type(self).__name__} has no state, found {sorted(state)}.")
+
+
+class SamplerSet(weakref.WeakSet[Sampler]):
+    """Samplers, as long as something else refers to them; a copy is empty."""
+
+    def __reduce__(self) -> tuple[type[SamplerSet], tuple[()]]:
+        return SamplerSet, ()
 
 
 def integers_below(rng: np.random.Generator, high: int | Int64Array, num: int) -> Int64Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from buffers.sampler.base import Sampler, integers_below
 from buffers.table import EpisodeTable, Windows
@@ -74,3 +75,11 @@ class UniformEpisodeSampler(Sampler):
             position = offsets - episodes.first
         first, num_starts = table.steps_to_draw(position, length)
         return table.windows(position, first + integers_below(rng, num_starts, num_windows), length)
+
+    def density(self, table: EpisodeTable, windows: Windows) -> npt.NDArray[np.float64] | None:
+        """As `Sampler.density`."""
+        if table.context.is_whole:
+            return None
+        episodes, length = table.count_episodes(windows.length).num, windows.length
+        _, num_starts = table.steps_to_draw(table.ids.searchsorted(windows.episode), length)
+        return table.num_to_draw(length) / (episodes * num_starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import sys
 from collections.abc import Mapping
@@ -28,13 +29,14 @@ class SharedArrays(dict[str, np.ndarray]):
     process that maps it. Forked processes inherit it, others open its descriptor under `/proc`. Elsewhere it is torch's
     shared memory. Pages take memory once they are touched.
 
-    `layout` is `name -> (shape, numpy dtype)`. MemoryError if the allocation fails.
+    `layout` is `name -> (shape, numpy dtype)`. Arrays that are `sparse` may be far larger than the memory: only single
+    pages of theirs are ever used, and `release` gives them back. MemoryError if the allocation fails.
     """
 
     _tensor: torch.Tensor  # Not on Linux.
 
-    def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-        self._layout = dict(layout)
+    def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], sparse: bool = False) -> None:
+        self._layout, self._is_sparse = dict(layout), sparse
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values()]
         self.num_bytes = sum(-(-size // _PAGE) * _PAGE for size in sizes) + _PAGE
         self._descriptor, self._handle, self._mapping, self._offset = -1, None, None, 0
@@ -90,6 +92,7 @@ class SharedArrays(dict[str, np.ndarray]):
         shared = SharedArrays.__new__(SharedArrays)
         shared._layout, shared.num_bytes, shared._token = state["layout"], state["num_bytes"], state["token"]
         shared._descriptor, shared._handle, shared._mapping = -1, state.get("handle"), None
+        shared._is_sparse = True
         if shared._handle is None:
             shared._tensor = state["tensor"]
             shared._lay_out(shared._tensor.numpy())
@@ -111,10 +114,22 @@ class SharedArrays(dict[str, np.ndarray]):
         return shared
 
     def huge_pages(self, name: str) -> HugePages | None:
-        """The pages of an array; None if it is empty, or this process did not make the memory."""
-        if self._mapping is None or not self[name].size:
+        """The pages of an array; None if it is empty or sparse, or this process did not make the memory."""
+        if self._mapping is None or self._is_sparse or not self[name].size:
             return None
         return HugePages(self._mapping, self._offset, self[name])
+
+    def release(self, name: str, begin: int, end: int) -> None:
+        """Give back the pages that lie within rows [begin, end) of an array, which become 0; on Linux only."""
+        if self._mapping is None:
+            return
+        array = self[name]
+        first = array.ctypes.data - np.frombuffer(self._mapping, np.uint8).ctypes.data
+        row_bytes = array[:1].nbytes
+        page = mmap.PAGESIZE
+        start, stop = -(-(first + begin * row_bytes) // page) * page, (first + end * row_bytes) // page * page
+        if start < stop:
+            self._mapping.madvise(mmap.MADV_REMOVE, start, stop - start)
 
     @property
     def is_orphaned(self) -> bool:

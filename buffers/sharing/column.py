@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from buffers.fields import TensorType, as_tensor
 from buffers.sharing.arrays import SharedArrays
 
-__all__ = ["Column"]
+__all__ = ["Column", "gather_windows"]
 
 _MAX_VIEWS = 8
 # From so many bytes of a batch on, torch gathers: it releases the GIL.
@@ -124,6 +124,27 @@ class Column:
             return tensor
         num_leading_axes = tensor.dim() - len(self.stored.shape)
         return tensor.view(*tensor.shape[:num_leading_axes], -1).view(self._word)
+
+
+def gather_windows(columns: Iterable[tuple[Column, torch.Tensor]], offsets: np.ndarray, length: int) -> None:
+    """Copy the windows of T = `length` rows from `offsets` `(B,)` on into `out` `(B, T, *shape)`, for pairs with it.
+
+    After the last row of a column comes its first.
+    """
+    for column, out in columns:
+        last = column.capacity - length
+        # Padding may reach beyond the end: read those windows row by row.
+        late = (offsets > last).nonzero()[0]
+        if last >= 0:
+            column.gather(_on_device(np.minimum(offsets, last) if len(late) else offsets, column), length, out)
+        if len(late):
+            rows = (offsets[late, None] + np.arange(length)) % column.capacity
+            column.gather_rows(_on_device(rows, column), _on_device(late, column), out)
+
+
+def _on_device(array: np.ndarray, column: Column) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if column.tensor.device.type == "cpu" else tensor.to(column.tensor.device)
 
 
 def _word(stored: TensorType) -> torch.dtype | None:

@@ -1,8 +1,7 @@
-"""The weights of a mixture, which one process changes while others draw with them."""
+"""Numbers that one process changes while others draw with them: weights of a mixture, exponents of a sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from buffers.sharing.arrays import SharedArrays
 from buffers.sharing.published_table import fence
 from buffers.table import Int64Array
 
-__all__ = ["Float64Array", "SharedWeights", "shares"]
+__all__ = ["Float64Array", "SharedNumbers", "SharedWeights", "shares"]
 
 Float64Array = npt.NDArray[np.float64]
 # Shares this close to a whole number, relative to the batch, differ from it by rounding errors only.
@@ -20,33 +19,41 @@ _TOLERANCE = 1e-9
 _RESOLUTION = 1 << 32
 
 
-class SharedWeights:
-    """`num` numbers that sum to 1, seen by all processes.
+class SharedNumbers:
+    """A few float64 that one process sets and all see, always together.
 
     A change is written to the one of two places that is not in use; storing `version` then switches places.
     """
 
     def __init__(self, num: int) -> None:
         int64, float64 = np.dtype(np.int64), np.dtype(np.float64)
-        self._memory = SharedArrays({"version": ((1,), int64), "weights": ((2, num), float64)})
+        self._memory = SharedArrays({"version": ((1,), int64), "numbers": ((2, num), float64)})
 
     def get(self) -> Float64Array:
-        """The weights, `(num,)`."""
-        version, weights = self._memory["version"], self._memory["weights"]
+        """The numbers, `(num,)`."""
+        version, numbers = self._memory["version"], self._memory["numbers"]
         while True:
             before = int(version[0])
             fence()
-            found = weights[before % 2].copy()
+            found = numbers[before % 2].copy()
             fence()
             if int(version[0]) == before:
                 return found
 
-    def set(self, weights: Sequence[float]) -> None:
-        """Set weights, which are divided by their sum; TypeError or ValueError if they are not valid."""
-        places, version = self._memory["weights"], int(self._memory["version"][0])
-        places[(version + 1) % 2] = _checked(weights, places.shape[1])
+    def set(self, numbers: Any) -> None:
+        """Set all of them."""
+        version = int(self._memory["version"][0])
+        self._memory["numbers"][(version + 1) % 2] = numbers
         fence()
         self._memory["version"][0] = version + 1
+
+
+class SharedWeights(SharedNumbers):
+    """Numbers that sum to 1."""
+
+    def set(self, numbers: Any) -> None:
+        """Set weights, which are divided by their sum; TypeError or ValueError if they are not valid."""
+        super().set(_checked(numbers, self._memory["numbers"].shape[1]))
 
 
 def _checked(weights: Any, num: int) -> Float64Array:

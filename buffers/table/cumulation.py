@@ -67,6 +67,15 @@ class Cumulation:
         """Windows of all live rows."""
         return self._totals.item(self.counted) - self._totals.item(self.first)
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The absolute numbers of the first window of the live rows, and of the one after their last."""
+        return self._totals.item(self.first), self._totals.item(self.counted)
+
+    def begins(self, rows: Int64Array) -> Int64Array:
+        """The absolute numbers of the first windows of rows `(n,)` of the table."""
+        return self._totals.take(rows)
+
     def locate(self, r: Int64Array) -> tuple[Int64Array, Int64Array]:
         """For integers `(B,)` in [0, num): the row of the table in which each lies, and its position there."""
         totals = r + self._totals.item(self.first)

@@ -23,13 +23,35 @@ from buffers.table.cut import CONTINUES, context_of
 from buffers.table.selection import Selection
 from buffers.table.windows import Windows
 
-__all__ = ["EpisodeTable", "ID", "TableRow"]
+__all__ = ["DrawContext", "EpisodeTable", "ID", "TableRow"]
 
 _START, _LENGTH, ID, _CUT = range(4)
 _INITIAL_SIZE = 64
 _MAX_CUMULATIONS = 8
+# Sizes of the pieces that are counted, see `_counts`.
+_SINGLE, _ALL, _STEPS = 1, 2**62, 0
 
 TableRow = tuple[int, int, int, int]
+
+
+class DrawContext(NamedTuple):
+    """What a sampler may know besides the episodes."""
+
+    batch: int = 0  # The position of the batch in its stream.
+    #: The late fields of the dataset, `buffers.late.LateFields`; None where there are none.
+    late: Any = None
+    #: The row of a window that stands for it: the one that `offsets` count from. None: all its rows do.
+    anchor: int | None = None
+    #: The windows that are to be replaced, which were gone before they were read; None for the batch itself.
+    again: Windows | None = None
+    #: The position of the first batch of this iteration.
+    first: int = 0
+    #: Whether windows are whole episodes.
+    is_whole: bool = False
+    #: Whether weights are asked for.
+    has_weights: bool = False
+    #: Whether `Windows.density` must be relative to a uniform draw, not only to that of other windows.
+    needs_density: bool = False
 
 
 class _State(NamedTuple):
@@ -55,7 +77,8 @@ class EpisodeTable:
         self.has_cuts = False
         #: Which windows are drawn.
         self.selection = Selection()
-        self._cumulations: dict[tuple[str, int, Selection], tuple[Int64Array, Cumulation]] = {}
+        self.context = DrawContext()
+        self._cumulations: dict[tuple[int, int, int, Selection], tuple[Int64Array, Cumulation]] = {}
 
     @property
     def state(self) -> _State:
@@ -215,7 +238,7 @@ class EpisodeTable:
 
     def count_windows(self, length: int) -> Cumulation:
         """The windows of T = `length` steps, for `windows_of`."""
-        return self._cumulated("windows", length)
+        return self._cumulated(_SINGLE, length)
 
     def num_to_draw(self, length: int | None) -> int:
         """How many windows of T = `length` there are; with None, episodes."""
@@ -223,7 +246,27 @@ class EpisodeTable:
 
     def count_episodes(self, length: int) -> Cumulation:
         """The episodes of at least `length` rows."""
-        return self._cumulated("episodes", length)
+        return self._cumulated(_ALL, length)
+
+    def count_pieces(self, length: int, size: int, extra: int) -> Cumulation:
+        """Of each episode with windows of T = `length` steps: pieces of `size` that hold these and `extra` more."""
+        return self._cumulated(size, length, extra)
+
+    def numbers_of(self, step_ids: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """The rows of `state.rows` that hold steps `(n,)`, and where in its episode each is; negative if in none."""
+        rows, first, last, *_ = self._state
+        if first == last:
+            return np.zeros(len(step_ids), np.int64), np.full(len(step_ids), -1)
+        counted = self._cumulated(_STEPS, 1)
+        # Steps between episodes, whose ids were skipped, count as steps of the next.
+        begin = rows.item(last - 1, _START) + rows.item(last - 1, _LENGTH) - counted.num
+        r = step_ids - begin
+        if r.min(initial=0) >= 0 and r.max(initial=0) < counted.num:
+            number, _ = counted.locate(r)
+            return number, step_ids - rows[:, _START].take(number)
+        number, _ = counted.locate(np.minimum(np.maximum(r, 0), counted.num - 1))
+        step = step_ids - rows[:, _START].take(number)
+        return number, np.where((r >= 0) & (r < counted.num), step, -1)
 
     def cuts_of(self, episode: Int64Array) -> Int64Array:
         """The cuts of live episodes, by their ids `(B,)`."""
@@ -258,6 +301,16 @@ class EpisodeTable:
         start, oldest_step = found[:, _START] + step, rows.item(first, _START)
         return Windows(length, start, step, found[:, ID], found[:, _LENGTH], None, None, True, oldest_step, cut)
 
+    def places_of(self, windows: Windows, length: int | None) -> Int64Array:
+        """The numbers `(B,)` that `windows_of` takes for windows of live episodes; with None, positions of episodes."""
+        position = self.ids.searchsorted(windows.episode)
+        if length is None:
+            return position
+        counted = self.count_windows(length)
+        cut = self.rows[position, _CUT] if self.has_cuts else None
+        before = counted.begins(self._state.first + position) - counted.bounds[0]
+        return before + windows.step - self.selection.first_steps(cut, length)
+
     def has_room_for(self, windows: Windows) -> bool:
         """Whether windows lie within their episodes, and the padding that is selected."""
         return windows.are_within(*self.selection.room(windows.cut))
@@ -269,7 +322,7 @@ class EpisodeTable:
         """
         rows = self.rows
         if selection.split is not None:
-            rows = rows[selection.split.accepts(rows[:, ID])]
+            rows = rows[selection.split.judge(rows[:, ID]) == 2]
         lengths = rows[:, _LENGTH]
         if not len(rows):
             return 0.0
@@ -289,26 +342,37 @@ class EpisodeTable:
         advice = "Add longer episodes, lower it, or pad (`pad_before`, `pad_after`)"
         return f"`sequence_length`={length} is longer than {stored}. {advice}; for `offsets`, it is how far they reach."
 
-    def _cumulated(self, kind: str, length: int) -> Cumulation:
+    def _cumulated(self, size: int, length: int, extra: int = 0) -> Cumulation:
         rows, first, last, *_ = self._state
-        key = (kind, length, self.selection)
+        key = (size, length, extra, self.selection)
         counted_rows, cumulation = self._cumulations.get(key) or (None, None)
         if cumulation is not None and counted_rows is rows and cumulation.counted >= first:
             cumulation.first = first
             if cumulation.counted == last:
                 return cumulation
-            counts = self._counts(kind, rows[cumulation.counted : last], length)
+            counts = self._counts(size, rows, cumulation.counted, last, length, extra, True)
             if all(map(cumulation.append, counts.tolist())):
                 return cumulation
         self._cumulations.pop(key, None)
         # A sequence length that keeps changing (a curriculum) must not leave an array behind each time.
         if len(self._cumulations) == _MAX_CUMULATIONS:
             del self._cumulations[next(iter(self._cumulations))]
-        cumulation = Cumulation(self._counts(kind, rows[first:last], length), first, len(rows))
+        cumulation = Cumulation(self._counts(size, rows, first, last, length, extra, False), first, len(rows))
         self._cumulations[key] = rows, cumulation
         return cumulation
 
-    def _counts(self, kind: str, rows: Int64Array, length: int) -> Int64Array:
-        cut = rows[:, _CUT] if self.has_cuts else None
-        num_windows = self.selection.num_windows(rows[:, _LENGTH], cut, length)
-        return num_windows if kind == "windows" else np.minimum(num_windows, 1)
+    def _counts(
+        self, size: int, rows: Int64Array, first: int, last: int, length: int, extra: int, goes_on: bool
+    ) -> Int64Array:
+        """For the rows [first, last): pieces of `size` windows; or steps since the row before, if `goes_on`."""
+        found = rows[first:last]
+        if size == _STEPS:
+            ends = found[:, _START] + found[:, _LENGTH]
+            begin = rows[first - 1, _START] + rows[first - 1, _LENGTH] if goes_on else found[:1, _START]
+            return np.diff(ends, prepend=begin)
+        num: Int64Array = self.selection.num_windows(
+            found[:, _LENGTH], found[:, _CUT] if self.has_cuts else None, length
+        )
+        if extra:
+            num += extra * (num > 0)
+        return num if size == _SINGLE else -(-num // size)

@@ -32,10 +32,10 @@ class Split(NamedTuple):
     share: float  # Of the part for training.
     seed: int
 
-    def accepts(self, episode_id: Int64Array) -> npt.NDArray[np.bool_]:
-        """Whether, bool `(n,)`, episodes `(n,)` belong to this part."""
+    def judge(self, episode_id: Int64Array) -> npt.NDArray[np.int8]:
+        """Whether episodes `(n,)` belong to this part: int8 `(n,)`, 2 for yes, 1 for no."""
         words = _mixed(episode_id.astype(np.uint64) ^ _mixed(np.array([self.seed % 2**64], np.uint64)))
-        return (words < self.share * 2.0**64) == self.is_train
+        return ((words < self.share * 2.0**64) == self.is_train) + np.int8(1)
 
 
 def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -12,7 +12,7 @@ from buffers.table.cumulation import Int64Array
 
 __all__ = ["Windows", "joined"]
 
-_COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source", "cut")
+_COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source", "cut", "density")
 
 
 @dataclass(slots=True)  # Not frozen: that takes longer to make.
@@ -33,6 +33,8 @@ class Windows:
     is_checked: bool = False  # Whether a table has made them and found each within its episode.
     oldest_step: int = -1  # The step id of the oldest live row when a table made them.
     cut: Int64Array | None = None  # How their episodes were cut out of longer streams, see cut.py; None: not at all.
+    # float64, how often each is drawn, relative to the others; None stands for ones.
+    density: npt.NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -74,7 +76,7 @@ class Windows:
         start, step = self.start + offset, self.step + offset
         # As `replace` would, in a fraction of its time.
         kept = self.episode, self.episode_length, self.weight, self.source, self.is_checked, self.oldest_step, self.cut
-        return Windows(length, start, step, *kept)
+        return Windows(length, start, step, *kept, self.density)
 
     def moved_between(self, first: int, last: Int64Array) -> Windows:
         """The windows, moved so that each begins at row `first` of its episode, or behind it, and not after `last`."""
@@ -113,7 +115,7 @@ def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
     for name in _COLUMNS:
         found = [getattr(part, name) for part in parts]
         if any(column is not None for column in found):
-            missing = np.ones if name == "weight" else np.zeros
+            missing = np.ones if name in ("weight", "density") else np.zeros
             pairs = zip(found, parts, strict=True)
             columns[name] = np.concatenate([missing(len(part), np.int64) if c is None else c for c, part in pairs])
     if sources is not None:

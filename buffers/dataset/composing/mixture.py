@@ -13,18 +13,19 @@ A mixture may have mixtures as members. Windows are drawn from the leaves, the d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
 
+from buffers.conversion import as_array
 from buffers.dataset.composing.mixture_fields import common_fields
 from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.printing import counts_line
-from buffers.fields import Fields
+from buffers.fields import Fields, TensorType
 from buffers.sampler import Sampler
 from buffers.sharing.weights import Float64Array, SharedWeights, shares
-from buffers.table import EpisodeTable, Int64Array, Selection, Windows, joined
+from buffers.table import DrawContext, EpisodeTable, Int64Array, Selection, Windows, joined
 
 __all__ = ["MixtureDataset"]
 
@@ -88,6 +89,7 @@ class MixtureDataset(EpisodeSource):
         self._member_of_leaf = np.array(member_of_leaf)
         self._weights = SharedWeights(len(self._members))
         self._weights.set(weights)
+        self._late: Fields | None = None
         self._choice = fields if fields is None or isinstance(fields, str) else tuple(fields)
         super().__init__(sum(leaf.capacity for leaf in self._leaves))
         self.device = self._members[0].device
@@ -137,6 +139,18 @@ class MixtureDataset(EpisodeSource):
             )
 
     @property
+    def late_fields(self) -> Fields | None:
+        """The late fields that all leaves have, of the same type."""
+        found = [leaf.late_fields for leaf in self._leaves]
+        first = found[0]
+        if first is None or any(late is None for late in found):
+            return None
+        names = [n for n, kind in first.items() if all(late is not None and late.get(n) == kind for late in found)]
+        if self._late is None or list(self._late) != names:
+            self._late = first.select(names) if names else None
+        return self._late
+
+    @property
     def leaves(self) -> list[EpisodeSource]:
         """The datasets that hold the episodes."""
         return self._leaves
@@ -150,19 +164,22 @@ class MixtureDataset(EpisodeSource):
         """As `EpisodeSource.has_news`, of any member."""
         return any(leaf.has_news() for leaf in self._leaves)
 
-    def can_draw(self, length: int | None, selection: Selection) -> bool:
+    def can_draw(self, length: int | None, selection: Selection, samplers: Sequence[Sampler] | None = None) -> bool:
         """As `EpisodeSource.can_draw`, of every member with a weight."""
-        weighted = zip(self._leaves, self._leaf_weights(), strict=True)
-        # Readers know their fields only after they have looked for episodes.
-        return all(leaf.can_draw(length, selection) for leaf, weight in weighted if weight) and self.fields is not None
+        for number, weight in enumerate(self._leaf_weights()):
+            own = None if samplers is None else samplers[number : number + 1]
+            if weight and not self._leaves[number].can_draw(length, selection, own):
+                return False
+        return self.fields is not None  # Readers know their fields only after they have looked for episodes.
 
     def draw(
         self,
-        sampler: Sampler,
+        samplers: Sequence[Sampler],
         num_windows: int,
         length: int | None,
         rng: np.random.Generator,
         selection: Selection,
+        context: DrawContext,
         again: Windows | None = None,
     ) -> Windows:
         """As `EpisodeSource.draw`, within each member."""
@@ -179,8 +196,15 @@ class MixtureDataset(EpisodeSource):
             if weights[number] == 0:
                 continue
             try:
-                # Even if it gets no window this time: an empty member shall be an error in every batch.
-                part = leaf.draw(sampler, max(1, int(counts[number])), length, rng, selection)
+                own = samplers[number : number + 1]
+                if not counts[number] and leaf.can_draw(length, selection, own):
+                    continue
+                # An empty member that gets no window this time shall be an error, too.
+                part = leaf.draw(own, max(1, int(counts[number])), length, rng, selection, context)
+                if context.needs_density:
+                    num = leaf.num_to_draw(length, selection, own[0])
+                    density = np.ones(len(part)) if part.density is None else part.density
+                    part.density = density * self._leaf_weights()[number] / num
             except RuntimeError as error:
                 name = f"{self._names[number]} ({type(leaf).__name__})"
                 raise RuntimeError(f"Member {name} of the mixture: {error}") from error
@@ -197,6 +221,28 @@ class MixtureDataset(EpisodeSource):
             for weight, member in zip(self.weights, self._members, strict=True)
         ]
         return np.concatenate(parts)
+
+    def add_late_field(self, name: str, type: TensorType, default: Any = 0) -> None:
+        """`EpisodeDataset.add_late_field`, of all members."""
+        for leaf in self._leaves:
+            leaf.add_late_field(name, type, default)
+
+    def update(self, index: Any, values: Mapping[str, Any], source: Any = None) -> int:
+        """`EpisodeDataset.update` of the member that each window is in: `source` int64 `(B,)`, as `include` gives it."""
+        if any(member.has_members for member in self._members):
+            raise ValueError("A member is a mixture, whose members `source` does not tell apart: use one mixture.")
+        if source is None:
+            raise ValueError("Step ids are those of a member: `include` 'source', and pass it on.")
+        ids, numbers = as_array("index", index), as_array("source", source)
+        arrays = {name: as_array(name, value) for name, value in values.items()}
+        if numbers.shape != ids.shape[:1] or not np.isin(numbers, range(len(self._members))).all():
+            expected = f"{ids.shape[:1]} numbers of members, 0 to {len(self._members) - 1}"
+            raise ValueError(f"`source` must be {expected}, found {source!r:.80}.")
+        num_gone = 0
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            num_gone += self._members[number].update(ids[chosen], {n: array[chosen] for n, array in arrays.items()})
+        return num_gone
 
     def sources_of(self, windows: Windows) -> Int64Array:
         """The member of each window, int64 `(B,)`."""

@@ -17,7 +17,7 @@ from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
-from buffers.sharing.column import Column
+from buffers.sharing.column import Column, gather_windows
 from buffers.table import EpisodeTable, TableRow, Windows
 from buffers.utils import Process, format_bytes, usable_device
 
@@ -61,7 +61,7 @@ class RingBufferDataset(EpisodeDataset):
         MemoryError: The memory for `capacity` steps could not be allocated. More than there is in all is a warning.
     """
 
-    reads_beside_writers = reads_before_episodes = True
+    reads_beside_writers = reads_before_episodes = has_circular_ids = True
 
     def __init__(
         self,
@@ -161,23 +161,14 @@ class RingBufferDataset(EpisodeDataset):
             self._published.retire(self._oldest_step)
 
     def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
-        offsets, last_offset = windows.start % self.capacity, self.capacity - windows.length
-        # Padding may reach beyond an end of the ring: read those windows row by row.
-        late = (offsets > last_offset).nonzero()[0]
-        if last_offset >= 0:
-            gathered = self._on_device(np.minimum(offsets, last_offset) if len(late) else offsets)
-            for name, tensor in out.items():
-                self._columns[name].gather(gathered, windows.length, tensor)
-        if len(late):
-            rows = (offsets[late, None] + np.arange(windows.length)) % self.capacity
-            for name, tensor in out.items():
-                self._columns[name].gather_rows(self._on_device(rows), self._on_device(late), tensor)
-        return self._which_are_whole(windows)
+        columns = [(self._columns[name], tensor) for name, tensor in out.items()]
+        gather_windows(columns, windows.start % self.capacity, windows.length)
+        return self.which_are_whole(windows)
 
-    def read(
+    def read_stored(
         self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
     ) -> tuple[Rows, np.ndarray | None]:
-        """As `EpisodeSource.read`."""
+        """As `EpisodeSource.read_stored`."""
         if out is None:
             size = (len(windows.start), windows.length, torch.get_num_threads())
             gathers = self._item_gathers.get(size)
@@ -187,10 +178,10 @@ class RingBufferDataset(EpisodeDataset):
                 offsets = windows.start % self.capacity
                 try:
                     rows = {name: gathers[name](offsets) for name in (gathers if names is None else names)}
-                    return rows, self._which_are_whole(windows)
+                    return rows, self.which_are_whole(windows)
                 except IndexError:
                     pass  # Padding reaches beyond an end of the ring.
-        return super().read(windows, out, names)
+        return super().read_stored(windows, out, names)
 
     def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
         found = {name: column.items(*size[:2]) for name, column in self._columns.items()}
@@ -201,7 +192,7 @@ class RingBufferDataset(EpisodeDataset):
         self._item_gathers[size] = gathers if len(gathers) == len(found) else {}
         return self._item_gathers[size]
 
-    def _which_are_whole(self, windows: Windows) -> np.ndarray | None:
+    def which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """After reading: None if all are whole, else bool `(B,)`, False where rows may have been overwritten."""
         if self._published is None or Process.number == self._writer:
             oldest_step = self._oldest_step
@@ -211,10 +202,6 @@ class RingBufferDataset(EpisodeDataset):
             return None  # No episode has left since the draw.
         is_whole = windows.first_steps >= oldest_step
         return None if is_whole.all() else is_whole
-
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def check_workers(self) -> None:
         """ValueError if the ring is on a GPU."""

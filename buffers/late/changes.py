@@ -1,0 +1,52 @@
+"""ChangeLog: which rows a writer has changed, for readers that keep something made of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from buffers.sharing import fence
+from buffers.sharing.published_table import store_fence
+from buffers.table import Int64Array
+
+__all__ = ["ChangeLog"]
+
+_NUM_ENTRIES = 1 << 16
+# Entries that are written before they are published: a reader must not be so close to being lapped.
+_MOST_AT_ONCE = _NUM_ENTRIES // 4
+
+
+class ChangeLog:
+    """The last changes, (first step id, number of rows) each, in a circle in memory that processes share.
+
+    A reader copies the entries since its last look, then loads the number of entries again: those that the writer
+    cannot have reached meanwhile are whole. A reader that is a lap behind starts over.
+    """
+
+    #: Names, shapes and dtypes of the arrays in shared memory.
+    layout = {"log/entries": ((_NUM_ENTRIES, 2), np.dtype(np.int64)), "log/num": ((1,), np.dtype(np.int64))}
+
+    def __init__(self, entries: Int64Array, num: Int64Array) -> None:
+        self._entries, self._num = entries, num
+
+    @property
+    def num(self) -> int:
+        """Entries ever written."""
+        return int(self._num[0])
+
+    def append(self, starts: Int64Array, length: int) -> None:
+        """Note that `length` rows from each of `starts` `(n,)` on have changed; they must have been written before."""
+        for begin in range(0, len(starts), _MOST_AT_ONCE):
+            part, num = starts[begin : begin + _MOST_AT_ONCE], self.num
+            places = np.arange(num, num + len(part)) % _NUM_ENTRIES
+            self._entries[places, 0], self._entries[places, 1] = part, length
+            store_fence()
+            self._num[0] = num + len(part)
+
+    def since(self, num: int) -> tuple[Int64Array | None, int]:
+        """The entries `(n, 2)` from number `num` on, None if some are gone; and the number to ask from next."""
+        end = self.num
+        fence()
+        found = self._entries.take(np.arange(num, end) % _NUM_ENTRIES, axis=0) if end - num <= _NUM_ENTRIES else None
+        fence()
+        is_whole = found is not None and self.num + _MOST_AT_ONCE <= num + _NUM_ENTRIES
+        return (found if is_whole else None), end

@@ -1,0 +1,188 @@
+"""LateFields: the late fields of one dataset, and how step ids find their rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers.conversion import as_array
+from buffers.fields import Fields, TensorType
+from buffers.late.late_field import PADDING, LateField
+from buffers.late.priorities import PRIORITY, PriorityField
+from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
+from buffers.utils import ThreadLock
+
+__all__ = ["LateFields"]
+
+_ROWS_OF_A_PAGE = 1 << 16  # At most, of 64 kB and one byte a row.
+
+
+class LateFields(Mapping[str, LateField]):
+    """Late fields by name; only the process that made them writes.
+
+    Args:
+        capacity: Of the dataset, in steps.
+        is_circular: Whether step ids that live lie within `capacity` of each other, as those of a ring.
+        device: Where values are kept.
+    """
+
+    def __init__(self, capacity: int, is_circular: bool, device: torch.device) -> None:
+        self._capacity, self._is_circular, self._device = capacity, is_circular, device
+        self._fields: dict[str, LateField] = {}
+        #: Those that batches have; None if there are none.
+        self.in_batches: Fields | None = None
+        self._owner = os.getpid()
+        # For writers: an update must not write to a row that has been given to a newer step since it was looked up.
+        self._lock = ThreadLock()
+        self._table = EpisodeTable()
+        # The step id up to which rows hold the default or more.
+        self._num_filled = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": EpisodeTable()}
+
+    def __getitem__(self, name: str) -> LateField:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this process may write."""
+        return self._owner == os.getpid()
+
+    def add(self, name: str, kind: TensorType, default: Any, table: EpisodeTable) -> None:
+        """Add a field that batches have; ValueError if it is there."""
+        if name == PRIORITY and (kind.shape, kind.dtype) != ((), torch.float32):
+            raise ValueError(f"`{PRIORITY}` is what PrioritizedSampler draws by: it must be a float32 Scalar().")
+        if self.in_batches is not None and name in self.in_batches:
+            raise ValueError(f"There is a late field `{name}` already.")
+        if name == PRIORITY:
+            self.add_priorities(float(as_array(name, default)), table)
+        else:
+            field = LateField(name, kind, default, self._capacity, self._is_circular, self._device)
+            self._install(name, field, table)
+        self.in_batches = Fields({**(self.in_batches or {}), name: kind})
+
+    def add_priorities(self, initial: float | str, table: EpisodeTable) -> PriorityField:
+        """The field of priorities, which is added if it is missing; batches do not have it by this alone."""
+        if PRIORITY not in self._fields:
+            self._install(PRIORITY, PriorityField(initial, self._capacity, self._is_circular), table)
+        field = self._fields[PRIORITY]
+        assert isinstance(field, PriorityField)  # No other field has this name.
+        return field
+
+    def _install(self, name: str, field: LateField, table: EpisodeTable) -> None:
+        with self._lock:
+            for begin, end in _spans(table):
+                field.fill(begin, end - begin)
+            self._fields = {**self._fields, name: field}
+            self._num_filled = max(self._num_filled, table.next_start)
+
+    # As episodes come and go.
+
+    def fill(self, start: int, length: int) -> None:
+        """Give the rows of a new episode their defaults, before anyone can draw it."""
+        with self._lock:
+            for field in self._fields.values():
+                field.fill(start, length)
+            self._num_filled = start + length
+
+    def follow(self, table: EpisodeTable) -> None:
+        """Fill the rows of episodes that another process has added."""
+        if table.next_start <= self._num_filled or not self._fields or not self.is_owner:
+            return
+        with self._lock:
+            found = table.rows[table.starts >= self._num_filled]
+            for start, length, *_ in found.tolist():
+                self.fill(start, length)
+                for field in self._fields.values():
+                    if isinstance(field, PriorityField):
+                        # Workers may have looked at it before.
+                        field.log.append(np.array([start]), length)
+            self._num_filled = table.next_start
+
+    def release(self, row: TableRow, position: int, table: EpisodeTable) -> None:
+        """Give back the memory of an episode that has left `table`, where it was at `position`."""
+        if self._is_circular:
+            return
+        begin, end = row[0] - _ROWS_OF_A_PAGE, row[0] + row[1] + _ROWS_OF_A_PAGE
+        # Pages that it shared with others may be free now; those of its neighbours are not.
+        if position:
+            begin = max(begin, int(table.starts[position - 1] + table.lengths[position - 1]))
+        if position < len(table):
+            end = min(end, int(table.starts[position]))
+        with self._lock:
+            for field in self._fields.values():
+                field.release(max(begin, 0), min(end, table.next_start))
+
+    # Values in.
+
+    def update(self, table: EpisodeTable, index: Any, values: Mapping[str, Any]) -> int:
+        """Write values `(B, T, *shape)` for step ids `(B, T)`; returns how many ids are of no live episode."""
+        if not self.is_owner:
+            raise RuntimeError("Only the process that made the dataset can update its late fields; workers read them.")
+        unknown = [name for name in values if name not in self._fields]
+        if unknown or not values:
+            raise ValueError(f"{unknown or 'Nothing'} is no late field. There are {list(self)}: see `add_late_field`.")
+        ids = as_array("index", index)
+        if ids.dtype.kind not in "iu":
+            raise TypeError(f"`index` must be step ids, as `include=('index',)` gives them, found {ids.dtype}.")
+        ids = ids.astype(np.int64, copy=False)
+        rows = {name: self._fields[name].checked(value, ids) for name, value in values.items()}
+        ids = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
+        with self._lock:
+            self.follow(table)
+            self._table.show(table)
+            shaped = {name: value.reshape(*ids.shape, *self[name].kind.shape) for name, value in rows.items()}
+            return self._write(ids, shaped)
+
+    def _write(self, ids: Int64Array, rows: dict[str, Any]) -> int:
+        length = ids.shape[1]
+        is_run = ids[:, :1] + np.arange(length) == ids
+        is_whole: Any = True if is_run.all() else is_run.all(1)
+        number, step = self._table.numbers_of(ids[:, 0])
+        is_whole &= (step >= 0) & (step + length <= self._table.state.rows[number, 1])
+        if is_whole.all():
+            for name, values in rows.items():
+                self._fields[name].write(ids[:, 0], values)
+            return 0
+        single = ids[~is_whole].ravel()
+        lives = self._table.numbers_of(single)[1] >= 0
+        for name, values in rows.items():
+            field = self._fields[name]
+            field.write(ids[is_whole, 0], values[is_whole])
+            others = values[~is_whole].reshape(-1, 1, *field.kind.shape)
+            field.write(single[lives], others[lives])
+        return int(((single != PADDING) & ~lives).sum())
+
+    # Values out.
+
+    def read(self, windows: Windows, out: dict[str, torch.Tensor]) -> None:
+        """Copy the rows of windows into `out`, `name -> (B, T, *shape)`."""
+        for name, tensor in out.items():
+            field = self._fields[name]
+            if field.device == tensor.device:
+                field.read(windows, tensor)
+            else:
+                rows = torch.empty(tensor.shape, dtype=tensor.dtype)
+                field.read(windows, rows)
+                tensor.copy_(rows)
+
+
+def _spans(table: EpisodeTable) -> list[tuple[int, int]]:
+    """The step ids that live, as (first, end) of runs without gaps."""
+    starts, ends = table.starts, table.starts + table.lengths
+    if not len(starts):
+        return []
+    breaks = np.flatnonzero(starts[1:] != ends[:-1])
+    firsts, lasts = [0, *(breaks + 1).tolist()], [*breaks.tolist(), len(starts) - 1]
+    return [(int(starts[a]), int(ends[b])) for a, b in zip(firsts, lasts, strict=True)]

@@ -1,0 +1,83 @@
+"""PriorityField: the late field by which `PrioritizedSampler` draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from buffers.fields import Scalar
+from buffers.late.changes import ChangeLog
+from buffers.late.late_field import PADDING, LateField
+from buffers.sharing import SharedArrays
+from buffers.table import Int64Array
+
+__all__ = ["PRIORITY", "PriorityField"]
+
+#: The name of the field.
+PRIORITY = "priority"
+_FIRST = 1.0  # Of rows that are stored before any priority is given.
+
+
+class PriorityField(LateField):
+    """One float32 a row, finite and not negative. A log tells readers which rows have changed.
+
+    Attributes:
+        initial: The priority of new rows: a number, or "max" for the largest so far, at first 1.
+    """
+
+    extra = {**ChangeLog.layout, "largest": ((1,), np.dtype(np.float32))}
+
+    def __init__(self, initial: float | str, capacity: int, is_circular: bool) -> None:
+        self.initial = initial
+        # Samplers read priorities on the CPU, wherever the rows are.
+        super().__init__(PRIORITY, Scalar(), 0.0, capacity, is_circular, torch.device("cpu"))
+        self._largest[0] = _FIRST
+
+    def _open(self, memory: SharedArrays | None) -> None:
+        super()._open(memory)
+        assert memory is not None  # It is on the CPU.
+        self.log = ChangeLog(memory["log/entries"], memory["log/num"])
+        self._largest = memory["largest"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name not in ("log", "_largest")}
+
+    @property
+    def largest(self) -> float:
+        """The largest priority so far."""
+        return float(self._largest[0])
+
+    def set_largest(self, largest: float) -> None:
+        """Take a larger value of an earlier run into account."""
+        self._largest[0] = max(self._largest[0], largest)
+
+    @property
+    def new_value(self) -> float:
+        """What new rows hold."""
+        return self.largest if self.initial == "max" else float(self.initial)
+
+    def checked(self, value: Any, ids: Int64Array) -> Any:
+        """As `LateField.checked`; ValueError for a priority that is negative or not finite."""
+        found = super().checked(value, ids)
+        # Comparisons with NaN are false.
+        if found.size and not (found.min() >= 0 and found.max() < np.inf):
+            bad = found[~((found >= 0) & (found < np.inf)) & (ids != PADDING)]
+            if len(bad):
+                raise ValueError(f"Priorities must be finite and not negative, found {bad[0]} among {found.size}.")
+        return found
+
+    def fill(self, start: int, length: int) -> None:
+        """As `LateField.fill`."""
+        assert self.column.array is not None  # It is on the CPU.
+        rows = self.column.array
+        begin = start % self.num_rows
+        rows[begin : begin + length] = rows[: max(0, begin + length - self.num_rows)] = self.new_value
+
+    def write(self, starts: Int64Array, values: Any) -> None:
+        """As `LateField.write`."""
+        super().write(starts, values)
+        if len(values):
+            self.set_largest(values.max())
+            self.log.append(starts, values.shape[1])

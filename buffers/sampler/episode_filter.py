@@ -1,0 +1,157 @@
+"""EpisodeFilter: only some episodes, chosen by what is known of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from buffers.sampler.base import Geometry, Sampler
+from buffers.sharing import SharedArrays
+from buffers.table import NO, UNKNOWN, YES, EpisodeTable, Int64Array, PartTable, TableRow, Windows
+
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
+
+__all__ = ["EpisodeFilter"]
+
+# Ids of episodes that live are closer to each other than this. Only pages that are used take memory.
+_NUM_FLAGS = 1 << 36
+_NUM_KEPT = 1 << 16  # Flags of so many episodes that have left.
+_MAX_PARTS = 8
+
+
+class EpisodeFilter(Sampler):
+    """Draws by another sampler, from the episodes that `accept` takes.
+
+        >>> from buffers.dataset import RingBufferDataset
+        >>> from buffers.sampler import UniformSampler
+        >>> dataset = RingBufferDataset(capacity=1_000)
+        >>> for success in (False, True):
+        ...     episode_id = dataset.add_episode({"obs": np.zeros(10)}, info={"success": success})
+        >>> sampler = EpisodeFilter(UniformSampler(), lambda info: info.get("success", False))
+        >>> loader = dataset.get_loader(batch_size=64, sequence_length=4, sampler=sampler, include=("episode",))
+        >>> next(iter(loader))["episode"].unique()
+        tensor([1])
+
+    `accept` is called once an episode, in the process that made the loader: with the `info` that the episode was added
+    with, before anyone can draw it.
+
+    Args:
+        sampler: Draws among the episodes that are accepted.
+        accept: A function of a dict, `EpisodeDataset.episode_info`; whether the episode is accepted.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+    """
+
+    def __init__(self, sampler: Sampler, accept: Callable[[dict[str, Any]], bool]) -> None:
+        if not isinstance(sampler, Sampler):
+            raise TypeError(f"`sampler` must be a Sampler, found {type(sampler).__name__}.")
+        if not callable(accept):
+            raise TypeError(f"`accept` must be a function of an episode's info, found {type(accept).__name__}.")
+        self.sampler, self.accept = sampler, accept
+        self._dataset: EpisodeDataset | None = None
+        self._flags: npt.NDArray[np.int8] = np.zeros(1, np.int8)
+        self._parts: dict[int, PartTable] = {}
+        self._num_released = 0
+
+    @property
+    def beta(self) -> float | None:  # type: ignore[override]
+        """That of the sampler."""
+        return self.sampler.beta
+
+    @property
+    def can_pack(self) -> bool:  # type: ignore[override]
+        """Whether the sampler can."""
+        return self.sampler.can_pack
+
+    def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
+        """As `Sampler.bind`: asks about the episodes that are stored."""
+        part = copy.copy(self)
+        part.sampler, part._parts, part._dataset = self.sampler.bind(dataset, geometry), {}, dataset
+        part._open(SharedArrays({"flags": ((_NUM_FLAGS,), np.dtype(np.int8))}, sparse=True))
+        dataset.listen(part)
+        part._judge(dataset.table.ids)
+        return part
+
+    def _open(self, memory: SharedArrays) -> None:
+        self._memory, self._flags = memory, memory["flags"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker: what was decided, without the function, which may be a lambda."""
+        return {**self.__dict__, "accept": None, "_dataset": None, "_parts": {}, "_flags": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open(self._memory)
+
+    def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
+        """As `Sampler.episode_added`."""
+        self._flags[row[2] % _NUM_FLAGS] = YES if self.accept(info) else NO
+
+    def episode_removed(self, row: TableRow) -> None:
+        """As `Sampler.episode_removed`."""
+        assert self._dataset is not None  # Only the part that is bound here is told.
+        # Readers may still have those that have just left.
+        end = int(self._dataset.table.ids[0] if len(self._dataset.table) else row[2]) - _NUM_KEPT
+        if end > self._num_released + _NUM_KEPT:
+            self._memory.release("flags", self._num_released % _NUM_FLAGS, end % _NUM_FLAGS)
+            self._num_released = end
+
+    def part(self, table: EpisodeTable) -> EpisodeTable:
+        """As `Sampler.part`."""
+        part = self._parts.get(id(table))
+        if part is None:
+            if len(self._parts) == _MAX_PARTS:
+                del self._parts[next(iter(self._parts))]
+            part = self._parts[id(table)] = PartTable(self._judge, "EpisodeFilter accepts none of the stored episodes.")
+        part.show(table)
+        part.selection, part.context = table.selection, table.context
+        return self.sampler.part(part)
+
+    def _judge(self, ids: Int64Array) -> npt.NDArray[np.int8]:
+        flags = self._flags.take(ids % _NUM_FLAGS)
+        if self._dataset is not None:
+            # Stored before this sampler was bound, or by another process.
+            for i in (flags == UNKNOWN).nonzero()[0].tolist():
+                row = self._dataset.table.row_of(int(ids[i]))
+                if row[1]:
+                    self.episode_added(row, self._dataset.episode_info(row[2]))
+            flags = self._flags.take(ids % _NUM_FLAGS)
+        return flags
+
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        """`Sampler.draw`, of the other sampler."""
+        return self.sampler.draw(self.part(table), num_windows, length, rng)
+
+    def density(self, table: EpisodeTable, windows: Windows) -> npt.NDArray[np.float64]:
+        """As `Sampler.density`."""
+        part, found = self.part(table), np.zeros(len(windows))
+        length = None if table.context.is_whole else windows.length
+        chosen = np.isin(windows.episode, part.ids).nonzero()[0]
+        if len(chosen):
+            density = self.sampler.density(part, windows[chosen])
+            scale = table.num_to_draw(length) / part.num_to_draw(length)
+            found[chosen] = scale * (1.0 if density is None else density)
+        return found
+
+    @property
+    def num_missed(self) -> int:  # type: ignore[override]
+        """Those of the sampler."""
+        return self.sampler.num_missed
+
+    def give_up(self, batch: int, first: int) -> None:
+        """As `Sampler.give_up`."""
+        self.sampler.give_up(batch, first)
+
+    def state_dict(self, batch: int | None = None) -> dict[str, Any]:
+        """That of the sampler."""
+        return self.sampler.state_dict(batch)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `Sampler.load_state_dict`."""
+        self.sampler.load_state_dict(state)

@@ -1,0 +1,183 @@
+"""PrioritizedSampler: windows by the priorities of their rows."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from buffers.late import PriorityField
+from buffers.sampler.base import Geometry, Sampler
+from buffers.sampler.priority_index import EpisodeIndex, PriorityIndex, WindowIndex
+from buffers.sharing.weights import SharedNumbers
+from buffers.table import EpisodeTable, Int64Array, Windows
+from buffers.utils import number
+
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
+
+__all__ = ["PrioritizedSampler"]
+
+_MAX_INDEXES = 8
+_SPARE, _MIN_PROPOSALS = 1.2, 16
+_ROUNDS = 64
+_UNUSED_BITS, _TO_UNIT = np.uint64(11), 2.0**-53
+
+
+class PrioritizedSampler(Sampler):
+    """A window is drawn with probability proportional to `p ** alpha`, where p comes from its rows' priorities.
+
+        p = eta * max + (1 - eta) * mean          (Kapturowski et al., 2019: R2D2)
+
+    With T = 1 that is prioritized experience replay (Schaul et al., 2016). Padding does not count; of whole episodes,
+    all rows do; with `offsets`, the anchor alone. Rows get priorities by `ReplayBuffer.update_priorities` or
+    `EpisodeDataset.update`; new ones have the largest so far, at first 1.
+
+        >>> from buffers.dataset import RingBufferDataset
+        >>> dataset = RingBufferDataset(capacity=1_000)
+        >>> loader = dataset.get_loader(1_000, 1, sampler=PrioritizedSampler(alpha=1.0), include=("index",), seed=0)
+        >>> episode_id = dataset.add_episode({"obs": np.arange(4)})
+        >>> dataset.update([0, 1, 2, 3], {"priority": [0.0, 1.0, 0.0, 3.0]})
+        0
+        >>> (np.bincount(next(iter(loader))["obs"][:, 0]) / 1_000).round(1)
+        array([0. , 0.2, 0. , 0.8])
+
+    With `include=("weight",)`, a batch has importance weights: of N windows, one of probability P has `(N P) ** -beta`,
+    divided by the largest of the batch. `beta` may be set at any time; workers see it.
+
+    Args:
+        alpha: 0 for a uniform draw, 1 for one in proportion to p.
+        beta: 0 for weights of 1, 1 for weights that make up for the draw.
+        eta: The share of the largest priority of a window's rows, beside their mean.
+        initial: The priority of new rows: "max", or a number.
+
+    Raises:
+        TypeError: An argument that is no number.
+        ValueError: An argument out of its range.
+    """
+
+    def __init__(self, alpha: float = 0.6, beta: float = 0.4, eta: float = 0.9, initial: float | str = "max") -> None:
+        self.alpha = number("alpha", alpha, 0.0)
+        self.eta = number("eta", eta, 0.0, 1.0)
+        if initial != "max":
+            initial = number("initial", initial, 0.0, float(np.finfo(np.float32).max))
+        self.initial = initial
+        self._beta = SharedNumbers(1)
+        self.beta = beta
+        self._field: PriorityField | None = None
+        self._indexes: dict[Any, PriorityIndex] = {}
+
+    @property
+    def beta(self) -> float:
+        """The exponent of the weights."""
+        return float(self._beta.get()[0])
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._beta.set([number("beta", beta, 0.0)])
+
+    def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
+        """As `Sampler.bind`: with the priorities of the dataset, which gets such a late field if it has none."""
+        part = copy.copy(self)
+        part._field, part._indexes = dataset.add_priorities(self.initial), {}
+        return part
+
+    def state_dict(self, batch: int | None = None) -> dict[str, Any]:
+        """`beta`. Priorities are kept with their dataset."""
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `Sampler.load_state_dict`."""
+        if sorted(state) != ["beta"]:
+            raise ValueError(f"The state is not one of a PrioritizedSampler, found {sorted(state)}.")
+        self.beta = state["beta"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_indexes": {}}
+
+    def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
+        """`Sampler.draw`: proposals, of which those that are accepted are taken in their order."""
+        index = self._index(table, length)
+        index.follow(table)
+        parts = []
+        missing, num_proposals = num_windows, int(_SPARE * num_windows) + _MIN_PROPOSALS
+        for n in range(1, 1 << 30):
+            parts.append(self._propose(table, index, length, num_proposals, missing, rng))
+            missing -= len(parts[-1][1])
+            if not missing:
+                break
+            if n % _ROUNDS == 0:
+                index.follow(table)
+            # As many as the share that was accepted so far asks for.
+            share = (num_windows - missing + 1) / (num_proposals + 1)
+            num_proposals = min(int(_SPARE * missing / share), 64 * num_windows) + _MIN_PROPOSALS
+        episode, step, density = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        if table.context.needs_density:
+            density = density * self._scale(table, index, length)
+        return _windows(table, length, episode, step, density)
+
+    def density(self, table: EpisodeTable, windows: Windows) -> npt.NDArray[np.float64]:
+        """As `Sampler.density`."""
+        length = None if table.context.is_whole else windows.length
+        index = self._index(table, length)
+        index.follow(table)
+        number, _ = table.numbers_of(windows.first_steps)
+        density = index.weights(table.state.rows.take(number, axis=0), windows.step)
+        return density * self._scale(table, index, length)
+
+    def _scale(self, table: EpisodeTable, index: PriorityIndex, length: int | None) -> float:
+        return table.num_to_draw(length) / index.total(table)
+
+    def _propose(
+        self,
+        table: EpisodeTable,
+        index: PriorityIndex,
+        length: int | None,
+        num: int,
+        most: int,
+        rng: np.random.Generator,
+    ) -> tuple[Int64Array, Int64Array, npt.NDArray[np.float64]]:
+        """Of `num` proposals, up to `most` that are accepted: rows of the table, first steps and densities."""
+        # Proposal i takes words 3 * i to 3 * i + 2.
+        words = rng.bit_generator.random_raw(3 * num).reshape(num, 3)
+        uniform = (words >> _UNUSED_BITS) * _TO_UNIT
+        numbers = index.tree.locate(uniform[:, 0])
+        if numbers is None:
+            if table.num_to_draw(length) == 0:
+                raise RuntimeError(table.no_window_message(length))
+            raise RuntimeError(
+                "All priorities are 0, so no window can be drawn. Give rows a larger one by `update_priorities`."
+            )
+        pieces = index.pieces(table, numbers)
+        num_windows = np.maximum(pieces.num, 1)
+        step = pieces.step + (words[:, 1] % num_windows.view(np.uint64)).view(np.int64)
+        density = index.weights(pieces.episode, step)
+        # By rounding, one may come from a piece of weight 0: it is refused.
+        bound = index.tree.weights.take(pieces.number)
+        chosen = (uniform[:, 2] * bound < density * num_windows * (bound > 0)).nonzero()[0][:most]
+        return pieces.episode.take(chosen, axis=0), step.take(chosen), density.take(chosen)
+
+    def _index(self, table: EpisodeTable, length: int | None) -> PriorityIndex:
+        assert self._field is not None  # Loaders bind it.
+        key = id(table), length, table.selection, table.context.anchor
+        index = self._indexes.get(key)
+        if index is None:
+            if len(self._indexes) == _MAX_INDEXES:
+                del self._indexes[next(iter(self._indexes))]
+            if length is None:
+                index = EpisodeIndex(self._field, self.alpha, self.eta)
+            else:
+                index = WindowIndex(self._field, self.alpha, self.eta, length, table.context.anchor)
+            self._indexes[key] = index
+        return index
+
+
+def _windows(
+    table: EpisodeTable, length: int | None, episode: Int64Array, step: Int64Array, density: npt.NDArray[np.float64]
+) -> Windows:
+    length = int(episode[:, 1].max()) if length is None else length
+    cut = episode[:, 3] if table.has_cuts else None
+    start, oldest_step = episode[:, 0] + step, table.oldest_start
+    return Windows(length, start, step, episode[:, 2], episode[:, 1], None, None, True, oldest_step, cut, density)
