@@ -221,6 +221,13 @@ class MixtureDataset(EpisodeSource):
             episode_id -= leaf.num_episodes
         return None
 
+    def episode_info(self, episode_id: int) -> dict[str, Any]:
+        """RuntimeError: members number their episodes by themselves."""
+        raise RuntimeError(
+            "A mixture does not keep the info of episodes. Ask the member: `mixture.datasets[n].episode_info(id)`, "
+            "with `source` and `episode` of a batch for n and id."
+        )
+
     def episodes(self) -> Iterator[dict[str, Any]]:
         """Copies of all episodes, in the order of the members."""
         for leaf in self._leaves:
