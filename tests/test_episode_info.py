@@ -224,6 +224,15 @@ def test_the_info_of_an_episode_that_failed_is_not_that_of_the_next() -> None:
     assert dataset.episode_info(dataset.add_episode(row(2))) == {}
 
 
+@each_kind
+def test_the_info_of_episodes_that_left_takes_no_memory(kind: str, tmp_path: Path) -> None:
+    dataset = KINDS[kind](tmp_path)
+    for number in range(20):
+        dataset.add_episode(row(number, 3), INFO)
+    is_on_disk = isinstance(dataset, IndividualFileDataset)
+    assert len(dataset._infos) == (0 if is_on_disk else dataset.num_episodes)
+
+
 def test_an_episode_that_leaves_meanwhile_is_not_there() -> None:
     class Busy(ListDataset):
         def _find_info(self, found: Any) -> Any:
