@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["MAX_INFO_BYTES", "EpisodeInfo", "checked_info", "info_text", "infos_by_env"]
+__all__ = ["EpisodeInfo", "checked_info", "info_text", "infos_by_env"]
 
 EpisodeInfo = dict[str, int | float | bool | str]
 
-MAX_INFO_BYTES = 4096
+_MAX_BYTES = 4096
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -40,8 +40,8 @@ def checked_info(info: object) -> EpisodeInfo:
             raise ValueError(f"`info` has {value:#x} under `{key:.60}`, which int64 cannot hold. Store it as a string.")
         found[key] = value
     text = info_text(found)
-    if len(text) > MAX_INFO_BYTES:
-        raise ValueError(f"`info` takes {len(text)} bytes as JSON, more than {MAX_INFO_BYTES}. Leave something out.")
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"`info` takes {len(text)} bytes as JSON, more than {_MAX_BYTES}. Leave something out.")
     # Subclasses (an enumeration's members) become what they are stored as.
     return json.loads(text)
 
