@@ -169,7 +169,7 @@ class Extension:
                     continue
                 if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
                     # Next time: dropping it would favour short ones.
-                    self._waiting.appendleft(drawn)
+                    self._waiting.appendleft(drawn._replace(info=info))
                     return
                 self._note(dataset, other_id, dataset.table.next_id)
                 dataset.store(episode, cut, info)
