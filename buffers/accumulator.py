@@ -97,6 +97,11 @@ class Accumulator:
         """Rows of all open episodes."""
         return int((self._next - self._begin).sum())
 
+    @property
+    def is_open(self) -> np.ndarray:
+        """Which environments have an open episode, bool `(N,)`."""
+        return self._next > self._begin
+
     def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
         """`add_rows` for a single environment, with `(*shape)` a field."""
         if is_first:
@@ -141,7 +146,7 @@ class Accumulator:
 
     def flush(self, mask: np.ndarray | None = None, truncate: bool = False) -> None:
         """Complete the open episodes under the mask, or all; with `truncate`, as truncated unless they terminated."""
-        is_open = self._next > self._begin
+        is_open = self.is_open
         if mask is not None:
             is_open &= mask
         if truncate and "truncated" in self.fields:
@@ -155,7 +160,7 @@ class Accumulator:
 
     def read_last(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """Copy the last row of each open episode into arrays `(N, *shape)` a field; bool `(N,)`, which are open."""
-        is_open = self._next > self._begin
+        is_open = self.is_open
         for name, array in arrays.items():
             array[is_open] = self._rows[name][self._next[is_open] - 1]
         return is_open

@@ -104,7 +104,7 @@ class ReplayBuffer:
             )
         return self._writer
 
-    def add_step(self, step_data: Mapping[str, Any], done: Any) -> None:
+    def add_step(self, step_data: Mapping[str, Any], done: Any, info: Any = None) -> None:
         """Add the current step of the environment, or of each of N environments.
 
             single         o0 o1 o2 | o0 ...       done=True comes with o2: this row is the episode's last,
@@ -120,17 +120,28 @@ class ReplayBuffer:
                 kept, Python floats become float32.
             done: bool, or bool `(N,)`; numbers that are 0 or 1 will do. A plain bool stands for all N. On the first
                 step, an array or tensor without an axis means a single environment.
+            info: A dict or, for N environments, a sequence of N dicts or None: the `info` of the episodes that this
+                call completes, as in `EpisodeDataset.add_episode`. Not looked at where no episode ends.
 
         Raises:
-            TypeError: A value that is no tensor, array or number; a `done` that is neither bool nor a number.
-            ValueError: Other fields, dtypes, shapes or N than before, or an open episode as long as the capacity.
-                Nothing has changed.
+            TypeError: A value that is no tensor, array or number; a `done` that is neither bool nor a number; in the
+                `info` of an episode that ends, no number, bool or string.
+            ValueError: Other fields, dtypes, shapes or N than before, an open episode as long as the capacity, or an
+                `info` that cannot be stored. Nothing has changed.
             Exception: The dataset could not store an episode that ended now or before, because of a full disk for
                 example. The step was taken, and the next call tries again to store the episode.
         """
-        (self._writer or self.writer).add_step(step_data, done)
+        (self._writer or self.writer).add_step(step_data, done, info)
 
-    def add(self, step_data: Mapping[str, Any], *, is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
+    def add(
+        self,
+        step_data: Mapping[str, Any],
+        *,
+        is_first: Any = None,
+        is_last: Any = None,
+        mask: Any = None,
+        info: Any = None,
+    ) -> None:
         """Add one row of the environment, or of each of N environments, and say where episodes begin and end.
 
         Args:
@@ -138,15 +149,16 @@ class ReplayBuffer:
             is_first: bool, or bool `(N,)`: the rows before this one are a complete episode.
             is_last: bool, or bool `(N,)`: the episode is complete with this row.
             mask: bool, or bool `(N,)`: False where the environment has no row; its other values are ignored.
+            info: As in `add_step`; of both, where a call completes two episodes of an environment.
         """
-        self.writer.add(step_data, is_first=is_first, is_last=is_last, mask=mask)
+        self.writer.add(step_data, is_first=is_first, is_last=is_last, mask=mask, info=info)
 
-    def add_episode(self, episode: Mapping[str, Any]) -> int:
+    def add_episode(self, episode: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> int:
         """`EpisodeDataset.add_episode`; open episodes stay open."""
         self._check_open()
         dataset = self.writer.sink
         assert isinstance(dataset, EpisodeDataset)  # It has a writer.
-        episode_id = dataset.add_episode(episode)
+        episode_id = dataset.add_episode(episode, info)
         self._returns.note(-1, episode, 0)
         return episode_id
 

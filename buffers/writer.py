@@ -18,58 +18,24 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from buffers.accumulator import Accumulator
 from buffers.conversion import as_array
+from buffers.dataset.episode_info import EpisodeInfo, infos_by_env
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.fields import Fields
+from buffers.sink import EpisodeSink
+from buffers.table import GOES_ON
 from buffers.utils import integer
 
 __all__ = ["EpisodeSink", "EpisodeWriter"]
 
 
 Rows = dict[str, np.ndarray]
-
-
-class EpisodeSink(Protocol):
-    """What takes complete episodes: a dataset, or something that sends them to one."""
-
-    @property
-    def fields(self) -> Fields | None:
-        """The fields, None before they are settled."""
-
-    @property
-    def episode_capacity(self) -> int:
-        """Steps of the longest episode that it takes."""
-
-    @property
-    def verification_mode(self) -> VerificationMode:
-        """How closely rows are checked."""
-
-    @property
-    def refuses_values(self) -> bool:
-        """Whether `check` may refuse values; then it is shown every row before its episode ends."""
-
-    def settle_fields(self, fields: Fields) -> None:
-        """Lay out storage. The same fields again are no error; ValueError for others."""
-
-    def check_writable(self) -> None:
-        """RuntimeError if no episode can be added."""
-
-    def check(self, rows: dict[str, np.ndarray]) -> None:
-        """ValueError for values that it could not give back."""
-
-    def add(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
-        """Copy and store `name -> (L, *shape)` of the settled fields, and return its id; or raise and be as before.
-
-        `cut` says which piece of a longer stream it is, see `table/cut.py`; 0 for a whole episode.
-        """
-
-
 # A flag that is one value, not an array of one for each environment.
 _ONE = (bool, np.bool_)
 
@@ -134,23 +100,39 @@ class EpisodeWriter:
 
     # Steps in.
 
-    def add_step(self, step_data: Mapping[str, Any], done: Any) -> None:
+    def add_step(self, step_data: Mapping[str, Any], done: Any, info: Any = None) -> None:
         """`ReplayBuffer.add_step`."""
         flag = _as_flag("done", done)
-        rows = self.checked(step_data, {"done": flag})
-        if self.leading:
-            self.take(rows, self._per_env(flag))
-        else:
-            self.take(rows, None, flag)
+        rows = self.checked(step_data, {"done": flag}, info)
+        try:
+            if self.leading:
+                self.take(rows, self._per_env(flag))
+            else:
+                self.take(rows, None, flag)
+        finally:
+            if info is not None:
+                self._outbox.infos = {}
         if self._outbox.waiting:
             self.check_stored()
 
-    def add(self, step_data: Mapping[str, Any], *, is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
+    def add(
+        self,
+        step_data: Mapping[str, Any],
+        *,
+        is_first: Any = None,
+        is_last: Any = None,
+        mask: Any = None,
+        info: Any = None,
+    ) -> None:
         """`ReplayBuffer.add`."""
         given = {"is_first": is_first, "is_last": is_last, "mask": mask}
         flags = {name: _as_flag(name, flag) for name, flag in given.items() if flag is not None}
-        rows = self.checked(step_data, flags)
-        self.take(rows, *[self._per_env(flags.get(name)) for name in given])
+        rows = self.checked(step_data, flags, info)
+        try:
+            self.take(rows, *[self._per_env(flags.get(name)) for name in given])
+        finally:
+            if info is not None:
+                self._outbox.infos = {}
         self.check_stored()
 
     def flush(self) -> None:
@@ -166,10 +148,11 @@ class EpisodeWriter:
 
     # Steps in, in parts: for a recorder, which takes all rows of a call before it raises the sink's error.
 
-    def checked(self, step_data: Mapping[str, Any], flags: Mapping[str, Any]) -> list[np.ndarray]:
+    def checked(self, step_data: Mapping[str, Any], flags: Mapping[str, Any], info: Any = None) -> list[np.ndarray]:
         """The values in the order of the fields, as arrays `(*leading, *shape)` that fit; nothing is added.
 
-        The first call settles N and the fields. Errors are those of `add`.
+        The first call settles N and the fields. Errors are those of `add`. An `info` is kept for the episodes that the
+        next `take` completes.
         """
         if self.is_closed:
             self._check_open()
@@ -190,9 +173,24 @@ class EpisodeWriter:
             check_rows(fields, rows, leading, mode)
         if self.sink.refuses_values:
             self.sink.check(dict(zip(fields.names, rows, strict=True)))
+        infos = None if info is None else self._infos_of(info, leading, flags)
         if self._accumulator is None:
             self._settle(fields, leading)
+        if infos is not None:
+            self._outbox.infos = infos
         return rows
+
+    def _infos_of(self, info: Any, leading: tuple[int, ...], flags: Mapping[str, Any]) -> dict[int, EpisodeInfo]:
+        """`environment -> info` of those that these flags complete an episode of."""
+        done = flags.get("done", False)
+        is_first, is_last = (done, False) if leading else (False, done)
+        is_open = False if self._accumulator is None else self._accumulator.is_open
+        ends = np.logical_or(flags.get("is_last", is_last), np.logical_and(flags.get("is_first", is_first), is_open))
+        ends = np.broadcast_to(np.logical_and(ends, flags.get("mask", True)), leading or (1,))
+        infos = infos_by_env(info, leading, ends.nonzero()[0].tolist())
+        for found in infos.values():
+            self.sink.check_info(found)
+        return infos
 
     def take(self, rows: Sequence[np.ndarray], is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
         """Add `checked` rows; flags are bool `(N,)` or None, without an environment axis plain bools or None."""
@@ -324,12 +322,15 @@ class _Outbox:
 
     def __init__(self, sink: EpisodeSink, on_stored: Callable[[int, Rows, int], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored
-        self.waiting: deque[tuple[int, Rows, int]] = deque()
+        self.waiting: deque[tuple[int, Rows, int, EpisodeInfo | None]] = deque()
         self.error: Exception | None = None
+        # By environment, for the episodes that end in the current call.
+        self.infos: dict[int, EpisodeInfo] = {}
 
     def put(self, env: int, episode: Rows, cut: int) -> None:
-        if self.waiting or not self._is_stored(env, episode, cut):
-            self.waiting.append((env, {name: rows.copy() for name, rows in episode.items()}, cut))
+        info = None if cut & GOES_ON else self.infos.get(env)
+        if self.waiting or not self._is_stored(env, episode, cut, info):
+            self.waiting.append((env, {name: rows.copy() for name, rows in episode.items()}, cut, info))
 
     def retry(self) -> None:
         """Store what waits, up to the first that fails."""
@@ -341,9 +342,9 @@ class _Outbox:
                 self.waiting.appendleft(oldest)
                 return
 
-    def _is_stored(self, env: int, episode: Rows, cut: int) -> bool:
+    def _is_stored(self, env: int, episode: Rows, cut: int, info: EpisodeInfo | None) -> bool:
         try:
-            self._sink.add(episode, cut)
+            self._sink.add(episode, cut, info)
         except Exception as error:
             self.error = error
             return False

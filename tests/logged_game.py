@@ -182,12 +182,12 @@ class FlakyRing(RingBufferDataset):
         self.rng, self.rate, self.fails_at = rng, rate, fails_at
         self.num_calls = self.num_failed = 0
 
-    def add(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
+    def add(self, episode: dict[str, np.ndarray], cut: int = 0, info: Any = None) -> int:
         self.num_calls += 1
         if self.num_calls - 1 in self.fails_at or (self.rng is not None and self.rng.random() < self.rate):
             self.num_failed += 1
             raise OSError("disk full")
-        return super().add(episode, cut)
+        return super().add(episode, cut, info)
 
 
 def stored(dataset: RingBufferDataset) -> list[tuple[int, int, list[int]]]:

@@ -101,17 +101,19 @@ def raised_after(num_calls: int, error: Exception, function: Callable[[], Any]) 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, TimeoutError])
-@pytest.mark.parametrize("is_opened", [False, True])
+@pytest.mark.parametrize("what", ["rows", "directory", "info"])
 @each_strategy
-def test_a_good_file_survives_a_signal_handler_that_raises(tmp_path, strategy, is_opened, error) -> None:
+def test_a_good_file_survives_a_signal_handler_that_raises(tmp_path, strategy, what, error) -> None:
     dataset = IndividualFileDataset(100, None, None, tmp_path, strategy, durability="rename")
-    add(dataset, [4])
+    dataset.add_episode(tagged.episode(4, 0), {"success": True})
     windows = dataset.table.windows(np.zeros(1, np.int64), np.zeros(1, np.int64), 4)
     num_calls, out = 1, dataset.empty_batch(windows)
 
     def look() -> None:
-        if is_opened:
+        if what == "directory":
             IndividualFileDataset(100, directory=tmp_path, mode="r", verify="header").close()
+        elif what == "info":
+            assert dataset.episode_info(0) == {"success": True}
         else:
             dataset._read(windows, out)
 

@@ -123,12 +123,12 @@ def test_an_equal_row_after_a_failure_is_a_row_of_its_own(ends_by: str) -> None:
 @pytest.mark.parametrize("has_waited", [False, True])
 def test_an_episode_that_ctrl_c_cuts_off_comes_once_at_most(is_stored: bool, has_waited: bool) -> None:
     class CutOff(FlakyRing):
-        def add(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
+        def add(self, episode: dict[str, np.ndarray], cut: int = 0, info: Any = None) -> int:
             is_cut = self.num_calls == 1 + has_waited
             if is_cut and not is_stored:
                 self.num_calls += 1
                 raise KeyboardInterrupt
-            added = super().add(episode, cut)
+            added = super().add(episode, cut, info)
             if is_cut:
                 raise KeyboardInterrupt
             return added

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from buffers.dataset.composing.extension import Extension
+from buffers.dataset.episode_info import EpisodeInfo, checked_info
 from buffers.dataset.episode_source import EpisodeSource, Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode, check_episode
@@ -17,7 +19,7 @@ from buffers.fields import Fields, TensorType
 from buffers.late import LateFields, PriorityField
 from buffers.loading.include import INCLUDABLE
 from buffers.sampler import Sampler, SamplerSet
-from buffers.table import TableRow, Windows
+from buffers.table import EpisodeTable, TableRow, Windows
 from buffers.utils import ThreadLock, integer
 
 __all__ = ["EpisodeDataset"]
@@ -55,6 +57,8 @@ class EpisodeDataset(EpisodeSource):
         self.extension: Extension | None = None
         #: Whether another dataset is extended by this one.
         self.is_behind = False
+        # By episode id, of those that have one.
+        self._infos: dict[int, EpisodeInfo] = {}
         # For adding and evicting. Drawing does not take it.
         self._lock = ThreadLock()
         self.late: LateFields = LateFields(self.capacity, self.has_circular_ids, self.device)
@@ -80,6 +84,17 @@ class EpisodeDataset(EpisodeSource):
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
         """ValueError for an episode whose values the store cannot keep."""
+
+    def _keep_info(self, episode_id: int, info: EpisodeInfo | None) -> None:
+        """Keep the info of the episode that is about to be written."""
+        # An addition that failed may have left another.
+        self._infos.pop(episode_id, None)
+        if info:
+            self._infos[episode_id] = info
+
+    def _find_info(self, row: TableRow) -> EpisodeInfo:
+        """The info of an episode, {} if it has none."""
+        return self._infos.get(row[2], {})
 
     def check_writable(self) -> None:
         """RuntimeError if nothing can be added or evicted here."""
@@ -111,22 +126,27 @@ class EpisodeDataset(EpisodeSource):
                 return super().read_stored(windows, out, names)
             return self.empty_batch(windows, names) if out is None else out, lives
 
-    def add_episode(self, episode: Mapping[str, Any]) -> int:
+    def add_episode(self, episode: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> int:
         """Store a complete episode, evicting others if there is no room. It can be drawn at once.
 
         Args:
             episode: `field -> (L, *shape)` arrays, tensors, or lists of L rows, which may be nested; copied.
+            info: What else is known of it, for `episode_info`: a flat dict of int, float, bool and str, or numpy's
+                scalars, of up to 4,096 bytes as JSON.
 
         Returns:
             The episode's id.
 
         Raises:
-            TypeError: A value that is no tensor, array or list of numbers.
+            TypeError: A value that is no tensor, array or list of numbers; in `info`, no number, bool or string.
             ValueError: No rows, fields of unequal length, more rows than the capacity, or other fields than the
-                dataset's. The dataset is unchanged.
+                dataset's; an `info` that is too large, or that a file format of your own does not keep. The dataset is
+                unchanged.
         """
+        kept = None if info is None else checked_info(info)
         with self._lock:
             self.check_writable()
+            self.check_info(kept or {})
             fields = self.fields
             if fields is None:
                 fields = Fields.from_episode(episode)
@@ -134,25 +154,61 @@ class EpisodeDataset(EpisodeSource):
             check_episode(fields, arrays, self.verification_mode)
             rows = dict(zip(fields.names, arrays, strict=True))
             if self._fields is not None:
-                return self.add(rows)
+                return self.add(rows, info=kept)
             # The first episode settles the fields, unless it cannot be stored.
             self._check_length(len(arrays[0]))
             self.check(rows)
             self.settle_fields(fields)
             try:
-                return self.add(rows)
+                return self.add(rows, info=kept)
             except Exception:
                 self._fields = None
                 raise
 
-    def add(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
+    def add(self, episode: dict[str, np.ndarray], cut: int = 0, info: EpisodeInfo | None = None) -> int:
         """`add_episode` for flat arrays `name -> (L, *shape)` that fit the fields, which are known.
 
-        `cut` says which piece of a longer stream it is, see `table/cut.py`.
+        `cut` says which piece of a longer stream it is, see `table/cut.py`. `info` has passed `checked_info` and
+        `check_info`.
         """
         with self._lock:
             self.check_writable()
-            return self.store(episode, cut) if self.extension is None else self.extension.add(self, episode, cut)
+            if self.extension is not None:
+                return self.extension.add(self, episode, cut, info)
+            return self.store(episode, cut, info)
+
+    def episode_info(self, episode_id: int) -> dict[str, int | float | bool | str]:
+        """A copy of what `add_episode` was given as `info` with an episode; {} if that was nothing.
+
+            >>> from buffers.dataset import RingBufferDataset
+            >>> dataset = RingBufferDataset(capacity=1_000)
+            >>> episode_id = dataset.add_episode({"obs": np.zeros(5)}, info={"task": "open drawer", "success": True})
+            >>> dataset.episode_info(episode_id)
+            {'task': 'open drawer', 'success': True}
+
+        Args:
+            episode_id: As `add_episode` returns it, and batches have it with `include=("episode",)`.
+
+        Raises:
+            ValueError: There is no such episode.
+            RuntimeError: Its file has been removed; or this is not the process that made a dataset in memory.
+        """
+        table, number = EpisodeTable(), integer("episode_id", episode_id, -sys.maxsize)
+        table.show(self.table)
+        position = table.position(number)
+        info = None if position is None else self._find_info(table.episode(position))
+        # An episode that leaves meanwhile leaves the table first.
+        table.show(self.table)
+        if info is None or table.position(number) is None:
+            ids = table.ids
+            live = f": {len(ids)} episodes live, with ids from {ids[0]} to {ids[-1]}" if len(ids) else ": none live"
+            raise ValueError(f"`episode_id`={number} is not there{live}.")
+        return dict(info)
+
+    def check_info(self, info: EpisodeInfo) -> None:
+        """ValueError for an info that this dataset, or one behind it, cannot keep."""
+        if self.extension is not None:
+            self.extension.other.check_info(info)
 
     def settle_fields(self, fields: Fields) -> None:
         """Set the fields, here and in the dataset behind, and make room for them; ValueError if others are set."""
@@ -181,7 +237,7 @@ class EpisodeDataset(EpisodeSource):
         """The most steps of an episode that can be added, here or to the dataset behind this one."""
         return self.capacity if self.extension is None else max(self.capacity, self.extension.other.episode_capacity)
 
-    def store(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
+    def store(self, episode: dict[str, np.ndarray], cut: int = 0, info: EpisodeInfo | None = None) -> int:
         """As `add`, but not to the dataset behind."""
         self._check(episode)
         #: The cut of the episode that is being stored.
@@ -190,9 +246,10 @@ class EpisodeDataset(EpisodeSource):
         self._check_length(length)
         start = self.start_of_next(length)
         for sampler in list(self._listeners):
-            sampler.episode_added((start, length, self.table.next_id, cut), {})
+            sampler.episode_added((start, length, self.table.next_id, cut), dict(info or {}))
         if self.evicts_before_writing:
             self.make_room(start, length)
+        self._keep_info(self.table.next_id, info)
         self._write(episode, start, self.table.next_id)
         if not self.evicts_before_writing:
             self.make_room(start, length)
@@ -218,6 +275,7 @@ class EpisodeDataset(EpisodeSource):
         start, length, episode_id, _ = row
         self._erase(episode_id, start, length)
         self.table.remove(position)
+        self._infos.pop(episode_id, None)
         self.num_dismissed += not makes_room
         if self.late:
             self.late.release(row, position, self.table)

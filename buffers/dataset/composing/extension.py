@@ -17,12 +17,13 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from buffers.conversion import as_array
+from buffers.dataset.episode_info import EpisodeInfo
 from buffers.evictor import FIFOEvictor
 from buffers.loading import SequenceLoader, SequenceStream
 from buffers.table import Windows
@@ -35,6 +36,15 @@ __all__ = ["Extension"]
 
 _SPARE_IDS = 64
 _EPISODES_PER_ITEM = 8  # That a worker sends at a time.
+
+
+class _Drawn(NamedTuple):
+    """An episode of `other`; its info is None where the process that read it does not know it."""
+
+    id: int
+    cut: int
+    rows: dict[str, np.ndarray]
+    info: EpisodeInfo | None
 
 
 class Extension:
@@ -64,8 +74,8 @@ class Extension:
         self._loader = _episode_loader(other, self._batch_size, num_workers, seed)
         self._rng = np.random.default_rng(None if seed is None else integer("seed", seed, 0))
         self._drawn: Iterator[Any] | None = None
-        # Ids, cuts and rows of episodes that were drawn and not stored yet.
-        self._waiting: deque[tuple[int, int, dict[str, np.ndarray]]] = deque()
+        # Episodes that were drawn and not stored yet.
+        self._waiting: deque[_Drawn] = deque()
         # Episode id in `other` -> id here, also of some that have left: ask `_is_here`.
         self._ids_here: dict[int, int] = {}
         self._num_additions = 0
@@ -94,13 +104,15 @@ class Extension:
             for episode_id in dataset.table.ids.tolist():
                 episode = dataset.arrays_of_id(episode_id)
                 if episode is not None:
-                    self._note(dataset, self.other.add(episode, dataset.table.row_of(episode_id)[3]), episode_id)
+                    info, cut = dataset.episode_info(episode_id), dataset.table.row_of(episode_id)[3]
+                    self.other.check_info(info)
+                    self._note(dataset, self.other.add(episode, cut, info), episode_id)
         except Exception:
             while not self.other.is_empty:
                 self.other.evict(0)
             raise
 
-    def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], cut: int) -> int:
+    def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], cut: int, info: EpisodeInfo | None) -> int:
         """Store an episode in both; returns its id here, -1 if it is too long for here."""
         length = _length(episode)
         if length > dataset.capacity:
@@ -109,27 +121,29 @@ class Extension:
                 f"An episode of {length} steps is longer than the `capacity` of {dataset.capacity} steps: it, and "
                 f"others like it, are kept by the {type(self.other).__name__} only.",
             )
-            self.other.add(episode, cut)
+            self.other.add(episode, cut, info)
             return -1
         dataset.check(episode)
         was_full = dataset.is_full
-        newest = self._add_to_both(dataset, episode, cut)
+        newest = self._add_to_both(dataset, episode, cut, info)
         self._num_additions += was_full
         if was_full and self._num_additions % self._every == 0 and not self.other.is_empty:
             self._bring(dataset, newest, dataset.capacity - length)
         return newest
 
-    def _add_to_both(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], cut: int) -> int:
+    def _add_to_both(
+        self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], cut: int, info: EpisodeInfo | None
+    ) -> int:
         other = self.other
         if _may_fail(dataset) and not _may_fail(other):
-            episode_id = dataset.store(episode, cut)
-            self._note(dataset, other.add(episode, cut), episode_id)
+            episode_id = dataset.store(episode, cut, info)
+            self._note(dataset, other.add(episode, cut, info), episode_id)
         else:
             there = [(member, member.table.next_id) for member in _chain(other)]
             # Noted before it is stored, so that after Ctrl-C in between it is not brought again.
-            self._note(dataset, other.add(episode, cut), dataset.table.next_id)
+            self._note(dataset, other.add(episode, cut, info), dataset.table.next_id)
             try:
-                episode_id = dataset.store(episode, cut)
+                episode_id = dataset.store(episode, cut, info)
             except Exception:
                 # A ring cannot evict it. Then the datasets behind the ring keep it, too.
                 with contextlib.suppress(Exception):
@@ -146,33 +160,37 @@ class Extension:
         try:
             for _ in range(self._batch_size):
                 what = "read"
-                other_id, cut, episode = self._next()
+                drawn = self._next()
+                other_id, cut, episode, info = drawn
                 what, length = "brought back", _length(episode)
-                if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode):
+                if info is None and (info := _info_or_none(self.other, other_id)) is None:
+                    continue  # It has left `other`, and its info with it.
+                if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode, info):
                     continue
                 if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
                     # Next time: dropping it would favour short ones.
-                    self._waiting.appendleft((other_id, cut, episode))
+                    self._waiting.appendleft(drawn._replace(info=info))
                     return
                 self._note(dataset, other_id, dataset.table.next_id)
-                dataset.store(episode, cut)
+                dataset.store(episode, cut, info)
                 room -= length
         except Exception as error:
             self._warn(what, f"Episodes of the {type(self.other).__name__} cannot be {what}: {error!r}")
 
-    def _next(self) -> tuple[int, int, dict[str, np.ndarray]]:
-        """The id, cut and rows of the next episode that the loader has drawn."""
+    def _next(self) -> _Drawn:
+        """The next episode that the loader has drawn."""
         if not self._waiting:
             try:
                 self._drawn = iter(self._loader) if self._drawn is None else self._drawn
-                numbers, rows = next(self._drawn)
+                numbers, infos, rows = next(self._drawn)
             except BaseException:
                 # Workers may be gone, or Ctrl-C has ended the iterator: the next addition starts anew.
                 self._drawn = None
                 raise
             arrays = {name: as_array(name, tensor) for name, tensor in rows.items()}
             for b, (episode_id, length, cut) in enumerate(numbers):
-                self._waiting.append((episode_id, cut, {name: array[b, :length] for name, array in arrays.items()}))
+                episode = {name: array[b, :length] for name, array in arrays.items()}
+                self._waiting.append(_Drawn(episode_id, cut, episode, infos[b]))
         return self._waiting.popleft()
 
     def refill(self, dataset: EpisodeDataset) -> int:
@@ -191,17 +209,20 @@ class Extension:
         num_before = dataset.num_episodes
         for other_id in sorted(chosen):
             cut, episode = self.other.table.row_of(other_id)[3], self.other.arrays_of_id(other_id)
-            if episode is None:
+            info = _info_or_none(self.other, other_id)
+            if episode is None or info is None:
                 continue
-            length = _length(episode)
-            if not dataset.lacks_room(dataset.start_of_next(length), length) and self._is_accepted(dataset, episode):
+            if dataset.lacks_room(dataset.start_of_next(_length(episode)), _length(episode)):
+                continue
+            if self._is_accepted(dataset, episode, info):
                 self._note(dataset, other_id, dataset.table.next_id)
-                dataset.store(episode, cut)
+                dataset.store(episode, cut, info)
         return dataset.num_episodes - num_before
 
-    def _is_accepted(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray]) -> bool:
+    def _is_accepted(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], info: EpisodeInfo) -> bool:
         try:
             dataset.check(episode)
+            dataset.check_info(info)
         except ValueError as error:
             self._warn("all", f"Episodes of the {type(self.other).__name__} cannot all be brought back: {error}")
             return False
@@ -228,6 +249,13 @@ class Extension:
         self._loader.end_workers()
 
 
+def _info_or_none(dataset: EpisodeDataset, episode_id: int) -> EpisodeInfo | None:
+    """None if the episode is gone, or if this process does not know it."""
+    with contextlib.suppress(ValueError, RuntimeError):
+        return dataset.episode_info(episode_id)
+    return None
+
+
 def _length(episode: dict[str, np.ndarray]) -> int:
     return len(next(iter(episode.values())))
 
@@ -246,7 +274,7 @@ def _chain(dataset: EpisodeDataset) -> Iterator[EpisodeDataset]:
 
 def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
     stream = SequenceStream(other, min(batch_size, _EPISODES_PER_ITEM), None, seed=seed)
-    stream.assemble = _numbers_and_rows
+    stream.assemble = _what_was_drawn
     if num_workers == 0:
         return SequenceLoader(stream)
     per_worker = math.ceil(batch_size / stream.num_windows / num_workers)
@@ -255,6 +283,9 @@ def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, se
     return loader
 
 
-def _numbers_and_rows(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
+def _what_was_drawn(stream: SequenceStream, windows: Windows, out: dict[str, torch.Tensor]) -> Any:
     cuts = np.zeros(len(windows), np.int64) if windows.cut is None else windows.cut
-    return np.stack([windows.episode, windows.num_rows, cuts], 1).tolist(), out
+    # Here, as a worker has the files at hand.
+    other = cast("EpisodeDataset", stream.source)
+    infos = [_info_or_none(other, episode_id) for episode_id in windows.episode.tolist()]
+    return np.stack([windows.episode, windows.num_rows, cuts], 1).tolist(), infos, out

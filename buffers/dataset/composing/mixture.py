@@ -228,7 +228,7 @@ class MixtureDataset(EpisodeSource):
             leaf.add_late_field(name, type, default)
 
     def update(self, index: Any, values: Mapping[str, Any], source: Any = None) -> int:
-        """`EpisodeDataset.update` of the member that each window is in: `source` int64 `(B,)`, as `include` gives it."""
+        """`EpisodeDataset.update` of the members: `source` int64 `(B,)` has each window's, as `include` gives them."""
         if any(member.has_members for member in self._members):
             raise ValueError("A member is a mixture, whose members `source` does not tell apart: use one mixture.")
         if source is None:
@@ -266,6 +266,13 @@ class MixtureDataset(EpisodeSource):
                 return leaf.get_episode(episode_id)
             episode_id -= leaf.num_episodes
         return None
+
+    def episode_info(self, episode_id: int) -> dict[str, Any]:
+        """RuntimeError: members number their episodes by themselves."""
+        raise RuntimeError(
+            "A mixture does not keep the info of episodes. Ask the member: `mixture.datasets[n].episode_info(id)`, "
+            "with `source` and `episode` of a batch for n and id."
+        )
 
     def episodes(self) -> Iterator[dict[str, Any]]:
         """Copies of all episodes, in the order of the members."""

@@ -16,12 +16,13 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import IO, final
+from typing import IO, Any, final
 
 import numpy as np
 import torch
 
 from buffers.conversion import as_array
+from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
@@ -52,9 +53,15 @@ _NPY = b"\x93NUMPY\x01\x00"
 class _ArchiveSerialization(EpisodeSerializationStrategy):
     """A zip archive with one member for the rows of each field."""
 
+    keeps_info = True
+
+    def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
+        """Write an episode."""
+        self.save_with_info(episode, fields, file, {})
+
     @abstractmethod
-    def _read_fields(self, archive: zipfile.ZipFile) -> Fields:
-        """The fields that the archive says it holds."""
+    def _read_schema(self, archive: zipfile.ZipFile) -> tuple[Fields, dict[str, Any]]:
+        """The fields that the archive says it holds, and its whole schema."""
 
     @abstractmethod
     def _find_members(self, archive: zipfile.ZipFile, fields: Fields, length: int) -> dict[str, str]:
@@ -77,7 +84,15 @@ class _ArchiveSerialization(EpisodeSerializationStrategy):
 
     def load_fields(self, file: io.FileIO) -> Fields:
         with _open_archive(file) as archive:
-            return self._read_fields(archive)
+            return self._read_schema(archive)[0]
+
+    def load_info(self, file: io.FileIO) -> EpisodeInfo:
+        with _open_archive(file) as archive:
+            return self._read_schema(archive)[1]["info"]
+
+    def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
+        self.load(file, fields, length)
+        self.load_info(file)
 
     def check(self, file: io.FileIO, fields: Fields, length: int) -> None:
         with _open_archive(file, fields, length) as archive:
@@ -90,10 +105,12 @@ class NumpyCompressedSerialization(_ArchiveSerialization):
 
     suffix = ".npz"
 
-    def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
-        """Write an episode, compressed."""
+    def save_with_info(
+        self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter, info: EpisodeInfo
+    ) -> None:
+        """Write an episode, compressed, with its info in the schema."""
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(zipfile.ZipInfo(_SCHEMA_MEMBER, _NO_DATE), schema_text(fields))
+            archive.writestr(zipfile.ZipInfo(_SCHEMA_MEMBER, _NO_DATE), schema_text(fields, info))
             for name, tensor in episode.items():
                 if "\0" in name:
                     raise ValueError(f"Field {name!r} has a NUL in its name, which a zip archive cannot hold.")
@@ -102,8 +119,8 @@ class NumpyCompressedSerialization(_ArchiveSerialization):
                 with archive.open(member, "w", force_zip64=True) as target:
                     np.lib.format.write_array(target, as_array(name, tensor), version=(1, 0), allow_pickle=False)
 
-    def _read_fields(self, archive: zipfile.ZipFile) -> Fields:
-        return parse_schema(_read_small_member(archive, _SCHEMA_MEMBER))[0]
+    def _read_schema(self, archive: zipfile.ZipFile) -> tuple[Fields, dict[str, Any]]:
+        return parse_schema(_read_small_member(archive, _SCHEMA_MEMBER))
 
     def _find_members(self, archive: zipfile.ZipFile, fields: Fields, length: int) -> dict[str, str]:
         members = {name: name + ".npy" for name in fields}
@@ -133,11 +150,13 @@ class TorchSerialization(_ArchiveSerialization):
     suffix = ".pt"
     writes_unsigned = torch, "2.6"
 
-    def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
-        """Write an episode."""
+    def save_with_info(
+        self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter, info: EpisodeInfo
+    ) -> None:
+        """Write an episode, with its info in the schema."""
         # Not straight into the file: torch would hide the error of a full disk behind one of its own.
         content = io.BytesIO()
-        torch.save({SCHEMA_KEY: schema_text(fields), "episode": dict(episode)}, content)
+        torch.save({SCHEMA_KEY: schema_text(fields, info), "episode": dict(episode)}, content)
         length = len(next(iter(episode.values())))
         with zipfile.ZipFile(content) as archive:
             # If a version of torch writes anything else, adding must fail, not reading.
@@ -146,17 +165,17 @@ class TorchSerialization(_ArchiveSerialization):
                     raise DamagedEpisodeError(f"does not have `{name}` where it belongs")
         file.write(content.getbuffer())
 
-    def _read_fields(self, archive: zipfile.ZipFile) -> Fields:
-        """The fields in the schema, which is the second text of the pickle."""
+    def _read_schema(self, archive: zipfile.ZipFile) -> tuple[Fields, dict[str, Any]]:
+        """The schema is the second text of the pickle."""
         opcodes = pickletools.genops(_read_small_member(archive, _find_folder(archive) + "data.pkl"))
         texts = list(islice((str(argument) for opcode, argument, _ in opcodes if "UNICODE" in opcode.name), 2))
         if texts[:1] != [SCHEMA_KEY]:
             raise DamagedEpisodeError("is not what torch.save writes for an episode")
-        return parse_schema(texts[1])[0]
+        return parse_schema(texts[1])
 
     def _find_members(self, archive: zipfile.ZipFile, fields: Fields, length: int) -> dict[str, str]:
         """Torch numbers the members with rows in the order in which tensors were saved."""
-        folder, found = _find_folder(archive), self._read_fields(archive)
+        folder, (found, _) = _find_folder(archive), self._read_schema(archive)
         check_fields(found, fields)
         members = {name: f"{folder}data/{number}" for number, name in enumerate(found)}
         if sum(name.startswith(f"{folder}data/") for name in archive.namelist()) != len(members):

@@ -21,7 +21,7 @@ import stat
 import time
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -229,6 +229,19 @@ class EpisodeDirectory:
         return _File(
             name, opener=lambda name, flags: os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
         )
+
+    def read(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """`method(file, *arguments)` of a file.
+
+        One that looks damaged or gone is looked at again: a signal handler's exception can look like that.
+        """
+        try:
+            with self.open(name) as file:
+                return method(file, *arguments)
+        except (DamagedEpisodeError, FileNotFoundError) as error:
+            with self.open(name) as file:
+                method(file, *arguments)
+            raise error.__cause__ or error from None
 
     def close(self) -> None:
         """Release the lock."""

@@ -5,29 +5,31 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
-from typing import Any, Literal, final, get_args
+from typing import Any, final, get_args
 
 import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
-from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory, FileName, with_advice
-from buffers.dataset.files.opening import Inspection, Verify
+from buffers.dataset.episode_info import EpisodeInfo
+from buffers.dataset.files.directory import EpisodeDirectory, FileName, with_advice
+from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import EpisodeSerializationStrategy, check_strategy
+from buffers.dataset.files.serialization import (
+    DamagedEpisodeError,
+    EpisodeSerializationStrategy,
+    as_saved,
+    check_strategy,
+)
 from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
-from buffers.fields import Fields, as_tensor
+from buffers.fields import Fields
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import TableRow, Windows
 from buffers.utils import format_bytes, integer, one_of
 
 __all__ = ["IndividualFileDataset"]
-
-Durability = Literal["fsync", "rename"]
-Mode = Literal["a", "r"]
 
 
 @final
@@ -200,21 +202,8 @@ class IndividualFileDataset(EpisodeDataset):
 
     def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
         """Warn of files that are not whole episodes. A writer sets them aside."""
-        if not damaged:
-            return
-        what_happened = "left out"
-        if self._is_writer():
-            what_happened = f"moved into the folder `{DAMAGED}`"
-            damaged = [
-                (name, reason if self._directory.set_aside(name) else f"{reason} (and it could not be moved)")
-                for name, reason in damaged
-            ]
-        self.damaged_files += damaged
-        named = [f"{name}: {reason}" for name, reason in damaged[:5]]
-        if len(damaged) > 5:
-            named.append(f"and {len(damaged) - 5} more")
-        where = f"{len(damaged)} files in {self._directory.path}"
-        warnings.warn(f"{where} are no whole episodes and were {what_happened}: {'; '.join(named)}.", stacklevel=4)
+        if damaged:
+            self.damaged_files += report_damage(self._directory, damaged, moves=self._is_writer())
 
     # The methods of a storage.
 
@@ -226,21 +215,32 @@ class IndividualFileDataset(EpisodeDataset):
         assert fields is not None  # Settled before anything is written.
         self._remove_uncounted()
         self._written = name = self._name(start, len(next(iter(episode.values()))), episode_id, self.cut)
-        tensors = {}
-        for field, tensor_type in fields.items():
-            rows = np.array(episode[field], tensor_type.numpy_dtype, order="C")
-            if rows.shape != (name.length, *tensor_type.shape):
-                raise ValueError(
-                    f"Field `{field}` has shape {rows.shape}, expected {(name.length, *tensor_type.shape)}."
-                )
-            tensors[field] = as_tensor(rows, tensor_type)
+        tensors, info = as_saved(episode, fields, name.length), self._info_to_write
         try:
-            self._directory.commit(str(name), lambda file: strategy.save(tensors, fields, file))
+            self._directory.commit(str(name), lambda file: strategy.save_with_info(tensors, fields, file, info))
         except OSError as error:
             size = format_bytes(fields.nbytes * name.length)
             what = f"An episode of {name.length} steps ({size}) could not be written, those before it are kept"
             raise with_advice(error, self._directory.path, what) from error
         self._is_bound = True
+
+    def check_info(self, info: EpisodeInfo) -> None:
+        """ValueError for an info that the format, or a dataset behind this one, cannot keep."""
+        if info and not self.serialization_strategy.keeps_info:
+            suffix = self.serialization_strategy.suffix
+            raise ValueError(f"The format `{suffix}` does not keep `info` of episodes. Leave it out, or use another.")
+        super().check_info(info)
+
+    def _keep_info(self, episode_id: int, info: EpisodeInfo | None) -> None:
+        self._info_to_write = info or {}
+
+    def _find_info(self, row: TableRow) -> EpisodeInfo:
+        self._check_open()
+        try:
+            return self._directory.read(str(name := self._name(*row)), self.serialization_strategy.load_info)
+        except (DamagedEpisodeError, FileNotFoundError) as error:
+            self._lose(name, str(error) if isinstance(error, DamagedEpisodeError) else None)
+            raise RuntimeError(f"Episode {name.id} is gone from the store.") from error
 
     def _read(self, windows: Windows, out: dict[str, torch.Tensor]) -> np.ndarray | None:
         self._check_open()
@@ -266,10 +266,10 @@ class IndividualFileDataset(EpisodeDataset):
         assert self._log is not None
         self._log.add(row, self.table)
 
-    def store(self, episode: dict[str, np.ndarray], cut: int = 0) -> int:
+    def store(self, episode: dict[str, np.ndarray], cut: int = 0, info: EpisodeInfo | None = None) -> int:
         """`EpisodeDataset.store`; after an error, neither the episode nor its file is there."""
         try:
-            return super().store(episode, cut)
+            return super().store(episode, cut, info)
         except Exception:
             with contextlib.suppress(OSError):
                 self._remove_uncounted()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.files.directory import EpisodeDirectory
+from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
@@ -19,10 +19,28 @@ from buffers.dataset.files.serialization import (
 )
 from buffers.fields import Fields
 
-__all__ = ["Inspection", "Verify"]
+__all__ = ["Durability", "Inspection", "Mode", "Verify", "report_damage"]
 
+Durability = Literal["fsync", "rename"]
+Mode = Literal["a", "r"]
 Verify = Literal["size", "header", "full"]
 _FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)}
+
+
+def report_damage(directory: EpisodeDirectory, damaged: list[tuple[str, str]], moves: bool) -> list[tuple[str, str]]:
+    """Warn of files (name, what is wrong) that are not whole episodes; `moves`: after setting them aside."""
+    what_happened = f"moved into the folder `{DAMAGED}`" if moves else "left out"
+    if moves:
+        damaged = [
+            (name, reason if directory.set_aside(name) else f"{reason} (and it could not be moved)")
+            for name, reason in damaged
+        ]
+    named = [f"{name}: {reason}" for name, reason in damaged[:5]]
+    if len(damaged) > 5:
+        named.append(f"and {len(damaged) - 5} more")
+    where = f"{len(damaged)} files in {directory.path}"
+    warnings.warn(f"{where} are no whole episodes and were {what_happened}: {'; '.join(named)}.", stacklevel=5)
+    return damaged
 
 
 class Inspection:
@@ -109,17 +127,10 @@ class Inspection:
         return rows[[name not in self._errors for name in names]]
 
     def _try(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        for _ in range(2):
-            try:
-                with self._directory.open(name) as file:
-                    found = method(file, *arguments)
-            except (DamagedEpisodeError, FileNotFoundError) as error:
-                self._errors[name] = error
-            else:
-                if name not in self._errors:
-                    return found
-                # Only a signal handler makes a good file look damaged once.
-                raise self._errors[name].__cause__ or self._errors[name]
+        try:
+            return self._directory.read(name, method, *arguments)
+        except (DamagedEpisodeError, FileNotFoundError) as error:
+            self._errors[name] = error
 
     def _agree(self, found: Fields | None, stated: Fields | None) -> Fields:
         path, fields = self._directory.path, found if stated is None else stated

@@ -11,6 +11,7 @@ from typing import NamedTuple, final
 import safetensors.torch
 import torch
 
+from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.serialization import (
     SCHEMA_KEY,
     DamagedEpisodeError,
@@ -43,12 +44,19 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
 
     suffix = ".safetensors"
     writes_unsigned = safetensors, "0.6.1"
+    keeps_info = True
 
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
         """Write an episode. Apart from the checksum, the header depends on fields and length alone."""
+        self.save_with_info(episode, fields, file, {})
+
+    def save_with_info(
+        self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter, info: EpisodeInfo
+    ) -> None:
+        """Write an episode, with its info in the header."""
         if "__metadata__" in episode:
             raise ValueError("Field `__metadata__` has a name that safetensors keeps for itself. Rename it.")
-        encoded = _encode(episode, fields)
+        encoded = _encode(episode, fields, info)
         if int.from_bytes(encoded[:8], "little") > _MAX_HEADER:
             raise ValueError(f"The names of the fields make a header of more than {_MAX_HEADER} bytes.")
         file.write(encoded)
@@ -66,10 +74,14 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         """The fields in the header."""
         return _read_header(file).fields
 
+    def load_info(self, file: io.FileIO) -> EpisodeInfo:
+        """The info in the header."""
+        return _read_header(file).info
+
     def overhead(self, fields: Fields) -> tuple[int, int]:
-        """The size of the header of one row, and of the longest header."""
+        """The size of the header of one row, and of the longest header without info."""
         row = {name: torch.zeros((1, *kind.shape), dtype=kind.dtype, device="cpu") for name, kind in fields.items()}
-        least = len(_encode(row, fields)) - fields.nbytes
+        least = len(_encode(row, fields, {})) - fields.nbytes
         return least, least + _MORE_DIGITS * len(fields) + _PADDING
 
     def row_offsets(self, file: io.FileIO, fields: Fields, length: int) -> dict[str, int]:
@@ -98,11 +110,11 @@ def _checksum(episode: Mapping[str, torch.Tensor]) -> str:
     return f"crc32:{value:08x}"
 
 
-def _encode(episode: Mapping[str, torch.Tensor], fields: Fields) -> bytes:
+def _encode(episode: Mapping[str, torch.Tensor], fields: Fields, info: EpisodeInfo) -> bytes:
     stored = {
         name: torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor for name, tensor in episode.items()
     }
-    return safetensors.torch.save(stored, {SCHEMA_KEY: schema_text(fields, checksum=_checksum(episode))})
+    return safetensors.torch.save(stored, {SCHEMA_KEY: schema_text(fields, info, checksum=_checksum(episode))})
 
 
 class _Header(NamedTuple):
@@ -110,6 +122,7 @@ class _Header(NamedTuple):
     length: int
     offsets: dict[str, int]  # Of the first row of each field, in the file.
     checksum: object
+    info: EpisodeInfo
 
 
 def _read_header(file: io.FileIO) -> _Header:
@@ -137,7 +150,7 @@ def _parse_header(header: bytes) -> _Header:
         if entry != expected:
             raise DamagedEpisodeError(f"has the tensor `{name}` as {entry!r:.200}, expected {expected}")
         offsets[name] = 8 + len(header) + begin
-    return _Header(fields, length, offsets, schema.get("checksum"))
+    return _Header(fields, length, offsets, schema.get("checksum"), schema["info"])
 
 
 def _stored_type(tensor_type: TensorType) -> tuple[str, tuple[int, ...]]:

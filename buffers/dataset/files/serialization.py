@@ -26,6 +26,7 @@ from torch.torch_version import TorchVersion
 
 from buffers import fields as field_types
 from buffers.conversion import TO_NUMPY
+from buffers.dataset.episode_info import EpisodeInfo, checked_info, info_text
 from buffers.fields import Fields, TensorType, as_tensor
 
 __all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError"]
@@ -55,7 +56,7 @@ class UnknownVersionError(DamagedEpisodeError):
 
 
 class EpisodeSerializationStrategy(ABC):
-    """A file format. One of your own needs a `suffix`, `save` and `load`.
+    """A file format. One of your own needs a `suffix`, `save` and `load`; to keep the info of episodes, three more.
 
     Files may come from anyone, so reading must not run code from a file, and must check what the file says before
     allocating memory for it. A DamagedEpisodeError sets a file aside. Any other exception reaches the caller, and the
@@ -68,6 +69,8 @@ class EpisodeSerializationStrategy(ABC):
     suffix: str
     #: The library that writes unsigned integers of more than 8 bits, with its first version that does; if there is one.
     writes_unsigned: tuple[ModuleType, str] | None = None
+    #: Whether files keep the info of their episodes, by `save_with_info` and `load_info`.
+    keeps_info = False
 
     @abstractmethod
     def save(self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter) -> None:
@@ -97,6 +100,16 @@ class EpisodeSerializationStrategy(ABC):
         Raises:
             DamagedEpisodeError: The file holds something else.
         """
+
+    def save_with_info(
+        self, episode: Mapping[str, torch.Tensor], fields: Fields, file: io.BufferedWriter, info: EpisodeInfo
+    ) -> None:
+        """`save`, with an info, which is empty unless the format `keeps_info`."""
+        self.save(episode, fields, file)
+
+    def load_info(self, file: io.FileIO) -> EpisodeInfo:
+        """The info that a file has, {} for one that was saved without; a DamagedEpisodeError for anything else."""
+        return {}
 
     def check_dtypes(self, fields: Fields) -> None:
         """ValueError for dtypes that the installed library cannot write."""
@@ -129,6 +142,7 @@ class EpisodeSerializationStrategy(ABC):
         """The least and the greatest number of bytes besides the rows, or None (the default) if that depends on data.
 
         When a directory is opened, a file whose size is within these bounds counts as whole until it is first read.
+        The bounds are those of a file without info: one that has an info is looked into.
         """
         return None
 
@@ -169,19 +183,25 @@ def parse_json(data: str | bytes) -> Any:
         raise DamagedEpisodeError("nests too deeply") from None
 
 
-def schema_text(fields: Fields, **more: Any) -> str:
-    """The version and the fields as JSON in ASCII; equal fields give equal texts."""
+def schema_text(fields: Fields, info: EpisodeInfo | None = None, **more: Any) -> str:
+    """The version, the fields and an info as JSON in ASCII; equal ones give equal texts."""
     if max(map(len, fields.paths)) > _MAX_DEPTH:
         raise ValueError(f"Files hold fields of at most {_MAX_DEPTH} levels.")
     described = [
         {"path": path, "type": _type_name(kind), "dtype": str(kind.dtype).removeprefix("torch."), "shape": kind.shape}
         for path, kind in zip(fields.paths, fields.values(), strict=True)
     ]
+    if info:
+        more |= {"info": info, "info_checksum": _checksum(info)}
     return json.dumps({"version": FORMAT_VERSION, **more, "fields": described}, separators=(",", ":"))
 
 
+def _checksum(info: EpisodeInfo) -> str:
+    return f"crc32:{zlib.crc32(info_text(info).encode()):08x}"
+
+
 def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
-    """The fields, and the whole JSON, of what `schema_text` wrote.
+    """The fields, and the whole JSON, of what `schema_text` wrote; its "info" is {} where there is none.
 
     Raises:
         UnknownVersionError: Another version of the format.
@@ -204,6 +224,9 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
             if last in node:
                 raise DamagedEpisodeError(f"names the field {last!r:.60} twice")
             node[last] = _parse_type(described)
+        schema["info"] = info = checked_info(schema.get("info", {}))
+        if info and schema["info_checksum"] != _checksum(info):
+            raise DamagedEpisodeError(f"has an info that is not the one it was written with: {info!r:.200}")
         return Fields(tree), schema
 
 
@@ -220,6 +243,17 @@ def _parse_type(described: Mapping[str, Any]) -> TensorType:
 def _type_name(tensor_type: TensorType) -> str:
     """The nearest class that the library defines: a user's own type is stored as its base."""
     return next(kind.__name__ for kind in type(tensor_type).__mro__ if kind.__name__ in field_types.__all__)
+
+
+def as_saved(episode: Mapping[str, np.ndarray], fields: Fields, length: int) -> dict[str, torch.Tensor]:
+    """Copies of the rows as tensors, as `save` gets them; ValueError for other shapes than those of `length` rows."""
+    tensors = {}
+    for name, kind in fields.items():
+        rows = np.array(episode[name], kind.numpy_dtype, order="C")
+        if rows.shape != (length, *kind.shape):
+            raise ValueError(f"Field `{name}` has shape {rows.shape}, expected {(length, *kind.shape)}.")
+        tensors[name] = as_tensor(rows, kind)
+    return tensors
 
 
 def check_fields(found: Fields, expected: Fields) -> None:

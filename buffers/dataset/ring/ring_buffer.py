@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor, FIFOEvictor
@@ -82,6 +83,8 @@ class RingBufferDataset(EpisodeDataset):
         self._published: PublishedTable | None = None
         # Rows before this step id may be overwritten.
         self._oldest_step = 0
+        # Of episodes with smaller ids, a copy of a reader does not know the info.
+        self._first_info_id = 0
         # The process that adds episodes; in others, this dataset reads what that one publishes.
         self._writer = Process.number
         super().__init__(capacity, info, evictor)
@@ -130,6 +133,14 @@ class RingBufferDataset(EpisodeDataset):
         # Ask the kernel: `Process.number` is stale after a fork outside of Python, and a second writer destroys data.
         if os.getpid() != self._writer:
             raise RuntimeError("Only the process that made a RingBufferDataset can change it; this one reads along.")
+
+    def _find_info(self, row: TableRow) -> EpisodeInfo:
+        if Process.number != self._writer or row[2] < self._first_info_id:
+            raise RuntimeError(
+                "The info of episodes stays in the process that made a RingBufferDataset; this one reads along. Look "
+                "it up there, or use an IndividualFileDataset."
+            )
+        return super()._find_info(row)
 
     def start_of_next(self, length: int) -> int:
         """The step id at which an episode of `length` rows will begin: the next, or the next multiple of capacity."""
@@ -224,7 +235,7 @@ class RingBufferDataset(EpisodeDataset):
         if self._published is None:
             state["tensors"] = {name: column.tensor for name, column in columns.items()}
         else:
-            state["table"], state["_drawn_tables"] = EpisodeTable(), {}
+            state["table"], state["_drawn_tables"], state["_infos"] = EpisodeTable(), {}, {}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -247,9 +258,11 @@ class RingBufferDataset(EpisodeDataset):
                 episode = self.arrays_of_id(episode_id)
                 if episode is not None:  # A reader finds one gone if the writer has overwritten it.
                     other.table.skip_to(episode_id, start)
-                    other.add(episode, cut)
+                    other.add(episode, cut, self._infos.get(episode_id))
             other.num_lost, other.num_dismissed = self.num_lost, self.num_dismissed
             other.table.skip_to(self.table.next_id, self.table.next_start)
+            is_writer = Process.number == self._writer
+            other._first_info_id = self._first_info_id if is_writer else self.table.next_id
         return other
 
 
