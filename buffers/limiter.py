@@ -240,10 +240,10 @@ class SamplesPerInsert:
         batch = self._per_drawn * self._batch_steps
         excess = self._due(added + num_steps, drawn) - self._slack
         num_batches = min(-(-excess // batch), self._num_allowed(added, drawn))
+        what = f"{_counted(num_batches, 'batch', 'es')} to be drawn"
         return (
-            f"Adding {_counted(num_steps, 'step')} waited {self._timeout:g} s for {_counted(num_batches, 'batch', 'es')} "
-            "to be drawn: "
-            f"{self._numbers()} Draw in another thread, or `num_batches_due` batches after each step."
+            f"Adding {_counted(num_steps, 'step')} waited {self._timeout:g} s for {what}: {self._numbers()} Draw in "
+            "another thread, or draw `num_batches_due` batches after each step."
         )
 
     def _numbers(self) -> str:
