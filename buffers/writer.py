@@ -94,7 +94,7 @@ class EpisodeWriter:
         max_episode_length: As for `ReplayBuffer`; so is `overlap`.
         check_fields: Called with the fields before they are settled; raises to refuse them.
         on_stored: Called with each episode's environment, rows and cut after the sink has stored it.
-        limiter: Says when rows may be added, and counts them.
+        limiter: That of a buffer, which says when rows may be added, and counts them.
 
     Attributes:
         owner: The recorder that may write, as an object that it made; None before the first.
