@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Fields
 from buffers.late import PRIORITY
+from buffers.limiter import SamplesPerInsert
 from buffers.table import CONTINUES, GOES_ON, context_of
 from buffers.writer import EpisodeWriter
 
@@ -48,6 +50,8 @@ class ReplayBuffer:
             do not cross a cut, but for what `overlap` gives.
         overlap: k, rows with which a piece begins that the piece before it ends with. Windows of up to k + 1 rows then
             exist once each, also across cuts. A recorder takes 1 at least, so that no transition is lost.
+        limiter: Keeps how often steps are drawn near a ratio: the one of `sample` and the methods that add which is
+            ahead waits. Only what goes through this buffer counts.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -65,6 +69,7 @@ class ReplayBuffer:
         num_envs: int | None = None,
         max_episode_length: int | None = None,
         overlap: int = 0,
+        limiter: SamplesPerInsert | None = None,
         **options: Unpack[LoaderOptions],
     ) -> None:
         if not isinstance(dataset, EpisodeSource):
@@ -90,7 +95,13 @@ class ReplayBuffer:
                 overlap,
                 check_fields=loader.stream.check_fields,
                 on_stored=self._returns.note,
+                limiter=limiter,
             )
+        self.limiter = limiter
+        if limiter is not None:
+            if not isinstance(limiter, SamplesPerInsert):
+                raise TypeError(f"`limiter` must be a SamplesPerInsert, found {type(limiter).__name__}.")
+            limiter.attach(dataset, loader.stream, num_envs)  # Last, as it then belongs to this buffer.
 
     # Steps in.
 
@@ -158,7 +169,8 @@ class ReplayBuffer:
         self._check_open()
         dataset = self.writer.sink
         assert isinstance(dataset, EpisodeDataset)  # It has a writer.
-        episode_id = dataset.add_episode(episode, info)
+        with nullcontext() if self.limiter is None else self.limiter.adding_episode(episode):
+            episode_id = dataset.add_episode(episode, info)
         self._returns.note(-1, episode, 0)
         return episode_id
 
@@ -169,12 +181,27 @@ class ReplayBuffer:
 
     # Batches out.
 
+    @property
+    def num_batches_due(self) -> int:
+        """How many batches the limiter lets `sample` draw now; RuntimeError if there is no limiter."""
+        if self.limiter is None:
+            raise RuntimeError(
+                "Only a limiter knows what is due: `ReplayBuffer(..., limiter=SamplesPerInsert(ratio))`."
+            )
+        return self.limiter.num_batches_due
+
     def sample(self) -> Any:
         """The next batch, `field -> (B, T, *shape)` with what `include` adds, or what `transform` made of it.
 
         Raises:
-            RuntimeError: No complete episode is long enough.
+            RuntimeError: No complete episode is long enough; with a limiter, no batch was due within its timeout.
         """
+        if self.limiter is None:
+            return self._next_batch()
+        with self.limiter.drawing():
+            return self._next_batch()
+
+    def _next_batch(self) -> Any:
         if self._is_closed or not self.dataset.table.num_steps:
             self._check_open()
             if self._num_open_rows:
@@ -238,7 +265,7 @@ class ReplayBuffer:
                 f"Only {share:.0%} of the stored steps can be drawn: all others are in episodes of fewer than "
                 f"`sequence_length`={length} steps. Pad windows (`pad_before`, `pad_after`), lower it, or draw whole "
                 "episodes: `sequence_length=None`.",
-                stacklevel=3,
+                stacklevel=4,  # The caller of `sample`.
             )
 
     def _check_open(self) -> None:
@@ -256,6 +283,8 @@ class ReplayBuffer:
                 if self._writer is not None:
                     self._writer.close()
                 self._is_closed = True
+                if self.limiter is not None:
+                    self.limiter.close()
             finally:
                 self._batches = None
                 self.dataloader.end_workers()
@@ -309,7 +338,8 @@ class ReplayBuffer:
             far, `num_batches` taken, `num_rejected_windows` (drawn again because their episode was evicted), `padding`
             (its share in the last batch, if that has a `mask`; without workers);
             `mean_episode_return` of the last 100 complete episodes if there is a scalar `reward`; after a batch,
-            `newest_age`: steps added since its newest row (not for a mixture). Lengths and returns are those of
+            `newest_age`: steps added since its newest row (not for a mixture); with a limiter, `samples_per_insert`
+            (drawn steps for each added one, once there are both). Lengths and returns are those of
             episodes, not of the pieces that `max_episode_length` cuts.
         """
         dataset, stream = self.dataset, self.dataloader.stream
@@ -332,6 +362,8 @@ class ReplayBuffer:
             found["mean_episode_return"] = sum(last) / len(last)
         if stream.newest_step is not None and not dataset.has_members:
             found["newest_age"] = dataset.table.num_steps_after(stream.newest_step)
+        if self.limiter is not None and self.limiter.samples_per_insert is not None:
+            found["samples_per_insert"] = self.limiter.samples_per_insert
         return found
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from buffers.conversion import as_array
 from buffers.dataset.episode_info import EpisodeInfo, infos_by_env
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.fields import Fields
+from buffers.limiter import SamplesPerInsert
 from buffers.sink import EpisodeSink
 from buffers.table import GOES_ON
 from buffers.utils import integer
@@ -38,6 +40,7 @@ __all__ = ["EpisodeSink", "EpisodeWriter"]
 Rows = dict[str, np.ndarray]
 # A flag that is one value, not an array of one for each environment.
 _ONE = (bool, np.bool_)
+_UNLIMITED = nullcontext()
 
 
 class EpisodeWriter:
@@ -57,6 +60,7 @@ class EpisodeWriter:
         max_episode_length: As for `ReplayBuffer`; so is `overlap`.
         check_fields: Called with the fields before they are settled; raises to refuse them.
         on_stored: Called with each episode's environment, rows and cut after the sink has stored it.
+        limiter: That of a buffer, which says when rows may be added, and counts them.
 
     Attributes:
         owner: The recorder that may write, as an object that it made; None before the first.
@@ -77,6 +81,7 @@ class EpisodeWriter:
         *,
         check_fields: Callable[[Fields], object] | None = None,
         on_stored: Callable[[int, dict[str, np.ndarray], int], object] | None = None,
+        limiter: SamplesPerInsert | None = None,
     ) -> None:
         self.sink = sink
         self.num_envs = None if num_envs is None else integer("num_envs", num_envs, 1)
@@ -90,7 +95,7 @@ class EpisodeWriter:
         self.max_episode_length = max_episode_length
         self.owner: object | None = None
         self.is_closed = False
-        self._check_fields = check_fields
+        self._check_fields, self._limiter = check_fields, limiter
         self._outbox = _Outbox(sink, on_stored)
         # Made by the first row, which settles N and the fields.
         self._accumulator: Accumulator | None = None
@@ -198,10 +203,11 @@ class EpisodeWriter:
             self._outbox.retry()
         accumulator = self._accumulator
         assert accumulator is not None  # The rows were checked.
-        if self.leading:
-            accumulator.add_rows(rows, is_first, is_last, mask)
-        elif mask is None or mask:
-            accumulator.add_row(rows, bool(is_first), bool(is_last))
+        with _UNLIMITED if self._limiter is None else self._limiter.adding(accumulator.num_envs, mask):
+            if self.leading:
+                accumulator.add_rows(rows, is_first, is_last, mask)
+            elif mask is None or mask:
+                accumulator.add_row(rows, bool(is_first), bool(is_last))
 
     def truncate(self, mask: np.ndarray) -> None:
         """Complete the open episodes under the mask, bool `(N,)`, as truncated unless they terminated."""
@@ -221,6 +227,8 @@ class EpisodeWriter:
         self._outbox.retry()
         if self._accumulator is not None:
             self._accumulator.flush(mask, truncate)
+        if self._limiter is not None:
+            self._limiter.notify()
 
     def _per_env(self, flag: Any) -> Any:
         """A plain bool as bool `(N,)`, if the rows have an environment axis; anything else as it is."""
@@ -304,6 +312,8 @@ class EpisodeWriter:
     def _settle(self, fields: Fields, leading: tuple[int, ...]) -> None:
         if self._check_fields is not None:
             self._check_fields(fields)
+        if self._limiter is not None:
+            self._limiter.settle_num_envs(leading[0] if leading else 1)
         # Now, so that no other writer settles other fields while episodes are open here.
         self.sink.settle_fields(fields)
         self.leading, self.num_envs = leading, leading[0] if leading else 1

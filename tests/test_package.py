@@ -57,7 +57,7 @@ def test_all_names_exist_and_are_sorted(name: str) -> None:
 
 
 PROMISED = {
-    "buffers": "ReplayBuffer Recorder Evictor FIFOEvictor",
+    "buffers": "ReplayBuffer Recorder Evictor FIFOEvictor SamplesPerInsert",
     "buffers.dataset": "EpisodeDataset IndividualFileDataset MixtureDataset RingBufferDataset",
     "buffers.dataset.fields": "Fields TensorType Scalar Vector ColorImage PaddedPointcloud",
     "buffers.dataset.individual_file": "EpisodeSerializationStrategy NumpyCompressedSerialization TorchSerialization",
