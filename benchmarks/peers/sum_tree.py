@@ -20,8 +20,7 @@ class SumTree(Contestant):
     def make(self, store: Store) -> None:
         self._arrays = {n: np.zeros((store.num_steps, *shape), dtype) for n, (shape, dtype) in store.fields.items()}
         self._num_rows, self._capacity, self._largest = 0, store.num_steps, 1.0
-        self._num_levels = (store.num_steps - 1).bit_length()
-        self._num_leaves = 1 << self._num_levels
+        self._num_leaves = 1 << (store.num_steps - 1).bit_length()
         self._tree = np.zeros(2 * self._num_leaves)
 
     def episode_adder(self, rows: Rows, length: int) -> Callable[[], Any]:
@@ -39,14 +38,13 @@ class SumTree(Contestant):
 
         def draw() -> Rows:
             node, mass = np.ones(num, np.int64), rng.random(num) * tree[1]
-            for _ in range(self._num_levels):
+            while node[0] < self._num_leaves:
                 left = tree[node := 2 * node]
                 is_right = mass >= left
                 node, mass = node + is_right, np.where(is_right, mass - left, mass)
             weight = (min(self._num_rows, self._capacity) * tree[node] / tree[1]) ** -BETA
-            index = node - self._num_leaves
-            rows = {name: values[index] for name, values in self._arrays.items()}
-            return {**rows, "index": index, "weight": weight / weight.max()}
+            rows = {name: values[node - self._num_leaves] for name, values in self._arrays.items()}
+            return {**rows, "index": node - self._num_leaves, "weight": weight / weight.max()}
 
         return draw
 
