@@ -171,6 +171,8 @@ class Contestant(ABC):
         """New priorities of rows that were drawn before, over and over."""
         draw, values = self.prioritized_drawer(workload.batch_size, workload.length), self._fresh_priorities(workload)
         places = itertools.cycle([self.index_of(draw()) for _ in range(_NUM_UPDATES)])
+        # Kept, so that an update also costs what it changes for who draws.
+        self._draw = draw
         return lambda: self.update(next(places), next(values))
 
     def _fresh_priorities(self, workload: Workload) -> Iterator[Any]:

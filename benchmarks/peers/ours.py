@@ -116,12 +116,16 @@ class _Ours(Contestant):
         return ReplayBuffer(self.dataset, batch_size, length, **options).sample
 
     def _task(self, workload: Workload) -> Callable[[], Any]:
-        from buffers.sampler import OnlineSampler, RecencySampler
-
         size = workload.batch_size, workload.length
         if workload.task == RECENCY:
+            from buffers.sampler import RecencySampler
+
             return self.drawer(*size, RecencySampler(workload.store.num_steps / 10))
-        return self.drawer(*size, OnlineSampler()) if workload.task == ONLINE else super()._task(workload)
+        if workload.task == ONLINE:
+            from buffers.sampler import OnlineSampler
+
+            return self.drawer(*size, OnlineSampler())
+        return super()._task(workload)
 
     def spread_priorities(self, values: np.ndarray) -> None:
         self.prioritized_drawer(1, 1)  # From the first such sampler on, rows have priorities.
