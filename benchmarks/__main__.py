@@ -17,11 +17,11 @@ from benchmarks.picture import draw
 
 # Against the peers; distribution and claims are facts, not figures.
 AGAINST_PEERS = (
-    *("sampling", "transitions", "adding", "growth", "training", "memory", "disk", "offsets"),
+    *("sampling", "transitions", "adding", "growth", "training", "memory", "disk", "offsets", "priorities"),
     *("distribution", "claims"),
 )
 # Ours in a process of its own, beside the build from before.
-OURS = ("samplers", "wrapping", "padding", "holding_up")
+OURS = ("samplers", "wrapping", "padding", "priorities_growth", "holding_up")
 # Ours alone.
 ALONE = ("recording", "workers", "filing", "composing")
 QUICK_SCALE, QUICK_ROUNDS = 10, 5

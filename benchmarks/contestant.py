@@ -6,15 +6,29 @@ in the form it takes best, made outside of what is timed: arrays, tensors, a Ten
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from benchmarks.workloads import Store, TaggedEnvs, Workload, blocks, tagged_rows
+from benchmarks.workloads import (
+    PRIORITIZED,
+    UNIFORM,
+    UPDATE,
+    UPDATED,
+    Store,
+    TaggedEnvs,
+    Workload,
+    blocks,
+    log_uniform,
+    tagged_rows,
+)
 
 Rows = dict[str, np.ndarray]
+_ROWS_AT_ONCE = 100_000
+_NUM_UPDATES = 16
 
 
 class Contestant(ABC):
@@ -24,11 +38,15 @@ class Contestant(ABC):
         draws_sequences: False where B x T loose rows are drawn instead of B sequences.
         prefetched: Batches that workers may have made ahead.
         folder: Where files may be written.
+        tasks: What it does of "priorities".
+        priority_rule: Of `verification.PRIORITY_RULES`, by which it draws.
     """
 
     draws_sequences = True
     prefetched = 0
     folder = "."
+    tasks: tuple[str, ...] = (PRIORITIZED, UPDATED, UPDATE)
+    priority_rule = ""
 
     def __init__(self) -> None:
         self.store: Store | None = None
@@ -51,6 +69,22 @@ class Contestant(ABC):
     def offset_drawer(self, batch_size: int) -> Callable[[], Any]:
         """A function that draws anchors, any rows, and reads `OFFSETS` around them: beyond an end, the nearest row."""
         raise NotImplementedError
+
+    def prioritized_drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+        """A function that draws a batch by priorities, with weights, of which `index_of` tells where its rows are."""
+        raise NotImplementedError
+
+    def index_of(self, batch: Any) -> Any:
+        """Where the rows of a prioritized batch are, in the form that `update` takes best."""
+        return batch["index"]
+
+    def update(self, index: Any, priorities: Any) -> None:
+        """Write priorities, of `as_priorities`, of the rows at an index of `index_of`, or at int64 `(N,)`."""
+        raise NotImplementedError
+
+    def as_priorities(self, values: np.ndarray, length: int) -> Any:
+        """Priorities float32 `(B * T,)` in the form that `update` takes best."""
+        return values
 
     def step_adder(self, envs: TaggedEnvs) -> Callable[[], Any]:
         """A function that adds `envs.rows`, a row of each environment."""
@@ -76,6 +110,14 @@ class Contestant(ABC):
         self.store, self._envs = store, TaggedEnvs(store)
         if store.is_filled:
             self.fill_rows(store)
+            if store.prioritized:
+                self.spread_priorities(log_uniform(store.num_steps))
+
+    def spread_priorities(self, values: np.ndarray) -> None:
+        """Priorities of the rows of a store that was filled once, in their order."""
+        for begin in range(0, len(values), _ROWS_AT_ONCE):
+            part = values[begin : begin + _ROWS_AT_ONCE]
+            self.update(np.arange(begin, begin + len(part)), self.as_priorities(part, 1))
 
     def fill_rows(self, store: Store) -> None:
         """Add rows until the store is full, also where the rows of open episodes are kept beside it."""
@@ -92,13 +134,52 @@ class Contestant(ABC):
         """The functions that draw, by variant; nearly all contestants have one way, ""."""
         if workload.part == "offsets":
             return {"": self.offset_drawer(workload.batch_size)}
+        if workload.task:
+            return {"": self._task(workload)} if self.takes(workload) and workload.task != UPDATE else {}
         return {"": self.drawer(workload.batch_size, workload.length)}
 
     def functions(self, workload: Workload) -> dict[str, Callable[[], Any]]:
         """What is timed, by variant."""
         if workload.part == "adding":
             return {"": self._adding(workload.store)}
+        if workload.task == UPDATE:
+            return {"": self._updates(workload)} if self.takes(workload) else {}
         return {variant: self._after_adding(draw, workload) for variant, draw in self.drawers(workload).items()}
+
+    def takes(self, workload: Workload) -> bool:
+        """Whether it can do a task of "priorities"."""
+        return workload.task in self.tasks
+
+    def _task(self, workload: Workload) -> Callable[[], Any]:
+        """A function that draws as a task of "priorities" says."""
+        size = workload.batch_size, workload.length
+        if workload.task == UNIFORM:
+            return self.drawer(*size)
+        draw = self.prioritized_drawer(*size)
+        if workload.task == PRIORITIZED:
+            return draw
+        values = self._fresh_priorities(workload)
+
+        def draw_and_update() -> Any:
+            batch = draw()
+            self.update(self.index_of(batch), next(values))
+            return batch
+
+        return draw_and_update
+
+    def _updates(self, workload: Workload) -> Callable[[], Any]:
+        """New priorities of rows that were drawn before, over and over."""
+        draw, values = self.prioritized_drawer(workload.batch_size, workload.length), self._fresh_priorities(workload)
+        places = itertools.cycle([self.index_of(draw()) for _ in range(_NUM_UPDATES)])
+        # Kept, so that an update also costs what it changes for who draws.
+        self._draw = draw
+        return lambda: self.update(next(places), next(values))
+
+    def _fresh_priorities(self, workload: Workload) -> Iterator[Any]:
+        num, length = workload.batch_size * workload.length, workload.length
+        # One more than there are places, so that no place gets the same values again.
+        seeds = range(1, _NUM_UPDATES + 2)
+        return itertools.cycle([self.as_priorities(log_uniform(num, seed), length) for seed in seeds])
 
     def _after_adding(self, draw: Callable[[], Any], workload: Workload) -> Callable[[], Any]:
         """What the workload adds before a draw, and the draw."""

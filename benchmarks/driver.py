@@ -210,6 +210,8 @@ class Driver:
         """Measure all workloads of a part."""
         rows = []
         every = workloads(part, self.scale)
+        if part == "priorities":
+            self._check_priorities()
         for threads in THREADS.get(part, (1,)):
             for workload in every:
                 row = self._measured(workload, threads)
@@ -271,6 +273,19 @@ class Driver:
             }
             for name, found in answers.items()
         }
+
+    def _check_priorities(self) -> None:
+        """Who does not prefer large priorities is left out; if it is ours, the run stops."""
+        for name, contestant in self.takers("priorities").items():
+            if name in LIMITS:
+                continue
+            try:
+                say(f"{CONTESTANTS[name].label}, priorities: {contestant.ask('check_priorities')}")
+            except ContestantError as error:
+                if name.startswith("ours"):
+                    raise AssertionError(f"{name}: {error}") from None
+                self.missing[name] = str(error)
+                say(f"{CONTESTANTS[name].label} is left out: {error}")
 
     def _measured(self, workload: Workload, threads: int) -> Row:
         row = Row(workload.label, threads, {}, {}, {})

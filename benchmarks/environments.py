@@ -84,6 +84,12 @@ def _install(name: str, requirements: str) -> None:
     if torch:
         _run(*pip, *torch)
     _run(*pip, "-r", str(REQUIREMENTS / f"{name}.txt"))
+    if name == "torchrl":
+        try:
+            _run(str(folder / "bin" / "python"), str(HERE / "torchrl_extension.py"))
+        except subprocess.CalledProcessError as error:
+            why = (error.stderr.strip().splitlines() or [str(error)])[-1]
+            print(f"{name}: without its prioritized samplers, as its extension cannot be built: {why}", flush=True)
 
 
 def _run(*command: str) -> str:

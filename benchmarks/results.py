@@ -32,6 +32,8 @@ TITLES = {
     "wrapping": "Drawing a batch of B x T from a ring of 10,000 steps, of episodes of 100 steps and of long ones",
     "padding": "Drawing a batch of B x T from memory: as it is, a tenth of it padded, and as stacks of four frames",
     "offsets": "Drawing 256 anchors of pixels: observations at -1 and 0, actions at 0 to 15, the rest at 0",
+    "priorities": "Drawing by priorities, and by recency; writing priorities",
+    "priorities_growth": "An episode of 20 steps added, then state 256 x 8 drawn by priorities, by stored episodes",
     "holding_up": "Adding an episode while another thread samples from compressed files of 100 MB",
 }
 UNITS = "microseconds a call: median (least to most)"
@@ -209,7 +211,7 @@ def claims_table(entry: dict[str, Any], part: str) -> str:
 
 
 def _what(part: str) -> str:
-    return {"growth": "stored episodes", "adding": "rows"}.get(part, "batch")
+    return {"growth": "stored episodes", "priorities_growth": "stored episodes", "adding": "rows"}.get(part, "batch")
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.contestant import Contestant
 from benchmarks.peers import CONTESTANTS
 from benchmarks.timing import calls_to_fill, microseconds
-from benchmarks.verification import check_sequences, distribution
+from benchmarks.verification import check_priorities, check_sequences, distribution
 from benchmarks.workloads import Workload
 
 
@@ -82,6 +82,11 @@ class Server:
     def distribution(self) -> dict[str, Any]:
         self.functions = {}
         return distribution(self.contestant)
+
+    def check_priorities(self) -> dict[str, Any]:
+        """Look at whether large priorities are preferred as they shall be."""
+        self.functions = {}
+        return check_priorities(self.contestant)
 
     def hold_up(self, **options: Any) -> dict[str, Any]:
         """Time additions while a thread reads large files."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import PADDING, Store, Workload, offsets_of, tagged_rows, tags_of
+from benchmarks.workloads import ALPHA, PADDING, Store, Workload, log_uniform, offsets_of, tagged_rows, tags_of
 
 _NUM_SEQUENCES = 2_000
 _NUM_DRAWN = 40_000
@@ -17,6 +17,14 @@ LENGTHS = (3, 5, 12, 30) * 8
 LENGTH = 3
 # The mean of squared deviations over their expectation is 1 for the right distribution, and grows with those drawn.
 _IS_ALIKE = 1.5
+#: What `priority ** ALPHA` is taken of, from priorities `(..., T)`.
+PRIORITY_RULES = {
+    "each row by its own": lambda rows: rows[..., 0],
+    "windows by their first row": lambda rows: rows[..., 0],
+    "windows by 0.9 of the largest and 0.1 of the mean of their rows": lambda rows: (
+        0.9 * rows.max(-1) + 0.1 * rows.mean(-1)
+    ),
+}
 
 
 def check_sequences(contestant: Contestant, workload: Workload) -> dict[str, Any]:
@@ -60,16 +68,56 @@ def is_misread(rows: Rows, episode_length: int) -> np.ndarray:
     return (episode != episode[:, :1]).any(1) | np.any([(found[n] != expected[n]).any(1) for n in found], axis=0)
 
 
+def check_priorities(contestant: Contestant) -> dict[str, Any]:
+    """Draw from a small store whose rows have priorities, written twice, and compare with the contestant's rule.
+
+    Returns:
+        `deviation`, chi squared over its degrees of freedom, and `of_uniform`, that from windows all alike.
+
+    Raises:
+        AssertionError: The rule does not explain what was drawn.
+    """
+    _fill_small(contestant)
+    priorities = log_uniform(sum(LENGTHS))
+    length = LENGTH if contestant.draws_sequences else 1
+    # Upside down at first: what was written before must be forgotten.
+    contestant.spread_priorities(1 / priorities)
+    draw = contestant.prioritized_drawer(100, length)
+    draw()
+    contestant.update(np.arange(len(priorities)), contestant.as_priorities(priorities, 1))
+    batches = [contestant.arrays(draw(), 100, length)["obs"] for _ in range(_NUM_DRAWN // (100 * LENGTH))]
+    counts, share = np.zeros((2, len(LENGTHS), max(LENGTHS)))
+    episode, step = tags_of(np.concatenate(batches))
+    np.add.at(counts, (episode[:, 0], step[:, 0]), 1)
+    row = 0
+    for number, num_rows in enumerate(LENGTHS):
+        windows = np.lib.stride_tricks.sliding_window_view(priorities[row : row + num_rows], length)
+        share[number, : len(windows)] = PRIORITY_RULES[contestant.priority_rule](windows) ** ALPHA
+        row += num_rows
+    found = {
+        "deviation": _deviation(counts, share / share.sum()),
+        "of_uniform": _deviation(counts, (share > 0) / (share > 0).sum()),
+    }
+    if not found["deviation"] < _IS_ALIKE < found["of_uniform"]:
+        raise AssertionError(f"It does not draw {contestant.priority_rule}: {found}.")
+    return found
+
+
+def _fill_small(contestant: Contestant) -> None:
+    """Episodes of `LENGTHS`, which fill the store."""
+    contestant.fill(Store("state", sum(LENGTHS), is_filled=False))
+    for episode, length in enumerate(LENGTHS):
+        contestant.add_rows(tagged_rows("state", episode, 1, length), length)
+    contestant.store = None
+
+
 def distribution(contestant: Contestant) -> dict[str, Any]:
     """Draw sequences of 3 from episodes of 3 to 30 rows, and say which rule explains where they start.
 
     Returns:
         `draws_sequences`, `rule`, `share_crossing`, and `last_step`: whether the last row of every episode was drawn.
     """
-    contestant.fill(Store("state", sum(LENGTHS), is_filled=False))
-    for episode, length in enumerate(LENGTHS):
-        contestant.add_rows(tagged_rows("state", episode, 1, length), length)
-    contestant.store = None
+    _fill_small(contestant)
     num_windows = 100 * (LENGTH if contestant.draws_sequences else 1)
     length = LENGTH if contestant.draws_sequences else 1
     draw = contestant.drawer(100, length)

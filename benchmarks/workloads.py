@@ -30,6 +30,10 @@ EPISODE_LENGTH = 200
 OFFSETS = {"obs": (-1, 0), "action": tuple(range(16))}
 #: Rows before and behind an episode of 200, in "padding": of its windows of 64, 15 in 152 are padded, about a tenth.
 PADDING = {"pad_before": 7, "pad_after": 8}
+#: What a call of "priorities" does: `UPDATED` draws a batch and gives its rows new priorities, `UPDATE` only gives.
+UNIFORM, PRIORITIZED, UPDATED, UPDATE = "uniform", "prioritized", "prioritized and updated", "update alone"
+RECENCY, ONLINE = "recency", "online"
+ALPHA, BETA = 0.6, 0.4
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Store:
         num_steps: Stored; also the capacity.
         episode_length: In rows.
         num_envs: Streams that rows come from.
+        prioritized: Whether its rows have priorities, spread log-uniformly over three orders of magnitude.
         transitions: Whether (obs, action, reward, terminated, truncated, next_obs) is drawn, not sequences of rows.
         is_filled: Whether it is full before anything is timed.
         on_disk: Whether episodes live in files.
@@ -53,6 +58,7 @@ class Store:
     transitions: bool = False
     is_filled: bool = True
     on_disk: bool = False
+    prioritized: bool = False
 
     @property
     def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -77,6 +83,8 @@ class Workload:
     wrapping         draw B sequences of T rows, from short episodes and from long ones
     padding          draw B sequences of T rows, as they are, with a tenth padded, and as stacks of four frames
     offsets          draw B anchors, and read each field at its own rows around them
+    priorities, priorities_growth
+                     draw B sequences of T rows, or write priorities of B x T rows, as `task` says
 
     With `adds_episode`, an episode is added before each draw.
     """
@@ -87,6 +95,7 @@ class Workload:
     batch_size: int = 0
     length: int = 0
     adds_episode: bool = False
+    task: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,6 +119,8 @@ def workloads(part: str, scale: int = 1) -> list[Workload]:
         "wrapping": _wrapping,
         "padding": _padding,
         "offsets": _offsets,
+        "priorities": _priorities,
+        "priorities_growth": _priorities_growth,
     }[part](scale)
 
 
@@ -191,6 +202,35 @@ def _offsets(scale: int) -> list[Workload]:
     return [Workload("offsets", "pixels 256", Store("pixels", 10_000 // scale), 256)]
 
 
+def _priorities(scale: int) -> list[Workload]:
+    """Over full stores, then with an episode added before each draw, so that no store is used again after it."""
+    sizes = [size for size in SIZES if size != ("pixels", 256, 3)]
+    frozen = (UNIFORM, PRIORITIZED, UPDATED, UPDATE, RECENCY)
+    found = []
+    for tasks, adds_episode in ((frozen, False), ((UNIFORM, PRIORITIZED, ONLINE), True)):
+        for (kind, batch, length), task in itertools.product(sizes, tasks):
+            store = Store(kind, NUM_STEPS[kind] // scale, prioritized=True)
+            found.append(_prioritized(f"{kind} {batch} x {length}", store, batch, length, task, adds_episode))
+    short = Store("state", 800_000 // scale, 8, prioritized=True)
+    label = f"state 256 x 4, {short.num_steps // 8:,} episodes of 8"
+    return [*found, *(_prioritized(label, short, 256, 4, task, True) for task in (UNIFORM, PRIORITIZED))]
+
+
+def _priorities_growth(scale: int) -> list[Workload]:
+    found = []
+    for number, task in itertools.product((10_000, 100_000, 1_000_000), (UNIFORM, PRIORITIZED)):
+        if scale == 1 or number <= 100_000:
+            store = Store("state", number * 20, 20, prioritized=True)
+            workload = _prioritized(f"{number:,}", store, 256, 8, task, adds_episode=True)
+            found.append(replace(workload, part="priorities_growth"))
+    return found
+
+
+def _prioritized(label: str, store: Store, batch: int, length: int, task: str, adds_episode: bool) -> Workload:
+    label = f"{label}, {task}{', an episode added' if adds_episode else ''}"
+    return Workload("priorities", label, store, batch, length, adds_episode, task)
+
+
 def offsets_of(name: str) -> np.ndarray:
     """What "offsets" reads of a field, int64 `(n,)`."""
     return np.asarray(OFFSETS.get(name, (0,)))
@@ -261,6 +301,11 @@ def transitions_of(rows: dict[str, np.ndarray], length: int) -> dict[str, np.nda
     is_first = np.arange(len(rows["reward"])) % length == 0
     found = {name: values[~is_first] for name, values in rows.items() if name != "obs"}
     return {"obs": rows["obs"][~is_last], **found, "next_obs": rows["obs"][~is_first]}
+
+
+def log_uniform(num: int, seed: int = 0) -> np.ndarray:
+    """Priorities from 0.01 to 10, each order of magnitude as likely as another; float32 `(num,)`."""
+    return (10 ** np.random.default_rng(seed).uniform(-2, 1, num)).astype(np.float32)
 
 
 class TaggedEnvs:

@@ -17,9 +17,15 @@ from benchmarks.driver import ContestantError, Driver, Row
 from benchmarks.environments import NAMES
 from benchmarks.peers import CONTESTANTS
 from benchmarks.peers.limits import BareGather
-from benchmarks.verification import LENGTHS, check_sequences, is_crossing, is_misread, rule_of
+from benchmarks.peers.sum_tree import SumTree
+from benchmarks.verification import LENGTHS, check_priorities, check_sequences, is_crossing, is_misread, rule_of
 from benchmarks.workloads import (
+    ALPHA,
     FIELDS,
+    PRIORITIZED,
+    RECENCY,
+    UPDATE,
+    UPDATED,
     Store,
     TaggedEnvs,
     Workload,
@@ -92,6 +98,8 @@ def test_a_workload_crosses_the_pipe_as_it_is():
         "wrapping",
         "padding",
         "offsets",
+        "priorities",
+        "priorities_growth",
     )
     everything = [workload for part in parts for workload in workloads(part)]
     assert [Workload.from_json(json.loads(json.dumps(w.to_json()))) for w in everything] == everything
@@ -130,6 +138,41 @@ def test_the_rule_that_was_drawn_by_is_named():
     assert rule_of(*starts(is_start(4)), 3) == "none of the usual ones", "where last windows are never drawn"
 
 
+class StaleSumTree(SumTree):
+    """Keeps what was written first."""
+
+    def spread_priorities(self, values):
+        super().spread_priorities(values)
+        self.update = lambda index, priorities: None
+
+
+class TwiceSumTree(SumTree):
+    """Takes the exponent twice."""
+
+    def update(self, index, priorities):
+        super().update(index, priorities**ALPHA)
+
+
+class DriftingSumTree(SumTree):
+    """Leaves the sums above as they were."""
+
+    def update(self, index, priorities):
+        if self._tree[1] == 0 or len(index) < sum(LENGTHS):
+            super().update(index, priorities)
+        self._tree[index + self._num_leaves] = priorities**ALPHA
+
+
+def test_large_priorities_are_preferred_by_a_sum_tree():
+    found = check_priorities(SumTree())
+    assert found["deviation"] < 1.5 < 10 < found["of_uniform"]
+
+
+@pytest.mark.parametrize("wrong", [StaleSumTree, TwiceSumTree, DriftingSumTree])
+def test_priorities_that_are_drawn_by_otherwise_are_noticed(wrong):
+    with pytest.raises(AssertionError, match="does not draw each row by its own"):
+        check_priorities(wrong())
+
+
 # The driver.
 
 
@@ -163,6 +206,30 @@ def test_offsets_are_verified_of_ours_with_and_without_workers_and_gathered_alik
     gather = BareGather()
     gather.fill(small.store)
     assert check_sequences(gather, small) == {"num_sequences": 160, "num_crossing": 0}
+
+
+def test_priorities_are_checked_drawn_and_updated_by_those_who_can(tiny, monkeypatch, capsys):
+    rows = Workload("priorities", "", Store("state", 400, 20, prioritized=True), 8, 1)
+    tasks = (PRIORITIZED, UPDATED, UPDATE, RECENCY)
+    wanted = [replace(rows, label=task, task=task) for task in tasks]
+    wanted.append(replace(rows, label="longer", task=PRIORITIZED, length=5))
+    monkeypatch.setattr(driver, "workloads", lambda part, scale: wanted)
+    with Driver(["gather", "sum_tree"], rounds=2) as running:
+        found = {row.label: set(row.timings) for row in running.run("priorities")}
+    both = {"gather", "sum_tree"}
+    assert found == {PRIORITIZED: both, UPDATED: both, UPDATE: {"sum_tree"}, RECENCY: {"gather"}, "longer": {"gather"}}
+    assert "sum tree by hand, priorities: {'deviation': " in capsys.readouterr().err
+
+
+def test_who_does_not_prefer_large_priorities_is_left_out_and_ours_stops_the_run(tiny, monkeypatch):
+    uniform = {"check_priorities": ContestantError("AssertionError: It does not draw by priorities")}
+    with_fakes(monkeypatch, [], ours=uniform, cpprb_priorities=uniform)
+    monkeypatch.setattr(driver, "workloads", lambda part, scale: [replace(TINY, part=part)])
+    with Driver(["cpprb_priorities", "sum_tree"], rounds=1) as running:
+        assert list(running.run("priorities")[0].timings) == ["sum_tree"]
+        assert "does not draw by priorities" in running.missing["cpprb_priorities"]
+    with Driver(["ours"], rounds=1) as running, pytest.raises(AssertionError, match="does not draw by priorities"):
+        running.run("priorities")
 
 
 @pytest.mark.skipif(not (driver.ROOT / ".git").exists(), reason="an earlier build comes from git")

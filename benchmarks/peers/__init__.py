@@ -33,7 +33,8 @@ class Spec:
     is_before: bool = False
 
 
-_LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training", "padding", "offsets")
+_PRIORITIES = ("priorities", "priorities_growth")
+_LIMITS = ("sampling", "transitions", "disk", "adding", "growth", "training", "padding", "offsets", *_PRIORITIES)
 _ALL = ("sampling", "transitions", "adding", "growth", "training", "memory")
 # A cache that each addition throws away is no other contestant where an addition comes before each batch.
 _PLAIN = ("sampling", "growth", "training", "transitions", "adding", "memory")
@@ -43,7 +44,7 @@ _OUR_FILES = ("disk", "holding_up")
 CONTESTANTS = {
     "copy": Spec("memory copy", "limits:MemoryCopy", _LIMITS),
     "gather": Spec("bare gather", "limits:BareGather", tuple(set(_LIMITS) - {"adding"})),
-    "ours": Spec("ours", "ours:Ring", (*_OURS, "padding", "offsets")),
+    "ours": Spec("ours", "ours:Ring", (*_OURS, "padding", "offsets", *_PRIORITIES)),
     "ours_workers": Spec("ours, 2 workers", "ours:Ring", ("offsets",), None, {"num_workers": 2}),
     "before": Spec("before", "ours:Ring", _OURS, is_before=True),
     "ours_tensors": Spec("ours, given tensors", "ours:Ring", ("adding",), None, {"tensors": True}),
@@ -54,6 +55,12 @@ CONTESTANTS = {
     "torchrl_memmap": Spec(
         "TorchRL, memory-mapped", "torchrl_buffer:TorchRL", ("disk",), "torchrl", {"memmap": True, "cached": True}
     ),
+    "torchrl_priorities": Spec("TorchRL", "torchrl_buffer:PrioritizedTorchRL", ("priorities",), "torchrl"),
+    "torchrl_priorities_cached": Spec(
+        "TorchRL, cached", "torchrl_buffer:PrioritizedTorchRL", ("priorities",), "torchrl", {"cached": True}
+    ),
+    "cpprb_priorities": Spec("cpprb", "cpprb_buffer:PrioritizedCpprb", ("priorities",), "cpprb"),
+    "sum_tree": Spec("sum tree by hand", "sum_tree:SumTree", ("priorities",)),
     "flashbax": Spec("flashbax", "flashbax_buffer:Flashbax", _ALL, "flashbax", threads_at_start=True),
     "cpprb": Spec("cpprb", "cpprb_buffer:Cpprb", _ALL, "cpprb"),
     "sb3": Spec("SB3", "sb3_buffer:SB3", _ALL, "sb3", copies=2),

@@ -8,7 +8,7 @@ from typing import Any
 import cpprb
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import Store, TaggedEnvs, transitions_of
+from benchmarks.workloads import ALPHA, BETA, Store, TaggedEnvs, transitions_of
 
 
 class Cpprb(Contestant):
@@ -16,16 +16,16 @@ class Cpprb(Contestant):
 
     draws_sequences = False
 
-    def __init__(self, kind: str = "ReplayBuffer") -> None:
+    def __init__(self, kind: str = "ReplayBuffer", **options: Any) -> None:
         super().__init__()
-        self._kind = getattr(cpprb, kind)
+        self._kind, self._options = getattr(cpprb, kind), options
 
     def make(self, store: Store) -> None:
         self._buffer: Any = None
         self._made = store
         self._fields = {**store.fields, **({"next_obs": store.fields["obs"]} if store.transitions else {})}
         described = {name: {"shape": shape or 1, "dtype": dtype} for name, (shape, dtype) in self._fields.items()}
-        self._buffer = self._kind(store.num_steps, described)
+        self._buffer = self._kind(store.num_steps, described, **self._options)
 
     def episode_adder(self, rows: Rows, length: int) -> Callable[[], Any]:
         data = transitions_of(rows, length) if self._made.transitions else rows
@@ -42,3 +42,22 @@ class Cpprb(Contestant):
 
     def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
         return {n: batch[n].reshape(batch_size, length, *shape) for n, (shape, _) in self._fields.items()}
+
+
+class PrioritizedCpprb(Cpprb):
+    """`PrioritizedReplayBuffer`."""
+
+    priority_rule = "each row by its own"
+
+    def __init__(self) -> None:
+        super().__init__("PrioritizedReplayBuffer", alpha=ALPHA)
+
+    def prioritized_drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+        buffer, num_rows = self._buffer, batch_size * length
+        return lambda: buffer.sample(num_rows, BETA)
+
+    def index_of(self, batch: Any) -> Any:
+        return batch["indexes"]
+
+    def update(self, index: Any, priorities: Any) -> None:
+        self._buffer.update_priorities(index, priorities)

@@ -16,14 +16,33 @@ import numpy as np
 import torch
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import Store, TaggedEnvs, blocks, offsets_of
+from benchmarks.workloads import (
+    ONLINE,
+    PRIORITIZED,
+    RECENCY,
+    UNIFORM,
+    UPDATED,
+    Store,
+    TaggedEnvs,
+    Workload,
+    blocks,
+    offsets_of,
+)
 
 _NUM_PLACES = 512
 _MAX_ROWS_TO_WRITE = 30_000
 
 
 class _RawArrays(Contestant):
-    """Preallocated arrays, written at a cursor."""
+    """Preallocated arrays, written at a cursor. Nothing is drawn by priorities: the memory does not mind them."""
+
+    tasks = (UNIFORM, PRIORITIZED, UPDATED, RECENCY, ONLINE)
+
+    def spread_priorities(self, values: np.ndarray) -> None:
+        pass
+
+    def _task(self, workload: Workload) -> Callable[[], Any]:
+        return self.drawer(workload.batch_size, workload.length)
 
     def make(self, store: Store) -> None:
         self._arrays: Rows = {}

@@ -14,7 +14,22 @@ import numpy as np
 import torch
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import OFFSETS, PADDING, Store, TaggedEnvs, Workload, tagged_rows
+from benchmarks.workloads import (
+    ALPHA,
+    BETA,
+    OFFSETS,
+    ONLINE,
+    PADDING,
+    PRIORITIZED,
+    RECENCY,
+    UNIFORM,
+    UPDATE,
+    UPDATED,
+    Store,
+    TaggedEnvs,
+    Workload,
+    tagged_rows,
+)
 from buffers import ReplayBuffer
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import Fields, TensorType
@@ -55,6 +70,8 @@ def ring_of_long_episodes(store: Store) -> RingBufferDataset:
 
 class _Ours(Contestant):
     dataset: EpisodeDataset
+    tasks = (UNIFORM, PRIORITIZED, UPDATED, UPDATE, RECENCY, ONLINE)
+    priority_rule = "windows by 0.9 of the largest and 0.1 of the mean of their rows"
 
     def __init__(self, tensors: bool = False, num_workers: int = 0) -> None:
         super().__init__()
@@ -91,6 +108,34 @@ class _Ours(Contestant):
         if self._is_of_transitions:
             return ReplayBuffer(self.dataset, batch_size, 2, transform=to_transitions, seed=0).sample
         return ReplayBuffer(self.dataset, batch_size, length, sampler=sampler, seed=0).sample
+
+    def prioritized_drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+        from buffers.sampler import PrioritizedSampler  # Which builds from before do not have.
+
+        options: Any = {"sampler": PrioritizedSampler(ALPHA, BETA), "include": ("index", "weight"), "seed": 0}
+        return ReplayBuffer(self.dataset, batch_size, length, **options).sample
+
+    def _task(self, workload: Workload) -> Callable[[], Any]:
+        size = workload.batch_size, workload.length
+        if workload.task == RECENCY:
+            from buffers.sampler import RecencySampler
+
+            return self.drawer(*size, RecencySampler(workload.store.num_steps / 10))
+        if workload.task == ONLINE:
+            from buffers.sampler import OnlineSampler
+
+            return self.drawer(*size, OnlineSampler())
+        return super()._task(workload)
+
+    def spread_priorities(self, values: np.ndarray) -> None:
+        self.prioritized_drawer(1, 1)  # From the first such sampler on, rows have priorities.
+        super().spread_priorities(values)
+
+    def update(self, index: Any, priorities: Any) -> None:
+        self.dataset.update(torch.as_tensor(index).view(priorities.shape), {"priority": priorities})
+
+    def as_priorities(self, values: np.ndarray, length: int) -> Any:
+        return torch.from_numpy(values).view(-1, length)
 
     def offset_drawer(self, batch_size: int) -> Callable[[], Any]:
         options: Any = {"offsets": OFFSETS, "pad": "edge", "seed": 0}

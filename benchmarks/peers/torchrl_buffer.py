@@ -12,19 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchrl
 from tensordict import TensorDict
 from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
+    PrioritizedSampler,
+    PrioritizedSliceSampler,
     RandomSampler,
     ReplayBuffer,
     SliceSampler,
 )
 
 from benchmarks.contestant import Contestant, Rows
-from benchmarks.workloads import Store, TaggedEnvs, transitions_of
+from benchmarks.workloads import ALPHA, BETA, Store, TaggedEnvs, Workload, transitions_of
 
 assert torchrl
 
@@ -84,6 +87,55 @@ class TorchRL(Contestant):
 
     def set_threads(self, number: int) -> None:
         torch.set_num_threads(number)
+
+
+class PrioritizedTorchRL(TorchRL):
+    """`PrioritizedSliceSampler`, which refuses slices of one row: for those, its `PrioritizedSampler`."""
+
+    priority_rule = "windows by their first row"
+
+    def takes(self, workload: Workload) -> bool:
+        # Additions throw the cache away, and rows need no bounds of episodes: with a cache, it would be the same again.
+        return super().takes(workload) and not (self._cached and (workload.adds_episode or workload.length == 1))
+
+    def spread_priorities(self, values: np.ndarray) -> None:
+        # A sampler keeps them, and there is a new one for each length.
+        self._values = torch.from_numpy(values)
+
+    def prioritized_drawer(self, batch_size: int, length: int) -> Callable[[], Any]:
+        buffer, num_rows = self._buffer, batch_size * length
+        sampler = self._prioritized_slices(batch_size) if length > 1 else self._prioritized_rows()
+        buffer.set_sampler(sampler)
+        buffer.update_priority(torch.arange(len(self._values)), self._values)
+        return lambda: buffer.sample(num_rows, return_info=True)
+
+    def _prioritized_rows(self) -> PrioritizedSampler:
+        return PrioritizedSampler(self._made.num_steps, ALPHA, BETA)
+
+    def _prioritized_slices(self, num_slices: int) -> PrioritizedSliceSampler:
+        return PrioritizedSliceSampler(
+            self._made.num_steps,
+            ALPHA,
+            BETA,
+            num_slices=num_slices,
+            end_key="terminated",
+            cache_values=self._cached,
+            truncated_key=None,
+            init_key=None,
+        )
+
+    def index_of(self, batch: Any) -> Any:
+        index = batch[1]["index"]
+        return index[0] if isinstance(index, tuple) else index
+
+    def update(self, index: Any, priorities: Any) -> None:
+        self._buffer.update_priority(index, priorities)
+
+    def as_priorities(self, values: np.ndarray, length: int) -> Any:
+        return torch.from_numpy(values)
+
+    def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
+        return super().arrays(batch[0], batch_size, length)
 
 
 def _as_tensordict(rows: Rows) -> TensorDict:
