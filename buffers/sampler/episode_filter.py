@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class EpisodeFilter(Sampler):
 
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: asks about the episodes that are stored."""
-        part = EpisodeFilter(self.sampler, self.accept)
+        part = copy.copy(self)
         part.sampler, part._parts, part._dataset = self.sampler.bind(dataset, geometry), {}, dataset
         part._open(SharedArrays({"flags": ((_NUM_FLAGS,), np.dtype(np.int8))}, sparse=True))
         dataset.listen(part)
