@@ -26,7 +26,7 @@ from buffers.sharing.column import Column, gather_windows
 from buffers.sharing.published_table import store_fence
 from buffers.table import Int64Array, Windows
 
-__all__ = ["PADDING", "LateField"]
+__all__ = ["LateField", "PADDING"]
 
 #: The step id of padding.
 PADDING = -1

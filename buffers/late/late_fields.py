@@ -43,7 +43,11 @@ class LateFields(Mapping[str, LateField]):
         self._num_filled = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": EpisodeTable()}
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._table = EpisodeTable()
 
     def __getitem__(self, name: str) -> LateField:
         return self._fields[name]
