@@ -15,7 +15,7 @@ import pytest
 from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.sampler import UniformSampler
 from buffers.sharing.column import Column
-from buffers.table import EpisodeTable, Selection, Windows
+from buffers.table import DrawContext, EpisodeTable, Selection, Windows
 from tests import reading, tagged
 from tests.list_dataset import ListDataset
 
