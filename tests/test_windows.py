@@ -234,7 +234,7 @@ def test_a_window_is_kept_as_long_as_its_rows_live() -> None:
     assert {first for number, first in counts if number == 1} == {-3, -2, -1, 0}
     # Evicted while they are read: what is left of the oldest is drawn again.
     rng, source = np.random.Generator(np.random.Philox(0)), loader.stream.source
-        drawn = source.draw([UniformSampler()], 256, 4, rng, Selection(3), DrawContext())
+    drawn = source.draw([UniformSampler()], 256, 4, rng, Selection(3), DrawContext())
     ring.add_episode(tagged.episode(4, 4))
     rows, was_read = ring.read(drawn)
     np.testing.assert_array_equal(was_read, drawn.episode != 1)
