@@ -108,10 +108,9 @@ class LateFields(Mapping[str, LateField]):
             found = table.rows[table.starts >= self._num_filled]
             for start, length, *_ in found.tolist():
                 self.fill(start, length)
-                for field in self._fields.values():
-                    if isinstance(field, PriorityField):
-                        # Workers may have looked at it before.
-                        field.log.append(np.array([start]), length)
+            for field in self._fields.values():
+                # Workers may have looked at it before.
+                field.note(found[:, 2], np.zeros(len(found), np.int64), found[:, 1])
             self._num_filled = table.next_start
 
     def release(self, row: TableRow, position: int, table: EpisodeTable) -> None:
@@ -154,19 +153,25 @@ class LateFields(Mapping[str, LateField]):
         is_run = ids[:, :1] + np.arange(length) == ids
         is_whole: Any = True if is_run.all() else is_run.all(1)
         number, step = self._table.numbers_of(ids[:, 0])
-        is_whole &= (step >= 0) & (step + length <= self._table.state.rows[number, 1])
+        episode = self._table.state.rows.take(number, axis=0)
+        is_whole &= (step >= 0) & (step + length <= episode[:, 1])
         if is_whole.all():
-            for name, values in rows.items():
-                self._fields[name].write(ids[:, 0], values)
+            self._write_runs(ids[:, 0], episode[:, 2], step, rows)
             return 0
+        runs = {name: values[is_whole] for name, values in rows.items()}
+        self._write_runs(ids[is_whole, 0], episode[is_whole, 2], step[is_whole], runs)
+        # Row by row: windows with padding, and rows of several episodes.
         single = ids[~is_whole].ravel()
-        lives = self._table.numbers_of(single)[1] >= 0
-        for name, values in rows.items():
-            field = self._fields[name]
-            field.write(ids[is_whole, 0], values[is_whole])
-            others = values[~is_whole].reshape(-1, 1, *field.kind.shape)
-            field.write(single[lives], others[lives])
+        number, step = self._table.numbers_of(single)
+        lives = step >= 0
+        others = {n: values[~is_whole].reshape(-1, 1, *self[n].kind.shape)[lives] for n, values in rows.items()}
+        self._write_runs(single[lives], self._table.state.rows[number[lives], 2], step[lives], others)
         return int(((single != PADDING) & ~lives).sum())
+
+    def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
+        for name, values in rows.items():
+            self._fields[name].write(starts, values)
+            self._fields[name].note(episode_ids, steps, values.shape[1])
 
     # Values out.
 

@@ -80,4 +80,9 @@ class PriorityField(LateField):
         super().write(starts, values)
         if len(values):
             self.set_largest(values.max())
-            self.log.append(starts, values.shape[1])
+
+    def note(self, episode_ids: Int64Array, steps: Int64Array, num: int | Int64Array) -> None:
+        """As `LateField.note`."""
+        changes = np.empty((len(steps), 3), np.int64)
+        changes[:, 0], changes[:, 1], changes[:, 2] = episode_ids, steps, num
+        self.log.append(changes)

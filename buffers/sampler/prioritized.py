@@ -23,7 +23,6 @@ __all__ = ["PrioritizedSampler"]
 _MAX_INDEXES = 8
 _SPARE, _MIN_PROPOSALS = 1.2, 16
 _ROUNDS = 64
-_UNUSED_BITS, _TO_UNIT = np.uint64(11), 2.0**-53
 
 
 class PrioritizedSampler(Sampler):
@@ -140,10 +139,8 @@ class PrioritizedSampler(Sampler):
         rng: np.random.Generator,
     ) -> tuple[Int64Array, Int64Array, npt.NDArray[np.float64]]:
         """Of `num` proposals, up to `most` that are accepted: rows of the table, first steps and densities."""
-        # Proposal i takes words 3 * i to 3 * i + 2.
-        words = rng.bit_generator.random_raw(3 * num).reshape(num, 3)
-        uniform = (words >> _UNUSED_BITS) * _TO_UNIT
-        numbers = index.tree.locate(uniform[:, 0])
+        u = rng.random((3, num))
+        numbers = index.tree.locate(u[0])
         if numbers is None:
             if table.num_to_draw(length) == 0:
                 raise RuntimeError(table.no_window_message(length))
@@ -151,12 +148,11 @@ class PrioritizedSampler(Sampler):
                 "All priorities are 0, so no window can be drawn. Give rows a larger one by `update_priorities`."
             )
         pieces = index.pieces(table, numbers)
-        num_windows = np.maximum(pieces.num, 1)
-        step = pieces.step + (words[:, 1] % num_windows.view(np.uint64)).view(np.int64)
+        num_windows = np.minimum(pieces.num, index.size)
+        step = pieces.step + (u[1] * num_windows).astype(np.int64)
         density = index.weights(pieces.episode, step)
-        # By rounding, one may come from a piece of weight 0: it is refused.
-        bound = index.tree.weights.take(pieces.number)
-        chosen = (uniform[:, 2] * bound < density * num_windows * (bound > 0)).nonzero()[0][:most]
+        accepted = u[2] * index.tree.weights.take(pieces.number) < density * num_windows
+        chosen = accepted.nonzero()[0][:most]
         return pieces.episode.take(chosen, axis=0), step.take(chosen), density.take(chosen)
 
     def _index(self, table: EpisodeTable, length: int | None) -> PriorityIndex:
