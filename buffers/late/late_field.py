@@ -212,11 +212,13 @@ class LateField:
     def windows(self, starts: Int64Array, length: int) -> np.ndarray:
         """A copy of the rows `(n, T)` from each of `starts` `(n,)` on, of a field of one number a row."""
         offsets, last = starts % self.num_rows, self.num_rows - length
+        assert self.column.array is not None  # It is in shared memory.
+        if last < 0:
+            return self.column.array.take(offsets[:, None] + np.arange(length), mode="wrap")
         if not len(starts) or offsets.max() <= last:
             return np.ndarray((len(starts), length), self.kind.numpy_dtype, self._items(length)[offsets])
         found = self._items(length)[np.minimum(offsets, last)]
         rows, late = np.ndarray((len(starts), length), self.kind.numpy_dtype, found), (offsets > last).nonzero()[0]
-        assert self.column.array is not None  # It is in shared memory.
         rows[late] = self.column.array.take(offsets[late, None] + np.arange(length), mode="wrap")
         return rows
 

@@ -131,6 +131,10 @@ class LateFields(Mapping[str, LateField]):
 
     def update(self, table: EpisodeTable, index: Any, values: Mapping[str, Any]) -> int:
         """Write values `(B, T, *shape)` for step ids `(B, T)`; returns how many ids are of no live episode."""
+        return self.write(table, *self.checked(index, values))
+
+    def checked(self, index: Any, values: Mapping[str, Any]) -> tuple[Int64Array, dict[str, Any]]:
+        """Step ids `(n, T)`, and values `(n, T, *shape)` as they are stored; TypeError or ValueError if they do not fit."""
         if not self.is_owner:
             raise RuntimeError("Only the process that made the dataset can update its late fields; workers read them.")
         unknown = [name for name in values if name not in self._fields]
@@ -141,12 +145,16 @@ class LateFields(Mapping[str, LateField]):
             raise TypeError(f"`index` must be step ids, as `include=('index',)` gives them, found {ids.dtype}.")
         ids = ids.astype(np.int64, copy=False)
         rows = {name: self._fields[name].checked(value, ids) for name, value in values.items()}
-        ids = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
+        length = max(1, ids.shape[-1]) if ids.ndim > 1 else 1
+        shape = ids.size // length, length
+        return ids.reshape(shape), {n: value.reshape(*shape, *self[n].kind.shape) for n, value in rows.items()}
+
+    def write(self, table: EpisodeTable, ids: Int64Array, rows: dict[str, Any]) -> int:
+        """Write what has been `checked`; returns how many ids are of no live episode."""
         with self._lock:
             self.follow(table)
             self._table.show(table)
-            shaped = {name: value.reshape(*ids.shape, *self[name].kind.shape) for name, value in rows.items()}
-            return self._write(ids, shaped)
+            return self._write(ids, rows)
 
     def _write(self, ids: Int64Array, rows: dict[str, Any]) -> int:
         length = ids.shape[1]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from buffers.late import PriorityField
+from buffers.late import LARGEST_PRIORITY, PriorityField
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sampler.priority_index import EpisodeIndex, PriorityIndex, WindowIndex
 from buffers.sharing.weights import SharedNumbers
@@ -22,7 +22,8 @@ __all__ = ["PrioritizedSampler"]
 
 _MAX_INDEXES = 8
 _SPARE, _MIN_PROPOSALS = 1.2, 16
-_ROUNDS = 64
+_ROUNDS, _MAX_ROUNDS = 64, 100_000
+_LARGEST_ALPHA = 4.0  # Powers of the largest priority stay finite.
 
 
 class PrioritizedSampler(Sampler):
@@ -58,10 +59,10 @@ class PrioritizedSampler(Sampler):
     """
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4, eta: float = 0.9, initial: float | str = "max") -> None:
-        self.alpha = number("alpha", alpha, 0.0)
+        self.alpha = number("alpha", alpha, 0.0, _LARGEST_ALPHA)
         self.eta = number("eta", eta, 0.0, 1.0)
         if initial != "max":
-            initial = number("initial", initial, 0.0, float(np.finfo(np.float32).max))
+            initial = number("initial", initial, 0.0, LARGEST_PRIORITY)
         self.initial = initial
         self._beta = SharedNumbers(1)
         self.beta = beta
@@ -101,17 +102,21 @@ class PrioritizedSampler(Sampler):
         index = self._index(table, length)
         index.follow(table)
         parts = []
-        missing, num_proposals = num_windows, int(_SPARE * num_windows) + _MIN_PROPOSALS
-        for n in range(1, 1 << 30):
+        missing = num_proposals = num_windows
+        if not index.is_exact:
+            num_proposals = int(_SPARE * num_windows) + _MIN_PROPOSALS
+        for n in range(1, _MAX_ROUNDS):
             parts.append(self._propose(table, index, length, num_proposals, missing, rng))
             missing -= len(parts[-1][1])
             if not missing:
                 break
             if n % _ROUNDS == 0:
-                index.follow(table)
+                index.follow(table)  # All may have become 0.
             # As many as the share that was accepted so far asks for.
             share = (num_windows - missing + 1) / (num_proposals + 1)
             num_proposals = min(int(_SPARE * missing / share), 64 * num_windows) + _MIN_PROPOSALS
+        else:
+            raise RuntimeError("No window was found by its priority: priorities change faster than they can be read.")
         episode, step, density = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         if table.context.needs_density:
             density = density * self._scale(table, index, length)

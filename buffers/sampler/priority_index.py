@@ -45,9 +45,10 @@ class PriorityIndex(ABC):
     Attributes:
         size: G, the most windows of a piece.
         tree: The bounds of pieces.
+        is_exact: Whether bounds are exact, so that every proposal is accepted.
     """
 
-    size = 1
+    size, is_exact = 1, True
 
     def __init__(self, field: PriorityField, alpha: float, eta: float) -> None:
         self._field, self._alpha, self._eta = field, alpha, eta
@@ -189,7 +190,7 @@ class WindowIndex(PriorityIndex):
         self._length = length
         # The rows of a window that count: `width` from `offset` on.
         self._offset, self._width = (0, length) if anchor is None else (anchor, 1)
-        self.size = 1 << (self._width - 1).bit_length()
+        self.size, self.is_exact = 1 << (self._width - 1).bit_length(), self._width == 1
         # Of each piece, the largest priority of the rows that its windows begin at.
         self._maxima = np.zeros(0, np.float32)
         self._share_of_each = np.full(self._width, (1 - eta) / self._width, np.float32)
