@@ -134,7 +134,7 @@ class LateFields(Mapping[str, LateField]):
         return self.write(table, *self.checked(index, values))
 
     def checked(self, index: Any, values: Mapping[str, Any]) -> tuple[Int64Array, dict[str, Any]]:
-        """Step ids `(n, T)`, and values `(n, T, *shape)` as they are stored; TypeError or ValueError if they do not fit."""
+        """Step ids `(n, T)`, and values `(n, T, *shape)` as they are stored, or a TypeError or ValueError."""
         if not self.is_owner:
             raise RuntimeError("Only the process that made the dataset can update its late fields; workers read them.")
         unknown = [name for name in values if name not in self._fields]

@@ -74,7 +74,6 @@ class EpisodeFilter(Sampler):
         part = EpisodeFilter(self.sampler.bind(dataset, geometry), self.accept)
         part._dataset = dataset
         part._open(SharedArrays({"flags": ((_NUM_FLAGS,), np.dtype(np.int8))}, sparse=True))
-        dataset.listen(part)
         part._judge(dataset.table.ids)
         return part
 
@@ -92,11 +91,16 @@ class EpisodeFilter(Sampler):
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
         """As `Sampler.episode_added`."""
-        self._flags[row[2] % _NUM_FLAGS] = YES if self.accept(info) else NO
+        is_accepted = self.accept(info)
+        self._flags[row[2] % _NUM_FLAGS] = YES if is_accepted else NO
+        if is_accepted:
+            self.sampler.episode_added(row, info)
 
     def episode_removed(self, row: TableRow) -> None:
         """As `Sampler.episode_removed`."""
         assert self._dataset is not None and self._memory is not None  # Only the part that is bound here is told.
+        if self._flags[row[2] % _NUM_FLAGS] == YES:
+            self.sampler.episode_removed(row)
         # Readers may still have those that have just left.
         end = int(self._dataset.table.ids[0] if len(self._dataset.table) else row[2]) - _NUM_KEPT
         if end > self._num_released + _NUM_KEPT:
@@ -145,9 +149,9 @@ class EpisodeFilter(Sampler):
         """Those of the sampler."""
         return self.sampler.num_missed
 
-    def give_up(self, batch: int, first: int) -> None:
-        """As `Sampler.give_up`."""
-        self.sampler.give_up(batch, first)
+    def skip(self, batch: int, first: int) -> None:
+        """As `Sampler.skip`."""
+        self.sampler.skip(batch, first)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """That of the sampler."""

@@ -193,11 +193,13 @@ class MixtureDataset(EpisodeSource):
             weights = counts.astype(np.float64)
         parts, leaves = [], []
         for number, leaf in enumerate(self._leaves):
+            own = samplers[number : number + 1]
             if weights[number] == 0:
+                own[0].skip(context.batch, context.first)
                 continue
             try:
-                own = samplers[number : number + 1]
                 if not counts[number] and leaf.can_draw(length, selection, own):
+                    own[0].skip(context.batch, context.first)
                     continue
                 # An empty member that gets no window this time shall be an error, too.
                 part = leaf.draw(own, max(1, int(counts[number])), length, rng, selection, context)
