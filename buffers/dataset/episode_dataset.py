@@ -18,7 +18,7 @@ from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.late import LateFields, PriorityField
 from buffers.loading.include import INCLUDABLE
-from buffers.sampler import Sampler, SamplerSet
+from buffers.sampler import Listeners, Sampler
 from buffers.table import EpisodeTable, TableRow, Windows
 from buffers.utils import ThreadLock, integer
 
@@ -63,7 +63,7 @@ class EpisodeDataset(EpisodeSource):
         self._lock = ThreadLock()
         self.late: LateFields = LateFields(self.capacity, self.has_circular_ids, self.device)
         # Samplers that are told of episodes.
-        self._listeners = SamplerSet()
+        self._listeners = Listeners()
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
 
@@ -245,7 +245,7 @@ class EpisodeDataset(EpisodeSource):
         length = len(next(iter(episode.values())))
         self._check_length(length)
         start = self.start_of_next(length)
-        for sampler in list(self._listeners):
+        for sampler in list(self._listeners.values()):
             sampler.episode_added((start, length, self.table.next_id, cut), dict(info or {}))
         if self.evicts_before_writing:
             self.make_room(start, length)
@@ -279,7 +279,7 @@ class EpisodeDataset(EpisodeSource):
         self.num_dismissed += not makes_room
         if self.late:
             self.late.release(row, position, self.table)
-        for sampler in list(self._listeners):
+        for sampler in list(self._listeners.values()):
             sampler.episode_removed(row)
 
     def _check_length(self, length: int) -> None:

@@ -151,7 +151,7 @@ class EpisodeSource(IterableDataset, ABC):
         with self._draw_lock:
             table, sampler = self.table_to_draw(selection), samplers[0]
             if self.late:
-                self.late.follow(table)
+                self.late.follow(self.table)
                 context = context._replace(late=self.late)
             table.context = context
             return _checked(table, sampler, sampler.draw(table, num_windows, length, rng), num_windows, length)
@@ -361,6 +361,10 @@ class EpisodeSource(IterableDataset, ABC):
         if self._fields is None:
             self._find_fields()
         return self._fields
+
+    def listen(self, sampler: Sampler) -> None:
+        """See `EpisodeDataset.listen`."""
+        raise NotImplementedError
 
     @abstractmethod
     def add_late_field(self, name: str, type: TensorType, default: Any = 0) -> None:

@@ -3,6 +3,6 @@
 from buffers.late.changes import ChangeLog
 from buffers.late.late_field import LateField
 from buffers.late.late_fields import LateFields
-from buffers.late.priorities import PRIORITY, PriorityField
+from buffers.late.priorities import LARGEST_PRIORITY, PRIORITY, PriorityField
 
-__all__ = ["ChangeLog", "LateField", "LateFields", "PRIORITY", "PriorityField"]
+__all__ = ["ChangeLog", "LARGEST_PRIORITY", "LateField", "LateFields", "PRIORITY", "PriorityField"]

@@ -26,7 +26,7 @@ from buffers.sharing.column import Column, gather_windows
 from buffers.sharing.published_table import store_fence
 from buffers.table import Int64Array, Windows
 
-__all__ = ["PADDING", "LateField"]
+__all__ = ["LateField", "PADDING"]
 
 #: The step id of padding.
 PADDING = -1
@@ -138,6 +138,9 @@ class LateField:
         finally:
             self._versions[versions] = odd + 1
 
+    def note(self, episode_ids: Int64Array, steps: Int64Array, num: int | Int64Array) -> None:
+        """Tell readers that `num` rows from `steps` `(n,)` on of episodes `(n,)` have been written."""
+
     def fill(self, start: int, length: int) -> None:
         """Give new rows the default, before anyone reads them."""
         if self._is_zero and not self.is_circular:
@@ -209,11 +212,13 @@ class LateField:
     def windows(self, starts: Int64Array, length: int) -> np.ndarray:
         """A copy of the rows `(n, T)` from each of `starts` `(n,)` on, of a field of one number a row."""
         offsets, last = starts % self.num_rows, self.num_rows - length
+        assert self.column.array is not None  # It is in shared memory.
+        if last < 0:
+            return self.column.array.take(offsets[:, None] + np.arange(length), mode="wrap")
         if not len(starts) or offsets.max() <= last:
             return np.ndarray((len(starts), length), self.kind.numpy_dtype, self._items(length)[offsets])
         found = self._items(length)[np.minimum(offsets, last)]
         rows, late = np.ndarray((len(starts), length), self.kind.numpy_dtype, found), (offsets > last).nonzero()[0]
-        assert self.column.array is not None  # It is in shared memory.
         rows[late] = self.column.array.take(offsets[late, None] + np.arange(length), mode="wrap")
         return rows
 

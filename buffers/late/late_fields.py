@@ -43,7 +43,11 @@ class LateFields(Mapping[str, LateField]):
         self._num_filled = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": EpisodeTable()}
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._table = EpisodeTable()
 
     def __getitem__(self, name: str) -> LateField:
         return self._fields[name]
@@ -104,10 +108,9 @@ class LateFields(Mapping[str, LateField]):
             found = table.rows[table.starts >= self._num_filled]
             for start, length, *_ in found.tolist():
                 self.fill(start, length)
-                for field in self._fields.values():
-                    if isinstance(field, PriorityField):
-                        # Workers may have looked at it before.
-                        field.log.append(np.array([start]), length)
+            for field in self._fields.values():
+                # Workers may have looked at it before.
+                field.note(found[:, 2], np.zeros(len(found), np.int64), found[:, 1])
             self._num_filled = table.next_start
 
     def release(self, row: TableRow, position: int, table: EpisodeTable) -> None:
@@ -128,6 +131,10 @@ class LateFields(Mapping[str, LateField]):
 
     def update(self, table: EpisodeTable, index: Any, values: Mapping[str, Any]) -> int:
         """Write values `(B, T, *shape)` for step ids `(B, T)`; returns how many ids are of no live episode."""
+        return self.write(table, *self.checked(index, values))
+
+    def checked(self, index: Any, values: Mapping[str, Any]) -> tuple[Int64Array, dict[str, Any]]:
+        """Step ids `(n, T)`, and values `(n, T, *shape)` as they are stored, or a TypeError or ValueError."""
         if not self.is_owner:
             raise RuntimeError("Only the process that made the dataset can update its late fields; workers read them.")
         unknown = [name for name in values if name not in self._fields]
@@ -138,31 +145,41 @@ class LateFields(Mapping[str, LateField]):
             raise TypeError(f"`index` must be step ids, as `include=('index',)` gives them, found {ids.dtype}.")
         ids = ids.astype(np.int64, copy=False)
         rows = {name: self._fields[name].checked(value, ids) for name, value in values.items()}
-        ids = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
+        length = max(1, ids.shape[-1]) if ids.ndim > 1 else 1
+        shape = ids.size // length, length
+        return ids.reshape(shape), {n: value.reshape(*shape, *self[n].kind.shape) for n, value in rows.items()}
+
+    def write(self, table: EpisodeTable, ids: Int64Array, rows: dict[str, Any]) -> int:
+        """Write what has been `checked`; returns how many ids are of no live episode."""
         with self._lock:
             self.follow(table)
             self._table.show(table)
-            shaped = {name: value.reshape(*ids.shape, *self[name].kind.shape) for name, value in rows.items()}
-            return self._write(ids, shaped)
+            return self._write(ids, rows)
 
     def _write(self, ids: Int64Array, rows: dict[str, Any]) -> int:
         length = ids.shape[1]
         is_run = ids[:, :1] + np.arange(length) == ids
         is_whole: Any = True if is_run.all() else is_run.all(1)
         number, step = self._table.numbers_of(ids[:, 0])
-        is_whole &= (step >= 0) & (step + length <= self._table.state.rows[number, 1])
+        episode = self._table.state.rows.take(number, axis=0)
+        is_whole &= (step >= 0) & (step + length <= episode[:, 1])
         if is_whole.all():
-            for name, values in rows.items():
-                self._fields[name].write(ids[:, 0], values)
+            self._write_runs(ids[:, 0], episode[:, 2], step, rows)
             return 0
+        runs = {name: values[is_whole] for name, values in rows.items()}
+        self._write_runs(ids[is_whole, 0], episode[is_whole, 2], step[is_whole], runs)
+        # Row by row: windows with padding, and rows of several episodes.
         single = ids[~is_whole].ravel()
-        lives = self._table.numbers_of(single)[1] >= 0
-        for name, values in rows.items():
-            field = self._fields[name]
-            field.write(ids[is_whole, 0], values[is_whole])
-            others = values[~is_whole].reshape(-1, 1, *field.kind.shape)
-            field.write(single[lives], others[lives])
+        number, step = self._table.numbers_of(single)
+        lives = step >= 0
+        others = {n: values[~is_whole].reshape(-1, 1, *self[n].kind.shape)[lives] for n, values in rows.items()}
+        self._write_runs(single[lives], self._table.state.rows[number[lives], 2], step[lives], others)
         return int(((single != PADDING) & ~lives).sum())
+
+    def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
+        for name, values in rows.items():
+            self._fields[name].write(starts, values)
+            self._fields[name].note(episode_ids, steps, values.shape[1])
 
     # Values out.
 

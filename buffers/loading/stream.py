@@ -87,7 +87,11 @@ class SequenceStream(IterableDataset):
             raise ValueError(f"`pack` draws more episodes than it uses, which a {type(self.sampler).__name__} cannot.")
         geometry = Geometry(self.sequence_length, self.selection, self.layout.anchor)
         #: What it is for each leaf of the source.
-        self.samplers = [self.sampler.bind(leaf, geometry) for leaf in source.leaves]  # type: ignore[arg-type]
+        self.samplers = []
+        for leaf in source.leaves:
+            bound = self.sampler.bind(leaf, geometry)  # type: ignore[arg-type]
+            leaf.listen(bound)
+            self.samplers.append(bound)
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
@@ -218,7 +222,7 @@ class SequenceStream(IterableDataset):
         except BaseException:
             # Workers that make later batches may wait for what a sampler says of this one.
             for sampler in self.samplers:
-                sampler.give_up(n // self.world_size, self._first_of(n))
+                sampler.skip(n // self.world_size, self._first_of(n))
             raise
 
     def _first_of(self, n: int) -> int:

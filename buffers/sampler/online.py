@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sampler.uniform import UniformSampler
 from buffers.sharing import SharedArrays, fence
-from buffers.table import EpisodeTable, Int64Array, TableRow, Windows, joined
+from buffers.table import YES, EpisodeTable, Int64Array, TableRow, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -43,7 +43,7 @@ class OnlineSampler(Sampler):
     (T = None) come once each; with `offsets`, so does each anchor. Rows that a piece of a stream repeats are left out.
 
     An episode of fewer than T rows has no window unless it can be padded. Windows whose episode left before their turn
-    are lost: `ReplayBuffer.stats()` counts them as `num_missed_windows`. Weights of windows that come once are 1.
+    are lost: `ReplayBuffer.stats()` counts them as `num_missed_windows`. Windows that come once weigh as uniform ones.
 
     Args:
         then: Draws the rest; uniformly by default.
@@ -77,7 +77,6 @@ class OnlineSampler(Sampler):
         layout = {"notes": ((_NUM_NOTES, 3), int64), "newest": ((1,), int64), "missed": ((_NUM_WORKERS,), int64)}
         part._memory = SharedArrays(layout)
         part._restart(dataset.table.next_id, 0)
-        dataset.listen(part)
         return part
 
     def _restart(self, episode: int, window: int) -> None:
@@ -100,7 +99,10 @@ class OnlineSampler(Sampler):
             self._missed[_worker_number()] += lost
             return self.then.draw(table, num_windows, length, rng)
         position, step = self._claim(table, context.batch, context.first, num_windows)
-        most = int(table.lengths[position].max(initial=0)) if length is None else length
+        if not len(position):
+            self._claimed = position
+            return self.then.draw(table, num_windows, length, rng)
+        most = int(table.lengths[position].max()) if length is None else length
         new = table.windows(position, step, most)
         self._claimed = new.first_steps
         if len(new) == num_windows:
@@ -108,8 +110,6 @@ class OnlineSampler(Sampler):
         table.context = context._replace(needs_density=context.has_weights)
         others = self.then.draw(table, num_windows - len(new), length, rng)
         table.context = context
-        if not len(new):
-            return others
         windows = joined([new, others])
         windows.oldest_step = new.oldest_step
         return windows
@@ -163,12 +163,12 @@ class OnlineSampler(Sampler):
         note[_BATCH] = batch
         self._memory["newest"][0] = batch
 
-    def give_up(self, batch: int, first: int) -> None:
-        """As `Sampler.give_up`: the next batch begins where this one would have."""
+    def skip(self, batch: int, first: int) -> None:
+        """As `Sampler.skip`: the next batch begins where this one would have."""
         assert self._memory is not None  # It is bound.
         if self._memory["notes"][batch % _NUM_NOTES, _BATCH] != batch:
             self._note(batch, *self._begin_of(batch, first))
-        self.then.give_up(batch, first)
+        self.then.skip(batch, first)
 
     def _begin_of(self, batch: int, first: int) -> tuple[int, int]:
         assert self._memory is not None  # It is bound.
@@ -183,9 +183,17 @@ class OnlineSampler(Sampler):
         fence()
         return int(note[_EPISODE]), int(note[_WINDOW])
 
+    def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
+        """As `Sampler.episode_added`."""
+        self.then.episode_added(row, info)
+
     def episode_removed(self, row: TableRow) -> None:
         """As `Sampler.episode_removed`."""
         assert self._memory is not None  # Only the part that is bound is told.
+        self.then.episode_removed(row)
+        split = self._geometry.selection.split
+        if split is not None and split.judge(np.array([row[2]]))[0] != YES:
+            return
         note = self._memory["notes"][self._memory["newest"][0] % _NUM_NOTES]
         if row[2] >= note[_EPISODE]:
             num = int(self._geometry.spaced(np.array([row]))[0][0])

@@ -103,7 +103,7 @@ class Windows:
         """Whether each begins at most `before` rows before its episode and ends at most `after` rows behind it."""
         # The sign bit of the union is set where either is negative.
         outside = (self.step + before) | (self.episode_length - self.step - self.length + after)
-        return bool(outside[outside.argmin()] >= 0)
+        return not len(outside) or bool(outside[outside.argmin()] >= 0)
 
 
 def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
