@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from buffers import ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
+from buffers.fields import Scalar
 from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
 from tests import samplers_model as model
 from tests.samplers_model import KINDS, Model, Shape, check_draws, random_priorities, stored
@@ -122,7 +123,7 @@ ACTIONS = st.one_of(
     st.sampled_from(list(SHAPES)),
     st.lists(ACTIONS, min_size=5, max_size=60),
 )
-@settings(max_examples=120)
+@settings(max_examples=400)
 def test_the_draws_follow_what_is_stored(kind, spec, shape, actions) -> None:
     sampler, asked = model.build(SPECS[spec]), SHAPES[shape]
     with stored(kind, None, [5, 30], 60) as dataset:  # type: ignore[arg-type]
@@ -154,7 +155,8 @@ class _Follower:
             start, length, *_ = table.rows[-1].tolist()
             self.priorities |= dict.fromkeys(range(start, start + length), self.largest)
         elif action == "evict" and dataset.num_episodes:
-            dataset.evict_episode(number % dataset.num_episodes)
+            is_ring = isinstance(dataset, RingBufferDataset)  # It can only evict its oldest.
+            dataset.evict_episode(0 if is_ring else number % dataset.num_episodes)
         elif action == "update" and dataset.num_episodes and dataset.late:
             rng = np.random.default_rng(number)
             live = np.concatenate([start + np.arange(length) for start, length, *_ in table.rows.tolist()])
@@ -260,17 +262,21 @@ def test_priorities_of_zero_alone_are_an_error_that_says_so(shape) -> None:
     stream.take()
 
 
-def test_the_largest_float32_is_a_priority_like_any_other() -> None:
+@pytest.mark.parametrize("length", [1, 4, None])
+def test_the_largest_priority_is_one_like_any_other(length) -> None:
     ring = RingBufferDataset(100)
     model.add(ring, 20)
-    largest = float(np.finfo(np.float32).max)
-    check_draws(ring, ("prioritized", 1.0, 0.5), Shape(4), dict.fromkeys(range(20), largest), num=4000)
+    largest = dict.fromkeys(range(20), float(np.float32(1.7e38)))
+    check_draws(ring, ("prioritized", 1.0, 0.5), Shape(length), largest, num=4000)
+    with pytest.raises(ValueError, match="must be finite, not negative and at most 1.7e"):
+        ring.update([3], {"priority": [3e38]})
 
 
-@pytest.mark.parametrize("default", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("default", [-1.0, float("nan"), float("inf"), 3e38])
 def test_a_default_that_is_no_priority_is_refused(default) -> None:
-    from buffers.fields import Scalar
-
     ring = RingBufferDataset(100)
-    with pytest.raises(ValueError, match="finite and not negative"):
+    with pytest.raises(ValueError, match="must be finite, at least 0 and at most 1.7"):
         ring.add_late_field("priority", Scalar(), default)
+    with pytest.raises(ValueError, match="must be finite, at least 0 and at most 1.7"):
+        PrioritizedSampler(initial=default)
+    ring.add_late_field("priority", Scalar(), 0.5)
