@@ -120,4 +120,10 @@ def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
             columns[name] = np.concatenate([missing(len(part), np.int64) if c is None else c for c, part in pairs])
     if sources is not None:
         columns["source"] = np.repeat(np.array(sources, np.int64), [len(part) for part in parts])
-    return Windows(max(part.length for part in parts), **columns)
+    windows = Windows(max(part.length for part in parts), **columns)
+    if sources is None:
+        windows.is_checked, windows.oldest_step = (
+            all(part.is_checked for part in parts),
+            min(p.oldest_step for p in parts),
+        )
+    return windows
