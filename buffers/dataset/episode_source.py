@@ -138,11 +138,8 @@ class EpisodeSource(IterableDataset, ABC):
         rng: np.random.Generator,
         selection: Selection,
         context: DrawContext,
-        again: Windows | None = None,
     ) -> Windows:
         """Draw as `Sampler.draw` does, with the sampler of each leaf.
-
-        With `again`, these windows are replaced, which were gone before they were read.
 
         Raises:
             RuntimeError: No episode is long enough.

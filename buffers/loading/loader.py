@@ -129,8 +129,7 @@ class SequenceLoader(DataLoader):
                 f"and load {{'seed': {self.stream.random.seed}, 'position': their number}}."
             )
         state: dict[str, Any] = {"seed": self.stream.random.seed, "position": self.stream.position}
-        samplers = [sampler.state_dict(self.stream.position) for sampler in self.stream.samplers]
-        if any(samplers):
+        if samplers := self.stream.drawer.state(self.stream.position):
             state["samplers"] = samplers
         one_pass = self.stream.one_pass
         return state if one_pass is None else {**state, "pass": one_pass.state.tolist()}
@@ -146,7 +145,7 @@ class SequenceLoader(DataLoader):
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])
-        self.stream.load_samplers(state.get("samplers"))
+        self.stream.drawer.load(state.get("samplers", []))
         self.stream.counters["first"][0] = position  # First, as it may be too large.
         self.stream.counters["uncounted"][0] = 0
         if one_pass is not None:

@@ -13,6 +13,7 @@ A batch that is made again, because it was never delivered, has the same windows
 from __future__ import annotations
 
 import copy
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ __all__ = ["OnlineSampler"]
 
 _NUM_NOTES = 4096  # Far more than batches that wait to be delivered.
 _NONE, _NEVER = -1, -2  # Numbers of batches: of the one before the first, and of none.
-_PAUSE = 0.0001
+_PAUSE, _PAUSES_TO_LOOK = 0.0001, 500
 _NUM_WORKERS = 64  # That count for themselves; the last word is the trainer's.
 
 
@@ -42,8 +43,9 @@ class _Notes:
     def __init__(self, memory: SharedArrays) -> None:
         self._memory = memory
         self._words, self._newest = memory["notes"].reshape(-1).data, memory["newest"].data
-        #: Windows that were missed, as each process counts them.
+        #: Windows that were missed, as each process counts them, and process ids of workers.
         self.missed: Int64Array = memory["missed"]
+        self.pids: Int64Array = memory["pids"]
 
     def __reduce__(self) -> tuple[type[_Notes], tuple[SharedArrays]]:
         return _Notes, (self._memory,)
@@ -51,7 +53,8 @@ class _Notes:
     @classmethod
     def new(cls) -> _Notes:
         int64 = np.dtype(np.int64)
-        layout = {"notes": ((_NUM_NOTES, 3), int64), "newest": ((1,), int64), "missed": ((_NUM_WORKERS,), int64)}
+        layout = {"notes": ((_NUM_NOTES, 3), int64), "newest": ((1,), int64)}
+        layout |= {"missed": ((_NUM_WORKERS,), int64), "pids": ((_NUM_WORKERS,), int64)}
         return cls(SharedArrays(layout))
 
     def restart(self, episode: int, window: int) -> None:
@@ -189,12 +192,20 @@ class OnlineSampler(Sampler):
 
     def _begin_of(self, batch: int, first: int) -> tuple[int, int]:
         """Where a batch begins; waits for the worker that makes the batch before."""
-        while (found := self._bound.after(batch - 1)) is None:
-            if batch <= first:
-                found = self._bound.after(self._bound.newest)
-                assert found is not None  # Only workers write while others read.
-                break
+        found = self._bound.after(batch - 1)
+        if found is None and batch <= first:
+            found = self._bound.after(self._bound.newest)
+        worker, pids, num_pauses = get_worker_info(), self._bound.pids, 0
+        if worker is not None:
+            pids[worker.id % _NUM_WORKERS] = os.getpid()
+        while found is None:
             time.sleep(_PAUSE)
+            num_pauses += 1
+            if num_pauses % _PAUSES_TO_LOOK == 0 and worker is not None:
+                pid = int(pids[(worker.id - 1) % worker.num_workers % _NUM_WORKERS])
+                if pid and _has_ended(pid):
+                    raise RuntimeError(f"The worker that should have made batch {batch - 1} has ended.")
+            found = self._bound.after(batch - 1)
         return found
 
     def skip(self, batch: int, first: int) -> None:
@@ -229,6 +240,15 @@ class OnlineSampler(Sampler):
             raise ValueError(f"The state is not one of an OnlineSampler, found {sorted(state)}.")
         self.then.load_state_dict(state["then"])
         self._bound.restart(int(state["episode"]), int(state["window"]))
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process has ended, also if its parent has not noticed."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return os.path.exists("/proc/self")  # Elsewhere, nobody knows.
 
 
 def _worker_number() -> int:

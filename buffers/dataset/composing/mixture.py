@@ -180,9 +180,9 @@ class MixtureDataset(EpisodeSource):
         rng: np.random.Generator,
         selection: Selection,
         context: DrawContext,
-        again: Windows | None = None,
     ) -> Windows:
         """As `EpisodeSource.draw`, within each member."""
+        again = context.again
         if again is None:
             weights = self._leaf_weights()
             counts = shares(weights, num_windows, rng)
