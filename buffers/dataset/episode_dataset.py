@@ -357,6 +357,8 @@ class EpisodeDataset(EpisodeSource):
                 negative or not finite. Nothing has changed.
             RuntimeError: In another process than the one that made the dataset.
         """
+        with self._draw_lock:
+            self._refresh()  # Episodes that another process has added get their defaults before they are drawn.
         return self.late.update(self.table, index, values)
 
     def annotate(self, episode_id: int, values: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from buffers.table import EpisodeTable, Int64Array, Selection, TableRow, Windows
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
 
-__all__ = ["Geometry", "Sampler", "Listeners", "integers_below"]
+__all__ = ["Geometry", "Listeners", "Sampler", "integers_below"]
 
 
 class Geometry(NamedTuple):
