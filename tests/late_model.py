@@ -124,7 +124,10 @@ class LateModel:
         sources = batch["source"].tolist() if "source" in batch else [0] * len(index)
         for name in self.types:
             values = batch[name]
-            assert values.dtype == self.types[name].dtype and tuple(values.shape) == (*index.shape, *self.types[name].shape)
+            assert values.dtype == self.types[name].dtype and tuple(values.shape) == (
+                *index.shape,
+                *self.types[name].shape,
+            )
             for b, n in enumerate(sources):
                 real = np.flatnonzero(index[b] >= 0)
                 for t, id in enumerate(index[b].tolist()):

@@ -148,7 +148,9 @@ def places(batch: Mapping[str, Any]) -> list[Window]:
     return list(zip(members, batch["episode"].tolist(), starts.tolist(), strict=True))
 
 
-def check_batch(batch: Mapping[str, Any], expected: Mapping[Window, float], beta: float | None, num: int) -> list[Window]:
+def check_batch(
+    batch: Mapping[str, Any], expected: Mapping[Window, float], beta: float | None, num: int
+) -> list[Window]:
     """Every window is one that can be drawn, and has the weight of the definition; returns the windows."""
     found = places(batch)
     strangers = [window for window in found if not expected.get(window)]

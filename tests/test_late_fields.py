@@ -66,7 +66,13 @@ def test_padding_of_batches_is_zero_or_the_nearest_row(kind, seed, is_edge, chun
         rng, pad = np.random.default_rng(seed), "edge" if is_edge else "zero"
         length = int(rng.integers(1, 9))
         before, after = rng.integers(0, length, 2).tolist()
-        options: dict[str, Any] = {"pad_before": before, "pad_after": after, "pad": pad, "include": include, "seed": seed}
+        options: dict[str, Any] = {
+            "pad_before": before,
+            "pad_after": after,
+            "pad": pad,
+            "include": include,
+            "seed": seed,
+        }
         try:
             model.check(source.get_loader(8, length, chunk, **options).stream.take(), is_edge)
         except RuntimeError as error:
@@ -150,7 +156,12 @@ def test_values_may_be_lists_tensors_and_wider_numbers() -> None:
 # Errors change nothing.
 
 WRONG: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "shape": ([0, 1], {"v": np.ones((2, 2)), "w": np.ones(3)}, ValueError, r"`w` takes values torch.float32 \(.,\), found"),
+    "shape": (
+        [0, 1],
+        {"v": np.ones((2, 2)), "w": np.ones(3)},
+        ValueError,
+        r"`w` takes values torch.float32 \(.,\), found",
+    ),
     "number": ([0, 1], {"v": np.ones((3, 2)), "w": np.ones(2)}, ValueError, r"`v` takes values .* found .* \(3, 2\)"),
     "dtype": ([0, 1], {"v": np.ones((2, 2)), "w": np.ones(2, complex)}, ValueError, "`w` takes values .*complex128"),
     "integers": ([0, 1], {"v": np.ones((2, 2)), "n": np.array([0.5, 1])}, ValueError, "`n` takes values torch.int64"),
@@ -242,7 +253,9 @@ def test_annotate_takes_whole_episodes_that_live() -> None:
     with pytest.raises(ValueError, match=r"takes values .* \(9,\), found .* \(8,\)"):
         ring.annotate(2, {"v": np.zeros(8, np.float32)})
     batch = next(iter(ring.get_loader(64, 9, include=("episode",), seed=0)))
-    assert (batch["v"][batch["episode"] == 2] == torch.arange(9)).all() and (batch["v"][batch["episode"] == 1] == 0).all()
+    assert (batch["v"][batch["episode"] == 2] == torch.arange(9)).all() and (
+        batch["v"][batch["episode"] == 1] == 0
+    ).all()
 
 
 # Memory.

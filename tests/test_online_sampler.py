@@ -96,9 +96,7 @@ def test_each_new_window_comes_once_and_in_order(kind, shape, additions, batch_s
 def test_what_is_added_while_workers_draw_comes_once(num_workers, shape) -> None:
     ring, lengths = with_old(RingBufferDataset(10_000)), {}
     rng = np.random.default_rng(num_workers)
-    loader = ring.get_loader(
-        4, sampler=online(), num_workers=num_workers, include=INCLUDE, seed=0, **shape.options
-    )
+    loader = ring.get_loader(4, sampler=online(), num_workers=num_workers, include=INCLUDE, seed=0, **shape.options)
     found: Counter[tuple[int, int]] = Counter()
     batches = iter(loader)
     for _ in range(25):
@@ -241,9 +239,7 @@ def test_a_batch_without_a_share_for_it_holds_up_nobody(num_workers) -> None:
 def test_each_member_of_a_mixture_brings_its_own_once(num_workers) -> None:
     members = [with_old(RingBufferDataset(1000)) for _ in range(2)]
     mixture = MixtureDataset(members, [0.1, 0.9])
-    loader = mixture.get_loader(
-        3, 2, sampler=online(), num_workers=num_workers, include=(*INCLUDE, "source"), seed=0
-    )
+    loader = mixture.get_loader(3, 2, sampler=online(), num_workers=num_workers, include=(*INCLUDE, "source"), seed=0)
     lengths = [{add(member, 6): 6 for _ in range(4)} for member in members]
     found: list[list[tuple[int, int]]] = [[], []]
     for batch in itertools.islice(loader, 80):
