@@ -27,7 +27,8 @@ from tests import tagged
 from tests.list_dataset import ListDataset
 
 Window = tuple[int, int, int]  # (member of a mixture, episode id, step of its first row)
-#: "uniform", "episodes", ("recency", half_life), ("prioritized", alpha, eta), ("mixed", spec, share, ...), ("filter", spec)
+#: "uniform", "episodes", ("recency", half_life), ("prioritized", alpha, eta), ("filter", spec), or ("mixed", spec,
+#: share, spec, share, ...).
 Spec = Any
 EVERYTHING = ("index", "episode", "step", "mask", "weight")
 

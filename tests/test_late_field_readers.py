@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ import torch
 
 from buffers.dataset import RingBufferDataset
 from buffers.fields import TensorType
+from buffers.late import late_field
 from buffers.late.late_field import LateField
 from buffers.table import Windows
 from tests import reading
@@ -90,8 +92,6 @@ def torn_rows(kind: str, num_readers: int, num_reads: int, method: str = "fork")
 
 
 def _unpickle_and_read(field: Any, *arguments: Any) -> None:
-    import pickle
-
     read(pickle.loads(field) if isinstance(field, bytes) else field, *arguments)
 
 
@@ -129,8 +129,6 @@ def test_a_reader_waits_for_a_row_that_is_half_written() -> None:
 
 
 def test_a_row_whose_writer_was_killed_is_an_error_that_says_so(monkeypatch) -> None:
-    from buffers.late import late_field
-
     monkeypatch.setattr(late_field, "_SECONDS_TO_WAIT", 0.05)
     dataset = dataset_of("ring")
     dataset.late["wide"]._versions[3] += 1

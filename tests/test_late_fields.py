@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers import ReplayBuffer
-from buffers.dataset import MixtureDataset, RingBufferDataset
+from buffers.dataset import IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.fields import Scalar, TensorType, Vector
 from tests import samplers_model
-from tests.late_model import DEFAULTS, TYPES, LateModel, bits, live, random_rows
+from tests.late_model import TYPES, LateModel, live
 from tests.list_dataset import ListDataset
 from tests.samplers_model import add, stored
 
@@ -74,7 +72,7 @@ def test_padding_of_batches_is_zero_or_the_nearest_row(kind, seed, is_edge, chun
             "seed": seed,
         }
         try:
-            model.check(source.get_loader(8, length, chunk, **options).stream.take(), is_edge)
+            model.check(source.get_loader(8, length, chunk, pad=pad, **options).stream.take(), is_edge)
         except RuntimeError as error:
             assert "longer than every stored episode" in str(error)
         model.check(source.get_loader(8, None, include=include, seed=seed).stream.take())
@@ -289,8 +287,6 @@ def test_late_fields_live_where_their_rows_do() -> None:
 
 
 def test_a_copy_has_late_fields_of_its_own() -> None:
-    import copy
-
     ring = RingBufferDataset(100)
     add(ring, 9)
     labelled(ring)
@@ -300,8 +296,6 @@ def test_a_copy_has_late_fields_of_its_own() -> None:
 
 
 def test_rows_that_another_process_has_added_hold_the_default(tmp_path) -> None:
-    from buffers.dataset import IndividualFileDataset
-
     writer = IndividualFileDataset(1000, directory=tmp_path, durability="rename")
     add(writer, 10)
     reader = IndividualFileDataset(1000, directory=tmp_path, mode="r")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import time
 from collections import Counter
 from typing import Any
 
@@ -306,3 +307,24 @@ def test_workers_end_by_themselves_when_an_iteration_is_broken_off(monkeypatch) 
         # torch waits for 5 s, then kills those that wait for a batch that nobody makes any more.
         del batches
         assert not killed
+
+
+def test_a_worker_that_starts_late_is_waited_for() -> None:
+    ring, lengths = with_old(RingBufferDataset(10_000)), {}
+    options: dict[str, Any] = {"worker_init_fn": _start_late, "transform": _slowly, "num_workers": 2}
+    loader = ring.get_loader(3, 2, sampler=online(), include=INCLUDE, seed=0, **options)
+    found: list[tuple[int, int]] = []
+    for _ in range(2):  # The second time, the workers of the first have ended.
+        lengths |= {add(ring, 7): 7 for _ in range(4)}
+        found += [window for batch in itertools.islice(loader, 4) for window in seen(batch)]
+    expected = new_windows(lengths, Shape(2))
+    assert found == expected[: len(found)] and len(found) == min(len(expected), 24)
+
+
+def _start_late(number: int) -> None:
+    time.sleep(1.0 * (number == 0))
+
+
+def _slowly(batch: Any) -> Any:
+    time.sleep(0.2)
+    return batch

@@ -22,7 +22,10 @@ PRIORITIZED = ("prioritized", 1.0, 0.5)
 HALF = ("mixed", ("prioritized", 1.0, 0.5), 0.5, "uniform", 0.5)
 
 
-def check_changes(spec: Any = PRIORITIZED, shape: Shape = Shape(5, 4, 3)) -> None:
+PADDED = Shape(5, 4, 3)
+
+
+def check_changes(spec: Any = PRIORITIZED, shape: Shape = PADDED) -> None:
     """Batches before and after priorities change, and after a lap of the ring, are as the model says."""
     ring, sampler = RingBufferDataset(90), model.build(spec)
     for length in LENGTHS:
