@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +54,7 @@ class EpisodeFilter(Sampler):
             raise TypeError(f"`accept` must be a function of an episode's info, found {type(accept).__name__}.")
         self.sampler, self.accept = sampler, accept
         self._dataset: EpisodeDataset | None = None
+        self._memory: SharedArrays | None = None
         self._flags: npt.NDArray[np.int8] = np.zeros(1, np.int8)
         self._parts: dict[int, PartTable] = {}
         self._num_released = 0
@@ -71,8 +71,8 @@ class EpisodeFilter(Sampler):
 
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: asks about the episodes that are stored."""
-        part = copy.copy(self)
-        part.sampler, part._parts, part._dataset = self.sampler.bind(dataset, geometry), {}, dataset
+        part = EpisodeFilter(self.sampler.bind(dataset, geometry), self.accept)
+        part._dataset = dataset
         part._open(SharedArrays({"flags": ((_NUM_FLAGS,), np.dtype(np.int8))}, sparse=True))
         dataset.listen(part)
         part._judge(dataset.table.ids)
@@ -87,7 +87,8 @@ class EpisodeFilter(Sampler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open(self._memory)
+        if self._memory is not None:
+            self._open(self._memory)
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
         """As `Sampler.episode_added`."""
@@ -95,7 +96,7 @@ class EpisodeFilter(Sampler):
 
     def episode_removed(self, row: TableRow) -> None:
         """As `Sampler.episode_removed`."""
-        assert self._dataset is not None  # Only the part that is bound here is told.
+        assert self._dataset is not None and self._memory is not None  # Only the part that is bound here is told.
         # Readers may still have those that have just left.
         end = int(self._dataset.table.ids[0] if len(self._dataset.table) else row[2]) - _NUM_KEPT
         if end > self._num_released + _NUM_KEPT:

@@ -39,7 +39,7 @@ class PrioritizedSampler(Sampler):
         >>> dataset = RingBufferDataset(capacity=1_000)
         >>> loader = dataset.get_loader(1_000, 1, sampler=PrioritizedSampler(alpha=1.0), include=("index",), seed=0)
         >>> episode_id = dataset.add_episode({"obs": np.arange(4)})
-        >>> dataset.update([0, 1, 2, 3], {"priority": [0.0, 1.0, 0.0, 3.0]})
+        >>> dataset.update([0, 1, 2, 3], {"priority": [0.0, 1.0, 0.0, 4.0]})
         0
         >>> (np.bincount(next(iter(loader))["obs"][:, 0]) / 1_000).round(1)
         array([0. , 0.2, 0. , 0.8])
