@@ -43,7 +43,7 @@ class OnlineSampler(Sampler):
     (T = None) come once each; with `offsets`, so does each anchor. Rows that a piece of a stream repeats are left out.
 
     An episode of fewer than T rows has no window unless it can be padded. Windows whose episode left before their turn
-    are lost: `ReplayBuffer.stats()` counts them as `num_missed_windows`. Weights of windows that come once are 1.
+    are lost: `ReplayBuffer.stats()` counts them as `num_missed_windows`. Windows that come once weigh as uniform ones.
 
     Args:
         then: Draws the rest; uniformly by default.
@@ -100,7 +100,10 @@ class OnlineSampler(Sampler):
             self._missed[_worker_number()] += lost
             return self.then.draw(table, num_windows, length, rng)
         position, step = self._claim(table, context.batch, context.first, num_windows)
-        most = int(table.lengths[position].max(initial=0)) if length is None else length
+        if not len(position):
+            self._claimed = position
+            return self.then.draw(table, num_windows, length, rng)
+        most = int(table.lengths[position].max()) if length is None else length
         new = table.windows(position, step, most)
         self._claimed = new.first_steps
         if len(new) == num_windows:
@@ -108,8 +111,6 @@ class OnlineSampler(Sampler):
         table.context = context._replace(needs_density=context.has_weights)
         others = self.then.draw(table, num_windows - len(new), length, rng)
         table.context = context
-        if not len(new):
-            return others
         windows = joined([new, others])
         windows.oldest_step = new.oldest_step
         return windows
