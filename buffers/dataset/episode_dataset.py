@@ -215,6 +215,8 @@ class EpisodeDataset(EpisodeSource):
         if self.extension is not None:
             self.extension.other.settle_fields(fields)
         if self._fields is None:
+            if self.late.in_batches is not None:
+                fields.with_others(self.late.in_batches)
             self._allocate(fields)
             self._fields = fields
             return
@@ -245,6 +247,8 @@ class EpisodeDataset(EpisodeSource):
         length = len(next(iter(episode.values())))
         self._check_length(length)
         start = self.start_of_next(length)
+        if self.late and not self.has_circular_ids:
+            self.late.check_span(start + length - self.table.oldest_start)
         for sampler in list(self._listeners.values()):
             sampler.episode_added((start, length, self.table.next_id, cut), dict(info or {}))
         if self.evicts_before_writing:

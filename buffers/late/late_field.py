@@ -31,8 +31,8 @@ __all__ = ["LateField", "PADDING"]
 #: The step id of padding.
 PADDING = -1
 
-# Address space of one field where step ids may lie far apart. Only rows that are written take memory.
-_SPARSE_BYTES = 2**41
+# Of one field, where step ids may lie far apart: address space, of which only rows that are written take memory.
+_SPARSE_BYTES, _SPARSE_ROWS = 2**40, 2**36
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0001
 _MAX_VIEWS = 8
 
@@ -58,7 +58,9 @@ class LateField:
         self.name, self.kind, self.device, self.is_circular = name, kind, device, is_circular
         self.default = _checked_default(name, kind, default)
         is_sparse = not is_circular and sys.platform == "linux"
-        self.num_rows = _SPARSE_BYTES // max(1, kind.nbytes) if is_sparse else capacity * (1 if is_circular else 2)
+        self.num_rows = capacity if is_circular else 2 * capacity
+        if is_sparse:
+            self.num_rows = max(self.num_rows, min(_SPARSE_ROWS, _SPARSE_BYTES // max(1, kind.nbytes)))
         memory = None
         if device.type == "cpu":
             layout = {"values": ((self.num_rows, *kind.shape), kind.numpy_dtype), **self.extra}

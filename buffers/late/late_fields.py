@@ -93,6 +93,15 @@ class LateFields(Mapping[str, LateField]):
 
     # As episodes come and go.
 
+    def check_span(self, num_steps: int) -> None:
+        """RuntimeError if step ids that live would be so far apart that two have one row."""
+        for name, field in self._fields.items():
+            if num_steps > field.num_rows:
+                raise RuntimeError(
+                    f"Late field `{name}` has room for {field.num_rows:,} step ids from the oldest episode on, and the "
+                    f"new one would be at {num_steps:,}. Evict the oldest ones."
+                )
+
     def fill(self, start: int, length: int) -> None:
         """Give the rows of a new episode their defaults, before anyone can draw it."""
         with self._lock:
