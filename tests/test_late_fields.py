@@ -72,7 +72,7 @@ def test_padding_of_batches_is_zero_or_the_nearest_row(kind, seed, is_edge, chun
             "seed": seed,
         }
         try:
-            model.check(source.get_loader(8, length, chunk, pad=pad, **options).stream.take(), is_edge)
+            model.check(source.get_loader(8, length, chunk, **options).stream.take(), is_edge)
         except RuntimeError as error:
             assert "longer than every stored episode" in str(error)
         model.check(source.get_loader(8, None, include=include, seed=seed).stream.take())

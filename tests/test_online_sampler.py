@@ -88,7 +88,7 @@ def test_each_new_window_comes_once_and_in_order(kind, shape, additions, batch_s
         for _ in range(-(-waiting // batch_size)):
             found += seen(stream.take())
         assert found == new_windows(lengths, shape)
-        assert stream.samplers[0].num_missed == 0
+        assert stream.drawer.samplers[0].num_missed == 0
         assert not seen(stream.take())
 
 
