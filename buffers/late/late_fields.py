@@ -181,7 +181,8 @@ class LateFields(Mapping[str, LateField]):
         single = ids[~is_whole].ravel()
         number, step = self._table.numbers_of(single)
         lives = step >= 0
-        others = {n: values[~is_whole].reshape(-1, 1, *self[n].kind.shape)[lives] for n, values in rows.items()}
+        shape = len(single), 1
+        others = {n: values[~is_whole].reshape(*shape, *self[n].kind.shape)[lives] for n, values in rows.items()}
         self._write_runs(single[lives], self._table.state.rows[number[lives], 2], step[lives], others)
         return int(((single != PADDING) & ~lives).sum())
 

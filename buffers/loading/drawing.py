@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,29 +48,33 @@ class WindowDrawer:
             leaf.listen(bound)
             self.samplers.append(bound)
 
-    def draw(self, n: int, position: int, first: int, num_windows: int, random: BatchRandom) -> Windows:
-        """The windows of batch n, at a position of its stream, which is that of one rank; `first`: of the iteration."""
-        # Where only one process draws, none waits for another.
-        first = position if get_worker_info() is None else first
+    def draw(
+        self, n: int, position: int, num_windows: int, random: BatchRandom, counters: Mapping[str, np.ndarray]
+    ) -> Windows:
+        """The windows of batch n, at a position of its stream, which is that of one rank."""
+        context = self._context(position)
+        if get_worker_info() is not None:
+            pause = partial(_pause, counters, int(counters["iteration"][0]))
+            context = context._replace(first=int(counters["first"][0]), pause=pause)
         try:
-            return self._draw(n, 0, self._context(position, first), num_windows, random)
+            return self._draw(n, 0, context, num_windows, random)
         except BaseException:
             # Workers that make later batches may wait for what a sampler says of this one.
             for sampler in self.samplers:
-                sampler.skip(position, first)
+                sampler.skip(context)
             raise
 
     def draw_again(self, n: int, position: int, attempt: int, again: Windows, random: BatchRandom) -> Windows:
         """Others for windows of batch n that were gone before they were read; all, if it is packed."""
-        context = self._context(position, position)
+        context = self._context(position)
         if self._layout.num_packed is not None:
             return self._draw(n, attempt, context, len(again) // self._layout.num_packed, random)
         return self._draw(n, attempt, context._replace(again=again), len(again), random)
 
-    def _context(self, position: int, first: int) -> DrawContext:
+    def _context(self, position: int) -> DrawContext:
         return DrawContext(
             batch=position,
-            first=first,
+            first=position,
             anchor=self._layout.anchor,
             is_whole=self._length is None,
             has_weights=self._has_weights,
@@ -117,6 +123,12 @@ class WindowDrawer:
             raise ValueError(f"The state is one of {len(states)} datasets, and there are {len(self.samplers)}.")
         for sampler, state in zip(self.samplers, states, strict=True):
             sampler.load_state_dict(state)
+
+
+def _pause(counters: Mapping[str, np.ndarray], iteration: int) -> None:
+    time.sleep(_PAUSE)
+    if counters["over"][0] >= iteration > 0:
+        raise RuntimeError("The iteration is over.")
 
 
 def checked_sampler(sampler: Any, layout: SequenceLayout) -> Sampler:

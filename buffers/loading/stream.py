@@ -39,8 +39,9 @@ _SEQUENCES_PER_READ = 32  # Single sequences are drawn and read this many at a t
 #: Names and sizes of the int64 arrays through which workers and the trainer tell each other:
 #: "first", the position at which the iteration began (which persistent workers see change); "newest", by batch, its
 #: newest step id plus one; "rejected", by worker, windows that were gone before they could be read; "uncounted", 1 if
-#: another DataLoader than a `SequenceLoader` has taken batches.
-COUNTERS = {"first": 1, "newest": 1024, "rejected": 64, "uncounted": 1}
+#: another DataLoader than a `SequenceLoader` has taken batches; "iteration", the number of the last one that began with
+#: workers, and "over", of the last one that is over.
+COUNTERS = {"first": 1, "newest": 1024, "rejected": 64, "uncounted": 1, "iteration": 1, "over": 1}
 
 
 class SequenceStream(IterableDataset):
@@ -165,8 +166,7 @@ class SequenceStream(IterableDataset):
         """
         n = position * self.world_size + self.rank
         if self.one_pass is None:
-            first = int(self.counters["first"][0])
-            windows = self.drawer.draw(n, position, first, self.num_windows, self.random)
+            windows = self.drawer.draw(n, position, self.num_windows, self.random, self.counters)
         else:
             windows = self.one_pass.windows(position, self.random)
         rows, was_read = self._read(windows)

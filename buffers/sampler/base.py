@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from buffers.table import EpisodeTable, Int64Array, Selection, TableRow, Windows, context_of
+from buffers.table import DrawContext, EpisodeTable, Int64Array, Selection, TableRow, Windows, context_of
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -89,8 +89,8 @@ class Sampler(ABC):
         """The episodes that it draws from; all of them by default."""
         return table
 
-    def skip(self, batch: int, first: int) -> None:  # noqa: B027
-        """Called when a batch takes no window from it, or could not be drawn; `first` as in `DrawContext`."""
+    def skip(self, context: DrawContext) -> None:  # noqa: B027
+        """Called when a batch takes no window from it, or could not be drawn."""
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:  # noqa: B027  (most need neither)
         """Called before anyone can draw an episode, in the process that adds it, with its start, length, id and cut."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sharing import SharedArrays
-from buffers.table import NO, UNKNOWN, YES, EpisodeTable, Int64Array, PartTable, TableRow, Windows
+from buffers.table import NO, UNKNOWN, YES, DrawContext, EpisodeTable, Int64Array, PartTable, TableRow, Windows
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -149,9 +149,9 @@ class EpisodeFilter(Sampler):
         """Those of the sampler."""
         return self.sampler.num_missed
 
-    def skip(self, batch: int, first: int) -> None:
+    def skip(self, context: DrawContext) -> None:
         """As `Sampler.skip`."""
-        self.sampler.skip(batch, first)
+        self.sampler.skip(context)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """That of the sampler."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sharing.weights import Float64Array, SharedWeights, shares
-from buffers.table import EpisodeTable, TableRow, Windows, joined
+from buffers.table import DrawContext, EpisodeTable, TableRow, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -86,7 +86,7 @@ class MixedSampler(Sampler):
             if count:
                 drawn.append(sampler.draw(table, count, length, rng))
             elif context.again is None:
-                sampler.skip(context.batch, context.first)
+                sampler.skip(context)
         windows = joined(drawn)
         windows.oldest_step = min(part.oldest_step for part in drawn)
         windows.density = self.density(table, windows) if table.context.has_weights and self.beta is not None else None
@@ -115,10 +115,10 @@ class MixedSampler(Sampler):
         """Those of all samplers."""
         return sum(sampler.num_missed for sampler in self._samplers)
 
-    def skip(self, batch: int, first: int) -> None:
+    def skip(self, context: DrawContext) -> None:
         """As `Sampler.skip`, of all samplers."""
         for sampler in self._samplers:
-            sampler.skip(batch, first)
+            sampler.skip(context)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """The shares, and the states of the samplers."""

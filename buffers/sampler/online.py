@@ -13,8 +13,6 @@ A batch that is made again, because it was never delivered, has the same windows
 from __future__ import annotations
 
 import copy
-import os
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from buffers.sampler.base import Geometry, Sampler
 from buffers.sampler.uniform import UniformSampler
 from buffers.sharing import SharedArrays, fence
 from buffers.sharing.published_table import store_fence
-from buffers.table import YES, EpisodeTable, Int64Array, TableRow, Windows, joined
+from buffers.table import YES, DrawContext, EpisodeTable, Int64Array, TableRow, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -33,7 +31,6 @@ __all__ = ["OnlineSampler"]
 
 _NUM_NOTES = 4096  # Far more than batches that wait to be delivered.
 _NONE, _NEVER = -1, -2  # Numbers of batches: of the one before the first, and of none.
-_PAUSE, _PAUSES_TO_LOOK = 0.0001, 500
 _NUM_WORKERS = 64  # That count for themselves; the last word is the trainer's.
 
 
@@ -43,9 +40,8 @@ class _Notes:
     def __init__(self, memory: SharedArrays) -> None:
         self._memory = memory
         self._words, self._newest = memory["notes"].reshape(-1).data, memory["newest"].data
-        #: Windows that were missed, as each process counts them, and process ids of workers.
+        #: Windows that were missed, as each process counts them.
         self.missed: Int64Array = memory["missed"]
-        self.pids: Int64Array = memory["pids"]
 
     def __reduce__(self) -> tuple[type[_Notes], tuple[SharedArrays]]:
         return _Notes, (self._memory,)
@@ -53,8 +49,7 @@ class _Notes:
     @classmethod
     def new(cls) -> _Notes:
         int64 = np.dtype(np.int64)
-        layout = {"notes": ((_NUM_NOTES, 3), int64), "newest": ((1,), int64)}
-        layout |= {"missed": ((_NUM_WORKERS,), int64), "pids": ((_NUM_WORKERS,), int64)}
+        layout = {"notes": ((_NUM_NOTES, 3), int64), "newest": ((1,), int64), "missed": ((_NUM_WORKERS,), int64)}
         return cls(SharedArrays(layout))
 
     def restart(self, episode: int, window: int) -> None:
@@ -142,7 +137,7 @@ class OnlineSampler(Sampler):
             lost = int(np.isin(context.again.first_steps, self._claimed).sum())
             self._bound.missed[_worker_number()] += lost
             return self.then.draw(table, num_windows, length, rng)
-        position, step = self._claim(table, context.batch, context.first, num_windows)
+        position, step = self._claim(table, num_windows)
         if not len(position):
             self._claimed = position
             return self.then.draw(table, num_windows, length, rng)
@@ -155,10 +150,10 @@ class OnlineSampler(Sampler):
         table.context = context
         return joined([new, others])
 
-    def _claim(self, table: EpisodeTable, batch: int, first: int, most: int) -> tuple[Int64Array, Int64Array]:
+    def _claim(self, table: EpisodeTable, most: int) -> tuple[Int64Array, Int64Array]:
         """Positions and first steps `(n,)` of the new windows of a batch, up to `most`."""
-        notes = self._bound
-        episode, window = self._begin_of(batch, first)
+        notes, batch = self._bound, table.context.batch
+        episode, window = self._begin_of(table.context)
         position = int(table.ids.searchsorted(episode))
         rows = table.rows[position:]
         if not len(rows):
@@ -190,29 +185,25 @@ class OnlineSampler(Sampler):
         j = numbers - begins[at_each]
         return position + at_each, np.where(j == num[at_each] - 1, last[at_each], begin[at_each] + j * stride)
 
-    def _begin_of(self, batch: int, first: int) -> tuple[int, int]:
+    def _begin_of(self, context: DrawContext) -> tuple[int, int]:
         """Where a batch begins; waits for the worker that makes the batch before."""
-        found = self._bound.after(batch - 1)
-        if found is None and batch <= first:
-            found = self._bound.after(self._bound.newest)
-        worker, pids, num_pauses = get_worker_info(), self._bound.pids, 0
-        if worker is not None:
-            pids[worker.id % _NUM_WORKERS] = os.getpid()
-        while found is None:
-            time.sleep(_PAUSE)
-            num_pauses += 1
-            if num_pauses % _PAUSES_TO_LOOK == 0 and worker is not None:
-                pid = int(pids[(worker.id - 1) % worker.num_workers % _NUM_WORKERS])
-                if pid and _has_ended(pid):
-                    raise RuntimeError(f"The worker that should have made batch {batch - 1} has ended.")
-            found = self._bound.after(batch - 1)
+        while (found := self._bound.after(context.batch - 1)) is None:
+            if context.batch <= context.first:
+                return self._end_of_newest
+            context.pause()
         return found
 
-    def skip(self, batch: int, first: int) -> None:
+    @property
+    def _end_of_newest(self) -> tuple[int, int]:
+        found = self._bound.after(self._bound.newest)
+        assert found is not None  # Only workers write while others read.
+        return found
+
+    def skip(self, context: DrawContext) -> None:
         """As `Sampler.skip`: the next batch begins where this one would have."""
-        if self._bound.after(batch) is None:
-            self._bound.write(batch, *self._begin_of(batch, first))
-        self.then.skip(batch, first)
+        if self._bound.after(context.batch) is None:
+            self._bound.write(context.batch, *self._begin_of(context))
+        self.then.skip(context)
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
         """As `Sampler.episode_added`."""
@@ -230,8 +221,8 @@ class OnlineSampler(Sampler):
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """Where the batch of this number begins; by default, the one after the newest."""
-        batch = self._bound.newest + 1 if batch is None else batch
-        episode, window = self._begin_of(batch, batch)
+        found = None if batch is None else self._bound.after(batch - 1)
+        episode, window = found or self._end_of_newest
         return {"episode": episode, "window": window, "then": self.then.state_dict(batch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,15 +231,6 @@ class OnlineSampler(Sampler):
             raise ValueError(f"The state is not one of an OnlineSampler, found {sorted(state)}.")
         self.then.load_state_dict(state["then"])
         self._bound.restart(int(state["episode"]), int(state["window"]))
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether a process has ended, also if its parent has not noticed."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return os.path.exists("/proc/self")  # Elsewhere, nobody knows.
 
 
 def _worker_number() -> int:

@@ -44,8 +44,9 @@ class DrawContext(NamedTuple):
     anchor: int | None = None
     #: The windows that are to be replaced, which were gone before they were read; None for the batch itself.
     again: Windows | None = None
-    #: The position of the first batch of this iteration.
+    #: The position of the first batch of this iteration, and a function that waits a little, for other workers.
     first: int = 0
+    pause: Any = None
     #: Whether windows are whole episodes.
     is_whole: bool = False
     #: Whether weights are asked for.

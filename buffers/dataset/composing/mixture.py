@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
+import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.composing.mixture_fields import common_fields
@@ -195,11 +196,11 @@ class MixtureDataset(EpisodeSource):
         for number, leaf in enumerate(self._leaves):
             own = samplers[number : number + 1]
             if weights[number] == 0:
-                own[0].skip(context.batch, context.first)
+                own[0].skip(context)
                 continue
             try:
                 if not counts[number] and leaf.can_draw(length, selection, own):
-                    own[0].skip(context.batch, context.first)
+                    own[0].skip(context)
                     continue
                 # An empty member that gets no window this time shall be an error, too.
                 part = leaf.draw(own, max(1, int(counts[number])), length, rng, selection, context)
@@ -236,7 +237,8 @@ class MixtureDataset(EpisodeSource):
         if source is None:
             raise ValueError("Step ids are those of a member: `include` 'source', and pass it on.")
         ids, numbers = as_array("index", index), as_array("source", source)
-        arrays = {name: as_array(name, value) for name, value in values.items()}
+        # numpy has no bfloat16.
+        arrays = {n: value if isinstance(value, torch.Tensor) else as_array(n, value) for n, value in values.items()}
         if numbers.shape != ids.shape[:1] or not np.isin(numbers, range(len(self._members))).all():
             expected = f"{ids.shape[:1]} numbers of members, 0 to {len(self._members) - 1}"
             raise ValueError(f"`source` must be {expected}, found {source!r:.80}.")
