@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from buffers import ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.fields import Scalar
-from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
+from buffers.sampler import (
+    MixedSampler,
+    PrioritizedSampler,
+    UniformSampler,
+)
 from tests import samplers_model as model
 from tests.samplers_model import KINDS, Model, Shape, check_draws, random_priorities, stored
 
