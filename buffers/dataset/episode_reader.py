@@ -92,9 +92,11 @@ class EpisodeReader(IterableDataset, ABC):
 
         Into `out` if that is given, else of the fields in `names`, or of all that a batch has.
         """
-        if not self.late or self.late.in_batches is None:
+        if self.late_fields is None:
             return self.read_stored(windows, out, names)
         found = list((self.batch_fields or ()) if names is None else names) if out is None else list(out)
+        if self.late is None:
+            return self.read_stored(windows, out, found)
         late, stored = [n for n in found if n in self.late], [n for n in found if n not in self.late]
         rows = self.empty_batch(windows, late) if out is None else {name: out[name] for name in late}
         # First, so that what finds out whether an episode has left meanwhile comes after.

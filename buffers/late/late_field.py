@@ -32,7 +32,7 @@ __all__ = ["LateField", "PADDING"]
 PADDING = -1
 
 # Of one field, where step ids may lie far apart: address space, of which only rows that are written take memory.
-_SPARSE_BYTES, _SPARSE_ROWS = 2**40, 2**36
+_SPARSE_BYTES, _SPARSE_ROWS = 2**37, 2**32
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0001
 _MAX_VIEWS = 8
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["EpisodeFilter"]
 
 # Ids of episodes that live are closer to each other than this. Only pages that are used take memory.
-_NUM_FLAGS = 1 << 36
+_NUM_FLAGS = 1 << 32
 _NUM_KEPT = 1 << 16  # Flags of so many episodes that have left.
 _MAX_PARTS = 8
 
