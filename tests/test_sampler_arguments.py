@@ -24,7 +24,7 @@ from tests.contract import assert_same_batch
 
 
 def test_a_filter_forgets_those_that_have_left_and_gives_back_their_memory(monkeypatch) -> None:
-    monkeypatch.setattr(episode_filter, "_NUM_KEPT", 64)
+    monkeypatch.setattr(episode_filter, "_NUM_KEPT", 8192)
     ring, asked = RingBufferDataset(50), list[int]()
 
     def accept(info: dict[str, Any]) -> bool:
@@ -35,13 +35,13 @@ def test_a_filter_forgets_those_that_have_left_and_gives_back_their_memory(monke
         ring.add_episode({"x": np.array([number])}, info={"number": number})
     stream = ring.get_loader(300, 1, sampler=EpisodeFilter(UniformSampler(), accept), seed=0).stream
     memory = stream.drawer.samplers[0]._memory
-    for number in range(10, 30_000):
+    for number in range(10, 120_000):
         ring.add_episode({"x": np.array([number])}, info={"number": number})
-        if number % 1000 == 0:
+        if number % 5000 == 0:
             found = set(stream.take()["x"].flatten().tolist())
             assert found == {n for n in range(number - 49, number + 1) if n % 5 == 0 and n >= 0}
-    assert asked == list(range(30_000))  # Each once.
-    assert os.fstat(memory._descriptor).st_blocks * 512 < 20_000
+    assert asked == list(range(120_000))  # Each once.
+    assert os.fstat(memory._descriptor).st_blocks * 512 < 100_000  # Of 120 kB.
 
 
 def test_an_episode_that_the_filter_cannot_judge_is_not_added() -> None:
