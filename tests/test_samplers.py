@@ -128,7 +128,7 @@ ACTIONS = st.one_of(
     st.sampled_from(list(SHAPES)),
     st.lists(ACTIONS, min_size=5, max_size=60),
 )
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_the_draws_follow_what_is_stored(kind, spec, shape, actions) -> None:
     sampler, asked = model.build(SPECS[spec]), SHAPES[shape]
     with stored(kind, None, [5, 30], 60) as dataset:  # type: ignore[arg-type]
