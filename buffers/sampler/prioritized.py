@@ -132,7 +132,8 @@ class PrioritizedSampler(Sampler):
         return density * self._scale(table, index, length)
 
     def _scale(self, table: EpisodeTable, index: PriorityIndex, length: int | None) -> float:
-        return table.num_to_draw(length) / index.total(table)
+        # All may have become 0 since the draw.
+        return table.num_to_draw(length) / max(index.total(table), np.finfo(np.float64).tiny)
 
     def _propose(
         self,
