@@ -132,8 +132,8 @@ class PrioritizedSampler(Sampler):
         return density * self._scale(table, index, length)
 
     def _scale(self, table: EpisodeTable, index: PriorityIndex, length: int | None) -> float:
-        # All may have become 0 since the draw.
-        return table.num_to_draw(length) / max(index.total(table), np.finfo(np.float64).tiny)
+        total = index.total(table)
+        return table.num_to_draw(length) / total if total else 0.0  # All may have become 0 since the draw.
 
     def _propose(
         self,
