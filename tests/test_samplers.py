@@ -290,9 +290,10 @@ def test_a_default_that_is_no_priority_is_refused(default) -> None:
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 3), slice(0, 4)])
 @pytest.mark.parametrize("is_mixture", [False, True])
 def test_weights_stay_finite_while_priorities_become_0(rows, is_mixture) -> None:
-    ring = RingBufferDataset(100)
+    ring, other = RingBufferDataset(100), RingBufferDataset(100)
     for _ in range(4):
         model.add(ring, 1)
+        model.add(other, 1)
 
     class Meddler(UniformSampler):
         """The trainer, which sets priorities between a draw and the question how likely it was."""
@@ -303,7 +304,7 @@ def test_weights_stay_finite_while_priorities_become_0(rows, is_mixture) -> None
             return np.zeros(len(windows))
 
     sampler = MixedSampler({Meddler(): 0.1, PrioritizedSampler(1.0, beta=0.5): 0.9})
-    source: Any = MixtureDataset([ring, ring], [1, 1]) if is_mixture else ring
+    source: Any = MixtureDataset([ring, other], [1, 1]) if is_mixture else ring
     stream = source.get_loader(64, 1, sampler=sampler, include=("weight",), seed=0).stream
     weights = stream.take()["weight"]
     assert torch.isfinite(weights).all() and weights.max() == 1 and weights.min() > 0
