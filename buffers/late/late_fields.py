@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from buffers.conversion import as_array
-from buffers.fields import Fields, TensorType
-from buffers.late.late_field import PADDING, LateField
+from buffers.fields import Fields, TensorType, as_tensor
+from buffers.late.changes import ChangedBlocks
+from buffers.late.late_field import PADDING, LateField, checked_default
 from buffers.late.priorities import PRIORITY, PriorityField
 from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
-from buffers.utils import ThreadLock
+from buffers.utils import ThreadLock, number
 
-__all__ = ["LateFields"]
+__all__ = ["LateFieldInfo", "LateFields"]
 
 _ROWS_OF_A_PAGE = 1 << 16  # At most, of 64 kB and one byte a row.
+
+
+class LateFieldInfo(NamedTuple):
+    """All that a late field is, but for its values."""
+
+    name: str
+    kind: TensorType
+    default: torch.Tensor  # `(*shape)`
+    in_batches: bool
+    initial: float | str | None = None  # Of priorities, as the largest so far.
+    largest: float = 0.0
 
 
 class LateFields(Mapping[str, LateField]):
@@ -28,7 +40,12 @@ class LateFields(Mapping[str, LateField]):
         capacity: Of the dataset, in steps.
         is_circular: Whether step ids that live lie within `capacity` of each other, as those of a ring.
         device: Where values are kept.
+
+    Attributes:
+        marks_changes: Whether fields that are added note what changes, to be kept on disk.
     """
+
+    marks_changes = False
 
     def __init__(self, capacity: int, is_circular: bool, device: torch.device) -> None:
         self._capacity, self._is_circular, self._device = capacity, is_circular, device
@@ -60,13 +77,14 @@ class LateFields(Mapping[str, LateField]):
         return self._owner == os.getpid()
 
     def add(self, name: str, kind: TensorType, default: Any, table: EpisodeTable) -> None:
-        """Add a field that batches have; ValueError if it is there."""
+        """Add a field that batches have, or find it there; ValueError if it is there with another type or default."""
         if name == PRIORITY and (kind.shape, kind.dtype) != ((), torch.float32):
             raise ValueError(f"`{PRIORITY}` is what PrioritizedSampler draws by: it must be a float32 Scalar().")
         if self.in_batches is not None and name in self.in_batches:
-            raise ValueError(f"There is a late field `{name}` already.")
+            self._check_same(name, kind, default)
+            return
         if name == PRIORITY:
-            self.add_priorities(float(as_array(name, default)), table)
+            self.add_priorities(number("default", float(as_array(name, default)), 0.0), table)
         else:
             field = LateField(name, kind, default, self._capacity, self._is_circular, self._device)
             self._install(name, field, table)
@@ -78,9 +96,55 @@ class LateFields(Mapping[str, LateField]):
             self._install(PRIORITY, PriorityField(initial, self._capacity, self._is_circular), table)
         field = self._fields[PRIORITY]
         assert isinstance(field, PriorityField)  # No other field has this name.
+        if field.is_restored:
+            field.initial, field.is_restored = initial, False
         return field
 
+    def _check_same(self, name: str, kind: TensorType, default: Any) -> None:
+        field = self._fields[name]
+        if isinstance(field, PriorityField):
+            # A sampler that has added it before has the say.
+            known: Any = float(as_array(name, default)) if field.initial == "max" else field.initial
+            is_same = float(as_array(name, default)) == known
+        else:
+            known = field.default
+            is_same = (field.kind.shape, field.kind.dtype) == (kind.shape, kind.dtype)
+            is_same = is_same and checked_default(name, kind, default).tobytes() == known.tobytes()
+        if not is_same:
+            raise ValueError(
+                f"There is a late field `{name}` of another type or default already: {field.kind}, default {known}. "
+                "Add it as it is there, or under another name."
+            )
+
+    def info_of(self, name: str) -> LateFieldInfo:
+        """What `restore` needs for an equal field."""
+        field, in_batches = self._fields[name], name in (self.in_batches or ())
+        default = as_tensor(np.array(field.default), field.kind)
+        if isinstance(field, PriorityField):
+            return LateFieldInfo(name, field.kind, default, in_batches, field.initial, field.largest)
+        return LateFieldInfo(name, field.kind, default, in_batches)
+
+    def restore(self, info: LateFieldInfo, table: EpisodeTable) -> LateField:
+        """The field that `info_of` has told of, which is added if it is missing. Its rows hold the default."""
+        if info.initial is not None:
+            field = self.add_priorities(info.initial, table)
+            field.set_largest(info.largest)
+            field.is_restored = not info.in_batches
+        if info.in_batches:
+            self.add(info.name, info.kind, info.default, table)
+        return self._fields[info.name]
+
+    def copy_from(self, other: LateFields, table: EpisodeTable) -> None:
+        """Take over the fields of `other` with the rows of the episodes in `table`, whose step ids are the same."""
+        for name, source in other.items():
+            field = self.restore(other.info_of(name), table)
+            for begin, end in _spans(table):
+                steps = np.arange(begin, end)
+                rows = source.rows(steps)[:, None]
+                field.write(steps, rows if field.memory is None else as_array(name, rows))
+
     def _install(self, name: str, field: LateField, table: EpisodeTable) -> None:
+        field.changed = ChangedBlocks() if self.marks_changes else None
         with self._lock:
             for begin, end in _spans(table):
                 field.fill(begin, end - begin)
@@ -149,8 +213,8 @@ class LateFields(Mapping[str, LateField]):
         length = ids.shape[1]
         is_run = ids[:, :1] + np.arange(length) == ids
         is_whole: Any = True if is_run.all() else is_run.all(1)
-        number, step = self._table.numbers_of(ids[:, 0])
-        is_whole &= (step >= 0) & (step + length <= self._table.state.rows[number, 1])
+        row, step = self._table.numbers_of(ids[:, 0])
+        is_whole &= (step >= 0) & (step + length <= self._table.state.rows[row, 1])
         if is_whole.all():
             for name, values in rows.items():
                 self._fields[name].write(ids[:, 0], values)
@@ -163,6 +227,18 @@ class LateFields(Mapping[str, LateField]):
             others = values[~is_whole].reshape(-1, 1, *field.kind.shape)
             field.write(single[lives], others[lives])
         return int(((single != PADDING) & ~lives).sum())
+
+    def take_changes(self) -> dict[str, ChangedBlocks]:
+        """What has changed in each field, which is forgotten here."""
+        with self._lock:
+            return {name: field.changed.take() for name, field in self.items() if field.changed is not None}
+
+    def put_back_changes(self, changes: dict[str, ChangedBlocks]) -> None:
+        """Note again what was taken."""
+        with self._lock:
+            for name, taken in changes.items():
+                if (changed := self[name].changed) is not None:
+                    changed.put_back(taken)
 
     # Values out.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import sys
+from dataclasses import replace
 from typing import Any, final, get_args
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.directory import EpisodeDirectory, FileName, with_advice
-from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, report_damage
+from buffers.dataset.files.late_files import LateFiles
+from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, capacity_error, report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
@@ -25,6 +28,7 @@ from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
 from buffers.fields import Fields
+from buffers.late import LateFields
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import TableRow, Windows
 from buffers.utils import format_bytes, integer, one_of
@@ -82,6 +86,10 @@ class IndividualFileDataset(EpisodeDataset):
     _log: PublishedTable | None = None
     # The newest file. If it is not in the table, its addition failed, and its numbers will be given again.
     _written: FileName | None = None
+    # None until opening has succeeded.
+    _late_files: LateFiles | None = None
+    # In a copy, those of the dataset that it is a copy of.
+    _shared_late: LateFields | None = None
     _is_closed = _is_copy = False
     evicts_before_writing = False
     reads_beside_writers = reads_before_episodes = True
@@ -108,7 +116,9 @@ class IndividualFileDataset(EpisodeDataset):
         strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
         check_strategy(strategy)
         self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
-        super().__init__(1 if capacity is None else capacity, info, evictor)
+        # Late fields of the directory come first: they keep their values.
+        late_fields = None if info is None else info.late_fields
+        super().__init__(1 if capacity is None else capacity, info and replace(info, late_fields=None), evictor)
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -133,6 +143,9 @@ class IndividualFileDataset(EpisodeDataset):
                 self._refresh()
             else:
                 self._find_episodes(verify)
+            self._open_late_files()
+            for name, kind in (late_fields or {}).items():
+                self.add_late_field(name, kind)
         except Exception:
             self.close()
             raise
@@ -155,9 +168,18 @@ class IndividualFileDataset(EpisodeDataset):
         assert self._log is not None
         self._log.add_all(self.table)
 
+    def _open_late_files(self) -> None:
+        if self._shared_late is not None:
+            self.late = self._shared_late
+            return
+        self.late.marks_changes = self._is_writer()
+        files = LateFiles(self._directory)
+        self.damaged_files += files.load(self.late, self.table, writes=self._is_writer())
+        self._late_files = files
+
     def _check_capacity(self) -> None:
         """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
-        ids, num_steps = self.table.ids.tolist(), self.table.num_steps
+        rows, num_steps = self.table.rows, self.table.num_steps
         # With the same capacity, a power loss may have brought back what had left. If none is known, the newest episode
         # may be left by an addition that was cut off.
         if self.capacity >= (self._directory.last_capacity or num_steps - int(self.table.lengths[-1])):
@@ -165,13 +187,7 @@ class IndividualFileDataset(EpisodeDataset):
         # To ask the evictor which ones, without deleting any.
         self._erase = lambda *_: None  # type: ignore[method-assign]
         self.make_room(self.table.next_start, 0)
-        gone = sorted({*ids} - {*self.table.ids.tolist()})
-        named = f"{gone[:9]}"[:-1] + (", ...]" if len(gone) > 9 else "]")
-        raise ValueError(
-            f"{self._directory.path} holds {num_steps} steps, more than `capacity`={self.capacity}: {len(gone)} of its "
-            f"{len(ids)} episodes would be deleted ({num_steps - self.table.num_steps} steps, ids {named}). Raise it, "
-            "pass shrink=True to delete them, or open with mode='r' to read."
-        )
+        raise capacity_error(self._directory.path, self.capacity, rows, self.table.rows)
 
     def _find_episodes(self, verify: Verify = "size") -> None:
         """Bring a reader's table up to date with the directory."""
@@ -341,8 +357,27 @@ class IndividualFileDataset(EpisodeDataset):
 
     # Closing, pickling, and who may write.
 
+    def sync(self) -> None:
+        """Write down the late fields, and their values that have changed: after this, they outlive the process.
+
+        Each field keeps the values of some ten thousand steps in a file. A file is replaced as a whole: a crash
+        meanwhile leaves each with the values before or with those after. Others may add, draw and update meanwhile.
+
+        Raises:
+            RuntimeError: In a reader or a copy, or once the dataset is closed.
+            OSError: A file could not be written. Calling it again tries again.
+        """
+        self.check_writable()
+        if self._late_files is not None:
+            self._late_files.save(self.late, self.table, self._lock)
+
     def close(self) -> None:
-        """Release the lock and close all files. Nothing is lost if this is never called."""
+        """`sync`, release the lock and close all files. Episodes are not lost if this is never called.
+
+        OSError, with which the dataset stays open, if values of late fields could not be written.
+        """
+        if self._late_files is not None and self._is_writer() and not self._is_closed:
+            self.sync()
         self._is_closed = True
         with self._lock:
             if self._log is not None and self._is_writer():
@@ -350,6 +385,8 @@ class IndividualFileDataset(EpisodeDataset):
                 self._log.end()
             self._log = None
         self._reader.close()
+        if self._late_files is not None:
+            self._late_files.close()
         self._directory.close()
 
     def __enter__(self) -> IndividualFileDataset:
@@ -361,8 +398,12 @@ class IndividualFileDataset(EpisodeDataset):
     def __reduce__(self) -> tuple[Any, ...]:
         is_shared = sys.platform == "linux" and self._is_writer()
         log = self._log.memory.__getstate__() if self._log is not None and is_shared else None
-        arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
-        return _open_as_reader, (log, (self.num_lost, self.num_dismissed), *arguments, self.max_sampling_attempts)
+        # In bytes: where the process that has the values is gone, they are read from the directory.
+        late = pickle.dumps(self.late) if self.late and sys.platform == "linux" else None
+        info = replace(self.info, late_fields=None)
+        arguments = self.capacity, info, None, self._directory.path, self.serialization_strategy
+        counts = self.num_lost, self.num_dismissed
+        return _open_as_reader, (log, late, counts, *arguments, self.max_sampling_attempts)
 
     @property
     def longest_window(self) -> int:
@@ -387,7 +428,9 @@ class IndividualFileDataset(EpisodeDataset):
             )
 
 
-def _open_as_reader(log: dict[str, Any] | None, counts: tuple[int, int], *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(
+    log: dict[str, Any] | None, late: bytes | None, counts: tuple[int, int], *arguments: Any
+) -> IndividualFileDataset:
     """Unpickle a dataset, as a reader."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     dataset._is_copy = True
@@ -395,6 +438,9 @@ def _open_as_reader(log: dict[str, Any] | None, counts: tuple[int, int], *argume
     if log is not None:
         with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.
             dataset._log = PublishedTable(SharedArrays.opened(log))
+    if late is not None:
+        with contextlib.suppress(RuntimeError):
+            dataset._shared_late = pickle.loads(late)
     dataset.__init__(*arguments, mode="r")
     dataset.num_lost, dataset.num_dismissed = counts
     return dataset

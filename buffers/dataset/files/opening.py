@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory
+from buffers.dataset.files.directory import DAMAGED, Directory, EpisodeDirectory
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
@@ -18,8 +18,9 @@ from buffers.dataset.files.serialization import (
     UnknownVersionError,
 )
 from buffers.fields import Fields
+from buffers.table import Int64Array
 
-__all__ = ["Durability", "Inspection", "Mode", "Verify", "report_damage"]
+__all__ = ["Durability", "Inspection", "Mode", "Verify", "capacity_error", "report_damage"]
 
 Durability = Literal["fsync", "rename"]
 Mode = Literal["a", "r"]
@@ -27,8 +28,10 @@ Verify = Literal["size", "header", "full"]
 _FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)}
 
 
-def report_damage(directory: EpisodeDirectory, damaged: list[tuple[str, str]], moves: bool) -> list[tuple[str, str]]:
-    """Warn of files (name, what is wrong) that are not whole episodes; `moves`: after setting them aside."""
+def report_damage(
+    directory: Directory, damaged: list[tuple[str, str]], moves: bool, what: str = "episodes"
+) -> list[tuple[str, str]]:
+    """Warn of files (name, what is wrong) that are not whole; `moves`: after setting them aside."""
     what_happened = f"moved into the folder `{DAMAGED}`" if moves else "left out"
     if moves:
         damaged = [
@@ -39,8 +42,20 @@ def report_damage(directory: EpisodeDirectory, damaged: list[tuple[str, str]], m
     if len(damaged) > 5:
         named.append(f"and {len(damaged) - 5} more")
     where = f"{len(damaged)} files in {directory.path}"
-    warnings.warn(f"{where} are no whole episodes and were {what_happened}: {'; '.join(named)}.", stacklevel=5)
+    warnings.warn(f"{where} are no whole {what} and were {what_happened}: {'; '.join(named)}.", stacklevel=5)
     return damaged
+
+
+def capacity_error(path: str, capacity: int, before: Int64Array, after: Int64Array) -> ValueError:
+    """Of a directory whose episodes, table rows `before` `(n, 4)`, would not all be there `after` evictions."""
+    gone = sorted({*before[:, 2].tolist()} - {*after[:, 2].tolist()})
+    named = f"{gone[:9]}"[:-1] + (", ...]" if len(gone) > 9 else "]")
+    num_steps = int(before[:, 1].sum())
+    return ValueError(
+        f"{path} holds {num_steps} steps, more than `capacity`={capacity}: {len(gone)} of its {len(before)} episodes "
+        f"would be deleted ({num_steps - int(after[:, 1].sum())} steps, ids {named}). Raise it, pass shrink=True to "
+        "delete them, or open with mode='r' to read."
+    )
 
 
 class Inspection:
