@@ -60,7 +60,9 @@ class LateFields(Mapping[str, LateField]):
         self._num_filled = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": EpisodeTable()}
+        # On a GPU, the copy has values of its own.
+        owner = -1 if self._device.type == "cpu" else self._owner
+        return {**self.__dict__, "_table": EpisodeTable(), "_owner": owner}
 
     def __getitem__(self, name: str) -> LateField:
         return self._fields[name]

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from buffers.dataset.files.lock import NO_SURPRISES, Descriptor, last_capacity, sign, take_lock
 from buffers.dataset.files.serialization import DamagedEpisodeError
+from buffers.table import EpisodeTable
 
 __all__ = ["Directory", "EpisodeDirectory", "FileName", "Listing", "with_advice"]
 
@@ -208,6 +209,7 @@ class EpisodeDirectory(Directory):
         path = os.path.abspath(path)
         super().__init__(path, Descriptor(_open_directory(path, writable)), durable)
         self.suffix = suffix
+        self.newest: FileName | None = None  # Of the episode whose file was written last.
         self._markers: list[str] = []  # The names of `.next` files.
         self._change_seen, self._next_look = -1, 0.0
         self._lock = take_lock(self.path, self._descriptor.number, lock) if writable else None
@@ -273,6 +275,12 @@ class EpisodeDirectory(Directory):
         end = time.monotonic()
         self._next_look = end + _REST * (end - begin)
 
+    def remove_uncounted(self, next_id: int) -> None:
+        """Remove the newest file if its addition failed after writing it: its numbers will be given again."""
+        if self.newest is not None and self.newest.id >= next_id:
+            self.remove(str(self.newest))
+        self.newest = None
+
     def keep_numbers(self, next_id: int, next_start: int) -> None:
         """Leave one `.next` file, so that numbers are not reused once the newest episodes are gone."""
         name = f"{next_id:010d}-{next_start:012d}.next"
@@ -284,6 +292,15 @@ class EpisodeDirectory(Directory):
         for other in self._markers:
             self.remove(other)
         self._markers = [name]
+
+    def keep_numbers_of(self, table: EpisodeTable) -> None:
+        """`keep_numbers`, if the newest episode is gone."""
+        if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
+            self.keep_numbers(table.next_id, table.next_start)
+
+    def name_of(self, start: int, length: int, episode_id: int, cut: int) -> FileName:
+        """The name for a row of the table."""
+        return FileName(episode_id, start, length, cut, self.suffix)
 
     def close(self) -> None:
         """Release the lock, and close it."""

@@ -69,6 +69,7 @@ class LateFiles:
         Raises:
             ValueError: A file is of another version of the format.
         """
+        late.marks_changes = writes
         damaged: list[tuple[str, str]] = []
         end = 0
         # By table position, which episodes have their values, for each field.
@@ -96,7 +97,7 @@ class LateFiles:
             self._remove_temporaries()
             # After a loss of power, episodes may be gone that had values. Theirs are not for those that come.
             table.skip_to(0, end)
-        if damaged and self._folder is not None:
+        if self._folder is not None:
             damaged = report_damage(self._folder, damaged, writes, "late fields")
         return [(f"{_FOLDER}/{name}", what) for name, what in damaged]
 
@@ -204,11 +205,6 @@ class LateFiles:
             self._folder = self._directory.folder(_FOLDER, create=True)
         assert self._folder is not None  # It was created.
         return self._folder
-
-    def close(self) -> None:
-        """Close the folder."""
-        if self._folder is not None:
-            self._folder.close()
 
 
 def _stem(name: str) -> str:

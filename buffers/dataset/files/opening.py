@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.files.directory import DAMAGED, Directory, EpisodeDirectory
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
@@ -18,9 +19,8 @@ from buffers.dataset.files.serialization import (
     UnknownVersionError,
 )
 from buffers.fields import Fields
-from buffers.table import Int64Array
 
-__all__ = ["Durability", "Inspection", "Mode", "Verify", "capacity_error", "report_damage"]
+__all__ = ["Durability", "Inspection", "Mode", "Verify", "check_capacity", "report_damage"]
 
 Durability = Literal["fsync", "rename"]
 Mode = Literal["a", "r"]
@@ -32,6 +32,8 @@ def report_damage(
     directory: Directory, damaged: list[tuple[str, str]], moves: bool, what: str = "episodes"
 ) -> list[tuple[str, str]]:
     """Warn of files (name, what is wrong) that are not whole; `moves`: after setting them aside."""
+    if not damaged:
+        return []
     what_happened = f"moved into the folder `{DAMAGED}`" if moves else "left out"
     if moves:
         damaged = [
@@ -46,15 +48,23 @@ def report_damage(
     return damaged
 
 
-def capacity_error(path: str, capacity: int, before: Int64Array, after: Int64Array) -> ValueError:
-    """Of a directory whose episodes, table rows `before` `(n, 4)`, would not all be there `after` evictions."""
-    gone = sorted({*before[:, 2].tolist()} - {*after[:, 2].tolist()})
+def check_capacity(dataset: EpisodeDataset, directory: EpisodeDirectory) -> None:
+    """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
+    table = dataset.table
+    ids, num_steps = table.ids.tolist(), table.num_steps
+    # With the same capacity, a power loss may have brought back what had left. If none is known, the newest episode
+    # may be left by an addition that was cut off.
+    if dataset.capacity >= (directory.last_capacity or num_steps - int(table.lengths[-1])):
+        return
+    # To ask the evictor which ones, without deleting any.
+    dataset._erase = lambda *_: None  # type: ignore[method-assign]
+    dataset.make_room(table.next_start, 0)
+    gone = sorted({*ids} - {*table.ids.tolist()})
     named = f"{gone[:9]}"[:-1] + (", ...]" if len(gone) > 9 else "]")
-    num_steps = int(before[:, 1].sum())
-    return ValueError(
-        f"{path} holds {num_steps} steps, more than `capacity`={capacity}: {len(gone)} of its {len(before)} episodes "
-        f"would be deleted ({num_steps - int(after[:, 1].sum())} steps, ids {named}). Raise it, pass shrink=True to "
-        "delete them, or open with mode='r' to read."
+    raise ValueError(
+        f"{directory.path} holds {num_steps} steps, more than `capacity`={dataset.capacity}: {len(gone)} of its "
+        f"{len(ids)} episodes would be deleted ({num_steps - table.num_steps} steps, ids {named}). Raise it, "
+        "pass shrink=True to delete them, or open with mode='r' to read."
     )
 
 
