@@ -242,10 +242,10 @@ class LateField:
 
 
 def checked_default(name: str, kind: TensorType, default: Any) -> np.ndarray:
-    """The default as an array `()` or `(*shape)`."""
+    """The default as an array `(*shape)`."""
     value = torch.from_numpy(as_array(name, default)) if not isinstance(default, torch.Tensor) else default
     is_number = isinstance(default, int | float) or torch.can_cast(value.dtype, kind.dtype)
     if tuple(value.shape) not in ((), kind.shape) or not is_number:
         found = f"{value.dtype} {tuple(value.shape)}"
         raise ValueError(f"The default of late field `{name}` must be a number or {kind}, found {found}.")
-    return as_array(name, value.to(kind.dtype))
+    return np.array(np.broadcast_to(as_array(name, value.to(kind.dtype)), kind.shape))

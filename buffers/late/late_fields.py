@@ -105,17 +105,16 @@ class LateFields(Mapping[str, LateField]):
     def _check_same(self, name: str, kind: TensorType, default: Any) -> None:
         field = self._fields[name]
         if isinstance(field, PriorityField):
-            # A sampler that has added it before has the say.
-            known: Any = float(as_array(name, default)) if field.initial == "max" else field.initial
-            is_same = float(as_array(name, default)) == known
+            known: Any = field.initial
+            # A sampler may have added it first, with "max".
+            is_same = known in ("max", float(as_array(name, default)))
         else:
-            known = field.default
-            is_same = (field.kind.shape, field.kind.dtype) == (kind.shape, kind.dtype)
-            is_same = is_same and checked_default(name, kind, default).tobytes() == known.tobytes()
+            known, is_same_type = field.default, (field.kind.shape, field.kind.dtype) == (kind.shape, kind.dtype)
+            is_same = is_same_type and checked_default(name, kind, default).tobytes() == known.tobytes()
         if not is_same:
             raise ValueError(
-                f"There is a late field `{name}` of another type or default already: {field.kind}, default {known}. "
-                "Add it as it is there, or under another name."
+                f"There is a late field `{name}` already: {field.kind} with the default {known}, not {kind} with "
+                f"{default!r:.60}. Add it as it is there, or another name."
             )
 
     def info_of(self, name: str) -> LateFieldInfo:
@@ -127,11 +126,12 @@ class LateFields(Mapping[str, LateField]):
         return LateFieldInfo(name, field.kind, default, in_batches)
 
     def restore(self, info: LateFieldInfo, table: EpisodeTable) -> LateField:
-        """The field that `info_of` has told of, which is added if it is missing. Its rows hold the default."""
+        """Add a field that is missing here, as `info_of` tells of it. Its rows hold what new rows hold."""
         if info.initial is not None:
-            field = self.add_priorities(info.initial, table)
+            field = PriorityField(info.initial, self._capacity, self._is_circular)
             field.set_largest(info.largest)
             field.is_restored = not info.in_batches
+            self._install(PRIORITY, field, table)
         if info.in_batches:
             self.add(info.name, info.kind, info.default, table)
         return self._fields[info.name]

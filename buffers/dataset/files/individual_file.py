@@ -47,11 +47,11 @@ class IndividualFileDataset(EpisodeDataset):
 
     Opening a directory finds the episodes in it. A file whose bytes are not a whole episode is moved into a subfolder,
     with a warning, and is never served. After any other failure (no memory, no descriptors), the caller gets the error
-    and the file stays. `docs/format.md` describes the layout.
+    and the file stays. Late fields are written by `sync` and `close`. `docs/format.md` describes the layout.
 
-    One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come. A copy in another
-    process, pickled or forked, is a reader; a copy of the writer learns of changes at once. Threads may add, evict and
-    read at the same time: reading does not hold up the others.
+    One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come, but the values of
+    late fields as they were on opening; those that a reader updates are not written. A copy in another process, pickled
+    or forked, is a reader; a copy of the writer learns of changes at once. Threads may add, evict and read at a time.
 
     Args:
         capacity: In steps. A reader sees everything; by default, its capacity is that of the last writer.
