@@ -1,16 +1,14 @@
-"""Late fields of a directory: after `sync` or `close` they are there again, whole, and what harms a file harms no other."""
+"""Late fields of a directory: after `sync` or `close` they are there again, and what harms a file harms no other."""
 
 from __future__ import annotations
 
 import copy
 import errno
 import itertools
-import json
 import os
+import pickle
 import shutil
-import signal
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from hypothesis import strategies as st
 
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
 from buffers.dataset.files import late_files
-from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.fields import Fields, Scalar, TensorType, Vector
 from buffers.late import changes
@@ -132,7 +129,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(operations)
 def test_after_reopening_every_row_has_the_value_of_the_last_sync(tmp_path_factory, done) -> None:
     path, model = tmp_path_factory.mktemp("late"), Model()
@@ -144,8 +141,12 @@ def test_after_reopening_every_row_has_the_value_of_the_last_sync(tmp_path_facto
             length = int(rng.integers(1, 25))
             model.add(dataset.add_episode({"obs": np.zeros(length)}), length)
         elif operation in ("sync", "close", "kill"):
-            {"sync": dataset.sync, "close": dataset.close, "kill": lambda: kill(dataset)}[operation]()
-            model.save() if operation != "kill" else model.kill()
+            if operation == "kill":
+                kill(dataset)
+                model.kill()
+            else:
+                dataset.sync() if operation == "sync" else dataset.close()
+                model.save()
             dataset = dataset if operation == "sync" else reopened(path)
         elif ids and operation == "evict":
             position = int(rng.integers(len(ids)))
@@ -257,7 +258,9 @@ def test_all_that_a_field_can_be_comes_back(tmp_path) -> None:
             found = dataset.late[name].rows(np.array([0, 9, 10]))
             assert torch.equal(found[:2], torch.full((2, 3), n % 3).to(kind.dtype))
             new = dataset.add_episode({"obs": np.zeros(1)})
-            assert torch.equal(dataset.late[name].rows(steps_of(dataset, new))[0], torch.full((3,), n % 2).to(kind.dtype))
+            assert torch.equal(
+                dataset.late[name].rows(steps_of(dataset, new))[0], torch.full((3,), n % 2).to(kind.dtype)
+            )
 
 
 @given(st.lists(st.text(st.characters(), min_size=1, max_size=255), max_size=5, unique=True))
@@ -369,7 +372,7 @@ def test_others_add_and_update_while_it_syncs(tmp_path) -> None:
 def test_killed_before_each_call_of_a_sync_it_leaves_each_episode_old_or_new(tmp_path) -> None:
     for num_calls in itertools.count():
         path = tmp_path / str(num_calls)
-        labelled(path)
+        labelled(path, (0, 1, 2))
 
         def change(path: Path = path) -> None:
             dataset = opened(path)
@@ -383,11 +386,11 @@ def test_killed_before_each_call_of_a_sync_it_leaves_each_episode_old_or_new(tmp
         with opened(path) as dataset:
             assert not [name for name in late_names(path) if name.startswith(".tmp")]
             found = values(dataset, "label"), values(dataset, "priority")
-            for number in range(4):
+            for number in range(3):
                 assert found[0][number] in ([[number] * 2] * 6, [[number + 10] * 2] * 6)
                 assert found[1][number] in ([number] * 6, [number + 10] * 6)
         if not was_killed:
-            assert found[0][0] == [[10, 10]] * 6 and num_calls > 40
+            assert found[0][0] == [[10, 10]] * 6 and num_calls > 30
             return
 
 
@@ -423,11 +426,13 @@ def test_after_each_call_that_fails_the_error_is_told_nothing_is_lost_and_closin
             dataset.add_episode(tagged.episode(6, 0))
         dataset.annotate(0, {"label": np.full((6, 2), 9)})
         left = itertools.count(num_fine, -1)
-        with failing_calls(call, OSError(errno.ENOSPC, "No space left"), lambda *_, left=left: next(left) == 0) as failed:
+        full = OSError(errno.ENOSPC, "No space left")
+        with failing_calls(call, full, lambda *_, left=left: next(left) == 0) as failed:
             try:
                 dataset.close()
             except OSError as error:
-                assert "late field `label`" in str(error) or call == "mkdir"
+                assert "late field `label`" in str(error)
+        full.__traceback__ = None  # It refers to what was open.
         if not any(failed):
             assert num_fine > 0
             return
@@ -476,3 +481,234 @@ def test_values_of_episodes_that_a_power_loss_took_are_not_given_to_new_ones(tmp
         kill(dataset)
     with opened(tmp_path) as dataset:
         assert values(dataset, "label")[new] == [[-1, -1]] * 6
+
+
+# Damage.
+
+SEGMENT = "label-0000000001.safetensors"
+
+
+def made(name: str, steps: Any, rows: Any, info: dict[str, Any], fields: Any = None, path: Path = Path()) -> None:
+    """A file with a right checksum."""
+    kind = TensorType(np.asarray(rows).shape[1:], torch.from_numpy(np.asarray(rows)).dtype)
+    fields = Fields({"step": Scalar(dtype=torch.int64), "value": kind}) if fields is None else fields
+    tensors = dict(zip(fields, (torch.as_tensor(steps), torch.as_tensor(rows)), strict=True))
+    with open(path / "late" / name, "wb") as file:
+        late_files._FORMAT.save_with_info(tensors, fields, file, info)
+
+
+INFO = {"name": "label", "in_batches": True}
+ROWS = np.full((3, 2), 77)
+PRIORITY = {"name": "priority", "in_batches": False, "initial": "max", "largest": 1.0}
+STEP, OTHER = Scalar(dtype=torch.int64), Scalar(dtype=torch.int32)
+HOSTILE: dict[str, Callable[[Path], None]] = {
+    "steps that descend": lambda path: made(SEGMENT, [-1, 9, 8], ROWS, INFO, path=path),
+    "a step twice": lambda path: made(SEGMENT, [-1, 8, 8], ROWS, INFO, path=path),
+    "a step below the first": lambda path: made(SEGMENT, [-(2**63), 8, 9], ROWS, INFO, path=path),
+    "no default": lambda path: made(SEGMENT, [8, 9, 10], ROWS, INFO, path=path),
+    "a step that would take all numbers": lambda path: made(SEGMENT, [-1, 8, 2**62], ROWS, INFO, path=path),
+    "another type": lambda path: made(SEGMENT, [-1, 8, 9], ROWS.astype(np.int32), INFO, path=path),
+    "another shape": lambda path: made(SEGMENT, [-1, 8, 9], ROWS[:, :1].copy(), INFO, path=path),
+    "another field": lambda path: made(SEGMENT, [-1, 8, 9], ROWS, {**INFO, "name": "other"}, path=path),
+    "no info": lambda path: made(SEGMENT, [-1, 8, 9], ROWS, {}, path=path),
+    "an info of other types": lambda path: made(SEGMENT, [-1, 8, 9], ROWS, {**INFO, "in_batches": 1}, path=path),
+    "other tensors": lambda path: made(
+        SEGMENT, [-1, 8, 9], ROWS, INFO, Fields({"steps": STEP, "value": LABEL}), path=path
+    ),
+    "steps of another type": lambda path: made(
+        SEGMENT, np.array([-1, 8, 9], np.int32), ROWS, INFO, Fields({"step": OTHER, "value": LABEL}), path=path
+    ),
+    "cut short": lambda path: os.truncate(path / "late" / SEGMENT, 500),
+    "empty": lambda path: os.truncate(path / "late" / SEGMENT, 0),
+    "longer": lambda path: os.truncate(path / "late" / SEGMENT, 2**40),
+    "a changed byte": lambda path: change_last_byte(path / "late" / SEGMENT),
+    "no header": lambda path: (path / "late" / SEGMENT).write_bytes(b"\xff" * 1000) and None,
+}
+
+
+def change_last_byte(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_damaged_segment_is_set_aside_and_its_rows_alone_hold_the_default(tmp_path, what) -> None:
+    labelled(tmp_path)
+    HOSTILE[what](tmp_path)
+    # Episode 2 begins at step id 12, in the segment of 8 to 15.
+    expected = {0: [[0, 0]] * 6, 1: [[1, 1]] * 6, 2: [[-1, -1]] * 6, 3: [[3, 3]] * 6}
+    for mode, does in (("r", "left out"), ("a", "moved into the folder `damaged`")):
+        with pytest.warns(UserWarning, match=f"1 files in .*/late are no whole late fields and were {does}"):
+            dataset = opened(tmp_path, mode=mode)
+        assert [name for name, _ in dataset.damaged_files] == [f"late/{SEGMENT}"]
+        assert values(dataset, "label") == expected
+        assert values(dataset, "priority")[2] == [2.0] * 6
+        dataset.close()
+    assert os.listdir(tmp_path / "late/damaged") == [SEGMENT]
+    with opened(tmp_path) as dataset:
+        assert values(dataset, "label") == expected
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"initial": "min"},
+        {"initial": -1.0},
+        {"initial": float("inf")},
+        {"initial": True},
+        {"largest": float("nan")},
+        {"largest": "1"},
+    ],
+)
+def test_priorities_that_cannot_be_are_damage(tmp_path, changed) -> None:
+    labelled(tmp_path)
+    rows = np.ones(1, np.float32)
+    made("priority.safetensors", [-1], rows, {**PRIORITY, **changed}, path=tmp_path)
+    made("priority-0000000001.safetensors", [-1, 12], -np.ones(2, np.float32), PRIORITY, path=tmp_path)
+    with pytest.warns(UserWarning, match="2 files"), opened(tmp_path) as dataset:
+        found = values(dataset, "priority")
+        # The rest still says what the field is.
+        assert (found[1], found[2], found[3]) == ([1.0] * 6, [3.0] * 6, [3.0] * 6)
+        dataset.update([0], {"priority": [9.0]})
+    with opened(tmp_path) as dataset:
+        assert values(dataset, "priority")[2] == [3.0] * 6 and dataset.late["priority"].largest == 9.0
+
+
+def test_a_field_is_there_as_long_as_any_file_of_it(tmp_path) -> None:
+    labelled(tmp_path)
+    os.unlink(tmp_path / "late/label.safetensors")
+    (tmp_path / "late/label-notes.safetensors").write_bytes(b"no file of ours")
+    with opened(tmp_path) as dataset:
+        assert values(dataset, "label")[2] == [[2, 2]] * 6
+    assert "label.safetensors" in late_names(tmp_path)
+    shutil.rmtree(tmp_path / "late")
+    with opened(tmp_path) as dataset:
+        assert not dataset.late and dataset.num_episodes == 4
+
+
+def test_a_later_version_is_an_error_that_names_the_file_and_changes_nothing(tmp_path) -> None:
+    labelled(tmp_path)
+    path = tmp_path / "late" / SEGMENT
+    path.write_bytes(path.read_bytes().replace(rb"{\"version\":1,", rb"{\"version\":2,"))
+    (tmp_path / "late/.tmp-label.safetensors").write_bytes(b"")
+    before = times(tmp_path)
+    for mode in ("a", "r"):
+        with pytest.raises(ValueError, match=f"{SEGMENT} is of version 2 of the format"):
+            opened(tmp_path, mode=mode)
+    assert times(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_what_is_no_folder_is_left_alone(tmp_path, kind) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    labelled(elsewhere)
+    before = times(elsewhere)
+    path = tmp_path / "episodes"
+    path.mkdir()
+    (path / "late").write_bytes(b"") if kind == "a file" else (path / "late").symlink_to(elsewhere / "late")
+    dataset = opened(path)
+    assert not dataset.late
+    dataset.add_late_field("label", LABEL)
+    with pytest.raises(OSError, match="late field `label` could not be written"):
+        dataset.close()
+    kill(dataset)
+    assert times(elsewhere) == before
+
+
+# Readers, and copies.
+
+
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 0), ("fork", 1), ("spawn", 1)])
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_workers_have_the_values_and_those_that_are_given_later(tmp_path, mode, method, num_workers) -> None:
+    labelled(tmp_path)
+    before = times(tmp_path)
+    dataset = opened(tmp_path, mode=mode)
+    options: dict[str, Any] = {"multiprocessing_context": method, "persistent_workers": True} if num_workers else {}
+    loader = dataset.get_loader(16, 2, include=("episode", "index"), num_workers=num_workers, seed=0, **options)
+    batches = iter(loader)
+    batch = next(batches)
+    assert (batch["label"] == batch["episode"][:, None, None]).all()
+    for number in dataset.table.ids.tolist():
+        dataset.annotate(number, {"label": np.full((6, 2), number + 10)})
+    *_, batch = itertools.islice(batches, 2 * num_workers + 2)
+    assert (batch["label"] == batch["episode"][:, None, None] + 10).all()
+    if mode == "r":
+        with pytest.raises(RuntimeError, match="only reads"):
+            dataset.sync()
+        dataset.close()
+        assert times(tmp_path) == before
+
+
+def test_a_copy_reads_the_shared_values_or_the_directory_and_writes_neither(tmp_path) -> None:
+    labelled(tmp_path)
+    dataset = opened(tmp_path)
+    dataset.annotate(0, {"label": np.full((6, 2), 8)})
+    handle = handle_of(dataset)
+    other = reader_of(dataset)
+    dataset.annotate(1, {"label": np.full((6, 2), 9)})
+    assert values(other, "label")[0] == [[8, 8]] * 6 and values(other, "label")[1] == [[9, 9]] * 6
+    assert list(other.late_fields or ()) == ["label"]
+    with pytest.raises(RuntimeError, match="Only the process"):
+        other.annotate(0, {"label": np.full((6, 2), 7)})
+    with pytest.raises(RuntimeError, match="only reads"):
+        other.sync()
+    assert status_of(in_child(dataset.sync)) != 0, "nor does a forked child"
+    other.close()
+    kill(dataset)
+    del dataset, other
+
+    def read() -> None:
+        assert values(pickle.loads(handle), "label")[0] == [[0, 0]] * 6
+
+    assert status_of(in_child(read)) == 0
+
+
+def test_a_reader_that_opens_while_the_writer_syncs_finds_whole_files(tmp_path) -> None:
+    labelled(tmp_path)
+    with opened(tmp_path) as dataset:
+        dataset.annotate(0, {"label": np.full((6, 2), 8)})
+        dataset.evict_episode(3)
+        found = []
+
+        def look(*_: Any) -> None:
+            if not found or found[-1] is not None:
+                found.append(None)
+                with opened(tmp_path, mode="r") as other:
+                    found[-1] = values(other, "label")[0]
+
+        with watched_calls(after=look):
+            dataset.sync()
+    assert all(rows in ([[0, 0]] * 6, [[8, 8]] * 6) for rows in found if rows is not None)
+
+
+def test_a_copy_of_a_ring_has_late_fields_of_its_own_and_spawned_readers_those_of_the_ring() -> None:
+    ring = RingBufferDataset(20)
+    ring.add_late_field("label", LABEL, [-1, -2])
+    ring.add_priorities("max")
+    for number in range(5):
+        episode_id = ring.add_episode(tagged.episode(6, number))
+        ring.annotate(episode_id, {"label": np.full((6, 2), number), "priority": np.full(6, float(number))})
+    other, reader = copy.deepcopy(ring), reader_of(ring)
+    expected = {number: dict.fromkeys(["label"], [[number, number]] * 6) for number in ring.table.ids.tolist()}
+    ring.annotate(4, {"label": np.full((6, 2), 9)})
+    for number, rows in expected.items():
+        steps = np.arange(*np.cumsum(other.table.row_of(number)[:2]))
+        assert other.late["label"].rows(steps).tolist() == rows["label"]
+        assert other.late["priority"].rows(steps).tolist() == [float(number)] * 6
+    assert reader.late["label"].rows(steps).tolist() == [[9, 9]] * 6
+    assert list(other.late_fields or ()) == ["label"] and other.late["priority"].largest == 4.0
+    new = other.add_episode(tagged.episode(6, 5))
+    steps = np.arange(*np.cumsum(other.table.row_of(new)[:2]))
+    assert other.late["label"].rows(steps).tolist() == [[-1, -2]] * 6
+    assert other.late["priority"].rows(steps).tolist() == [4.0] * 6
+
+
+def test_inspect_lists_late_fields(tmp_path, capsys) -> None:
+    labelled(tmp_path)
+    HOSTILE["empty"](tmp_path)
+    before = times(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Late fields: label: int64 (2,), priority: float32 ()" in out and f"  late/{SEGMENT}: it has no whole" in out
+    assert times(tmp_path) == before
