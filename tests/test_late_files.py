@@ -8,6 +8,7 @@ import itertools
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,27 @@ def test_others_add_and_update_while_it_syncs(tmp_path) -> None:
         assert values(dataset, "label")[0] == [[9, 9]] * 6 and values(dataset, "label")[4] == [[4, 4]] * 6
 
 
+def test_a_sync_beside_an_addition_misses_none_of_its_priorities(tmp_path) -> None:
+    labelled(tmp_path)
+    dataset = opened(tmp_path)
+    append, threads = dataset.table.append, [threading.Thread(target=dataset.sync)]
+
+    def late(*arguments: Any) -> int:
+        """In the middle of an addition."""
+        threads[0].start()
+        threads[0].join(0.2)
+        return append(*arguments)
+
+    dataset.table.append = late  # type: ignore[method-assign]
+    new = dataset.add_episode(tagged.episode(6, 4))
+    threads[0].join()
+    dataset.annotate(0, {"priority": np.full(6, 9.0)})
+    dataset.sync()
+    kill(dataset)
+    with opened(tmp_path) as dataset:
+        assert values(dataset, "priority")[new] == [3.0] * 6
+
+
 # Crashes.
 
 
@@ -399,7 +421,7 @@ def test_every_file_is_synced_before_its_name_and_then_the_folder(tmp_path) -> N
     calls: list[str] = []
 
     def before(kind: str, *arguments: Any) -> None:
-        if kind in ("rename", "unlink"):
+        if kind in ("rename", "unlink", "mkdir"):
             calls.append(f"{kind} {arguments[-1]}")
         elif kind == "fsync":
             calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{arguments[0]}')).name}")
@@ -410,6 +432,12 @@ def test_every_file_is_synced_before_its_name_and_then_the_folder(tmp_path) -> N
             dataset.sync()
     name = "label-0000000000.safetensors"
     assert calls == [f"unlink .tmp-{name}", f"fsync .tmp-{name}", f"rename {name}", "fsync late"]
+    with opened(tmp_path / "new") as dataset:
+        dataset.add_late_field("label", LABEL)
+        calls.clear()
+        with watched_calls(before):
+            dataset.sync()
+        assert calls[:2] == ["mkdir late", "fsync new"]
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "rename", "mkdir"])
