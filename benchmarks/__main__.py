@@ -23,7 +23,7 @@ AGAINST_PEERS = (
 # Ours in a process of its own, beside the build from before.
 OURS = ("samplers", "wrapping", "padding", "priorities_growth", "holding_up")
 # Ours alone.
-ALONE = ("recording", "workers", "filing", "composing")
+ALONE = ("recording", "workers", "filing", "composing", "learning")
 QUICK_SCALE, QUICK_ROUNDS = 10, 5
 
 
@@ -104,6 +104,10 @@ def _alone(part: str) -> Callable[[int], None]:
         from benchmarks.composing import composing
 
         return composing
+    if part == "learning":
+        from benchmarks.learning import learning
+
+        return learning
     from benchmarks.filing import filing
 
     return filing

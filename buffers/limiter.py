@@ -126,7 +126,7 @@ class SamplesPerInsert:
                 "fixed T: give a `sequence_length`, or `pack`."
             )
         self._set_limits(stream.num_windows * length, num_envs or 1)
-        self._can_draw = partial(source.can_draw, stream.sequence_length, stream.selection)
+        self._can_draw = stream.drawer.can_draw
 
     def settle_num_envs(self, num_envs: int) -> None:
         """Take N, which the first step has told; ValueError if the tolerance is too small for it."""

@@ -326,8 +326,7 @@ class ReplayBuffer:
     @property
     def can_sample(self) -> bool:
         """Whether `sample` would find an episode that is long enough now; of a mixture, one in each member."""
-        stream = self.dataloader.stream
-        return not self._is_closed and self.dataset.can_draw(stream.sequence_length, stream.selection, stream.samplers)
+        return not self._is_closed and self.dataloader.stream.drawer.can_draw()
 
     def stats(self) -> dict[str, float]:
         """Numbers for a logger.
@@ -355,7 +354,7 @@ class ReplayBuffer:
         }
         if stream.padding is not None:
             found["padding"] = stream.padding
-        if num_missed := sum(sampler.num_missed for sampler in stream.samplers):
+        if num_missed := sum(sampler.num_missed for sampler in stream.drawer.samplers):
             found["num_missed_windows"] = num_missed
         last = self._returns.last
         if last:

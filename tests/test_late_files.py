@@ -221,9 +221,9 @@ def test_adding_the_same_field_again_changes_nothing_in_any_dataset() -> None:
         ring.add_late_field("priority", Scalar(), 3.0)
 
 
-@pytest.mark.parametrize("default", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("default", [-1.0, float("nan"), float("inf"), 3e38])
 def test_the_default_of_priorities_is_one_that_priorities_may_have(default) -> None:
-    with pytest.raises(ValueError, match="default"):
+    with pytest.raises(ValueError, match="initial"):
         RingBufferDataset(10).add_late_field("priority", Scalar(), default)
 
 
@@ -583,6 +583,7 @@ def test_a_damaged_segment_is_set_aside_and_its_rows_alone_hold_the_default(tmp_
         {"initial": "min"},
         {"initial": -1.0},
         {"initial": float("inf")},
+        {"initial": 1e39},
         {"initial": True},
         {"largest": float("nan")},
         {"largest": "1"},

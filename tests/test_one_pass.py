@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from buffers.dataset import IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.loading.randomness import BatchRandom
-from buffers.table import EpisodeTable, Split, SplitTable
+from buffers.table import EpisodeTable, PartTable, Split
 from tests import tagged
 from tests import windows_model as model
 from tests.list_dataset import ListDataset
@@ -300,7 +300,7 @@ def test_whole_episodes_come_once_in_a_pass() -> None:
 def test_an_empty_part_says_so_and_an_extended_dataset_is_not_split() -> None:
     ring, larger = RingBufferDataset(20), ListDataset(100)
     ring.add_episode(tagged.episode(5, 0))
-    part = "val" if Split(True, 0.5, 0).accepts(np.array([0]))[0] else "train"
+    part = "val" if Split(True, 0.5, 0).judge(np.array([0]))[0] == 2 else "train"
     for options in ({}, {"epochs": 1}):
         with pytest.raises(RuntimeError, match="No stored episode belongs to this part of the split"):
             next(iter(ring.get_loader(2, 2, split=(part, 0.5, 0), **options)))
@@ -315,7 +315,7 @@ def test_an_empty_part_says_so_and_an_extended_dataset_is_not_split() -> None:
 @PROPERTY
 def test_a_split_is_of_whole_episodes_and_stable(changes, seed, share) -> None:
     table = EpisodeTable()
-    parts = [SplitTable(Split(is_train, share, seed)) for is_train in (True, False)]
+    parts = [PartTable(Split(is_train, share, seed).judge, "empty") for is_train in (True, False)]
     belongs: dict[int, int] = {}
     for length, removes in changes:
         table.append(length)
@@ -333,11 +333,11 @@ def test_a_split_is_of_whole_episodes_and_stable(changes, seed, share) -> None:
 
 def test_the_parts_of_a_split_have_their_shares_and_depend_on_the_seed() -> None:
     ids = np.arange(100_000)
-    train = Split(True, 0.9, 0).accepts(ids)
+    train = Split(True, 0.9, 0).judge(ids) == 2
     assert abs(train.mean() - 0.9) < 0.005
-    other = Split(True, 0.9, 1).accepts(ids)
+    other = Split(True, 0.9, 1).judge(ids) == 2
     assert abs((train & other).mean() - 0.81) < 0.01
-    assert (Split(False, 0.9, 0).accepts(ids) == ~train).all()
+    assert ((Split(False, 0.9, 0).judge(ids) == 2) == ~train).all()
 
 
 def test_loaders_of_both_parts_bring_everything_once() -> None:

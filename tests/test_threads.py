@@ -15,7 +15,7 @@ import pytest
 from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.sampler import UniformSampler
 from buffers.sharing.column import Column
-from buffers.table import EpisodeTable, Selection, Windows
+from buffers.table import DrawContext, EpisodeTable, Selection, Windows
 from tests import reading, tagged
 from tests.list_dataset import ListDataset
 
@@ -76,7 +76,7 @@ def between_fields(patch: pytest.MonkeyPatch, methods: tuple[str, ...], function
 def num_torn_while_adding(patch: pytest.MonkeyPatch, batch_size: int) -> int:
     """Windows that were drawn before, and just now, by the writer and a reader, at each moment of some additions."""
     ring, num_torn = wide_ring(), 0
-    windows = ring.draw(UniformSampler(), batch_size, 3, np.random.default_rng(0), Selection())
+    windows = ring.draw([UniformSampler()], batch_size, 3, np.random.default_rng(0), Selection(), DrawContext())
     reader = reading.reader_of(ring)
     drawn = reader.get_loader(batch_size, 3, include=INCLUDE, seed=0).stream
 
@@ -144,7 +144,7 @@ def test_nothing_is_torn_wherever_the_other_side_comes_in(play, batch_size, monk
 
 
 def no_check_after_the_copy(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RingBufferDataset, "_which_are_whole", lambda self, windows: None)
+    patch.setattr(RingBufferDataset, "which_are_whole", lambda self, windows: None)
 
 
 def retire_after_the_write(patch: pytest.MonkeyPatch) -> None:

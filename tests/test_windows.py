@@ -16,7 +16,7 @@ from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
 from buffers.loading import layout
 from buffers.sampler import UniformEpisodeSampler, UniformSampler
-from buffers.table import Selection, Windows
+from buffers.table import DrawContext, Selection, Windows
 from buffers.writer import EpisodeWriter
 from tests import tagged
 from tests import windows_model as model
@@ -233,7 +233,8 @@ def test_a_window_is_kept_as_long_as_its_rows_live() -> None:
     counts = Counter(place(next(batches), b) for b in range(256))
     assert {first for number, first in counts if number == 1} == {-3, -2, -1, 0}
     # Evicted while they are read: what is left of the oldest is drawn again.
-    drawn = loader.stream.source.draw(UniformSampler(), 256, 4, np.random.Generator(np.random.Philox(0)), Selection(3))
+    rng, source = np.random.Generator(np.random.Philox(0)), loader.stream.source
+    drawn = source.draw([UniformSampler()], 256, 4, rng, Selection(3), DrawContext())
     ring.add_episode(tagged.episode(4, 4))
     rows, was_read = ring.read(drawn)
     np.testing.assert_array_equal(was_read, drawn.episode != 1)

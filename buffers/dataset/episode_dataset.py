@@ -18,7 +18,7 @@ from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.late import LateFields, PriorityField
 from buffers.loading.include import INCLUDABLE
-from buffers.sampler import Sampler, SamplerSet
+from buffers.sampler import Listeners, Sampler
 from buffers.table import EpisodeTable, TableRow, Windows
 from buffers.utils import ThreadLock, integer
 
@@ -63,7 +63,7 @@ class EpisodeDataset(EpisodeSource):
         self._lock = ThreadLock()
         self.late: LateFields = LateFields(self.capacity, self.has_circular_ids, self.device)
         # Samplers that are told of episodes.
-        self._listeners = SamplerSet()
+        self._listeners = Listeners()
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
         if info is not None and info.late_fields is not None:
@@ -218,6 +218,8 @@ class EpisodeDataset(EpisodeSource):
         if self.extension is not None:
             self.extension.other.settle_fields(fields)
         if self._fields is None:
+            if self.late.in_batches is not None:
+                fields.with_others(self.late.in_batches)
             self._allocate(fields)
             self._fields = fields
             return
@@ -248,7 +250,9 @@ class EpisodeDataset(EpisodeSource):
         length = len(next(iter(episode.values())))
         self._check_length(length)
         start = self.start_of_next(length)
-        for sampler in list(self._listeners):
+        if self.late and not self.has_circular_ids:
+            self.late.check_span(start + length - self.table.oldest_start)
+        for sampler in list(self._listeners.values()):
             sampler.episode_added((start, length, self.table.next_id, cut), dict(info or {}))
         if self.evicts_before_writing:
             self.make_room(start, length)
@@ -282,7 +286,7 @@ class EpisodeDataset(EpisodeSource):
         self.num_dismissed += not makes_room
         if self.late:
             self.late.release(row, position, self.table)
-        for sampler in list(self._listeners):
+        for sampler in list(self._listeners.values()):
             sampler.episode_removed(row)
 
     def _check_length(self, length: int) -> None:
@@ -361,6 +365,8 @@ class EpisodeDataset(EpisodeSource):
                 negative or not finite. Nothing has changed.
             RuntimeError: In another process than the one that made the dataset.
         """
+        with self._draw_lock:
+            self._refresh()  # Episodes that another process has added get their defaults before they are drawn.
         return self.late.update(self.table, index, values)
 
     def annotate(self, episode_id: int, values: Mapping[str, Any]) -> None:

@@ -3,6 +3,15 @@
 from buffers.late.changes import ChangedBlocks, ChangeLog
 from buffers.late.late_field import LateField
 from buffers.late.late_fields import LateFieldInfo, LateFields
-from buffers.late.priorities import PRIORITY, PriorityField
+from buffers.late.priorities import LARGEST_PRIORITY, PRIORITY, PriorityField
 
-__all__ = ["ChangeLog", "ChangedBlocks", "LateField", "LateFieldInfo", "LateFields", "PRIORITY", "PriorityField"]
+__all__ = [
+    "LARGEST_PRIORITY",
+    "PRIORITY",
+    "ChangeLog",
+    "ChangedBlocks",
+    "LateField",
+    "LateFieldInfo",
+    "LateFields",
+    "PriorityField",
+]

@@ -18,14 +18,14 @@ _BLOCK_BITS, _NUM_FLAGS = 12, 1 << 16
 
 
 class ChangeLog:
-    """The last changes, (first step id, number of rows) each, in a circle in memory that processes share.
+    """The last changes, (episode id, first row, number of rows) each, in a circle in memory that processes share.
 
     A reader copies the entries since its last look, then loads the number of entries again: those that the writer
     cannot have reached meanwhile are whole. A reader that is a lap behind starts over.
     """
 
     #: Names, shapes and dtypes of the arrays in shared memory.
-    layout = {"log/entries": ((_NUM_ENTRIES, 2), np.dtype(np.int64)), "log/num": ((1,), np.dtype(np.int64))}
+    layout = {"log/entries": ((_NUM_ENTRIES, 3), np.dtype(np.int64)), "log/num": ((1,), np.dtype(np.int64))}
 
     def __init__(self, entries: Int64Array, num: Int64Array) -> None:
         self._entries, self._num = entries, num
@@ -35,17 +35,21 @@ class ChangeLog:
         """Entries ever written."""
         return int(self._num[0])
 
-    def append(self, starts: Int64Array, length: int) -> None:
-        """Note that `length` rows from each of `starts` `(n,)` on have changed; they must have been written before."""
-        for begin in range(0, len(starts), _MOST_AT_ONCE):
-            part, num = starts[begin : begin + _MOST_AT_ONCE], self.num
-            places = np.arange(num, num + len(part)) % _NUM_ENTRIES
-            self._entries[places, 0], self._entries[places, 1] = part, length
+    def append(self, changes: Int64Array) -> None:
+        """Note changes `(n, 3)`, which must have been written before."""
+        for begin in range(0, len(changes), _MOST_AT_ONCE):
+            part, num = changes[begin : begin + _MOST_AT_ONCE], self.num
+            place = num % _NUM_ENTRIES
+            at_end = _NUM_ENTRIES - place
+            self._entries[place : place + len(part)], self._entries[: max(0, len(part) - at_end)] = (
+                part[:at_end],
+                part[at_end:],
+            )
             store_fence()
             self._num[0] = num + len(part)
 
     def since(self, num: int) -> tuple[Int64Array | None, int]:
-        """The entries `(n, 2)` from number `num` on, None if some are gone; and the number to ask from next."""
+        """The entries `(n, 3)` from number `num` on, None if some are gone; and the number to ask from next."""
         end = self.num
         fence()
         found = self._entries.take(np.arange(num, end) % _NUM_ENTRIES, axis=0) if end - num <= _NUM_ENTRIES else None

@@ -27,13 +27,13 @@ from buffers.sharing.column import Column, gather_windows
 from buffers.sharing.published_table import store_fence
 from buffers.table import Int64Array, Windows
 
-__all__ = ["PADDING", "LateField", "checked_default"]
+__all__ = ["LateField", "PADDING", "checked_default"]
 
 #: The step id of padding.
 PADDING = -1
 
-# Address space of one field where step ids may lie far apart. Only rows that are written take memory.
-_SPARSE_BYTES = 2**41
+# Of one field, where step ids may lie far apart: address space, of which only rows that are written take memory.
+_SPARSE_BYTES, _SPARSE_ROWS = 2**37, 2**32
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0001
 _MAX_VIEWS = 8
 _UNSHARED = ("memory", "column", "_views", "changed")
@@ -62,7 +62,9 @@ class LateField:
         self.name, self.kind, self.device, self.is_circular = name, kind, device, is_circular
         self.default = checked_default(name, kind, default)
         is_sparse = not is_circular and sys.platform == "linux"
-        self.num_rows = _SPARSE_BYTES // max(1, kind.nbytes) if is_sparse else capacity * (1 if is_circular else 2)
+        self.num_rows = capacity if is_circular else 2 * capacity
+        if is_sparse:
+            self.num_rows = max(self.num_rows, min(_SPARSE_ROWS, _SPARSE_BYTES // max(1, kind.nbytes)))
         memory = None
         if device.type == "cpu":
             layout = {"values": ((self.num_rows, *kind.shape), kind.numpy_dtype), **self.extra}
@@ -144,6 +146,9 @@ class LateField:
         finally:
             self._versions[versions] = odd + 1
 
+    def note(self, episode_ids: Int64Array, steps: Int64Array, num: int | Int64Array) -> None:
+        """Tell readers that `num` rows from `steps` `(n,)` on of episodes `(n,)` have been written."""
+
     def fill(self, start: int, length: int) -> None:
         """Give new rows the default, before anyone reads them."""
         if self._is_zero and not self.is_circular:
@@ -221,11 +226,13 @@ class LateField:
     def windows(self, starts: Int64Array, length: int) -> np.ndarray:
         """A copy of the rows `(n, T)` from each of `starts` `(n,)` on, of a field of one number a row."""
         offsets, last = starts % self.num_rows, self.num_rows - length
+        assert self.column.array is not None  # It is in shared memory.
+        if last < 0:
+            return self.column.array.take(offsets[:, None] + np.arange(length), mode="wrap")
         if not len(starts) or offsets.max() <= last:
             return np.ndarray((len(starts), length), self.kind.numpy_dtype, self._items(length)[offsets])
         found = self._items(length)[np.minimum(offsets, last)]
         rows, late = np.ndarray((len(starts), length), self.kind.numpy_dtype, found), (offsets > last).nonzero()[0]
-        assert self.column.array is not None  # It is in shared memory.
         rows[late] = self.column.array.take(offsets[late, None] + np.arange(length), mode="wrap")
         return rows
 

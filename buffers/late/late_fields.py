@@ -15,7 +15,7 @@ from buffers.late.changes import ChangedBlocks
 from buffers.late.late_field import PADDING, LateField, checked_default
 from buffers.late.priorities import PRIORITY, PriorityField
 from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
-from buffers.utils import ThreadLock, number
+from buffers.utils import ThreadLock
 
 __all__ = ["LateFieldInfo", "LateFields"]
 
@@ -62,7 +62,11 @@ class LateFields(Mapping[str, LateField]):
     def __getstate__(self) -> dict[str, Any]:
         # On a GPU, the copy has values of its own.
         owner = -1 if self._device.type == "cpu" else self._owner
-        return {**self.__dict__, "_table": EpisodeTable(), "_owner": owner}
+        return {name: value for name, value in self.__dict__.items() if name != "_table"} | {"_owner": owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._table = EpisodeTable()
 
     def __getitem__(self, name: str) -> LateField:
         return self._fields[name]
@@ -86,7 +90,7 @@ class LateFields(Mapping[str, LateField]):
             self._check_same(name, kind, default)
             return
         if name == PRIORITY:
-            self.add_priorities(number("default", float(as_array(name, default)), 0.0), table)
+            self.add_priorities(float(as_array(name, default)), table)
         else:
             field = LateField(name, kind, default, self._capacity, self._is_circular, self._device)
             self._install(name, field, table)
@@ -155,6 +159,15 @@ class LateFields(Mapping[str, LateField]):
 
     # As episodes come and go.
 
+    def check_span(self, num_steps: int) -> None:
+        """RuntimeError if step ids that live would be so far apart that two have one row."""
+        for name, field in self._fields.items():
+            if num_steps > field.num_rows:
+                raise RuntimeError(
+                    f"Late field `{name}` has room for {field.num_rows:,} step ids from the oldest episode on, and the "
+                    f"new one would be at {num_steps:,}. Evict the oldest ones."
+                )
+
     def fill(self, start: int, length: int) -> None:
         """Give the rows of a new episode their defaults, before anyone can draw it."""
         with self._lock:
@@ -170,10 +183,9 @@ class LateFields(Mapping[str, LateField]):
             found = table.rows[table.starts >= self._num_filled]
             for start, length, *_ in found.tolist():
                 self.fill(start, length)
-                for field in self._fields.values():
-                    if isinstance(field, PriorityField):
-                        # Workers may have looked at it before.
-                        field.log.append(np.array([start]), length)
+            for field in self._fields.values():
+                # Workers may have looked at it before.
+                field.note(found[:, 2], np.zeros(len(found), np.int64), found[:, 1])
             self._num_filled = table.next_start
 
     def release(self, row: TableRow, position: int, table: EpisodeTable) -> None:
@@ -194,6 +206,10 @@ class LateFields(Mapping[str, LateField]):
 
     def update(self, table: EpisodeTable, index: Any, values: Mapping[str, Any]) -> int:
         """Write values `(B, T, *shape)` for step ids `(B, T)`; returns how many ids are of no live episode."""
+        return self.write(table, *self.checked(index, values))
+
+    def checked(self, index: Any, values: Mapping[str, Any]) -> tuple[Int64Array, dict[str, Any]]:
+        """Step ids `(n, T)`, and values `(n, T, *shape)` as they are stored, or a TypeError or ValueError."""
         if not self.is_owner:
             raise RuntimeError("Only the process that made the dataset can update its late fields; workers read them.")
         unknown = [name for name in values if name not in self._fields]
@@ -204,31 +220,42 @@ class LateFields(Mapping[str, LateField]):
             raise TypeError(f"`index` must be step ids, as `include=('index',)` gives them, found {ids.dtype}.")
         ids = ids.astype(np.int64, copy=False)
         rows = {name: self._fields[name].checked(value, ids) for name, value in values.items()}
-        ids = ids.reshape(-1, ids.shape[-1] if ids.ndim > 1 else 1)
+        length = max(1, ids.shape[-1]) if ids.ndim > 1 else 1
+        shape = ids.size // length, length
+        return ids.reshape(shape), {n: value.reshape(*shape, *self[n].kind.shape) for n, value in rows.items()}
+
+    def write(self, table: EpisodeTable, ids: Int64Array, rows: dict[str, Any]) -> int:
+        """Write what has been `checked`; returns how many ids are of no live episode."""
         with self._lock:
             self.follow(table)
             self._table.show(table)
-            shaped = {name: value.reshape(*ids.shape, *self[name].kind.shape) for name, value in rows.items()}
-            return self._write(ids, shaped)
+            return self._write(ids, rows)
 
     def _write(self, ids: Int64Array, rows: dict[str, Any]) -> int:
         length = ids.shape[1]
         is_run = ids[:, :1] + np.arange(length) == ids
         is_whole: Any = True if is_run.all() else is_run.all(1)
-        row, step = self._table.numbers_of(ids[:, 0])
-        is_whole &= (step >= 0) & (step + length <= self._table.state.rows[row, 1])
+        number, step = self._table.numbers_of(ids[:, 0])
+        episode = self._table.state.rows.take(number, axis=0)
+        is_whole &= (step >= 0) & (step + length <= episode[:, 1])
         if is_whole.all():
-            for name, values in rows.items():
-                self._fields[name].write(ids[:, 0], values)
+            self._write_runs(ids[:, 0], episode[:, 2], step, rows)
             return 0
+        runs = {name: values[is_whole] for name, values in rows.items()}
+        self._write_runs(ids[is_whole, 0], episode[is_whole, 2], step[is_whole], runs)
+        # Row by row: windows with padding, and rows of several episodes.
         single = ids[~is_whole].ravel()
-        lives = self._table.numbers_of(single)[1] >= 0
-        for name, values in rows.items():
-            field = self._fields[name]
-            field.write(ids[is_whole, 0], values[is_whole])
-            others = values[~is_whole].reshape(-1, 1, *field.kind.shape)
-            field.write(single[lives], others[lives])
+        number, step = self._table.numbers_of(single)
+        lives = step >= 0
+        shape = len(single), 1
+        others = {n: values[~is_whole].reshape(*shape, *self[n].kind.shape)[lives] for n, values in rows.items()}
+        self._write_runs(single[lives], self._table.state.rows[number[lives], 2], step[lives], others)
         return int(((single != PADDING) & ~lives).sum())
+
+    def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
+        for name, values in rows.items():
+            self._fields[name].write(starts, values)
+            self._fields[name].note(episode_ids, steps, values.shape[1])
 
     def take_changes(self) -> dict[str, ChangedBlocks]:
         """What has changed in each field, which is forgotten here."""

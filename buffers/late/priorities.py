@@ -12,12 +12,15 @@ from buffers.late.changes import ChangeLog
 from buffers.late.late_field import PADDING, LateField
 from buffers.sharing import SharedArrays
 from buffers.table import Int64Array
+from buffers.utils import number
 
-__all__ = ["PRIORITY", "PriorityField"]
+__all__ = ["LARGEST_PRIORITY", "PRIORITY", "PriorityField"]
 
 #: The name of the field.
 PRIORITY = "priority"
 _FIRST = 1.0  # Of rows that are stored before any priority is given.
+#: So that sums of float32 stay finite.
+LARGEST_PRIORITY = float(np.finfo(np.float32).max) / 2
 
 
 class PriorityField(LateField):
@@ -31,7 +34,8 @@ class PriorityField(LateField):
     extra = {**ChangeLog.layout, "largest": ((1,), np.dtype(np.float32))}
 
     def __init__(self, initial: float | str, capacity: int, is_circular: bool) -> None:
-        self.initial, self.is_restored = initial, False
+        self.initial = initial if initial == "max" else number("initial", initial, 0.0, LARGEST_PRIORITY)
+        self.is_restored = False
         # Samplers read priorities on the CPU, wherever the rows are.
         super().__init__(PRIORITY, Scalar(), 0.0, capacity, is_circular, torch.device("cpu"))
         self._largest[0] = _FIRST
@@ -63,10 +67,13 @@ class PriorityField(LateField):
         """As `LateField.checked`; ValueError for a priority that is negative or not finite."""
         found = super().checked(value, ids)
         # Comparisons with NaN are false.
-        if found.size and not (found.min() >= 0 and found.max() < np.inf):
-            bad = found[~((found >= 0) & (found < np.inf)) & (ids != PADDING)]
+        if found.size and not (found.min() >= 0 and found.max() <= LARGEST_PRIORITY):
+            bad = found[~((found >= 0) & (found <= LARGEST_PRIORITY)) & (ids != PADDING)]
             if len(bad):
-                raise ValueError(f"Priorities must be finite and not negative, found {bad[0]} among {found.size}.")
+                most = f"{LARGEST_PRIORITY:.3g}"
+                raise ValueError(
+                    f"Priorities must be finite, not negative and at most {most}, found {bad[0]} among {found.size}."
+                )
         return found
 
     def fill(self, start: int, length: int) -> None:
@@ -84,4 +91,9 @@ class PriorityField(LateField):
         super().write(starts, values)
         if len(values):
             self.set_largest(values.max())
-            self.log.append(starts, values.shape[1])
+
+    def note(self, episode_ids: Int64Array, steps: Int64Array, num: int | Int64Array) -> None:
+        """As `LateField.note`."""
+        changes = np.empty((len(steps), 3), np.int64)
+        changes[:, 0], changes[:, 1], changes[:, 2] = episode_ids, steps, num
+        self.log.append(changes)

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
@@ -95,6 +96,7 @@ class SequenceLoader(DataLoader):
         self.stream.source.check_drawable()
         self.stream.trainer = os.getpid()
         self.stream.counters["first"][0] = self.stream.position
+        self.stream.counters["iteration"][0] += 1
         if self._iterator is not None and not _all_alive(self._iterator):
             self.end_workers()  # A persistent worker was killed since the last iteration.
         try:
@@ -129,8 +131,7 @@ class SequenceLoader(DataLoader):
                 f"and load {{'seed': {self.stream.random.seed}, 'position': their number}}."
             )
         state: dict[str, Any] = {"seed": self.stream.random.seed, "position": self.stream.position}
-        samplers = [sampler.state_dict(self.stream.position) for sampler in self.stream.samplers]
-        if any(samplers):
+        if samplers := self.stream.drawer.state(self.stream.position):
             state["samplers"] = samplers
         one_pass = self.stream.one_pass
         return state if one_pass is None else {**state, "pass": one_pass.state.tolist()}
@@ -146,7 +147,7 @@ class SequenceLoader(DataLoader):
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])
-        self.stream.load_samplers(state.get("samplers"))
+        self.stream.drawer.load(state.get("samplers", []))
         self.stream.counters["first"][0] = position  # First, as it may be too large.
         self.stream.counters["uncounted"][0] = 0
         if one_pass is not None:
@@ -160,6 +161,10 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _end(over: np.ndarray, iteration: int) -> None:
+    over[0] = max(over[0], iteration)
+
+
 def _all_alive(batches: Any) -> bool:
     return all(worker.is_alive() for worker in batches._workers)
 
@@ -169,6 +174,9 @@ class _BatchesOfWorkers(Iterator[Any]):
 
     def __init__(self, loader: SequenceLoader, batches: Any) -> None:
         self._loader, self._batches = loader, batches
+        counters = loader.stream.counters
+        # Before torch waits for its workers to end, which may wait for each other.
+        weakref.finalize(self, _end, counters["over"], int(counters["iteration"][0])).atexit = False
         weakref.finalize(batches, forget, [worker.pid for worker in batches._workers]).atexit = False
 
     def __next__(self) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import IterableDataset, get_worker_info
 
 from buffers.fields import Fields
+from buffers.loading.drawing import WindowDrawer, checked_sampler
 from buffers.loading.include import checked_include
 from buffers.loading.layout import Rows
 from buffers.loading.lifetime import end_with
@@ -25,9 +25,9 @@ from buffers.loading.one_pass import LOST_DURING_A_PASS, OnePass
 from buffers.loading.options import rows_to_draw
 from buffers.loading.randomness import BatchRandom
 from buffers.loading.slots import Slots
-from buffers.sampler import Geometry, Sampler, UniformSampler
+from buffers.sampler import Sampler, UniformSampler
 from buffers.sharing import SharedArrays
-from buffers.table import DrawContext, Windows
+from buffers.table import Windows
 from buffers.utils import ThreadLock, integer
 
 if TYPE_CHECKING:
@@ -36,13 +36,12 @@ if TYPE_CHECKING:
 __all__ = ["SequenceStream"]
 
 _SEQUENCES_PER_READ = 32  # Single sequences are drawn and read this many at a time.
-# For an episode that another process has announced; writing it takes far less.
-_SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0005
 #: Names and sizes of the int64 arrays through which workers and the trainer tell each other:
 #: "first", the position at which the iteration began (which persistent workers see change); "newest", by batch, its
 #: newest step id plus one; "rejected", by worker, windows that were gone before they could be read; "uncounted", 1 if
-#: another DataLoader than a `SequenceLoader` has taken batches.
-COUNTERS = {"first": 1, "newest": 1024, "rejected": 64, "uncounted": 1}
+#: another DataLoader than a `SequenceLoader` has taken batches; "iteration", the number of the last one that began with
+#: workers, and "over", of the last one that is over.
+COUNTERS = {"first": 1, "newest": 1024, "rejected": 64, "uncounted": 1, "iteration": 1, "over": 1}
 
 
 class SequenceStream(IterableDataset):
@@ -82,17 +81,11 @@ class SequenceStream(IterableDataset):
         self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
         if self.num_windows % self.chunk_size:
             raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
-        self.sampler = _checked_sampler(sampler)
-        if self.layout.is_packed and not self.sampler.can_pack:
-            raise ValueError(f"`pack` draws more episodes than it uses, which a {type(self.sampler).__name__} cannot.")
-        geometry = Geometry(self.sequence_length, self.selection, self.layout.anchor)
-        #: What it is for each leaf of the source.
-        self.samplers = [self.sampler.bind(leaf, geometry) for leaf in source.leaves]  # type: ignore[arg-type]
+        self.sampler = checked_sampler(sampler, self.layout)
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
         self.include = checked_include(include, self.layout.is_padded) + self.layout.extra
-        self._has_weights = "weight" in self.include
         self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
@@ -100,6 +93,10 @@ class SequenceStream(IterableDataset):
         self._check(shuffle)
         #: Says where an iteration ends; None if it does not.
         self.one_pass = self._make_pass(epochs, shuffle, drop_last)
+        #: Draws, where there is no pass.
+        self.drawer = WindowDrawer(
+            source, self.sampler, self.sequence_length, self.selection, self.layout, "weight" in self.include
+        )
         self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
         #: Makes a batch of windows and their rows, before `transform`.
         self.assemble: Callable[[SequenceStream, Windows, Rows], Any] = _batch_of
@@ -168,17 +165,18 @@ class SequenceStream(IterableDataset):
             RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
         """
         n = position * self.world_size + self.rank
-        windows = self._drawn(n) if self.one_pass is None else self.one_pass.windows(position, self.random)
+        if self.one_pass is None:
+            windows = self.drawer.draw(n, position, self.num_windows, self.random, self.counters)
+        else:
+            windows = self.one_pass.windows(position, self.random)
         rows, was_read = self._read(windows)
         if was_read is not None and not was_read.all():
-            windows, rows = self._with_others(n, windows, was_read)
+            windows, rows = self._with_others(n, position, windows, was_read)
         if self._slots is None:
             self._last = windows
         else:
             self.counters["newest"][position % COUNTERS["newest"]] = windows.last_steps.max() + 1
-        beta = self.sampler.beta if self._has_weights else None
-        if beta is not None and windows.density is not None and windows.weight is None:
-            windows.weight = ((windows.density / windows.density.min()) ** -beta).astype(np.float32)
+        self.drawer.weigh(windows)
         batch = self.assemble(self, windows, rows)
         # `_sequences_of` transforms single sequences.
         return batch if self.transform is None or self.batch_size is None else self.transform(batch)
@@ -190,14 +188,6 @@ class SequenceStream(IterableDataset):
                 raise StopIteration
             self.position += 1
             return self.batch(self.position - 1)
-
-    def load_samplers(self, states: list[dict[str, Any]] | None) -> None:
-        """Load the states of the samplers, one for each dataset."""
-        states = [{}] * len(self.samplers) if states is None else states
-        if len(states) != len(self.samplers):
-            raise ValueError(f"The state is one of {len(states)} datasets, and there are {len(self.samplers)}.")
-        for sampler, state in zip(self.samplers, states, strict=True):
-            sampler.load_state_dict(state)
 
     def share(self) -> None:
         """Share the counters, and where a pass is, with workers."""
@@ -211,48 +201,6 @@ class SequenceStream(IterableDataset):
         """Begin an iteration, or go on with the last one."""
         if self.one_pass is not None:
             self.one_pass.begin(self.position)
-
-    def _drawn(self, n: int) -> Windows:
-        try:
-            return self._draw(n, 0)
-        except BaseException:
-            # Workers that make later batches may wait for what a sampler says of this one.
-            for sampler in self.samplers:
-                sampler.give_up(n // self.world_size, self._first_of(n))
-            raise
-
-    def _first_of(self, n: int) -> int:
-        """The position of the first batch of the iteration that batch n is of; alone, none waits for another."""
-        return n // self.world_size if get_worker_info() is None else int(self.counters["first"][0])
-
-    def _draw(self, n: int, attempt: int, again: Windows | None = None) -> Windows:
-        """Draw the windows of batch n; or replacements for `again`, which were gone before they could be read."""
-        num_windows, deadline = self.num_windows if again is None else len(again), 0.0
-
-        length, has_weights = self.sequence_length, self._has_weights
-        context = DrawContext(
-            batch=n // self.world_size,
-            anchor=self.layout.anchor,
-            again=again,
-            first=self._first_of(n),
-            is_whole=length is None,
-            has_weights=has_weights,
-            needs_density=has_weights and self.source.has_members,
-        )
-
-        def draw(num: int) -> Windows:
-            return self.source.draw(self.samplers, num, length, rng, self.selection, context, again)
-
-        while True:
-            rng = self.random.generator(n, attempt)
-            try:
-                return self.layout.draw(num_windows, rng, draw)
-            except RuntimeError:
-                # All episodes may have been evicted for one that is being written.
-                deadline = deadline or time.monotonic() + _SECONDS_TO_WAIT
-                if not self.source.has_news() or time.monotonic() > deadline:
-                    raise
-            time.sleep(_PAUSE)
 
     def _read(self, windows: Windows) -> tuple[Rows, np.ndarray | None]:
         """Read windows into a worker's slot or new memory; also returns which were read, as `EpisodeSource.read`."""
@@ -274,7 +222,7 @@ class SequenceStream(IterableDataset):
                 was_read[chunk] = found
         return out, was_read
 
-    def _with_others(self, n: int, windows: Windows, was_read: np.ndarray) -> tuple[Windows, Rows]:
+    def _with_others(self, n: int, position: int, windows: Windows, was_read: np.ndarray) -> tuple[Windows, Rows]:
         """Replace the windows of batch n that were gone before they could be read, and read all windows again."""
         if self.one_pass is not None:
             gone = np.unique(windows.episode[~was_read]).tolist()
@@ -285,9 +233,10 @@ class SequenceStream(IterableDataset):
             missed = (~was_read).nonzero()[0]
             self.counters["rejected"][self._worker_number] += len(missed)
             if self.layout.is_packed:
-                windows = self._draw(n, attempt)
+                windows = self.drawer.draw_again(n, position, attempt, windows, self.random)
             else:
-                windows = windows.replaced(missed, self._draw(n, attempt, windows[missed]))
+                others = self.drawer.draw_again(n, position, attempt, windows[missed], self.random)
+                windows = windows.replaced(missed, others)
             if self.sequence_length is None and not self.layout.is_packed:
                 windows.length = int(windows.episode_length.max())
             rows, found = self._read(windows)
@@ -368,14 +317,6 @@ class SequenceStream(IterableDataset):
         """What a worker sends for a batch."""
         assert self._slots is not None  # Only workers of a loader collate by this function.
         return self._slots.pack(collate_fn(batch))
-
-
-def _checked_sampler(sampler: Any) -> Sampler:
-    if sampler is not None and not isinstance(sampler, Sampler):
-        is_class = isinstance(sampler, type)
-        found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if is_class else type(sampler).__name__
-        raise TypeError(f"`sampler` must be a Sampler, found {found}.")
-    return UniformSampler() if sampler is None else sampler
 
 
 def _batch_of(stream: SequenceStream, windows: Windows, rows: Rows) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Samplers: windows, drawn over the table of episodes."""
 
-from buffers.sampler.base import Geometry, Sampler, SamplerSet, integers_below
+from buffers.sampler.base import Geometry, Listeners, Sampler, integers_below
 from buffers.sampler.episode_filter import EpisodeFilter
 from buffers.sampler.mixed import MixedSampler
 from buffers.sampler.online import OnlineSampler
@@ -12,12 +12,12 @@ from buffers.table import Windows
 __all__ = [
     "EpisodeFilter",
     "Geometry",
+    "Listeners",
     "MixedSampler",
     "OnlineSampler",
     "PrioritizedSampler",
     "RecencySampler",
     "Sampler",
-    "SamplerSet",
     "UniformEpisodeSampler",
     "UniformSampler",
     "Windows",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from buffers.table import EpisodeTable, Int64Array, Selection, TableRow, Windows, context_of
+from buffers.table import DrawContext, EpisodeTable, Int64Array, Selection, TableRow, Windows, context_of
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
 
-__all__ = ["Geometry", "Sampler", "SamplerSet", "integers_below"]
+__all__ = ["Geometry", "Listeners", "Sampler", "integers_below"]
 
 
 class Geometry(NamedTuple):
@@ -89,8 +89,8 @@ class Sampler(ABC):
         """The episodes that it draws from; all of them by default."""
         return table
 
-    def give_up(self, batch: int, first: int) -> None:  # noqa: B027
-        """Called when a batch could not be drawn, which is not tried again; `first` as in `DrawContext`."""
+    def skip(self, context: DrawContext) -> None:  # noqa: B027
+        """Called when a batch takes no window from it, or could not be drawn."""
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:  # noqa: B027  (most need neither)
         """Called before anyone can draw an episode, in the process that adds it, with its start, length, id and cut."""
@@ -108,11 +108,15 @@ class Sampler(ABC):
             raise ValueError(f"A {type(self).__name__} has no state, found {sorted(state)}.")
 
 
-class SamplerSet(weakref.WeakSet[Sampler]):
-    """Samplers, as long as something else refers to them; a copy is empty."""
+class Listeners(weakref.WeakValueDictionary[int, Sampler]):
+    """Samplers that are told of episodes, as long as something else refers to them. A copy has none."""
 
-    def __reduce__(self) -> tuple[type[SamplerSet], tuple[()]]:
-        return SamplerSet, ()
+    def __reduce__(self) -> tuple[type[Listeners], tuple[()]]:
+        return Listeners, ()
+
+    def add(self, sampler: Sampler) -> None:
+        """Tell a sampler, too."""
+        self[id(sampler)] = sampler
 
 
 def integers_below(rng: np.random.Generator, high: int | Int64Array, num: int) -> Int64Array:

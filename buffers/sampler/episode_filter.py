@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sharing import SharedArrays
-from buffers.table import NO, UNKNOWN, YES, EpisodeTable, Int64Array, PartTable, TableRow, Windows
+from buffers.table import NO, UNKNOWN, YES, DrawContext, EpisodeTable, Int64Array, PartTable, TableRow, Windows
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["EpisodeFilter"]
 
 # Ids of episodes that live are closer to each other than this. Only pages that are used take memory.
-_NUM_FLAGS = 1 << 36
+_NUM_FLAGS = 1 << 32
 _NUM_KEPT = 1 << 16  # Flags of so many episodes that have left.
 _MAX_PARTS = 8
 
@@ -55,6 +54,7 @@ class EpisodeFilter(Sampler):
             raise TypeError(f"`accept` must be a function of an episode's info, found {type(accept).__name__}.")
         self.sampler, self.accept = sampler, accept
         self._dataset: EpisodeDataset | None = None
+        self._memory: SharedArrays | None = None
         self._flags: npt.NDArray[np.int8] = np.zeros(1, np.int8)
         self._parts: dict[int, PartTable] = {}
         self._num_released = 0
@@ -71,10 +71,9 @@ class EpisodeFilter(Sampler):
 
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: asks about the episodes that are stored."""
-        part = copy.copy(self)
-        part.sampler, part._parts, part._dataset = self.sampler.bind(dataset, geometry), {}, dataset
+        part = EpisodeFilter(self.sampler.bind(dataset, geometry), self.accept)
+        part._dataset = dataset
         part._open(SharedArrays({"flags": ((_NUM_FLAGS,), np.dtype(np.int8))}, sparse=True))
-        dataset.listen(part)
         part._judge(dataset.table.ids)
         return part
 
@@ -87,15 +86,21 @@ class EpisodeFilter(Sampler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open(self._memory)
+        if self._memory is not None:
+            self._open(self._memory)
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
         """As `Sampler.episode_added`."""
-        self._flags[row[2] % _NUM_FLAGS] = YES if self.accept(info) else NO
+        is_accepted = self.accept(info)
+        self._flags[row[2] % _NUM_FLAGS] = YES if is_accepted else NO
+        if is_accepted:
+            self.sampler.episode_added(row, info)
 
     def episode_removed(self, row: TableRow) -> None:
         """As `Sampler.episode_removed`."""
-        assert self._dataset is not None  # Only the part that is bound here is told.
+        assert self._dataset is not None and self._memory is not None  # Only the part that is bound here is told.
+        if self._flags[row[2] % _NUM_FLAGS] == YES:
+            self.sampler.episode_removed(row)
         # Readers may still have those that have just left.
         end = int(self._dataset.table.ids[0] if len(self._dataset.table) else row[2]) - _NUM_KEPT
         if end > self._num_released + _NUM_KEPT:
@@ -144,9 +149,9 @@ class EpisodeFilter(Sampler):
         """Those of the sampler."""
         return self.sampler.num_missed
 
-    def give_up(self, batch: int, first: int) -> None:
-        """As `Sampler.give_up`."""
-        self.sampler.give_up(batch, first)
+    def skip(self, context: DrawContext) -> None:
+        """As `Sampler.skip`."""
+        self.sampler.skip(context)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """That of the sampler."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sharing.weights import Float64Array, SharedWeights, shares
-from buffers.table import EpisodeTable, Windows, joined
+from buffers.table import DrawContext, EpisodeTable, TableRow, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -81,16 +81,26 @@ class MixedSampler(Sampler):
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """`Sampler.draw`: by each sampler in turn."""
-        counts = shares(self._shares.get(), num_windows, rng)
-        drawn = [
-            sampler.draw(table, count, length, rng)
-            for sampler, count in zip(self._samplers, counts.tolist(), strict=True)
-            if count
-        ]
+        counts, drawn, context = shares(self._shares.get(), num_windows, rng), [], table.context
+        for sampler, count in zip(self._samplers, counts.tolist(), strict=True):
+            if count:
+                drawn.append(sampler.draw(table, count, length, rng))
+            elif context.again is None:
+                sampler.skip(context)
         windows = joined(drawn)
         windows.oldest_step = min(part.oldest_step for part in drawn)
         windows.density = self.density(table, windows) if table.context.has_weights and self.beta is not None else None
         return windows
+
+    def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
+        """As `Sampler.episode_added`."""
+        for sampler in self._samplers:
+            sampler.episode_added(row, info)
+
+    def episode_removed(self, row: TableRow) -> None:
+        """As `Sampler.episode_removed`."""
+        for sampler in self._samplers:
+            sampler.episode_removed(row)
 
     def density(self, table: EpisodeTable, windows: Windows) -> npt.NDArray[np.float64]:
         """As `Sampler.density`."""
@@ -105,10 +115,10 @@ class MixedSampler(Sampler):
         """Those of all samplers."""
         return sum(sampler.num_missed for sampler in self._samplers)
 
-    def give_up(self, batch: int, first: int) -> None:
-        """As `Sampler.give_up`, of all samplers."""
+    def skip(self, context: DrawContext) -> None:
+        """As `Sampler.skip`, of all samplers."""
         for sampler in self._samplers:
-            sampler.give_up(batch, first)
+            sampler.skip(context)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """The shares, and the states of the samplers."""

@@ -13,7 +13,6 @@ A batch that is made again, because it was never delivered, has the same windows
 from __future__ import annotations
 
 import copy
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from torch.utils.data import get_worker_info
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sampler.uniform import UniformSampler
 from buffers.sharing import SharedArrays, fence
-from buffers.table import EpisodeTable, Int64Array, TableRow, Windows, joined
+from buffers.sharing.published_table import store_fence
+from buffers.table import YES, DrawContext, EpisodeTable, Int64Array, TableRow, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -30,9 +30,52 @@ if TYPE_CHECKING:
 __all__ = ["OnlineSampler"]
 
 _NUM_NOTES = 4096  # Far more than batches that wait to be delivered.
-_BATCH, _EPISODE, _WINDOW = range(3)
-_PAUSE = 0.0001
+_NONE, _NEVER = -1, -2  # Numbers of batches: of the one before the first, and of none.
 _NUM_WORKERS = 64  # That count for themselves; the last word is the trainer's.
+
+
+class _Notes:
+    """Of the last batches, where the one after each begins: an episode id and the number of a window in the episode."""
+
+    def __init__(self, memory: SharedArrays) -> None:
+        self._memory = memory
+        self._words, self._newest = memory["notes"].reshape(-1).data, memory["newest"].data
+        #: Windows that were missed, as each process counts them.
+        self.missed: Int64Array = memory["missed"]
+
+    def __reduce__(self) -> tuple[type[_Notes], tuple[SharedArrays]]:
+        return _Notes, (self._memory,)
+
+    @classmethod
+    def new(cls) -> _Notes:
+        int64 = np.dtype(np.int64)
+        layout = {"notes": ((_NUM_NOTES, 3), int64), "newest": ((1,), int64), "missed": ((_NUM_WORKERS,), int64)}
+        return cls(SharedArrays(layout))
+
+    def restart(self, episode: int, window: int) -> None:
+        """Forget all; the next batch begins here."""
+        self._memory["notes"][:, 0] = _NEVER
+        self.write(_NONE, episode, window)
+
+    @property
+    def newest(self) -> int:
+        """The newest batch that is noted."""
+        return self._newest[0]
+
+    def after(self, batch: int) -> tuple[int, int] | None:
+        """Where the batch after this one begins; None if it is not noted."""
+        word = 3 * (batch % _NUM_NOTES)
+        if self._words[word] != batch:
+            return None
+        fence()
+        return self._words[word + 1], self._words[word + 2]
+
+    def write(self, batch: int, episode: int, window: int) -> None:
+        """Note where the batch after this one begins."""
+        word = 3 * (batch % _NUM_NOTES)
+        self._words[word + 1], self._words[word + 2] = episode, window
+        store_fence()
+        self._words[word] = self._newest[0] = batch
 
 
 class OnlineSampler(Sampler):
@@ -43,7 +86,7 @@ class OnlineSampler(Sampler):
     (T = None) come once each; with `offsets`, so does each anchor. Rows that a piece of a stream repeats are left out.
 
     An episode of fewer than T rows has no window unless it can be padded. Windows whose episode left before their turn
-    are lost: `ReplayBuffer.stats()` counts them as `num_missed_windows`. Weights of windows that come once are 1.
+    are lost: `ReplayBuffer.stats()` counts them as `num_missed_windows`. Windows that come once weigh as uniform ones.
 
     Args:
         then: Draws the rest; uniformly by default.
@@ -58,7 +101,7 @@ class OnlineSampler(Sampler):
         if then is not None and not isinstance(then, Sampler):
             raise TypeError(f"`then` must be a Sampler, found {type(then).__name__}.")
         self.then = UniformSampler() if then is None else then
-        self._memory: SharedArrays | None = None
+        self._notes: _Notes | None = None
         self._geometry = Geometry()
         # Of the last batch that was made here: the first steps of the windows that were new.
         self._claimed: Int64Array = np.zeros(0, np.int64)
@@ -71,25 +114,20 @@ class OnlineSampler(Sampler):
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: from now on, episodes are new."""
         part = copy.copy(self)
-        part.then, part._geometry = self.then.bind(dataset, geometry), geometry
-        int64 = np.dtype(np.int64)
-        # Notes of the last batches: number, and the episode id and window that the next batch begins with.
-        layout = {"notes": ((_NUM_NOTES, 3), int64), "newest": ((1,), int64), "missed": ((_NUM_WORKERS,), int64)}
-        part._memory = SharedArrays(layout)
-        part._restart(dataset.table.next_id, 0)
-        dataset.listen(part)
+        part.then, part._geometry, part._notes = self.then.bind(dataset, geometry), geometry, _Notes.new()
+        part._notes.restart(dataset.table.next_id, 0)
         return part
 
-    def _restart(self, episode: int, window: int) -> None:
-        assert self._memory is not None  # It is bound.
-        self._memory["notes"][:, _BATCH] = -1
-        self._memory["notes"][-1] = -1, episode, window
-        self._memory["newest"][0] = -1
+    @property
+    def _bound(self) -> _Notes:
+        if self._notes is None:
+            raise RuntimeError("An OnlineSampler has its state in a loader: ask `loader.state_dict()`.")
+        return self._notes
 
     @property
     def num_missed(self) -> int:  # type: ignore[override]
         """Windows that were never drawn, as their episode had left."""
-        return self.then.num_missed + (0 if self._memory is None else int(self._memory["missed"].sum()))
+        return self.then.num_missed + (0 if self._notes is None else int(self._notes.missed.sum()))
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """`Sampler.draw`: what is new, then what `then` draws."""
@@ -97,107 +135,94 @@ class OnlineSampler(Sampler):
         if context.again is not None:
             # What is new is not drawn again: it has left.
             lost = int(np.isin(context.again.first_steps, self._claimed).sum())
-            self._missed[_worker_number()] += lost
+            self._bound.missed[_worker_number()] += lost
             return self.then.draw(table, num_windows, length, rng)
-        position, step = self._claim(table, context.batch, context.first, num_windows)
-        most = int(table.lengths[position].max(initial=0)) if length is None else length
-        new = table.windows(position, step, most)
+        position, step = self._claim(table, num_windows)
+        if not len(position):
+            self._claimed = position
+            return self.then.draw(table, num_windows, length, rng)
+        new = table.windows(position, step, int(table.lengths[position].max()) if length is None else length)
         self._claimed = new.first_steps
         if len(new) == num_windows:
             return new
         table.context = context._replace(needs_density=context.has_weights)
         others = self.then.draw(table, num_windows - len(new), length, rng)
         table.context = context
-        if not len(new):
-            return others
-        windows = joined([new, others])
-        windows.oldest_step = new.oldest_step
-        return windows
+        return joined([new, others])
+
+    def _claim(self, table: EpisodeTable, most: int) -> tuple[Int64Array, Int64Array]:
+        """Positions and first steps `(n,)` of the new windows of a batch, up to `most`."""
+        notes, batch = self._bound, table.context.batch
+        episode, window = self._begin_of(table.context)
+        position = int(table.ids.searchsorted(episode))
+        rows = table.rows[position:]
+        if not len(rows):
+            if notes.after(batch) is None:
+                notes.write(batch, episode, window)
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        # Most episodes have a window.
+        num_rows = most + 1
+        while True:
+            num, begin, last, stride = self._geometry.spaced(rows[:num_rows])
+            ends = num.cumsum() - (min(window, int(num[0])) if rows[0, 2] == episode else 0)
+            if num_rows >= len(rows) or ends[-1] >= most:
+                break
+            num_rows *= 4
+        begins, ids = ends - num, rows[:num_rows, 2]
+        end = notes.after(batch)
+        if end is None:
+            taken = min(most, int(ends[-1]))
+            at = int(ends.searchsorted(taken, "right"))
+            after = (int(ids[at]), taken - int(begins[at])) if at < len(ids) else (int(ids[-1]) + 1, 0)
+            notes.write(batch, *after)
+        else:
+            # It is made again.
+            at = int(ids.searchsorted(end[0]))
+            taken = int(ends[-1]) if at == len(ids) else int(begins[at]) + (end[1] if ids[at] == end[0] else 0)
+            taken = min(max(taken, 0), most)
+        numbers = np.arange(taken)
+        at_each = ends.searchsorted(numbers, "right")
+        j = numbers - begins[at_each]
+        return position + at_each, np.where(j == num[at_each] - 1, last[at_each], begin[at_each] + j * stride)
+
+    def _begin_of(self, context: DrawContext) -> tuple[int, int]:
+        """Where a batch begins; waits for the worker that makes the batch before."""
+        while (found := self._bound.after(context.batch - 1)) is None:
+            if context.batch <= context.first:
+                return self._end_of_newest
+            context.pause()
+        return found
 
     @property
-    def _missed(self) -> Int64Array:
-        assert self._memory is not None  # It is bound.
-        return self._memory["missed"]
+    def _end_of_newest(self) -> tuple[int, int]:
+        found = self._bound.after(self._bound.newest)
+        assert found is not None  # Only workers write while others read.
+        return found
 
-    def _claim(self, table: EpisodeTable, batch: int, first: int, most: int) -> tuple[Int64Array, Int64Array]:
-        """Positions and first steps `(n,)` of the new windows of a batch, up to `most`."""
-        assert self._memory is not None  # It is bound.
-        notes = self._memory["notes"]
-        episode, window = self._begin_of(batch, first)
-        position = int(table.ids.searchsorted(episode))
-        # Each of these episodes has a window, but for those that are too short.
-        rows, at_once = table.rows[position : position + most + 1], most + 1
-        while True:
-            num, begin, end, stride = self._geometry.spaced(rows)
-            skipped = min(window, int(num[0])) if len(rows) and rows[0, 2] == episode else 0
-            ends = num.cumsum() - skipped
-            if len(rows) < at_once or ends[-1] >= most:
-                break
-            at_once *= 4
-            rows = table.rows[position : position + at_once]
-        taken = min(most, int(ends[-1]) if len(ends) else 0)
-        note = notes[batch % _NUM_NOTES]
-        if note[_BATCH] == batch:  # It is made again.
-            at = int(rows[:, 2].searchsorted(note[_EPISODE]))
-            is_within = at < len(rows) and rows[at, 2] == note[_EPISODE]
-            before = int(ends[at] - num[at]) if at < len(rows) else taken
-            taken = min(max(before + int(note[_WINDOW]) * is_within, 0), taken)
-        else:
-            at = int(ends.searchsorted(taken, "right"))
-            if at < len(rows):
-                episode, window = int(rows[at, 2]), int(taken - ends[at] + num[at])
-            elif len(rows):
-                episode, window = int(rows[-1, 2]) + 1, 0
-            self._note(batch, episode, window)
-        numbers = np.arange(taken)
-        chosen = ends.searchsorted(numbers, "right")
-        j = numbers - (ends - num)[chosen]
-        return position + chosen, np.where(j == num[chosen] - 1, end[chosen], begin[chosen] + j * stride)
+    def skip(self, context: DrawContext) -> None:
+        """As `Sampler.skip`: the next batch begins where this one would have."""
+        if self._bound.after(context.batch) is None:
+            self._bound.write(context.batch, *self._begin_of(context))
+        self.then.skip(context)
 
-    def _note(self, batch: int, episode: int, window: int) -> None:
-        """Write down where the batch after this one begins."""
-        assert self._memory is not None  # It is bound.
-        note = self._memory["notes"][batch % _NUM_NOTES]
-        note[_EPISODE], note[_WINDOW] = episode, window
-        fence()
-        note[_BATCH] = batch
-        self._memory["newest"][0] = batch
-
-    def give_up(self, batch: int, first: int) -> None:
-        """As `Sampler.give_up`: the next batch begins where this one would have."""
-        assert self._memory is not None  # It is bound.
-        if self._memory["notes"][batch % _NUM_NOTES, _BATCH] != batch:
-            self._note(batch, *self._begin_of(batch, first))
-        self.then.give_up(batch, first)
-
-    def _begin_of(self, batch: int, first: int) -> tuple[int, int]:
-        assert self._memory is not None  # It is bound.
-        while True:
-            note = self._memory["notes"][(batch - 1) % _NUM_NOTES]
-            if note[_BATCH] != batch - 1 and batch <= first:
-                note = self._memory["notes"][self._memory["newest"][0] % _NUM_NOTES]
-                break
-            if note[_BATCH] == batch - 1:
-                break
-            time.sleep(_PAUSE)  # Another worker makes the batch before.
-        fence()
-        return int(note[_EPISODE]), int(note[_WINDOW])
+    def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
+        """As `Sampler.episode_added`."""
+        self.then.episode_added(row, info)
 
     def episode_removed(self, row: TableRow) -> None:
         """As `Sampler.episode_removed`."""
-        assert self._memory is not None  # Only the part that is bound is told.
-        note = self._memory["notes"][self._memory["newest"][0] % _NUM_NOTES]
-        if row[2] >= note[_EPISODE]:
+        self.then.episode_removed(row)
+        split, begin = self._geometry.selection.split, self._bound.after(self._bound.newest)
+        if begin is None or (split is not None and split.judge(np.array([row[2]]))[0] != YES):
+            return
+        if row[2] >= begin[0]:
             num = int(self._geometry.spaced(np.array([row]))[0][0])
-            self._missed[-1] += num - (int(note[_WINDOW]) if row[2] == note[_EPISODE] else 0)
+            self._bound.missed[-1] += num - (begin[1] if row[2] == begin[0] else 0)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """Where the batch of this number begins; by default, the one after the newest."""
-        if self._memory is None:
-            raise RuntimeError("An OnlineSampler has its state in a loader: ask `loader.state_dict()`.")
-        if batch is None:
-            batch = int(self._memory["newest"][0]) + 1
-        episode, window = self._begin_of(batch, batch)
+        found = None if batch is None else self._bound.after(batch - 1)
+        episode, window = found or self._end_of_newest
         return {"episode": episode, "window": window, "then": self.then.state_dict(batch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -205,7 +230,7 @@ class OnlineSampler(Sampler):
         if sorted(state) != ["episode", "then", "window"]:
             raise ValueError(f"The state is not one of an OnlineSampler, found {sorted(state)}.")
         self.then.load_state_dict(state["then"])
-        self._restart(int(state["episode"]), int(state["window"]))
+        self._bound.restart(int(state["episode"]), int(state["window"]))
 
 
 def _worker_number() -> int:

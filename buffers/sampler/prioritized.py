@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from buffers.late import PriorityField
+from buffers.late import LARGEST_PRIORITY, PriorityField
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sampler.priority_index import EpisodeIndex, PriorityIndex, WindowIndex
 from buffers.sharing.weights import SharedNumbers
@@ -22,8 +22,8 @@ __all__ = ["PrioritizedSampler"]
 
 _MAX_INDEXES = 8
 _SPARE, _MIN_PROPOSALS = 1.2, 16
-_ROUNDS = 64
-_UNUSED_BITS, _TO_UNIT = np.uint64(11), 2.0**-53
+_ROUNDS, _MAX_ROUNDS = 64, 100_000
+_LARGEST_ALPHA = 4.0  # Powers of the largest priority stay finite.
 
 
 class PrioritizedSampler(Sampler):
@@ -39,7 +39,7 @@ class PrioritizedSampler(Sampler):
         >>> dataset = RingBufferDataset(capacity=1_000)
         >>> loader = dataset.get_loader(1_000, 1, sampler=PrioritizedSampler(alpha=1.0), include=("index",), seed=0)
         >>> episode_id = dataset.add_episode({"obs": np.arange(4)})
-        >>> dataset.update([0, 1, 2, 3], {"priority": [0.0, 1.0, 0.0, 3.0]})
+        >>> dataset.update([0, 1, 2, 3], {"priority": [0.0, 1.0, 0.0, 4.0]})
         0
         >>> (np.bincount(next(iter(loader))["obs"][:, 0]) / 1_000).round(1)
         array([0. , 0.2, 0. , 0.8])
@@ -59,10 +59,10 @@ class PrioritizedSampler(Sampler):
     """
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4, eta: float = 0.9, initial: float | str = "max") -> None:
-        self.alpha = number("alpha", alpha, 0.0)
+        self.alpha = number("alpha", alpha, 0.0, _LARGEST_ALPHA)
         self.eta = number("eta", eta, 0.0, 1.0)
         if initial != "max":
-            initial = number("initial", initial, 0.0, float(np.finfo(np.float32).max))
+            initial = number("initial", initial, 0.0, LARGEST_PRIORITY)
         self.initial = initial
         self._beta = SharedNumbers(1)
         self.beta = beta
@@ -102,17 +102,21 @@ class PrioritizedSampler(Sampler):
         index = self._index(table, length)
         index.follow(table)
         parts = []
-        missing, num_proposals = num_windows, int(_SPARE * num_windows) + _MIN_PROPOSALS
-        for n in range(1, 1 << 30):
+        missing = num_proposals = num_windows
+        if not index.is_exact:
+            num_proposals = int(_SPARE * num_windows) + _MIN_PROPOSALS
+        for n in range(1, _MAX_ROUNDS):
             parts.append(self._propose(table, index, length, num_proposals, missing, rng))
             missing -= len(parts[-1][1])
             if not missing:
                 break
             if n % _ROUNDS == 0:
-                index.follow(table)
+                index.follow(table)  # All may have become 0.
             # As many as the share that was accepted so far asks for.
             share = (num_windows - missing + 1) / (num_proposals + 1)
             num_proposals = min(int(_SPARE * missing / share), 64 * num_windows) + _MIN_PROPOSALS
+        else:
+            raise RuntimeError("No window was found by its priority: priorities change faster than they can be read.")
         episode, step, density = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         if table.context.needs_density:
             density = density * self._scale(table, index, length)
@@ -140,10 +144,8 @@ class PrioritizedSampler(Sampler):
         rng: np.random.Generator,
     ) -> tuple[Int64Array, Int64Array, npt.NDArray[np.float64]]:
         """Of `num` proposals, up to `most` that are accepted: rows of the table, first steps and densities."""
-        # Proposal i takes words 3 * i to 3 * i + 2.
-        words = rng.bit_generator.random_raw(3 * num).reshape(num, 3)
-        uniform = (words >> _UNUSED_BITS) * _TO_UNIT
-        numbers = index.tree.locate(uniform[:, 0])
+        u = rng.random((3, num))
+        numbers = index.tree.locate(u[0])
         if numbers is None:
             if table.num_to_draw(length) == 0:
                 raise RuntimeError(table.no_window_message(length))
@@ -151,12 +153,11 @@ class PrioritizedSampler(Sampler):
                 "All priorities are 0, so no window can be drawn. Give rows a larger one by `update_priorities`."
             )
         pieces = index.pieces(table, numbers)
-        num_windows = np.maximum(pieces.num, 1)
-        step = pieces.step + (words[:, 1] % num_windows.view(np.uint64)).view(np.int64)
+        num_windows = np.minimum(pieces.num, index.size)
+        step = pieces.step + (u[1] * num_windows).astype(np.int64)
         density = index.weights(pieces.episode, step)
-        # By rounding, one may come from a piece of weight 0: it is refused.
-        bound = index.tree.weights.take(pieces.number)
-        chosen = (uniform[:, 2] * bound < density * num_windows * (bound > 0)).nonzero()[0][:most]
+        accepted = u[2] * index.tree.weights.take(pieces.number) < density * num_windows
+        chosen = accepted.nonzero()[0][:most]
         return pieces.episode.take(chosen, axis=0), step.take(chosen), density.take(chosen)
 
     def _index(self, table: EpisodeTable, length: int | None) -> PriorityIndex:

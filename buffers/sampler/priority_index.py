@@ -16,7 +16,7 @@ about T, so most proposals are accepted, and about half of them at worst.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,12 +36,19 @@ class Pieces(NamedTuple):
     number: Int64Array  # In the tree.
     episode: Int64Array  # Rows of the table: start, length, id, cut.
     step: Int64Array  # Where its first window begins, relative to the episode.
-    num: Int64Array  # Windows: at most G, and 0 or less if only windows of earlier pieces have its rows.
-    is_last: np.ndarray  # Whether it is the last of its episode.
+    num: Int64Array  # Windows from there on in the episode: 0 or less if only windows of earlier pieces have its rows.
 
 
 class PriorityIndex(ABC):
-    """Follows one table of episodes and the log of changed priorities; belongs to one process."""
+    """Follows one table of episodes and the log of changed priorities; belongs to one process.
+
+    Attributes:
+        size: G, the most windows of a piece.
+        tree: The bounds of pieces.
+        is_exact: Whether bounds are exact, so that every proposal is accepted.
+    """
+
+    size, is_exact = 1, True
 
     def __init__(self, field: PriorityField, alpha: float, eta: float) -> None:
         self._field, self._alpha, self._eta = field, alpha, eta
@@ -49,9 +56,10 @@ class PriorityIndex(ABC):
         # Of each piece, the priority ** alpha of all its windows; made when someone asks for the total.
         self._exact: SumTree | None = None
         self._cumulation = Cumulation(np.zeros(0, np.int64), 0, 0)
-        # The live rows of the table that are in the tree, and the numbers of their pieces.
+        # The live rows of the table that are in the tree, the numbers of their pieces, and the row of each piece.
         self._rows, self._first, self._last = np.zeros((0, 4), np.int64), 0, 0
         self._begin = self._end = 0
+        self._row_of_piece = np.zeros(0, np.int64)
         self._num_read = 0
 
     @abstractmethod
@@ -59,13 +67,11 @@ class PriorityIndex(ABC):
         """The pieces of each episode."""
 
     @abstractmethod
-    def _pieces(self, table: EpisodeTable, row: Int64Array, position: Int64Array, number: Int64Array) -> Pieces:
-        """The pieces at a position `(n,)` within the episodes in rows `(n,)` of the table, and their numbers."""
+    def _pieces(self, table: EpisodeTable, row: Int64Array, number: Int64Array) -> Pieces:
+        """The pieces of these numbers `(n,)`, which are of the episodes in rows `(n,)` of the table."""
 
     @abstractmethod
-    def _changed(
-        self, table: EpisodeTable, row: Int64Array, step: Int64Array, num: Int64Array
-    ) -> tuple[Int64Array, ...]:
+    def _changed(self, table: EpisodeTable, row: Int64Array, step: Int64Array, num: Int64Array) -> tuple[Any, Any]:
         """First and last position of the pieces whose windows have one of `num` `(n,)` rows from `step` on."""
 
     @abstractmethod
@@ -79,17 +85,17 @@ class PriorityIndex(ABC):
     def pieces(self, table: EpisodeTable, numbers: Int64Array) -> Pieces:
         """The pieces of these numbers `(n,)`; others than there are become the first or the last."""
         numbers = np.minimum(np.maximum(numbers, self._begin), self._end - 1)
-        return self._pieces(table, *self._cumulation.locate(numbers - self._begin), numbers)
+        return self._pieces(table, self._row_of_piece.take(numbers), numbers)
 
     def follow(self, table: EpisodeTable) -> None:
         """Take in what has changed since the last call: episodes that came or left, and priorities."""
         changes, num_read = self._field.log.since(self._num_read)
         cumulation = self._count(table)
+        begin, end = cumulation.bounds
         rows, first, last, *_ = table.state
-        if cumulation is not self._cumulation or changes is None or cumulation.bounds[1] > self.tree.num_leaves:
+        if cumulation is not self._cumulation or changes is None or end > self.tree.num_leaves:
             self._rebuild(table, cumulation, keep=changes is not None)
-        else:
-            begin, end = cumulation.bounds
+        elif (begin, end) != (self._begin, self._end):
             for tree in (self.tree, self._exact):
                 if tree is not None and begin > self._begin:
                     tree.clear(self._begin, begin)
@@ -99,15 +105,14 @@ class PriorityIndex(ABC):
             self._add(table, new)
         self._num_read = num_read
         if changes is not None and len(changes):
-            row, step = table.numbers_of(changes[:, 0])
-            if step.min() < 0:
-                live = step >= 0
-                row, step, changes = row[live], step[live], changes[live]
-            self._refresh(table, row, *self._changed(table, row, step, changes[:, 1]))
+            row, lives = table.numbers_of_ids(changes[:, 0])
+            if lives is not True:
+                row, changes = row[lives], changes[lives]
+            self._refresh(table, row, *self._changed(table, row, changes[:, 1], changes[:, 2]))
 
     def _rebuild(self, table: EpisodeTable, cumulation: Cumulation, keep: bool) -> None:
         """Lay out the pieces anew, with the weights that are known, if they are to be kept."""
-        end = cumulation.bounds[1]
+        begin, end = cumulation.bounds
         sources = targets = np.zeros(0, np.int64)
         known = np.zeros(len(table), np.bool_)
         if keep and self._last > self._first and len(table):
@@ -115,13 +120,17 @@ class PriorityIndex(ABC):
             position = np.minimum(old_ids.searchsorted(table.ids), len(old_ids) - 1)
             known = old_ids[position] == table.ids
             row = table.state.first + np.flatnonzero(known)
-            begin, num = cumulation.begins(row), cumulation.begins(row + 1) - cumulation.begins(row)
-            targets = _ranges(begin, begin + num - 1)
-            sources = targets + (self._cumulation.begins(self._first + position[known]) - begin).repeat(num)
+            begins = cumulation.begins(row)
+            num = cumulation.begins(row + 1) - begins
+            targets = _ranges(begins, num)
+            sources = targets + (self._cumulation.begins(self._first + position[known]) - begins).repeat(num)
         self._move(sources, targets, end + end // 4)
-        self._cumulation, (self._begin, self._end) = cumulation, cumulation.bounds
+        self._cumulation, self._begin, self._end = cumulation, begin, end
         self._rows, self._first, self._last = table.state.rows, table.state.first, table.state.last
-        self._add(table, table.state.first + np.flatnonzero(~known))
+        live = np.arange(self._first, self._last)
+        self._row_of_piece = np.zeros(self.tree.num_leaves, np.int64)
+        self._row_of_piece[begin:end] = live.repeat(cumulation.begins(live + 1) - cumulation.begins(live))
+        self._add(table, live[~known])
 
     def _move(self, sources: Int64Array, targets: Int64Array, size: int) -> None:
         """Make room for `size` pieces, of which those at `targets` are those that were at `sources`."""
@@ -141,14 +150,12 @@ class PriorityIndex(ABC):
 
     def _refresh(self, table: EpisodeTable, row: Int64Array, first: Int64Array, last: Int64Array) -> None:
         """Look at the pieces at positions from `first` to `last` `(n,)` of the episodes in these rows of the table."""
-        num = np.maximum(last - first + 1, 0)
-        ends = num.cumsum()
-        numbers = np.arange(ends[-1] if len(ends) else 0) + (self._cumulation.begins(row) + first - ends + num).repeat(
-            num
-        )
+        num = last - first + 1
+        numbers = _ranges(self._cumulation.begins(row) + first, num)
         if len(numbers):
             row = row.repeat(num)
-            pieces = self._pieces(table, row, numbers - self._cumulation.begins(row), numbers)
+            self._row_of_piece[numbers] = row
+            pieces = self._pieces(table, row, numbers)
             self.tree.set(numbers, self._bounds(pieces))
             if self._exact is not None:
                 self._exact.set(numbers, self._sums(pieces))
@@ -163,8 +170,8 @@ class PriorityIndex(ABC):
         return self._exact.total()
 
     def _sums(self, pieces: Pieces) -> Float64Array:
-        found, num = np.zeros(len(pieces.num)), np.maximum(pieces.num, 0)
-        at_once = max(1, _ROWS_AT_ONCE // max(1, int(num.max(initial=1))))
+        found, num = np.zeros(len(pieces.num)), np.minimum(np.maximum(pieces.num, 0), self.size)
+        at_once = max(1, _ROWS_AT_ONCE // self.size)
         for begin in range(0, len(found), at_once):
             part = begin + num[begin : begin + at_once].nonzero()[0]
             some, first = num[part], num[part].cumsum() - num[part]
@@ -180,35 +187,33 @@ class WindowIndex(PriorityIndex):
 
     def __init__(self, field: PriorityField, alpha: float, eta: float, length: int, anchor: int | None) -> None:
         super().__init__(field, alpha, eta)
-        self.length = length
+        self._length = length
         # The rows of a window that count: `width` from `offset` on.
         self._offset, self._width = (0, length) if anchor is None else (anchor, 1)
-        self._size = 1 << (self._width - 1).bit_length()
+        self.size, self.is_exact = 1 << (self._width - 1).bit_length(), self._width == 1
         # Of each piece, the largest priority of the rows that its windows begin at.
         self._maxima = np.zeros(0, np.float32)
+        self._share_of_each = np.full(self._width, (1 - eta) / self._width, np.float32)
 
     def _count(self, table: EpisodeTable) -> Cumulation:
-        return table.count_pieces(self.length, self._size, self._width - 1)
+        return table.count_pieces(self._length, self.size, self._width - 1)
 
-    def _pieces(self, table: EpisodeTable, row: Int64Array, position: Int64Array, number: Int64Array) -> Pieces:
+    def _pieces(self, table: EpisodeTable, row: Int64Array, number: Int64Array) -> Pieces:
         episode, selection = table.state.rows.take(row, axis=0), table.selection
         cut = episode[:, 3] if table.has_cuts else None
-        before = position * self._size
-        num = selection.num_windows(episode[:, 1], cut, self.length) - before
-        is_last = num <= self._size - self._width + 1
-        return Pieces(
-            number, episode, before + selection.first_steps(cut, self.length), np.minimum(num, self._size), is_last
-        )
+        before = (number - self._cumulation.begins(row)) * self.size
+        num = selection.num_windows(episode[:, 1], cut, self._length) - before
+        return Pieces(number, episode, before + selection.first_steps(cut, self._length), num)
 
-    def _changed(
-        self, table: EpisodeTable, row: Int64Array, step: Int64Array, num: Int64Array
-    ) -> tuple[Int64Array, ...]:
+    def _changed(self, table: EpisodeTable, row: Int64Array, step: Int64Array, num: Int64Array) -> tuple[Any, Any]:
         cut = table.state.rows[row, 3] if table.has_cuts else None
-        step = step - (self._offset + table.selection.first_steps(cut, self.length))
-        # The piece before has windows that end here.
-        first = step // self._size - (self._width > 1)
-        most = self._cumulation.begins(row + 1) - self._cumulation.begins(row) - 1
-        return np.maximum(first, 0), np.minimum((step + num - 1) // self._size, most)
+        step = step - (self._offset + table.selection.first_steps(cut, self._length))
+        first, last = step // self.size, (step + num - 1) // self.size
+        if self._width > 1:
+            first -= 1  # The piece before has windows that end here.
+        most = self._cumulation.begins(row + 1) - self._cumulation.begins(row)
+        first = np.minimum(np.maximum(first, 0), most)
+        return first, np.maximum(np.minimum(last, most - 1), first - 1)
 
     def _move(self, sources: Int64Array, targets: Int64Array, size: int) -> None:
         super()._move(sources, targets, size)
@@ -217,35 +222,36 @@ class WindowIndex(PriorityIndex):
         self._maxima = maxima
 
     def _bounds(self, pieces: Pieces) -> Float64Array:
-        at_once = max(1, _ROWS_AT_ONCE // self._size)
+        at_once = max(1, _ROWS_AT_ONCE // self.size)
         for begin in range(0, len(pieces.number), at_once):
-            number, episode, step, *_ = (column[begin : begin + at_once] for column in pieces)
-            rows, _ = self._rows_of(episode, step, self._size)
-            self._maxima[number] = _largest(rows)
+            number, episode, step, _ = (column[begin : begin + at_once] for column in pieces)
+            self._maxima[number] = _largest(self._rows_of(episode, step, self.size)[0])
         found = self._maxima.take(pieces.number)
         if self._width > 1:
-            found = np.maximum(found, self._maxima.take(pieces.number + 1) * ~pieces.is_last)
-        return np.maximum(pieces.num, 0) * _power(found, self._alpha)
+            # Unless this piece is the last of its episode.
+            goes_on = pieces.num > self.size - self._width + 1
+            found = np.maximum(found, self._maxima.take(pieces.number + 1) * goes_on)
+        return np.minimum(np.maximum(pieces.num, 0), self.size) * _power(found, self._alpha)
 
     def weights(self, episode: Int64Array, step: Int64Array) -> Float64Array:
         """As `PriorityIndex.weights`."""
         rows, num = self._rows_of(episode, step, self._width)
-        found = _largest(rows).astype(np.float64)
-        if self._width > 1:
-            found *= self._eta
-            found += (1 - self._eta) * (rows @ np.ones(self._width, np.float32)) / num
-        return _power(found, self._alpha)
+        if self._width == 1:
+            return _power(rows[:, 0], self._alpha)
+        mean = rows @ self._share_of_each
+        if num is not None:
+            mean *= self._width / num
+        return _power(_largest(rows) * np.float32(self._eta) + mean, self._alpha)
 
-    def _rows_of(self, episode: Int64Array, step: Int64Array, num: int) -> tuple[np.ndarray, Int64Array | int]:
-        """Priorities `(n, num)` of rows from `step` on, 0 where there is none; and how many are real."""
-        first = step + self._offset
+    def _rows_of(self, episode: Int64Array, step: Int64Array, num: int) -> tuple[np.ndarray, Int64Array | None]:
+        """Priorities `(n, num)` of rows from `step` on, 0 where there is none; and how many are real, None for all."""
+        first = step + self._offset if self._offset else step
         after = episode[:, 1] - first
-        if not len(first) or (first.min() >= 0 and after.min() >= num):
-            return self._field.windows(episode[:, 0] + first, num), num
-        last = np.minimum(after, num)
+        if np.minimum.reduce(first, initial=0) >= 0 and np.minimum.reduce(after, initial=num) >= num:
+            return self._field.windows(episode[:, 0] + first, num), None
         begin = np.maximum(-first, 0)
         rows = self._field.windows(episode[:, 0] + first + begin, num)
-        real = np.maximum(last - begin, 0)
+        real = np.maximum(np.minimum(after, num) - begin, 0)
         short = (real < num).nonzero()[0]
         rows[short] *= np.arange(num) < real[short, None]
         return rows, real
@@ -257,16 +263,15 @@ class EpisodeIndex(PriorityIndex):
     def _count(self, table: EpisodeTable) -> Cumulation:
         return table.count_episodes(1)
 
-    def _pieces(self, table: EpisodeTable, row: Int64Array, position: Int64Array, number: Int64Array) -> Pieces:
-        one = np.ones(len(row), np.int64)
-        return Pieces(number, table.state.rows.take(row, axis=0), 0 * one, one, one == 1)
+    def _pieces(self, table: EpisodeTable, row: Int64Array, number: Int64Array) -> Pieces:
+        zero = np.zeros(len(row), np.int64)
+        return Pieces(number, table.state.rows.take(row, axis=0), zero, zero + 1)
 
-    def _changed(
-        self, table: EpisodeTable, row: Int64Array, step: Int64Array, num: Int64Array
-    ) -> tuple[Int64Array, ...]:
-        is_again = np.ones(len(row), np.int64)
-        is_again[np.unique(row, return_index=True)[1]] = 0
-        return is_again, 0 * is_again
+    def _changed(self, table: EpisodeTable, row: Int64Array, step: Int64Array, num: Int64Array) -> tuple[Any, Any]:
+        # Each episode once.
+        first = np.ones(len(row), np.int64)
+        first[np.unique(row, return_index=True)[1]] = 0
+        return first, 0 * first
 
     def _bounds(self, pieces: Pieces) -> Float64Array:
         return self.weights(pieces.episode, pieces.step)
@@ -296,8 +301,7 @@ def _power(values: np.ndarray, exponent: float) -> Float64Array:
     return np.power(values, exponent, dtype=np.float64)
 
 
-def _ranges(first: Int64Array, last: Int64Array) -> Int64Array:
-    """All numbers from each of `first` `(n,)` to each of `last`."""
-    num = np.maximum(last - first + 1, 0)
+def _ranges(first: Int64Array, num: Int64Array) -> Int64Array:
+    """`num` `(n,)` numbers from each of `first` `(n,)` on."""
     ends = num.cumsum()
-    return np.arange(ends[-1] if len(ends) else 0) + (first - ends + num).repeat(num)
+    return (first - ends + num).repeat(num) + np.arange(ends[-1] if len(ends) else 0)

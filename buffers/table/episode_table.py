@@ -44,8 +44,9 @@ class DrawContext(NamedTuple):
     anchor: int | None = None
     #: The windows that are to be replaced, which were gone before they were read; None for the batch itself.
     again: Windows | None = None
-    #: The position of the first batch of this iteration.
+    #: The position of the first batch of this iteration, and a function that waits a little, for other workers.
     first: int = 0
+    pause: Any = None
     #: Whether windows are whole episodes.
     is_whole: bool = False
     #: Whether weights are asked for.
@@ -267,6 +268,19 @@ class EpisodeTable:
         number, _ = counted.locate(np.minimum(np.maximum(r, 0), counted.num - 1))
         step = step_ids - rows[:, _START].take(number)
         return number, np.where((r >= 0) & (r < counted.num), step, -1)
+
+    def numbers_of_ids(self, ids: Int64Array) -> tuple[Int64Array, Any]:
+        """The rows of `state.rows` that hold episodes `(n,)`, and whether each lives, `(n,)` or True."""
+        rows, first, last, *_ = self._state
+        if first == last:
+            return np.zeros(len(ids), np.int64), np.zeros(len(ids), np.bool_)
+        # Most tables have all ids from the oldest to the newest.
+        number = np.minimum(np.maximum(ids + (first - rows.item(first, ID)), first), last - 1)
+        lives = rows[:, ID].take(number) == ids
+        if lives.all():
+            return number, True
+        number = np.minimum(self.ids.searchsorted(ids), last - first - 1) + first
+        return number, rows[:, ID].take(number) == ids
 
     def cuts_of(self, episode: Int64Array) -> Int64Array:
         """The cuts of live episodes, by their ids `(B,)`."""

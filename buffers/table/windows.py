@@ -103,7 +103,7 @@ class Windows:
         """Whether each begins at most `before` rows before its episode and ends at most `after` rows behind it."""
         # The sign bit of the union is set where either is negative.
         outside = (self.step + before) | (self.episode_length - self.step - self.length + after)
-        return bool(outside[outside.argmin()] >= 0)
+        return not len(outside) or bool(outside[outside.argmin()] >= 0)
 
 
 def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
@@ -120,4 +120,10 @@ def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
             columns[name] = np.concatenate([missing(len(part), np.int64) if c is None else c for c, part in pairs])
     if sources is not None:
         columns["source"] = np.repeat(np.array(sources, np.int64), [len(part) for part in parts])
-    return Windows(max(part.length for part in parts), **columns)
+    windows = Windows(max(part.length for part in parts), **columns)
+    if sources is None:
+        windows.is_checked, windows.oldest_step = (
+            all(part.is_checked for part in parts),
+            min(p.oldest_step for p in parts),
+        )
+    return windows

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
+import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.composing.mixture_fields import common_fields
@@ -180,9 +181,9 @@ class MixtureDataset(EpisodeSource):
         rng: np.random.Generator,
         selection: Selection,
         context: DrawContext,
-        again: Windows | None = None,
     ) -> Windows:
         """As `EpisodeSource.draw`, within each member."""
+        again = context.again
         if again is None:
             weights = self._leaf_weights()
             counts = shares(weights, num_windows, rng)
@@ -193,11 +194,13 @@ class MixtureDataset(EpisodeSource):
             weights = counts.astype(np.float64)
         parts, leaves = [], []
         for number, leaf in enumerate(self._leaves):
+            own = samplers[number : number + 1]
             if weights[number] == 0:
+                own[0].skip(context)
                 continue
             try:
-                own = samplers[number : number + 1]
                 if not counts[number] and leaf.can_draw(length, selection, own):
+                    own[0].skip(context)
                     continue
                 # An empty member that gets no window this time shall be an error, too.
                 part = leaf.draw(own, max(1, int(counts[number])), length, rng, selection, context)
@@ -234,15 +237,19 @@ class MixtureDataset(EpisodeSource):
         if source is None:
             raise ValueError("Step ids are those of a member: `include` 'source', and pass it on.")
         ids, numbers = as_array("index", index), as_array("source", source)
-        arrays = {name: as_array(name, value) for name, value in values.items()}
+        # numpy has no bfloat16.
+        arrays = {n: value if isinstance(value, torch.Tensor) else as_array(n, value) for n, value in values.items()}
         if numbers.shape != ids.shape[:1] or not np.isin(numbers, range(len(self._members))).all():
             expected = f"{ids.shape[:1]} numbers of members, 0 to {len(self._members) - 1}"
             raise ValueError(f"`source` must be {expected}, found {source!r:.80}.")
-        num_gone = 0
+        parts = []
         for number in np.unique(numbers).tolist():
-            chosen = numbers == number
-            num_gone += self._members[number].update(ids[chosen], {n: array[chosen] for n, array in arrays.items()})
-        return num_gone
+            leaf, chosen = self._leaves[number], numbers == number
+            assert leaf.late is not None  # It is no mixture.
+            # Those of another length are refused as they are.
+            part = {n: array[chosen] if len(array) == len(ids) else array for n, array in arrays.items()}
+            parts.append((leaf, leaf.late.checked(ids[chosen], part)))
+        return sum(leaf.late.write(leaf.table, *checked) for leaf, checked in parts if leaf.late is not None)
 
     def sources_of(self, windows: Windows) -> Int64Array:
         """The member of each window, int64 `(B,)`."""

@@ -24,7 +24,7 @@ from buffers.dataset.files.opening import report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import DamagedEpisodeError, UnknownVersionError
 from buffers.fields import Fields, Scalar, TensorType, as_tensor
-from buffers.late import PRIORITY, ChangedBlocks, LateField, LateFieldInfo, LateFields, PriorityField
+from buffers.late import LARGEST_PRIORITY, PRIORITY, ChangedBlocks, LateField, LateFieldInfo, LateFields, PriorityField
 from buffers.loading.include import INCLUDABLE
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import ThreadLock
@@ -239,7 +239,7 @@ def _parse_info(said: dict[str, Any], kind: TensorType, default: torch.Tensor, s
     if name != PRIORITY:
         return LateFieldInfo(str(name), kind, default, True)
     initial, largest = said.get("initial"), said.get("largest")
-    is_initial = initial == "max" or (type(initial) is float and 0 <= initial < float("inf"))
-    if not is_initial or not (type(largest) is float and 0 <= largest < float("inf")) or kind != Scalar():
+    is_initial = initial == "max" or (type(initial) is float and 0 <= initial <= LARGEST_PRIORITY)
+    if not is_initial or not (type(largest) is float and 0 <= largest <= LARGEST_PRIORITY) or kind != Scalar():
         raise DamagedEpisodeError(f"is of priorities that cannot be: {said!r:.200}")
     return LateFieldInfo(PRIORITY, kind, default, in_batches, initial, largest)
