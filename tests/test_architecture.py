@@ -14,6 +14,7 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 EXCEPTIONS = {
     "_torchdynamo_disable": "torch.compile: what torch.compiler.disable sets",
     "_at_fork_reinit": "threading.RLock: a forked child must not wait for a thread that it does not have",
+    "_replace": "typing.NamedTuple: a copy with some values replaced",
     "_workers": "torch's DataLoader: which of its processes live",
 }
 

@@ -72,7 +72,7 @@ def test_padding_of_batches_is_zero_or_the_nearest_row(kind, seed, is_edge, chun
             "seed": seed,
         }
         try:
-            model.check(source.get_loader(8, length, chunk, pad=pad, **options).stream.take(), is_edge)
+            model.check(source.get_loader(8, length, chunk, **options).stream.take(), is_edge)
         except RuntimeError as error:
             assert "longer than every stored episode" in str(error)
         model.check(source.get_loader(8, None, include=include, seed=seed).stream.take())
@@ -286,13 +286,19 @@ def test_late_fields_live_where_their_rows_do() -> None:
     assert ring.update(batch["index"], {"label": batch["label"] + 1}) == 0
 
 
-def test_a_copy_has_late_fields_of_its_own() -> None:
-    ring = RingBufferDataset(100)
-    add(ring, 9)
-    labelled(ring)
-    copied = copy.deepcopy(ring)
-    copied.update([0], {"label": np.zeros((1, 2), np.float32)})
-    assert ring.late["label"].column.array[1].tolist() == copied.late["label"].column.array[1].tolist() == [1, 2]
+@pytest.mark.parametrize("kind", [RingBufferDataset, ListDataset])
+def test_a_copy_has_late_fields_of_its_own(kind) -> None:
+    dataset = kind(100)
+    add(dataset, 9)
+    labelled(dataset)
+    dataset.get_loader(4, 1, sampler=samplers_model.build(("prioritized", 1.0, 0.5)), seed=0).stream.take()
+    copied = copy.deepcopy(dataset)
+    assert list(copied.late) == list(dataset.late) == ["label", "priority"]
+    copied.update([0, 1], {"label": np.zeros((2, 2), np.float32), "priority": [5.0, 6.0]})
+    add(copied, 4)
+    rows = {name: each.late["label"].column.array[:4, 0].tolist() for name, each in (("old", dataset), ("new", copied))}
+    assert rows == {"old": [0, 1, 2, 3], "new": [0, 0, 2, 3]}
+    assert dataset.late["priority"].largest == 1 and copied.late["priority"].largest == 6
 
 
 def test_rows_that_another_process_has_added_hold_the_default(tmp_path) -> None:

@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffers import ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
 from buffers.fields import Scalar
-from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
+from buffers.sampler import (
+    MixedSampler,
+    PrioritizedSampler,
+    UniformSampler,
+)
 from tests import samplers_model as model
 from tests.samplers_model import KINDS, Model, Shape, check_draws, random_priorities, stored
 
@@ -123,7 +128,7 @@ ACTIONS = st.one_of(
     st.sampled_from(list(SHAPES)),
     st.lists(ACTIONS, min_size=5, max_size=60),
 )
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_the_draws_follow_what_is_stored(kind, spec, shape, actions) -> None:
     sampler, asked = model.build(SPECS[spec]), SHAPES[shape]
     with stored(kind, None, [5, 30], 60) as dataset:  # type: ignore[arg-type]
@@ -280,3 +285,26 @@ def test_a_default_that_is_no_priority_is_refused(default) -> None:
     with pytest.raises(ValueError, match="must be finite, at least 0 and at most 1.7"):
         PrioritizedSampler(initial=default)
     ring.add_late_field("priority", Scalar(), 0.5)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 3), slice(0, 4)])
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_weights_stay_finite_while_priorities_become_0(rows, is_mixture) -> None:
+    ring, other = RingBufferDataset(100), RingBufferDataset(100)
+    for _ in range(4):
+        model.add(ring, 1)
+        model.add(other, 1)
+
+    class Meddler(UniformSampler):
+        """The trainer, which sets priorities between a draw and the question how likely it was."""
+
+        def density(self, table: Any, windows: Any) -> np.ndarray:
+            ids = np.arange(4)[rows]
+            ring.update(ids, {"priority": np.zeros(len(ids), np.float32)})
+            return np.zeros(len(windows))
+
+    sampler = MixedSampler({Meddler(): 0.1, PrioritizedSampler(1.0, beta=0.5): 0.9})
+    source: Any = MixtureDataset([ring, other], [1, 1]) if is_mixture else ring
+    stream = source.get_loader(64, 1, sampler=sampler, include=("weight",), seed=0).stream
+    weights = stream.take()["weight"]
+    assert torch.isfinite(weights).all() and weights.max() == 1 and weights.min() > 0

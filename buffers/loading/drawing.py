@@ -118,7 +118,6 @@ class WindowDrawer:
 
     def load(self, states: list[dict[str, Any]]) -> None:
         """Load what `state` has returned; ValueError if it is of other samplers."""
-        states = states or [{}] * len(self.samplers)
         if len(states) != len(self.samplers):
             raise ValueError(f"The state is one of {len(states)} datasets, and there are {len(self.samplers)}.")
         for sampler, state in zip(self.samplers, states, strict=True):

@@ -147,7 +147,8 @@ class SequenceLoader(DataLoader):
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])
-        self.stream.drawer.load(state.get("samplers", []))
+        if "samplers" in state:
+            self.stream.drawer.load(state["samplers"])
         self.stream.counters["first"][0] = position  # First, as it may be too large.
         self.stream.counters["uncounted"][0] = 0
         if one_pass is not None:

@@ -19,7 +19,7 @@ __all__ = ["EpisodeFilter"]
 
 # Ids of episodes that live are closer to each other than this. Only pages that are used take memory.
 _NUM_FLAGS = 1 << 32
-_NUM_KEPT = 1 << 16  # Flags of so many episodes that have left.
+_NUM_KEPT = 1 << 16  # Flags of so many episodes that have left; they are released by as many.
 _MAX_PARTS = 8
 
 
@@ -102,8 +102,9 @@ class EpisodeFilter(Sampler):
         if self._flags[row[2] % _NUM_FLAGS] == YES:
             self.sampler.episode_removed(row)
         # Readers may still have those that have just left.
-        end = int(self._dataset.table.ids[0] if len(self._dataset.table) else row[2]) - _NUM_KEPT
-        if end > self._num_released + _NUM_KEPT:
+        oldest = int(self._dataset.table.ids[0]) if len(self._dataset.table) else row[2]
+        end = (oldest // _NUM_KEPT - 1) * _NUM_KEPT
+        if end > self._num_released:
             self._memory.release("flags", self._num_released % _NUM_FLAGS, end % _NUM_FLAGS)
             self._num_released = end
 

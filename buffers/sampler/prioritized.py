@@ -132,7 +132,8 @@ class PrioritizedSampler(Sampler):
         return density * self._scale(table, index, length)
 
     def _scale(self, table: EpisodeTable, index: PriorityIndex, length: int | None) -> float:
-        return table.num_to_draw(length) / index.total(table)
+        total = index.total(table)
+        return table.num_to_draw(length) / total if total else 0.0  # All may have become 0 since the draw.
 
     def _propose(
         self,
