@@ -210,7 +210,7 @@ def test_errors_of_a_mixture_say_what_is_missing() -> None:
 
 BAD_FIELDS: list[tuple[Any, Any, Any, type[Exception], str]] = [
     ("x", Scalar(), 0, ValueError, "x"),
-    ("v", Scalar(), 0, ValueError, "There is a late field `v` already"),
+    ("v", Scalar(), 1, ValueError, "There is a late field `v` already"),
     ("mask", Scalar(), 0, ValueError, "`mask` cannot name a late field"),
     ("a/b", Scalar(), 0, ValueError, "`a/b` cannot name a late field"),
     ("w", Vector(2), np.zeros(3, np.float32), ValueError, "default of late field `w` must be a number or"),

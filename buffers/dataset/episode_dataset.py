@@ -66,6 +66,9 @@ class EpisodeDataset(EpisodeSource):
         self._listeners = Listeners()
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
+        if info is not None and info.late_fields is not None:
+            for name, kind in info.late_fields.items():
+                self.add_late_field(name, kind)
 
     @abstractmethod
     def _allocate(self, fields: Fields) -> None:
@@ -321,19 +324,20 @@ class EpisodeDataset(EpisodeSource):
         `PrioritizedSampler` draws by.
 
         Args:
-            name: Of the field, not of one that steps have. It stands at the top level of a batch.
+            name: Of the field, not of one that steps have; up to 255 characters. It stands at the top level of a batch.
             type: Of one row.
             default: A number, or a row `(*shape)`: what rows hold until they are given values.
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: There is such a field already, or the default does not fit.
+            ValueError: There is such a field already, with another type or default; or the default does not fit. If
+                type and default are the same, nothing changes: its values are kept.
         """
         if not isinstance(name, str) or not isinstance(type, TensorType):
             raise TypeError(f"A late field is a name and a TensorType, found {name!r:.60} and {type!r:.60}.")
         late = Fields({name: type})
-        if "/" in name or name in INCLUDABLE:
-            raise ValueError(f"`{name}` cannot name a late field: `include` has it, or it has a '/'.")
+        if "/" in name or name in INCLUDABLE or len(name) > 255:
+            raise ValueError(f"`{name:.60}` cannot name a late field: `include` has it, it has a '/', or is too long.")
         with self._lock:
             if self.fields is not None:
                 self.fields.with_others(late)
@@ -441,4 +445,4 @@ class EpisodeDataset(EpisodeSource):
     @property
     def info(self) -> EpisodeDatasetInfo:
         """Fields and checks, for another dataset of the same kind of episodes."""
-        return EpisodeDatasetInfo(self.fields, self.verification_mode)
+        return EpisodeDatasetInfo(self.fields, self.verification_mode, self.late_fields)

@@ -1,4 +1,4 @@
-"""ChangeLog: which rows a writer has changed, for readers that keep something made of them."""
+"""Which rows a writer has changed: for readers that keep something made of them, and for what keeps rows on disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from buffers.sharing import fence
 from buffers.sharing.published_table import store_fence
 from buffers.table import Int64Array
 
-__all__ = ["ChangeLog"]
+__all__ = ["ChangeLog", "ChangedBlocks"]
 
 _NUM_ENTRIES = 1 << 16
 # Entries that are written before they are published: a reader must not be so close to being lapped.
 _MOST_AT_ONCE = _NUM_ENTRIES // 4
+# Step ids of a block, and flags; both powers of two.
+_BLOCK_BITS, _NUM_FLAGS = 12, 1 << 16
 
 
 class ChangeLog:
@@ -54,3 +56,37 @@ class ChangeLog:
         fence()
         is_whole = found is not None and self.num + _MOST_AT_ONCE <= num + _NUM_ENTRIES
         return (found if is_whole else None), end
+
+
+class ChangedBlocks:
+    """Which blocks of step ids have changed. Blocks that are far apart share a flag, so it may say so of more."""
+
+    def __init__(self) -> None:
+        self._flags = np.zeros(_NUM_FLAGS, np.bool_)
+
+    def mark(self, starts: Int64Array) -> None:
+        """Note changes in the runs that begin at `starts` `(n,)`. Each lies in one episode."""
+        self._flags[(starts >> _BLOCK_BITS) & (_NUM_FLAGS - 1)] = True
+
+    def mark_all(self, begin: int, end: int) -> None:
+        """Note that all step ids in [begin, end) have changed."""
+        self._flags[_flags_of(begin, end)] = True
+
+    def has(self, begin: int, end: int) -> bool:
+        """Whether anything may have changed in the episodes that begin and end within [begin, end)."""
+        return bool(self._flags[_flags_of(begin, end)].any())
+
+    def take(self) -> ChangedBlocks:
+        """All changes so far, which are forgotten here."""
+        taken = ChangedBlocks()
+        taken._flags, self._flags = self._flags, taken._flags
+        return taken
+
+    def put_back(self, taken: ChangedBlocks) -> None:
+        """Note again what was taken."""
+        self._flags |= taken._flags
+
+
+def _flags_of(begin: int, end: int) -> Int64Array:
+    last = min((end - 1) >> _BLOCK_BITS, (begin >> _BLOCK_BITS) + _NUM_FLAGS - 1)
+    return np.arange(begin >> _BLOCK_BITS, last + 1) & (_NUM_FLAGS - 1)

@@ -21,12 +21,13 @@ import torch
 
 from buffers.conversion import as_array, cast_if_kept
 from buffers.fields import TensorType, as_tensor
+from buffers.late.changes import ChangedBlocks
 from buffers.sharing import SharedArrays, fence
 from buffers.sharing.column import Column, gather_windows
 from buffers.sharing.published_table import store_fence
 from buffers.table import Int64Array, Windows
 
-__all__ = ["LateField", "PADDING"]
+__all__ = ["LateField", "PADDING", "checked_default"]
 
 #: The step id of padding.
 PADDING = -1
@@ -35,6 +36,7 @@ PADDING = -1
 _SPARSE_BYTES, _SPARSE_ROWS = 2**37, 2**32
 _SECONDS_TO_WAIT, _PAUSE = 10.0, 0.0001
 _MAX_VIEWS = 8
+_UNSHARED = ("memory", "column", "_views", "changed")
 
 
 class LateField:
@@ -51,12 +53,14 @@ class LateField:
 
     #: Arrays in shared memory besides the values.
     extra: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    #: What was written since it was last kept on disk; None if it is not kept.
+    changed: ChangedBlocks | None = None
 
     def __init__(
         self, name: str, kind: TensorType, default: Any, capacity: int, is_circular: bool, device: torch.device
     ) -> None:
         self.name, self.kind, self.device, self.is_circular = name, kind, device, is_circular
-        self.default = _checked_default(name, kind, default)
+        self.default = checked_default(name, kind, default)
         is_sparse = not is_circular and sys.platform == "linux"
         self.num_rows = capacity if is_circular else 2 * capacity
         if is_sparse:
@@ -79,7 +83,7 @@ class LateField:
 
     def __getstate__(self) -> dict[str, Any]:
         """A handle; on a GPU, the values."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("memory", "column", "_views")}
+        state = {name: value for name, value in self.__dict__.items() if name not in _UNSHARED}
         state["_versions"] = None
         state["memory"] = None if self.memory is None else self.memory.__getstate__()
         state["tensor"] = self.column.tensor if self.memory is None else None
@@ -116,6 +120,8 @@ class LateField:
         num, length = values.shape[:2]
         if not num or not self.kind.nbytes:
             return
+        if self.changed is not None:
+            self.changed.mark(starts)
         offsets = starts % self.num_rows
         if self.memory is None:
             rows = torch.from_numpy(offsets[:, None] + np.arange(length)).view(-1).to(self.device)
@@ -211,6 +217,12 @@ class LateField:
     def _gather(self, starts: Int64Array, length: int, out: torch.Tensor) -> None:
         gather_windows([(self.column, out)], starts % self.num_rows, length)
 
+    def rows(self, steps: Int64Array) -> torch.Tensor:
+        """A copy of the rows `(n, *shape)` of step ids `(n,)`, on the device of the field."""
+        out = torch.empty((len(steps), 1, *self.kind.shape), dtype=self.kind.dtype, device=self.device)
+        self.read(Windows(1, steps, steps, steps, steps), out)
+        return out[:, 0]
+
     def windows(self, starts: Int64Array, length: int) -> np.ndarray:
         """A copy of the rows `(n, T)` from each of `starts` `(n,)` on, of a field of one number a row."""
         offsets, last = starts % self.num_rows, self.num_rows - length
@@ -236,11 +248,11 @@ class LateField:
         return view
 
 
-def _checked_default(name: str, kind: TensorType, default: Any) -> np.ndarray:
-    """The default as an array `()` or `(*shape)`."""
+def checked_default(name: str, kind: TensorType, default: Any) -> np.ndarray:
+    """The default as an array `(*shape)`."""
     value = torch.from_numpy(as_array(name, default)) if not isinstance(default, torch.Tensor) else default
     is_number = isinstance(default, int | float) or torch.can_cast(value.dtype, kind.dtype)
     if tuple(value.shape) not in ((), kind.shape) or not is_number:
         found = f"{value.dtype} {tuple(value.shape)}"
         raise ValueError(f"The default of late field `{name}` must be a number or {kind}, found {found}.")
-    return as_array(name, value.to(kind.dtype))
+    return np.array(np.broadcast_to(as_array(name, value.to(kind.dtype)), kind.shape))

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from buffers.conversion import as_array
-from buffers.fields import Fields, TensorType
-from buffers.late.late_field import PADDING, LateField
+from buffers.fields import Fields, TensorType, as_tensor
+from buffers.late.changes import ChangedBlocks
+from buffers.late.late_field import PADDING, LateField, checked_default
 from buffers.late.priorities import PRIORITY, PriorityField
 from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
 from buffers.utils import ThreadLock
 
-__all__ = ["LateFields"]
+__all__ = ["LateFieldInfo", "LateFields"]
 
 _ROWS_OF_A_PAGE = 1 << 16  # At most, of 64 kB and one byte a row.
+
+
+class LateFieldInfo(NamedTuple):
+    """All that a late field is, but for its values."""
+
+    name: str
+    kind: TensorType
+    default: torch.Tensor  # `(*shape)`
+    in_batches: bool
+    initial: float | str | None = None  # Of priorities, as the largest so far.
+    largest: float = 0.0
 
 
 class LateFields(Mapping[str, LateField]):
@@ -28,7 +40,12 @@ class LateFields(Mapping[str, LateField]):
         capacity: Of the dataset, in steps.
         is_circular: Whether step ids that live lie within `capacity` of each other, as those of a ring.
         device: Where values are kept.
+
+    Attributes:
+        marks_changes: Whether fields that are added note what changes, to be kept on disk.
     """
+
+    marks_changes = False
 
     def __init__(self, capacity: int, is_circular: bool, device: torch.device) -> None:
         self._capacity, self._is_circular, self._device = capacity, is_circular, device
@@ -43,7 +60,9 @@ class LateFields(Mapping[str, LateField]):
         self._num_filled = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+        # On a GPU, the copy has values of its own.
+        owner = -1 if self._device.type == "cpu" else self._owner
+        return {name: value for name, value in self.__dict__.items() if name != "_table"} | {"_owner": owner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -64,11 +83,12 @@ class LateFields(Mapping[str, LateField]):
         return self._owner == os.getpid()
 
     def add(self, name: str, kind: TensorType, default: Any, table: EpisodeTable) -> None:
-        """Add a field that batches have; ValueError if it is there."""
+        """Add a field that batches have, or find it there; ValueError if it is there with another type or default."""
         if name == PRIORITY and (kind.shape, kind.dtype) != ((), torch.float32):
             raise ValueError(f"`{PRIORITY}` is what PrioritizedSampler draws by: it must be a float32 Scalar().")
         if self.in_batches is not None and name in self.in_batches:
-            raise ValueError(f"There is a late field `{name}` already.")
+            self._check_same(name, kind, default)
+            return
         if name == PRIORITY:
             self.add_priorities(float(as_array(name, default)), table)
         else:
@@ -82,9 +102,55 @@ class LateFields(Mapping[str, LateField]):
             self._install(PRIORITY, PriorityField(initial, self._capacity, self._is_circular), table)
         field = self._fields[PRIORITY]
         assert isinstance(field, PriorityField)  # No other field has this name.
+        if field.is_restored:
+            field.initial, field.is_restored = initial, False
         return field
 
+    def _check_same(self, name: str, kind: TensorType, default: Any) -> None:
+        field = self._fields[name]
+        if isinstance(field, PriorityField):
+            known: Any = field.initial
+            # A sampler may have added it first, with "max".
+            is_same = known in ("max", float(as_array(name, default)))
+        else:
+            known, is_same_type = field.default, (field.kind.shape, field.kind.dtype) == (kind.shape, kind.dtype)
+            is_same = is_same_type and checked_default(name, kind, default).tobytes() == known.tobytes()
+        if not is_same:
+            raise ValueError(
+                f"There is a late field `{name}` already: {field.kind} with the default {known}, not {kind} with "
+                f"{default!r:.60}. Add it as it is there, or another name."
+            )
+
+    def info_of(self, name: str) -> LateFieldInfo:
+        """What `restore` needs for an equal field."""
+        field, in_batches = self._fields[name], name in (self.in_batches or ())
+        default = as_tensor(np.array(field.default), field.kind)
+        if isinstance(field, PriorityField):
+            return LateFieldInfo(name, field.kind, default, in_batches, field.initial, field.largest)
+        return LateFieldInfo(name, field.kind, default, in_batches)
+
+    def restore(self, info: LateFieldInfo, table: EpisodeTable) -> LateField:
+        """Add a field that is missing here, as `info_of` tells of it. Its rows hold what new rows hold."""
+        if info.initial is not None:
+            field = PriorityField(info.initial, self._capacity, self._is_circular)
+            field.set_largest(info.largest)
+            field.is_restored = not info.in_batches
+            self._install(PRIORITY, field, table)
+        if info.in_batches:
+            self.add(info.name, info.kind, info.default, table)
+        return self._fields[info.name]
+
+    def copy_from(self, other: LateFields, table: EpisodeTable) -> None:
+        """Take over the fields of `other` with the rows of the episodes in `table`, whose step ids are the same."""
+        for name, source in other.items():
+            field = self.restore(other.info_of(name), table)
+            for begin, end in _spans(table):
+                steps = np.arange(begin, end)
+                rows = source.rows(steps)[:, None]
+                field.write(steps, rows if field.memory is None else as_array(name, rows))
+
     def _install(self, name: str, field: LateField, table: EpisodeTable) -> None:
+        field.changed = ChangedBlocks() if self.marks_changes else None
         with self._lock:
             for begin, end in _spans(table):
                 field.fill(begin, end - begin)
@@ -190,6 +256,18 @@ class LateFields(Mapping[str, LateField]):
         for name, values in rows.items():
             self._fields[name].write(starts, values)
             self._fields[name].note(episode_ids, steps, values.shape[1])
+
+    def take_changes(self) -> dict[str, ChangedBlocks]:
+        """What has changed in each field, which is forgotten here."""
+        with self._lock:
+            return {name: field.changed.take() for name, field in self.items() if field.changed is not None}
+
+    def put_back_changes(self, changes: dict[str, ChangedBlocks]) -> None:
+        """Note again what was taken."""
+        with self._lock:
+            for name, taken in changes.items():
+                if (changed := self[name].changed) is not None:
+                    changed.put_back(taken)
 
     # Values out.
 

@@ -28,12 +28,14 @@ class PriorityField(LateField):
 
     Attributes:
         initial: The priority of new rows: a number, or "max" for the largest so far, at first 1.
+        is_restored: Whether `initial` is that of an earlier run; the next sampler's replaces it.
     """
 
     extra = {**ChangeLog.layout, "largest": ((1,), np.dtype(np.float32))}
 
     def __init__(self, initial: float | str, capacity: int, is_circular: bool) -> None:
         self.initial = initial if initial == "max" else number("initial", initial, 0.0, LARGEST_PRIORITY)
+        self.is_restored = False
         # Samplers read priorities on the CPU, wherever the rows are.
         super().__init__(PRIORITY, Scalar(), 0.0, capacity, is_circular, torch.device("cpu"))
         self._largest[0] = _FIRST
@@ -78,6 +80,9 @@ class PriorityField(LateField):
         """As `LateField.fill`."""
         assert self.column.array is not None  # It is on the CPU.
         rows = self.column.array
+        if self.changed is not None:
+            # The largest so far will be another one when this is read from disk.
+            self.changed.mark_all(start, start + length)
         begin = start % self.num_rows
         rows[begin : begin + length] = rows[: max(0, begin + length - self.num_rows)] = self.new_value
 

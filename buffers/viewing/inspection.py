@@ -94,7 +94,9 @@ def _describe_dataset(dataset: IndividualFileDataset) -> list[str]:
         f"{dataset.num_episodes:,} episodes, {dataset.num_timesteps:,} steps, ids {ids[0]} to {ids[-1]}, "
         f"length {lengths.min()} to {lengths.max()}, mean {dataset.average_episode_length:.1f}"
     )
-    return [head, "", fields_table(dataset), "", *_histogram(lengths)]
+    late = [f"{name}: {field.kind}" for name, field in dataset.late.items()]
+    named = ["", f"Late fields: {', '.join(late)}"] if late else []
+    return [head, "", fields_table(dataset), *named, "", *_histogram(lengths)]
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:

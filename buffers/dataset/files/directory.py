@@ -6,6 +6,7 @@
     .tmp-0000000013-000000002600-87.safetensors an episode that is being written
     .lock                                       names the process that writes
     damaged/                                    files that were not whole episodes
+    late/                                       late fields, see `late_files.py`
 
 `docs/format.md` has a table of what a crash leaves after each step of a commit.
 """
@@ -28,8 +29,9 @@ import numpy.typing as npt
 
 from buffers.dataset.files.lock import NO_SURPRISES, Descriptor, last_capacity, sign, take_lock
 from buffers.dataset.files.serialization import DamagedEpisodeError
+from buffers.table import EpisodeTable
 
-__all__ = ["EpisodeDirectory", "FileName", "Listing", "with_advice"]
+__all__ = ["Directory", "EpisodeDirectory", "FileName", "Listing", "with_advice"]
 
 TEMPORARY = ".tmp-"
 DAMAGED = "damaged"
@@ -87,7 +89,112 @@ class _File(io.FileIO):
         self.close()
 
 
-class EpisodeDirectory:
+class Directory:
+    """A directory that is open: its files are reached by their names, wherever it is moved.
+
+    Args:
+        path: Where it was found.
+        descriptor: Of the open directory.
+        durable: Wait for the disk at each step of a commit.
+    """
+
+    def __init__(self, path: str, descriptor: Descriptor, durable: bool) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._is_durable = durable
+
+    def folder(self, name: str, create: bool = False) -> Directory | None:
+        """A folder in it; None if there is none. A link is not followed: it could lead out of the directory."""
+        parent = self._descriptor.number
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, dir_fd=parent)
+            if self._is_durable:
+                os.fsync(parent)
+        try:
+            found = Descriptor(os.open(name, os.O_RDONLY | os.O_DIRECTORY | NO_SURPRISES, dir_fd=parent))
+        except OSError as error:
+            if create or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            return None
+        return Directory(os.path.join(self.path, name), found, self._is_durable)
+
+    def names(self) -> list[str]:
+        """The names of all files, in order."""
+        descriptor = Descriptor(os.open(".", os.O_RDONLY, dir_fd=self._descriptor.number))
+        return sorted(os.listdir(descriptor.number))
+
+    def commit(self, name: str, write: Callable[[io.BufferedWriter], None], replaces: bool = False) -> None:
+        """Let a whole file appear under its name. After an error, nothing is left of it.
+
+        If it `replaces` one of that name, an error leaves the old file or the new one, whole.
+        """
+        directory, present = self._descriptor.number, TEMPORARY + name
+        with contextlib.suppress(OSError):
+            os.unlink(present, dir_fd=directory)  # Left by an addition that was interrupted.
+        try:
+            with open(present, "xb", opener=partial(os.open, mode=0o666, dir_fd=directory)) as file:
+                write(file)
+                file.flush()
+                if self._is_durable:
+                    os.fsync(file.fileno())
+            os.rename(present, name, src_dir_fd=directory, dst_dir_fd=directory)
+            present = name
+            if self._is_durable:
+                os.fsync(directory)
+        except Exception:
+            # After a failed fsync, nobody knows what is on the disk, and a second fsync may succeed without having
+            # written anything. So the file is removed.
+            with contextlib.suppress(OSError):
+                if not (replaces and present == name):
+                    os.unlink(present, dir_fd=directory)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            os.unlink(name, dir_fd=self._descriptor.number)
+
+    def set_aside(self, name: str) -> bool:
+        """Move a file into the folder of damaged files, without replacing another one; False if that fails."""
+        with contextlib.suppress(OSError):
+            folder = self.folder(DAMAGED, create=True)
+            assert folder is not None  # It was created.
+            taken = set(folder.names())
+            target = next(other for n in range(len(taken) + 1) if (other := f"{name}.{n}" if n else name) not in taken)
+            directories = {"src_dir_fd": self._descriptor.number, "dst_dir_fd": folder._descriptor.number}
+            os.rename(name, target, **directories)
+            return True
+        return False
+
+    def open(self, name: str) -> io.FileIO:
+        """Open a file for reading; DamagedEpisodeError if it is not a regular file."""
+        status = os.stat(name, dir_fd=self._descriptor.number, follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedEpisodeError("is no regular file")
+        return _File(
+            name, opener=lambda name, flags: os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
+        )
+
+    def read(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """`method(file, *arguments)` of a file.
+
+        One that looks damaged or gone is looked at again: a signal handler's exception can look like that.
+        """
+        try:
+            with self.open(name) as file:
+                return method(file, *arguments)
+        except (DamagedEpisodeError, FileNotFoundError) as error:
+            with self.open(name) as file:
+                method(file, *arguments)
+            raise error.__cause__ or error from None
+
+    def close(self) -> None:
+        """Close it. Files that are open stay so."""
+        self._descriptor.close()
+
+
+class EpisodeDirectory(Directory):
     """The files of a dataset, in any format.
 
     Args:
@@ -99,12 +206,12 @@ class EpisodeDirectory:
     """
 
     def __init__(self, path: str, suffix: str, writable: bool, durable: bool = True, lock: bool = True) -> None:
-        self.path = os.path.abspath(path)
+        path = os.path.abspath(path)
+        super().__init__(path, Descriptor(_open_directory(path, writable)), durable)
         self.suffix = suffix
-        self._is_durable = durable
+        self.newest: FileName | None = None  # Of the episode whose file was written last.
         self._markers: list[str] = []  # The names of `.next` files.
         self._change_seen, self._next_look = -1, 0.0
-        self._descriptor = Descriptor(_open_directory(self.path, writable))
         self._lock = take_lock(self.path, self._descriptor.number, lock) if writable else None
         # Of the writer before, in steps; 0 if it is not known.
         self.last_capacity = last_capacity(self._descriptor.number)
@@ -168,32 +275,11 @@ class EpisodeDirectory:
         end = time.monotonic()
         self._next_look = end + _REST * (end - begin)
 
-    def commit(self, name: str, write: Callable[[io.BufferedWriter], None]) -> None:
-        """Let a whole file appear under its name. After an error, nothing is left of it."""
-        directory, present = self._descriptor.number, TEMPORARY + name
-        with contextlib.suppress(OSError):
-            os.unlink(present, dir_fd=directory)  # Left by an addition that was interrupted.
-        try:
-            with open(present, "xb", opener=partial(os.open, mode=0o666, dir_fd=directory)) as file:
-                write(file)
-                file.flush()
-                if self._is_durable:
-                    os.fsync(file.fileno())
-            os.rename(present, name, src_dir_fd=directory, dst_dir_fd=directory)
-            present = name
-            if self._is_durable:
-                os.fsync(directory)
-        except Exception:
-            # After a failed fsync, nobody knows what is on the disk, and a second fsync may succeed without having
-            # written anything. So the file is removed.
-            with contextlib.suppress(OSError):
-                os.unlink(present, dir_fd=directory)
-            raise
-
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            os.unlink(name, dir_fd=self._descriptor.number)
+    def remove_uncounted(self, next_id: int) -> None:
+        """Remove the newest file if its addition failed after writing it: its numbers will be given again."""
+        if self.newest is not None and self.newest.id >= next_id:
+            self.remove(str(self.newest))
+        self.newest = None
 
     def keep_numbers(self, next_id: int, next_start: int) -> None:
         """Leave one `.next` file, so that numbers are not reused once the newest episodes are gone."""
@@ -207,47 +293,20 @@ class EpisodeDirectory:
             self.remove(other)
         self._markers = [name]
 
-    def set_aside(self, name: str) -> bool:
-        """Move a file into the folder of damaged files, without replacing another one; False if that fails."""
-        directory = self._descriptor.number
-        with contextlib.suppress(OSError):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(DAMAGED, dir_fd=directory)
-            # A link is not followed: it could lead out of the directory.
-            folder = Descriptor(os.open(DAMAGED, os.O_RDONLY | os.O_DIRECTORY | NO_SURPRISES, dir_fd=directory))
-            taken = set(os.listdir(folder.number))
-            target = next(other for n in range(len(taken) + 1) if (other := f"{name}.{n}" if n else name) not in taken)
-            os.rename(name, target, src_dir_fd=directory, dst_dir_fd=folder.number)
-            return True
-        return False
+    def keep_numbers_of(self, table: EpisodeTable) -> None:
+        """`keep_numbers`, if the newest episode is gone."""
+        if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
+            self.keep_numbers(table.next_id, table.next_start)
 
-    def open(self, name: str) -> io.FileIO:
-        """Open a file for reading; DamagedEpisodeError if it is not a regular file."""
-        status = os.stat(name, dir_fd=self._descriptor.number, follow_symlinks=False)
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedEpisodeError("is no regular file")
-        return _File(
-            name, opener=lambda name, flags: os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
-        )
-
-    def read(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """`method(file, *arguments)` of a file.
-
-        One that looks damaged or gone is looked at again: a signal handler's exception can look like that.
-        """
-        try:
-            with self.open(name) as file:
-                return method(file, *arguments)
-        except (DamagedEpisodeError, FileNotFoundError) as error:
-            with self.open(name) as file:
-                method(file, *arguments)
-            raise error.__cause__ or error from None
+    def name_of(self, start: int, length: int, episode_id: int, cut: int) -> FileName:
+        """The name for a row of the table."""
+        return FileName(episode_id, start, length, cut, self.suffix)
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock, and close it."""
         if self._lock is not None:
             self._lock.close()
-        self._descriptor.close()
+        super().close()
 
 
 def with_advice(error: OSError, path: str, what: str) -> OSError:

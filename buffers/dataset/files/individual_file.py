@@ -12,8 +12,10 @@ import torch
 
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
+from buffers.dataset.files.copies import opened_handle, pickled_handle
 from buffers.dataset.files.directory import EpisodeDirectory, FileName, with_advice
-from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, report_damage
+from buffers.dataset.files.late_files import LateFiles
+from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, check_capacity, report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
@@ -25,6 +27,7 @@ from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.evictor import Evictor
 from buffers.fields import Fields
+from buffers.late import LateFields
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import TableRow, Windows
 from buffers.utils import format_bytes, integer, one_of
@@ -44,11 +47,11 @@ class IndividualFileDataset(EpisodeDataset):
 
     Opening a directory finds the episodes in it. A file whose bytes are not a whole episode is moved into a subfolder,
     with a warning, and is never served. After any other failure (no memory, no descriptors), the caller gets the error
-    and the file stays. `docs/format.md` describes the layout.
+    and the file stays. Late fields are written by `sync` and `close`. `docs/format.md` describes the layout.
 
-    One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come. A copy in another
-    process, pickled or forked, is a reader; a copy of the writer learns of changes at once. Threads may add, evict and
-    read at the same time: reading does not hold up the others.
+    One writer at a time, and any number of readers (`mode="r"`), which see new episodes as they come, but the values of
+    late fields as they were on opening; those that a reader updates are not written. A copy in another process, pickled
+    or forked, is a reader; a copy of the writer learns of changes at once. Threads may add, evict and read at a time.
 
     Args:
         capacity: In steps. A reader sees everything; by default, its capacity is that of the last writer.
@@ -80,8 +83,8 @@ class IndividualFileDataset(EpisodeDataset):
 
     # The exact changes, for copies in other processes. None in a reader that lists the directory instead.
     _log: PublishedTable | None = None
-    # The newest file. If it is not in the table, its addition failed, and its numbers will be given again.
-    _written: FileName | None = None
+    _late_files: LateFiles | None = None  # Only after opening has succeeded.
+    _shared_late: LateFields | None = None  # In a copy, those of the dataset that it is a copy of.
     _is_closed = _is_copy = False
     evicts_before_writing = False
     reads_beside_writers = reads_before_episodes = True
@@ -133,6 +136,7 @@ class IndividualFileDataset(EpisodeDataset):
                 self._refresh()
             else:
                 self._find_episodes(verify)
+            self._open_late_fields()
         except Exception:
             self.close()
             raise
@@ -142,36 +146,29 @@ class IndividualFileDataset(EpisodeDataset):
     def _open_for_writing(self, verify: Verify, shrink: bool) -> None:
         inspection = self._scan(verify)
         if self.table.num_steps > self.capacity and not shrink:
-            self._check_capacity()
+            check_capacity(self, self._directory)
         for name in inspection.listing.temporaries:
             self._directory.remove(name)
         self.table.skip_to(*inspection.listing.next_numbers)
         self.num_lost = self.table.next_id - len(self.table)
         # First, because the numbers may come from the names of files that are about to go.
-        self._keep_numbers()
+        self._directory.keep_numbers_of(self.table)
         self._report_damage(inspection.damaged)
         self.make_room(self.table.next_start, 0)
         self._directory.keep_capacity(self.capacity)
         assert self._log is not None
         self._log.add_all(self.table)
 
-    def _check_capacity(self) -> None:
-        """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
-        ids, num_steps = self.table.ids.tolist(), self.table.num_steps
-        # With the same capacity, a power loss may have brought back what had left. If none is known, the newest episode
-        # may be left by an addition that was cut off.
-        if self.capacity >= (self._directory.last_capacity or num_steps - int(self.table.lengths[-1])):
-            return
-        # To ask the evictor which ones, without deleting any.
-        self._erase = lambda *_: None  # type: ignore[method-assign]
-        self.make_room(self.table.next_start, 0)
-        gone = sorted({*ids} - {*self.table.ids.tolist()})
-        named = f"{gone[:9]}"[:-1] + (", ...]" if len(gone) > 9 else "]")
-        raise ValueError(
-            f"{self._directory.path} holds {num_steps} steps, more than `capacity`={self.capacity}: {len(gone)} of its "
-            f"{len(ids)} episodes would be deleted ({num_steps - self.table.num_steps} steps, ids {named}). Raise it, "
-            "pass shrink=True to delete them, or open with mode='r' to read."
-        )
+    def _open_late_fields(self) -> None:
+        """Restore the late fields of the directory, which keep their values, then add those of `info`."""
+        stated = dict(self.late_fields or {})
+        self.late = self._shared_late or LateFields(self.capacity, self.has_circular_ids, self.device)
+        if self._shared_late is None:
+            files = LateFiles(self._directory)
+            self.damaged_files += files.load(self.late, self.table, self._is_writer())
+            self._late_files = files
+        for name, kind in stated.items():
+            self.add_late_field(name, kind)
 
     def _find_episodes(self, verify: Verify = "size") -> None:
         """Bring a reader's table up to date with the directory."""
@@ -202,8 +199,7 @@ class IndividualFileDataset(EpisodeDataset):
 
     def _report_damage(self, damaged: list[tuple[str, str]]) -> None:
         """Warn of files that are not whole episodes. A writer sets them aside."""
-        if damaged:
-            self.damaged_files += report_damage(self._directory, damaged, moves=self._is_writer())
+        self.damaged_files += report_damage(self._directory, damaged, moves=self._is_writer())
 
     # The methods of a storage.
 
@@ -213,8 +209,10 @@ class IndividualFileDataset(EpisodeDataset):
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         fields, strategy = self._fields, self.serialization_strategy
         assert fields is not None  # Settled before anything is written.
-        self._remove_uncounted()
-        self._written = name = self._name(start, len(next(iter(episode.values()))), episode_id, self.cut)
+        self._directory.remove_uncounted(self.table.next_id)
+        self._directory.newest = name = self._directory.name_of(
+            start, len(next(iter(episode.values()))), episode_id, self.cut
+        )
         tensors, info = as_saved(episode, fields, name.length), self._info_to_write
         try:
             self._directory.commit(str(name), lambda file: strategy.save_with_info(tensors, fields, file, info))
@@ -236,8 +234,9 @@ class IndividualFileDataset(EpisodeDataset):
 
     def _find_info(self, row: TableRow) -> EpisodeInfo:
         self._check_open()
+        name = self._directory.name_of(*row)
         try:
-            return self._directory.read(str(name := self._name(*row)), self.serialization_strategy.load_info)
+            return self._directory.read(str(name), self.serialization_strategy.load_info)
         except (DamagedEpisodeError, FileNotFoundError) as error:
             self._lose(name, str(error) if isinstance(error, DamagedEpisodeError) else None)
             raise RuntimeError(f"Episode {name.id} is gone from the store.") from error
@@ -255,7 +254,7 @@ class IndividualFileDataset(EpisodeDataset):
         if episode_id == self.table.ids[-1]:
             self._directory.keep_numbers(self.table.next_id, self.table.next_start)
         try:
-            self._directory.remove(str(self._name(*self.table.row_of(episode_id))))
+            self._directory.remove(str(self._directory.name_of(*self.table.row_of(episode_id))))
         except OSError as error:
             raise with_advice(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
         self._reader.forget(episode_id)
@@ -272,23 +271,8 @@ class IndividualFileDataset(EpisodeDataset):
             return super().store(episode, cut, info)
         except Exception:
             with contextlib.suppress(OSError):
-                self._remove_uncounted()
+                self._directory.remove_uncounted(self.table.next_id)
             raise
-
-    def _remove_uncounted(self) -> None:
-        """Remove the file of an addition that failed after writing it: its numbers will be given again."""
-        if self._written is not None and self._written.id >= self.table.next_id:
-            self._directory.remove(str(self._written))
-        self._written = None
-
-    def _keep_numbers(self) -> None:
-        """Leave a `.next` file if the newest episode is gone."""
-        table = self.table
-        if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
-            self._directory.keep_numbers(table.next_id, table.next_start)
-
-    def _name(self, start: int, length: int, episode_id: int, cut: int) -> FileName:
-        return FileName(episode_id, start, length, cut, self._directory.suffix)
 
     # Files that come and go.
 
@@ -312,7 +296,7 @@ class IndividualFileDataset(EpisodeDataset):
                 return
             # Another writer may come.
             self._log = None
-            self._seen |= {str(self._name(*row)) for row in self.table.rows.tolist()}
+            self._seen |= {str(self._directory.name_of(*row)) for row in self.table.rows.tolist()}
         self._directory.look(self._find_episodes, is_urgent)
 
     def _lose(self, name: FileName, damage: str | None) -> None:
@@ -326,14 +310,14 @@ class IndividualFileDataset(EpisodeDataset):
             if self._log is not None and self._is_writer():
                 self._log.remove(name.id, self.table)
                 with contextlib.suppress(OSError):
-                    self._keep_numbers()
+                    self._directory.keep_numbers_of(self.table)
             if damage is not None:
                 self._report_damage([(str(name), f"it {damage}")])
 
     def _forget(self, name: FileName) -> bool:
         """Remove an episode from the table; False if it is not there."""
         position = self.table.position(name.id)
-        if position is None or self._name(*self.table.episode(position)) != name:
+        if position is None or self._directory.name_of(*self.table.episode(position)) != name:
             return False
         self.table.remove(position)
         self._reader.forget(name.id)
@@ -341,9 +325,27 @@ class IndividualFileDataset(EpisodeDataset):
 
     # Closing, pickling, and who may write.
 
+    def sync(self) -> None:
+        """Write down the late fields, and their values that have changed: after this, they outlive the process.
+
+        A crash meanwhile leaves the values of an episode in a field as they were before or after, never in between.
+
+        Raises:
+            RuntimeError: In a reader or a copy, or once the dataset is closed.
+            OSError: A file could not be written. Calling it again tries again.
+        """
+        self.check_writable()
+        assert self._late_files is not None  # It is open.
+        self._late_files.save(self.late, self.table, self._lock)
+
     def close(self) -> None:
-        """Release the lock and close all files. Nothing is lost if this is never called."""
-        self._is_closed = True
+        """`sync`, release the lock and close all files. Episodes are not lost if this is never called.
+
+        OSError, with which the dataset stays open, if values of late fields could not be written.
+        """
+        if self._late_files is not None and self._is_writer():
+            self.sync()
+        self._is_closed, self._late_files = True, None
         with self._lock:
             if self._log is not None and self._is_writer():
                 self.end_workers()
@@ -359,10 +361,10 @@ class IndividualFileDataset(EpisodeDataset):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        is_shared = sys.platform == "linux" and self._is_writer()
-        log = self._log.memory.__getstate__() if self._log is not None and is_shared else None
-        arguments = self.capacity, self.info, None, self._directory.path, self.serialization_strategy
-        return _open_as_reader, (log, (self.num_lost, self.num_dismissed), *arguments, self.max_sampling_attempts)
+        handle = pickled_handle(self._log if self._is_writer() else None, self.late)
+        info = EpisodeDatasetInfo(self.fields, self.verification_mode)
+        arguments = self.capacity, info, None, self._directory.path, self.serialization_strategy
+        return _open_as_reader, (handle, (self.num_lost, self.num_dismissed), *arguments, self.max_sampling_attempts)
 
     @property
     def longest_window(self) -> int:
@@ -387,14 +389,12 @@ class IndividualFileDataset(EpisodeDataset):
             )
 
 
-def _open_as_reader(log: dict[str, Any] | None, counts: tuple[int, int], *arguments: Any) -> IndividualFileDataset:
+def _open_as_reader(handle: bytes | None, counts: tuple[int, int], *arguments: Any) -> IndividualFileDataset:
     """Unpickle a dataset, as a reader."""
     dataset = IndividualFileDataset.__new__(IndividualFileDataset)
     dataset._is_copy = True
     # Before `__init__`, which lists the directory if there is no log.
-    if log is not None:
-        with contextlib.suppress(RuntimeError):  # If the writer is gone, so is the log.
-            dataset._log = PublishedTable(SharedArrays.opened(log))
+    dataset._log, dataset._shared_late = opened_handle(handle)
     dataset.__init__(*arguments, mode="r")
     dataset.num_lost, dataset.num_dismissed = counts
     return dataset

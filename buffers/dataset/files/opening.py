@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory
+from buffers.dataset.files.directory import DAMAGED, Directory, EpisodeDirectory
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import (
     DamagedEpisodeError,
@@ -19,7 +20,7 @@ from buffers.dataset.files.serialization import (
 )
 from buffers.fields import Fields
 
-__all__ = ["Durability", "Inspection", "Mode", "Verify", "report_damage"]
+__all__ = ["Durability", "Inspection", "Mode", "Verify", "check_capacity", "report_damage"]
 
 Durability = Literal["fsync", "rename"]
 Mode = Literal["a", "r"]
@@ -27,8 +28,12 @@ Verify = Literal["size", "header", "full"]
 _FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)}
 
 
-def report_damage(directory: EpisodeDirectory, damaged: list[tuple[str, str]], moves: bool) -> list[tuple[str, str]]:
-    """Warn of files (name, what is wrong) that are not whole episodes; `moves`: after setting them aside."""
+def report_damage(
+    directory: Directory, damaged: list[tuple[str, str]], moves: bool, what: str = "episodes"
+) -> list[tuple[str, str]]:
+    """Warn of files (name, what is wrong) that are not whole; `moves`: after setting them aside."""
+    if not damaged:
+        return []
     what_happened = f"moved into the folder `{DAMAGED}`" if moves else "left out"
     if moves:
         damaged = [
@@ -39,8 +44,28 @@ def report_damage(directory: EpisodeDirectory, damaged: list[tuple[str, str]], m
     if len(damaged) > 5:
         named.append(f"and {len(damaged) - 5} more")
     where = f"{len(damaged)} files in {directory.path}"
-    warnings.warn(f"{where} are no whole episodes and were {what_happened}: {'; '.join(named)}.", stacklevel=5)
+    warnings.warn(f"{where} are no whole {what} and were {what_happened}: {'; '.join(named)}.", stacklevel=5)
     return damaged
+
+
+def check_capacity(dataset: EpisodeDataset, directory: EpisodeDirectory) -> None:
+    """ValueError if episodes would leave, other than those that a killed writer has not yet evicted."""
+    table = dataset.table
+    ids, num_steps = table.ids.tolist(), table.num_steps
+    # With the same capacity, a power loss may have brought back what had left. If none is known, the newest episode
+    # may be left by an addition that was cut off.
+    if dataset.capacity >= (directory.last_capacity or num_steps - int(table.lengths[-1])):
+        return
+    # To ask the evictor which ones, without deleting any.
+    dataset._erase = lambda *_: None  # type: ignore[method-assign]
+    dataset.make_room(table.next_start, 0)
+    gone = sorted({*ids} - {*table.ids.tolist()})
+    named = f"{gone[:9]}"[:-1] + (", ...]" if len(gone) > 9 else "]")
+    raise ValueError(
+        f"{directory.path} holds {num_steps} steps, more than `capacity`={dataset.capacity}: {len(gone)} of its "
+        f"{len(ids)} episodes would be deleted ({num_steps - table.num_steps} steps, ids {named}). Raise it, "
+        "pass shrink=True to delete them, or open with mode='r' to read."
+    )
 
 
 class Inspection:

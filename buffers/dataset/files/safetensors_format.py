@@ -97,7 +97,17 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
 
     def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
         """Check the header, and the checksum of the rows."""
-        found = _checksum(self.load(file, fields, length))
+        self._check_rows(file, self.load(file, fields, length))
+
+    def load_all(self, file: io.FileIO) -> tuple[Fields, dict[str, torch.Tensor], EpisodeInfo]:
+        """The fields, the rows and the info of a file of which nothing is known, after checking all of it."""
+        header = _read_header(file)
+        rows = self.load(file, header.fields, header.length)
+        self._check_rows(file, rows)
+        return header.fields, rows, header.info
+
+    def _check_rows(self, file: io.FileIO, rows: Mapping[str, torch.Tensor]) -> None:
+        found = _checksum(rows)
         if _read_header(file).checksum != found:
             raise DamagedEpisodeError(f"has rows of checksum {found}, not the one it was written with")
 

@@ -251,7 +251,8 @@ class RingBufferDataset(EpisodeDataset):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
         """A ring of its own with the same episodes."""
-        other = RingBufferDataset(self.capacity, self.info, None, self.device, self.half_precision)
+        info = EpisodeDatasetInfo(self.fields, self.verification_mode)
+        other = RingBufferDataset(self.capacity, info, None, self.device, self.half_precision)
         other.max_sampling_attempts = self.max_sampling_attempts
         with self._lock:
             for start, _, episode_id, cut in self.table.rows.tolist():
@@ -261,6 +262,7 @@ class RingBufferDataset(EpisodeDataset):
                     other.add(episode, cut, self._infos.get(episode_id))
             other.num_lost, other.num_dismissed = self.num_lost, self.num_dismissed
             other.table.skip_to(self.table.next_id, self.table.next_start)
+            other.late.copy_from(self.late, other.table)
             is_writer = Process.number == self._writer
             other._first_info_id = self._first_info_id if is_writer else self.table.next_id
         return other
