@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,10 @@ import numpy as np
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
+from buffers.episode_returns import EpisodeReturns
 from buffers.fields import Fields
 from buffers.late import PRIORITY
 from buffers.limiter import SamplesPerInsert
-from buffers.table import CONTINUES, GOES_ON, context_of
 from buffers.writer import EpisodeWriter
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from buffers.loading import LoaderOptions
 
 __all__ = ["ReplayBuffer"]
-
-_NUM_RETURNS = 100
 
 
 class ReplayBuffer:
@@ -84,7 +81,7 @@ class ReplayBuffer:
         self._batches: Iterator[Any] | None = None
         self._generation = 0
         self._is_closed = False
-        self._returns = _Returns()
+        self._returns = EpisodeReturns()
         self._has_warned = False
         self._writer: EpisodeWriter | None = None
         if isinstance(dataset, EpisodeDataset):
@@ -376,31 +373,3 @@ class ReplayBuffer:
             + (f", {share:.0%} of the stored steps can be drawn" if 0 < share < 1 else "")
             + f"\n{self.dataset!r}"
         )
-
-
-class _Returns:
-    """The returns of the last episodes, pieces of a stream taken together."""
-
-    def __init__(self) -> None:
-        self.last: deque[float] = deque(maxlen=_NUM_RETURNS)
-        # By environment, what the pieces of its open episode have returned so far.
-        self._so_far: dict[int, float] = {}
-
-    def note(self, env: int, episode: Mapping[str, Any], cut: int) -> None:
-        """Add what an episode has returned: the sum of `reward`, if that is one real number a step."""
-        rewards = episode.get("reward")
-        if rewards is None or isinstance(rewards, Mapping):
-            return
-        if type(rewards) is not np.ndarray:
-            rewards = as_array("reward", rewards)
-        if rewards.dtype.kind == "V":
-            # bfloat16 is the upper half of a float32.
-            rewards = (rewards.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        if rewards.ndim != 1 or rewards.dtype.kind not in "fiub":
-            return
-        found = float(np.add.reduce(rewards[context_of(cut) :], dtype=np.float64))
-        found += self._so_far.pop(env, 0.0) if cut & CONTINUES else 0.0
-        if cut & GOES_ON:
-            self._so_far[env] = found
-        else:
-            self.last.append(found)

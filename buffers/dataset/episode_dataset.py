@@ -11,21 +11,19 @@ import numpy as np
 
 from buffers.dataset.composing.extension import Extension
 from buffers.dataset.episode_info import EpisodeInfo, checked_info
-from buffers.dataset.episode_source import EpisodeSource, Rows
+from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.labelled_source import LabelledSource
 from buffers.dataset.verification import VerificationMode, check_episode
 from buffers.evictor import Evictor, FIFOEvictor
-from buffers.fields import Fields, TensorType
-from buffers.late import LateFields, PriorityField
-from buffers.loading.include import INCLUDABLE
-from buffers.sampler import Listeners, Sampler
+from buffers.fields import Fields
 from buffers.table import EpisodeTable, TableRow, Windows
-from buffers.utils import ThreadLock, integer
+from buffers.utils import integer
 
 __all__ = ["EpisodeDataset"]
 
 
-class EpisodeDataset(EpisodeSource):
+class EpisodeDataset(LabelledSource):
     """Episodes in, windows out.
 
     A store implements `_allocate`, `_write`, `_read` and `_erase`. There, data is flat: `name -> array`, by the names
@@ -41,8 +39,6 @@ class EpisodeDataset(EpisodeSource):
     evicts_before_writing = True
     #: Whether `_check` may refuse values, so that writers call it for rows of open episodes, too.
     refuses_values = False
-    #: Whether the step ids that live are always within `capacity` of each other.
-    has_circular_ids = False
     #: Whether threads may call `_read` while another adds and evicts. If not, they take turns.
     reads_beside_writers = False
 
@@ -59,11 +55,6 @@ class EpisodeDataset(EpisodeSource):
         self.is_behind = False
         # By episode id, of those that have one.
         self._infos: dict[int, EpisodeInfo] = {}
-        # For adding and evicting. Drawing does not take it.
-        self._lock = ThreadLock()
-        self.late: LateFields = LateFields(self.capacity, self.has_circular_ids, self.device)
-        # Samplers that are told of episodes.
-        self._listeners = Listeners()
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
         if info is not None and info.late_fields is not None:
@@ -305,79 +296,6 @@ class EpisodeDataset(EpisodeSource):
         fields = None if self.extension is None else self.extension.other.fields
         if fields is not None:
             self.settle_fields(fields)
-
-    # Late fields.
-
-    def add_late_field(self, name: str, type: TensorType, default: Any = 0) -> None:
-        """Add a field whose values are given later, by step id. Batches have it like any other from then on.
-
-            >>> from buffers.dataset import RingBufferDataset
-            >>> from buffers.fields import Vector
-            >>> dataset = RingBufferDataset(capacity=1_000)
-            >>> episode_id = dataset.add_episode({"obs": np.zeros((50, 4))})
-            >>> dataset.add_late_field("latent", Vector(8))
-            >>> batch = next(iter(dataset.get_loader(batch_size=16, sequence_length=10, include=("index",))))
-            >>> dataset.update(batch["index"], {"latent": batch["latent"] + 1})
-            0
-
-        Add it before iterating a loader with workers: those that run do not learn of it. "priority" is what a
-        `PrioritizedSampler` draws by.
-
-        Args:
-            name: Of the field, not of one that steps have; up to 255 characters. It stands at the top level of a batch.
-            type: Of one row.
-            default: A number, or a row `(*shape)`: what rows hold until they are given values.
-
-        Raises:
-            TypeError: An argument of the wrong type.
-            ValueError: There is such a field already, with another type or default; or the default does not fit. If
-                type and default are the same, nothing changes: its values are kept.
-        """
-        if not isinstance(name, str) or not isinstance(type, TensorType):
-            raise TypeError(f"A late field is a name and a TensorType, found {name!r:.60} and {type!r:.60}.")
-        late = Fields({name: type})
-        if "/" in name or name in INCLUDABLE or len(name) > 255:
-            raise ValueError(f"`{name:.60}` cannot name a late field: `include` has it, it has a '/', or is too long.")
-        with self._lock:
-            if self.fields is not None:
-                self.fields.with_others(late)
-            self.late.add(name, type, default, self.table)
-
-    def add_priorities(self, initial: float | str) -> PriorityField:
-        """The late field "priority", which is added if it is missing: then batches do not have it."""
-        with self._lock:
-            return self.late.add_priorities(initial, self.table)
-
-    def update(self, index: Any, values: Mapping[str, Any], source: Any = None) -> int:
-        """Give rows new values of late fields. Batches that are made later have them, in workers too.
-
-        Args:
-            index: Step ids, `(B, T)` or of any other shape, as `include=("index",)` gives them; -1 for padding.
-            values: `name -> (*index.shape, *shape)`: tensors, arrays or lists.
-            source: Of a mixture only, see `MixtureDataset.update`.
-
-        Returns:
-            How many ids are of no episode that is stored; they are ignored.
-
-        Raises:
-            TypeError: An `index` that is not of integers.
-            ValueError: A name that is no late field, or values of another shape or dtype, or priorities that are
-                negative or not finite. Nothing has changed.
-            RuntimeError: In another process than the one that made the dataset.
-        """
-        with self._draw_lock:
-            self._refresh()  # Episodes that another process has added get their defaults before they are drawn.
-        return self.late.update(self.table, index, values)
-
-    def annotate(self, episode_id: int, values: Mapping[str, Any]) -> None:
-        """`update` for all rows of an episode, `name -> (L, *shape)`; ValueError if it is not stored."""
-        start, length, *_ = self.table.row_of(integer("episode_id", episode_id, 0))
-        if not length or self.late.update(self.table, np.arange(start, start + length), values):
-            raise ValueError(f"There is no episode {episode_id}. Those that live have the ids {self.table.ids}.")
-
-    def listen(self, sampler: Sampler) -> None:
-        """Tell a sampler of each episode that comes or leaves from now on, as long as anything refers to it."""
-        self._listeners.add(sampler)
 
     def extend(
         self,

@@ -6,12 +6,12 @@ from buffers.late.late_fields import LateFieldInfo, LateFields
 from buffers.late.priorities import LARGEST_PRIORITY, PRIORITY, PriorityField
 
 __all__ = [
-    "LARGEST_PRIORITY",
-    "PRIORITY",
     "ChangeLog",
     "ChangedBlocks",
+    "LARGEST_PRIORITY",
     "LateField",
     "LateFieldInfo",
     "LateFields",
+    "PRIORITY",
     "PriorityField",
 ]

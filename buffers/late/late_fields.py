@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class LateFields(Mapping[str, LateField]):
         capacity: Of the dataset, in steps.
         is_circular: Whether step ids that live lie within `capacity` of each other, as those of a ring.
         device: Where values are kept.
+        live: The dataset's table, for copies.
 
     Attributes:
         marks_changes: Whether fields that are added note what changes, to be kept on disk.
@@ -47,8 +49,8 @@ class LateFields(Mapping[str, LateField]):
 
     marks_changes = False
 
-    def __init__(self, capacity: int, is_circular: bool, device: torch.device) -> None:
-        self._capacity, self._is_circular, self._device = capacity, is_circular, device
+    def __init__(self, capacity: int, is_circular: bool, device: torch.device, live: EpisodeTable) -> None:
+        self._capacity, self._is_circular, self._device, self._live = capacity, is_circular, device, live
         self._fields: dict[str, LateField] = {}
         #: Those that batches have; None if there are none.
         self.in_batches: Fields | None = None
@@ -62,11 +64,18 @@ class LateFields(Mapping[str, LateField]):
     def __getstate__(self) -> dict[str, Any]:
         # On a GPU, the copy has values of its own.
         owner = -1 if self._device.type == "cpu" else self._owner
-        return {name: value for name, value in self.__dict__.items() if name != "_table"} | {"_owner": owner}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_table", "_live")}
+        return state | {"_owner": owner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._table = EpisodeTable()
+        self._table = self._live = EpisodeTable()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LateFields:
+        """Fields with values of their own."""
+        other = LateFields(self._capacity, self._is_circular, self._device, copy.deepcopy(self._live, memo))
+        other.copy_from(self, self._live)
+        return other
 
     def __getitem__(self, name: str) -> LateField:
         return self._fields[name]

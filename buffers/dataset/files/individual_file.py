@@ -162,7 +162,7 @@ class IndividualFileDataset(EpisodeDataset):
     def _open_late_fields(self) -> None:
         """Restore the late fields of the directory, which keep their values, then add those of `info`."""
         stated = dict(self.late_fields or {})
-        self.late = self._shared_late or LateFields(self.capacity, self.has_circular_ids, self.device)
+        self.late = self._shared_late or LateFields(self.capacity, self.has_circular_ids, self.device, self.table)
         if self._shared_late is None:
             files = LateFiles(self._directory)
             self.damaged_files += files.load(self.late, self.table, self._is_writer())
