@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
@@ -30,6 +31,7 @@ class ReplayBuffer:
     """Splits streams of steps into episodes, adds these to a dataset, and draws batches from it.
 
         >>> import numpy as np
+    import torch
         >>> from buffers.dataset import RingBufferDataset
         >>> buffer = ReplayBuffer(RingBufferDataset(capacity=100_000), batch_size=32, sequence_length=16, num_envs=1)
         >>> for step in range(100):
@@ -243,7 +245,9 @@ class ReplayBuffer:
         Raises:
             ValueError: Priorities that are negative or not finite, or of another shape. Nothing has changed.
         """
-        ids, priorities = as_array("index", index), as_array("values", values)
+        ids = as_array("index", index)
+        # numpy has no bfloat16.
+        priorities = as_array("values", values.float() if isinstance(values, torch.Tensor) else values)
         if priorities.ndim < ids.ndim and priorities.shape == ids.shape[:1]:
             priorities = np.broadcast_to(priorities[:, None], ids.shape)
         return self.update(ids, {PRIORITY: priorities}, source)

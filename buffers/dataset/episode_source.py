@@ -124,7 +124,7 @@ class EpisodeSource(EpisodeReader):
         """How many windows of `length` steps there are now, for a sampler; with None, episodes."""
         with self._draw_lock:
             table = self.table_to_draw(selection)
-            return (table if sampler is None else sampler.part(table)).num_to_draw(length)
+            return table.num_to_draw(length) if sampler is None else sampler.num_to_draw(table, length)
 
     def can_draw(self, length: int | None, selection: Selection, samplers: Sequence[Sampler] | None = None) -> bool:
         """Whether there is a window of `length` steps now; with None, whether there is an episode."""

@@ -67,6 +67,7 @@ class SequenceLoader(DataLoader):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has workers and counters of its own."""
         self.__dict__.update(state, _iterator=None)
+        self.stream.bind()
         if self.num_workers:
             self.stream.share()
 

@@ -93,10 +93,7 @@ class SequenceStream(IterableDataset):
         self._check(shuffle)
         #: Says where an iteration ends; None if it does not.
         self.one_pass = self._make_pass(epochs, shuffle, drop_last)
-        #: Draws, where there is no pass.
-        self.drawer = WindowDrawer(
-            source, self.sampler, self.sequence_length, self.selection, self.layout, "weight" in self.include
-        )
+        self.bind()
         self.counters: Mapping[str, np.ndarray] = {name: np.zeros(n, np.int64) for name, n in COUNTERS.items()}
         #: Makes a batch of windows and their rows, before `transform`.
         self.assemble: Callable[[SequenceStream, Windows, Rows], Any] = _batch_of
@@ -108,6 +105,14 @@ class SequenceStream(IterableDataset):
         self._last: Windows | None = None
         # Threads that draw from this stream take turns.
         self._lock = ThreadLock()
+
+    def bind(self) -> None:
+        """Bind the sampler to the source, which a copy of it was not told of."""
+        has_weights = "weight" in self.include
+        #: Draws, where there is no pass.
+        self.drawer = WindowDrawer(
+            self.source, self.sampler, self.sequence_length, self.selection, self.layout, has_weights
+        )
 
     def _check(self, shuffle: bool | None) -> None:
         """ValueError for arguments that do not fit each other or the source."""

@@ -85,9 +85,9 @@ class Sampler(ABC):
         """The sampler that a loader uses for one dataset and such windows; itself, if it has no state."""
         return self
 
-    def part(self, table: EpisodeTable) -> EpisodeTable:
-        """The episodes that it draws from; all of them by default."""
-        return table
+    def num_to_draw(self, table: EpisodeTable, length: int | None) -> int:
+        """How many windows of `length` steps it draws from; with None, episodes. 0 if it cannot draw."""
+        return table.num_to_draw(length)
 
     def skip(self, context: DrawContext) -> None:  # noqa: B027
         """Called when a batch takes no window from it, or could not be drawn."""

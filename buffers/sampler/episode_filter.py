@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,10 @@ class EpisodeFilter(Sampler):
     def _open(self, memory: SharedArrays) -> None:
         self._memory, self._flags = memory, memory["flags"]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpisodeFilter:
+        """One that is not bound yet."""
+        return EpisodeFilter(copy.deepcopy(self.sampler, memo), self.accept)
+
     def __getstate__(self) -> dict[str, Any]:
         """For a worker: what was decided, without the function, which may be a lambda."""
         return {**self.__dict__, "accept": None, "_dataset": None, "_parts": {}, "_flags": None}
@@ -108,8 +113,11 @@ class EpisodeFilter(Sampler):
             self._memory.release("flags", self._num_released % _NUM_FLAGS, end % _NUM_FLAGS)
             self._num_released = end
 
-    def part(self, table: EpisodeTable) -> EpisodeTable:
-        """As `Sampler.part`."""
+    def num_to_draw(self, table: EpisodeTable, length: int | None) -> int:
+        """As `Sampler.num_to_draw`, of the episodes that are accepted."""
+        return self.sampler.num_to_draw(self._part(table), length)
+
+    def _part(self, table: EpisodeTable) -> EpisodeTable:
         part = self._parts.get(id(table))
         if part is None:
             if len(self._parts) == _MAX_PARTS:
@@ -117,7 +125,7 @@ class EpisodeFilter(Sampler):
             part = self._parts[id(table)] = PartTable(self._judge, "EpisodeFilter accepts none of the stored episodes.")
         part.show(table)
         part.selection, part.context = table.selection, table.context
-        return self.sampler.part(part)
+        return part
 
     def _judge(self, ids: Int64Array) -> npt.NDArray[np.int8]:
         flags = self._flags.take(ids % _NUM_FLAGS)
@@ -132,11 +140,11 @@ class EpisodeFilter(Sampler):
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """`Sampler.draw`, of the other sampler."""
-        return self.sampler.draw(self.part(table), num_windows, length, rng)
+        return self.sampler.draw(self._part(table), num_windows, length, rng)
 
     def density(self, table: EpisodeTable, windows: Windows) -> npt.NDArray[np.float64]:
         """As `Sampler.density`."""
-        part, found = self.part(table), np.zeros(len(windows))
+        part, found = self._part(table), np.zeros(len(windows))
         length = None if table.context.is_whole else windows.length
         chosen = np.isin(windows.episode, part.ids).nonzero()[0]
         if len(chosen):

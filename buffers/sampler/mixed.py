@@ -102,6 +102,12 @@ class MixedSampler(Sampler):
         for sampler in self._samplers:
             sampler.episode_removed(row)
 
+    def num_to_draw(self, table: EpisodeTable, length: int | None) -> int:
+        """As `Sampler.num_to_draw`: all windows, if each sampler with a share can draw."""
+        weighted = zip(self._samplers, self._shares.get(), strict=True)
+        can_draw = all(sampler.num_to_draw(table, length) for sampler, share in weighted if share)
+        return table.num_to_draw(length) if can_draw else 0
+
     def density(self, table: EpisodeTable, windows: Windows) -> npt.NDArray[np.float64]:
         """As `Sampler.density`."""
         found = np.zeros(len(windows))

@@ -137,29 +137,44 @@ class OnlineSampler(Sampler):
             lost = int(np.isin(context.again.first_steps, self._claimed).sum())
             self._bound.missed[_worker_number()] += lost
             return self.then.draw(table, num_windows, length, rng)
-        position, step = self._claim(table, num_windows)
-        if not len(position):
-            self._claimed = position
-            return self.then.draw(table, num_windows, length, rng)
-        new = table.windows(position, step, int(table.lengths[position].max()) if length is None else length)
-        self._claimed = new.first_steps
-        if len(new) == num_windows:
-            return new
-        table.context = context._replace(needs_density=context.has_weights)
-        others = self.then.draw(table, num_windows - len(new), length, rng)
-        table.context = context
-        return joined([new, others])
+        position, step, after = self._claim(table, num_windows)
+        windows = self._completed(table, position, step, num_windows, length, rng)
+        # Last: if the rest cannot be drawn, the next batch begins where this one would have.
+        if self._bound.after(context.batch) is None:
+            self._bound.write(context.batch, *after)
+        return windows
 
-    def _claim(self, table: EpisodeTable, most: int) -> tuple[Int64Array, Int64Array]:
-        """Positions and first steps `(n,)` of the new windows of a batch, up to `most`."""
-        notes, batch = self._bound, table.context.batch
+    def _completed(
+        self,
+        table: EpisodeTable,
+        position: Int64Array,
+        step: Int64Array,
+        num_windows: int,
+        length: int | None,
+        rng: np.random.Generator,
+    ) -> Windows:
+        """New windows, and others up to `num_windows`."""
+        self._claimed = np.zeros(0, np.int64)
+        if not len(position):
+            return self.then.draw(table, num_windows, length, rng)
+        context, most = table.context, int(table.lengths[position].max()) if length is None else length
+        new = table.windows(position, step, most)
+        if len(new) < num_windows:
+            table.context = context._replace(needs_density=context.has_weights)
+            others = self.then.draw(table, num_windows - len(new), length, rng)
+            table.context = context
+        else:
+            self.then.skip(context)
+        self._claimed = new.first_steps
+        return new if len(new) == num_windows else joined([new, others])
+
+    def _claim(self, table: EpisodeTable, most: int) -> tuple[Int64Array, Int64Array, tuple[int, int]]:
+        """Positions and first steps `(n,)` of the new windows of a batch, up to `most`, and where the next begins."""
         episode, window = self._begin_of(table.context)
         position = int(table.ids.searchsorted(episode))
         rows = table.rows[position:]
         if not len(rows):
-            if notes.after(batch) is None:
-                notes.write(batch, episode, window)
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+            return np.zeros(0, np.int64), np.zeros(0, np.int64), (episode, window)
         # Most episodes have a window.
         num_rows = most + 1
         while True:
@@ -169,21 +184,19 @@ class OnlineSampler(Sampler):
                 break
             num_rows *= 4
         begins, ids = ends - num, rows[:num_rows, 2]
-        end = notes.after(batch)
-        if end is None:
-            taken = min(most, int(ends[-1]))
-            at = int(ends.searchsorted(taken, "right"))
-            after = (int(ids[at]), taken - int(begins[at])) if at < len(ids) else (int(ids[-1]) + 1, 0)
-            notes.write(batch, *after)
-        else:
+        taken, end = min(most, int(ends[-1])), self._bound.after(table.context.batch)
+        if end is not None:
             # It is made again.
             at = int(ids.searchsorted(end[0]))
-            taken = int(ends[-1]) if at == len(ids) else int(begins[at]) + (end[1] if ids[at] == end[0] else 0)
-            taken = min(max(taken, 0), most)
+            most = int(ends[-1]) if at == len(ids) else int(begins[at]) + (end[1] if ids[at] == end[0] else 0)
+            taken = min(max(most, 0), taken)
+        at = int(ends.searchsorted(taken, "right"))
+        after = (int(ids[at]), taken - int(begins[at])) if at < len(ids) else (int(ids[-1]) + 1, 0)
         numbers = np.arange(taken)
         at_each = ends.searchsorted(numbers, "right")
         j = numbers - begins[at_each]
-        return position + at_each, np.where(j == num[at_each] - 1, last[at_each], begin[at_each] + j * stride)
+        step = np.where(j == num[at_each] - 1, last[at_each], begin[at_each] + j * stride)
+        return position + at_each, step, after
 
     def _begin_of(self, context: DrawContext) -> tuple[int, int]:
         """Where a batch begins; waits for the worker that makes the batch before."""
@@ -204,6 +217,10 @@ class OnlineSampler(Sampler):
         if self._bound.after(context.batch) is None:
             self._bound.write(context.batch, *self._begin_of(context))
         self.then.skip(context)
+
+    def num_to_draw(self, table: EpisodeTable, length: int | None) -> int:
+        """As `Sampler.num_to_draw`, by `then`."""
+        return self.then.num_to_draw(table, length)
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
         """As `Sampler.episode_added`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from buffers.late import LARGEST_PRIORITY, PriorityField
+from buffers.late import LARGEST_PRIORITY, PRIORITY
 from buffers.sampler.base import Geometry, Sampler
 from buffers.sampler.priority_index import EpisodeIndex, PriorityIndex, WindowIndex
 from buffers.sharing.weights import SharedNumbers
@@ -22,7 +22,8 @@ __all__ = ["PrioritizedSampler"]
 
 _MAX_INDEXES = 8
 _SPARE, _MIN_PROPOSALS = 1.2, 16
-_ROUNDS, _MAX_ROUNDS = 64, 100_000
+_MAX_PROPOSALS = 1 << 14  # At a time.
+_ROUNDS, _MAX_ROUNDS = 64, 10_000
 _LARGEST_ALPHA = 4.0  # Powers of the largest priority stay finite.
 
 
@@ -66,7 +67,6 @@ class PrioritizedSampler(Sampler):
         self.initial = initial
         self._beta = SharedNumbers(1)
         self.beta = beta
-        self._field: PriorityField | None = None
         self._indexes: dict[Any, PriorityIndex] = {}
 
     @property
@@ -81,7 +81,8 @@ class PrioritizedSampler(Sampler):
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: with the priorities of the dataset, which gets such a late field if it has none."""
         part = copy.copy(self)
-        part._field, part._indexes = dataset.add_priorities(self.initial), {}
+        part._indexes = {}
+        dataset.add_priorities(self.initial)
         return part
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class PrioritizedSampler(Sampler):
         """`Sampler.draw`: proposals, of which those that are accepted are taken in their order."""
         index = self._index(table, length)
         index.follow(table)
-        parts = []
+        parts, num_proposed = [], 0
         missing = num_proposals = num_windows
         if not index.is_exact:
             num_proposals = int(_SPARE * num_windows) + _MIN_PROPOSALS
@@ -113,10 +114,11 @@ class PrioritizedSampler(Sampler):
             if n % _ROUNDS == 0:
                 index.follow(table)  # All may have become 0.
             # As many as the share that was accepted so far asks for.
-            share = (num_windows - missing + 1) / (num_proposals + 1)
-            num_proposals = min(int(_SPARE * missing / share), 64 * num_windows) + _MIN_PROPOSALS
+            num_proposed += num_proposals
+            share = (num_windows - missing + 1) / (num_proposed + 1)
+            num_proposals = min(int(_SPARE * missing / share), _MAX_PROPOSALS) + _MIN_PROPOSALS
         else:
-            raise RuntimeError("No window was found by its priority: priorities change faster than they can be read.")
+            raise RuntimeError(f"Of {num_proposed} windows that were tried, {missing} too few have a priority.")
         episode, step, density = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         if table.context.needs_density:
             density = density * self._scale(table, index, length)
@@ -162,16 +164,18 @@ class PrioritizedSampler(Sampler):
         return pieces.episode.take(chosen, axis=0), step.take(chosen), density.take(chosen)
 
     def _index(self, table: EpisodeTable, length: int | None) -> PriorityIndex:
-        assert self._field is not None  # Loaders bind it.
-        key = id(table), length, table.selection, table.context.anchor
+        late = table.context.late
+        if late is None or PRIORITY not in late:
+            raise RuntimeError("A PrioritizedSampler draws for a loader, which gives its dataset priorities.")
+        field, key = late[PRIORITY], (id(table), length, table.selection, table.context.anchor)
         index = self._indexes.get(key)
-        if index is None:
+        if index is None or index.field is not field:
             if len(self._indexes) == _MAX_INDEXES:
                 del self._indexes[next(iter(self._indexes))]
             if length is None:
-                index = EpisodeIndex(self._field, self.alpha, self.eta)
+                index = EpisodeIndex(field, self.alpha, self.eta)
             else:
-                index = WindowIndex(self._field, self.alpha, self.eta, length, table.context.anchor)
+                index = WindowIndex(field, self.alpha, self.eta, length, table.context.anchor)
             self._indexes[key] = index
         return index
 

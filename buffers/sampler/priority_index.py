@@ -10,7 +10,8 @@ from pieces of an episode: G windows in a row, with the G rows that they begin a
 
 A piece is drawn by its bound, then one of its windows uniformly, and that one is accepted with probability
 (its priority / 8) ** alpha. So the distribution is exact, and a change of a row costs what a few pieces cost. G is
-about T, so most proposals are accepted, and about half of them at worst.
+about T, so most proposals are accepted; the fewest where one row at an end of its episode has nearly all priority, as
+only one window of its piece has it: then, one in G. With a small eta, the sums of pieces bound the mean as well.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from buffers.table import Cumulation, EpisodeTable, Int64Array
 __all__ = ["EpisodeIndex", "Pieces", "PriorityIndex", "WindowIndex"]
 
 _ROWS_AT_ONCE = 1 << 18
+_LARGE_ETA, _MARGIN = 0.8, 1 + 1e-5  # Of rounding.
 
 
 class Pieces(NamedTuple):
@@ -43,6 +45,7 @@ class PriorityIndex(ABC):
     """Follows one table of episodes and the log of changed priorities; belongs to one process.
 
     Attributes:
+        field: The priorities.
         size: G, the most windows of a piece.
         tree: The bounds of pieces.
         is_exact: Whether bounds are exact, so that every proposal is accepted.
@@ -51,7 +54,7 @@ class PriorityIndex(ABC):
     size, is_exact = 1, True
 
     def __init__(self, field: PriorityField, alpha: float, eta: float) -> None:
-        self._field, self._alpha, self._eta = field, alpha, eta
+        self.field, self._alpha, self._eta = field, alpha, eta
         self.tree = SumTree(np.zeros(0))
         # Of each piece, the priority ** alpha of all its windows; made when someone asks for the total.
         self._exact: SumTree | None = None
@@ -89,7 +92,7 @@ class PriorityIndex(ABC):
 
     def follow(self, table: EpisodeTable) -> None:
         """Take in what has changed since the last call: episodes that came or left, and priorities."""
-        changes, num_read = self._field.log.since(self._num_read)
+        changes, num_read = self.field.log.since(self._num_read)
         cumulation = self._count(table)
         begin, end = cumulation.bounds
         rows, first, last, *_ = table.state
@@ -191,8 +194,11 @@ class WindowIndex(PriorityIndex):
         # The rows of a window that count: `width` from `offset` on.
         self._offset, self._width = (0, length) if anchor is None else (anchor, 1)
         self.size, self.is_exact = 1 << (self._width - 1).bit_length(), self._width == 1
-        # Of each piece, the largest priority of the rows that its windows begin at.
+        # Of each piece, the largest priority of the rows that its windows begin at, and their sum.
         self._maxima = np.zeros(0, np.float32)
+        self._sums_of_rows = np.zeros(0, np.float32)
+        # Where the mean hardly counts, its bound is not worth its time.
+        self._bounds_mean = self._width > 1 and eta < _LARGE_ETA
         self._share_of_each = np.full(self._width, (1 - eta) / self._width, np.float32)
 
     def _count(self, table: EpisodeTable) -> Cumulation:
@@ -217,21 +223,35 @@ class WindowIndex(PriorityIndex):
 
     def _move(self, sources: Int64Array, targets: Int64Array, size: int) -> None:
         super()._move(sources, targets, size)
-        maxima = np.zeros(self.tree.num_leaves + 1, np.float32)  # One more, as `_bounds` looks at the next.
-        maxima[targets] = self._maxima[sources]
-        self._maxima = maxima
+        self._maxima = _moved(self._maxima, sources, targets, self.tree.num_leaves + 1)  # `_bounds` looks at the next.
+        if self._bounds_mean:
+            self._sums_of_rows = _moved(self._sums_of_rows, sources, targets, self.tree.num_leaves + 1)
 
     def _bounds(self, pieces: Pieces) -> Float64Array:
         at_once = max(1, _ROWS_AT_ONCE // self.size)
         for begin in range(0, len(pieces.number), at_once):
             number, episode, step, _ = (column[begin : begin + at_once] for column in pieces)
-            self._maxima[number] = _largest(self._rows_of(episode, step, self.size)[0])
+            rows = self._rows_of(episode, step, self.size)[0]
+            self._maxima[number] = _largest(rows)
+            if self._bounds_mean:
+                self._sums_of_rows[number] = np.add.reduce(rows, 1)
         found = self._maxima.take(pieces.number)
         if self._width > 1:
             # Unless this piece is the last of its episode.
             goes_on = pieces.num > self.size - self._width + 1
             found = np.maximum(found, self._maxima.take(pieces.number + 1) * goes_on)
+            if self._bounds_mean:
+                rest = self._sums_of_rows.take(pieces.number + 1) * goes_on
+                found = self._bound_of(pieces, found, self._sums_of_rows.take(pieces.number) + rest)
         return np.minimum(np.maximum(pieces.num, 0), self.size) * _power(found, self._alpha)
+
+    def _bound_of(self, pieces: Pieces, largest: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """A bound of the priority of windows whose rows have this largest priority and sum at most."""
+        # Windows that are padded have a mean of fewer rows.
+        last = pieces.step + np.minimum(pieces.num, self.size) - 1 + self._width
+        is_full = (pieces.step >= 0) & (last <= pieces.episode[:, 1])
+        mean = np.where(is_full, np.minimum(largest, total * (_MARGIN / self._width)), largest)
+        return largest * np.float32(self._eta) + mean * np.float32(1 - self._eta)
 
     def weights(self, episode: Int64Array, step: Int64Array) -> Float64Array:
         """As `PriorityIndex.weights`."""
@@ -248,9 +268,9 @@ class WindowIndex(PriorityIndex):
         first = step + self._offset if self._offset else step
         after = episode[:, 1] - first
         if np.minimum.reduce(first, initial=0) >= 0 and np.minimum.reduce(after, initial=num) >= num:
-            return self._field.windows(episode[:, 0] + first, num), None
+            return self.field.windows(episode[:, 0] + first, num), None
         begin = np.maximum(-first, 0)
-        rows = self._field.windows(episode[:, 0] + first + begin, num)
+        rows = self.field.windows(episode[:, 0] + first + begin, num)
         real = np.maximum(np.minimum(after, num) - begin, 0)
         short = (real < num).nonzero()[0]
         rows[short] *= np.arange(num) < real[short, None]
@@ -286,7 +306,7 @@ class EpisodeIndex(PriorityIndex):
             part = slice(begin, end)
             first = ends[part] - length[part] - (ends[begin] - length[begin])
             ids = np.arange(int(length[part].sum())) + (episode[part, 0] - first).repeat(length[part])
-            rows = self._field.windows(ids, 1).ravel()
+            rows = self.field.windows(ids, 1).ravel()
             mean = np.add.reduceat(rows, first, dtype=np.float64) / length[part]
             found[part] = self._eta * np.maximum.reduceat(rows, first) + (1 - self._eta) * mean
             begin = end
@@ -295,6 +315,12 @@ class EpisodeIndex(PriorityIndex):
 
 def _largest(rows: np.ndarray) -> np.ndarray:
     return torch.from_numpy(rows).amax(1).numpy() if rows.shape[1] > 1 else rows[:, 0]
+
+
+def _moved(values: np.ndarray, sources: Int64Array, targets: Int64Array, size: int) -> np.ndarray:
+    found = np.zeros(size, values.dtype)
+    found[targets] = values[sources]
+    return found
 
 
 def _power(values: np.ndarray, exponent: float) -> Float64Array:
