@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplayBuffer"]
 
+_MANY_EPISODES = 10  # So many should have a window; with fewer, longer ones may come.
+
 
 class ReplayBuffer:
     """Splits streams of steps into episodes, adds these to a dataset, and draws batches from it.
@@ -187,7 +189,15 @@ class ReplayBuffer:
             raise RuntimeError(
                 "Only a limiter knows what is due: `ReplayBuffer(..., limiter=SamplesPerInsert(ratio))`."
             )
-        return self.limiter.num_batches_due
+        due = self.limiter.num_batches_due
+        if not due and not self._has_warned and self.num_episodes >= _MANY_EPISODES and not self.can_sample:
+            self._has_warned = True
+            warnings.warn(
+                f"No batch is due, as none can be drawn: of {self.num_episodes} episodes, none has a window of "
+                f"`sequence_length`={self.dataloader.stream.sequence_length} steps that the sampler takes.",
+                stacklevel=2,
+            )
+        return due
 
     def sample(self) -> Any:
         """The next batch, `field -> (B, T, *shape)` with what `include` adds, or what `transform` made of it.
@@ -244,7 +254,10 @@ class ReplayBuffer:
 
         Raises:
             ValueError: Priorities that are negative or not finite, or of another shape. Nothing has changed.
+            RuntimeError: Nothing draws by priorities.
         """
+        if not any(leaf.late and PRIORITY in leaf.late for leaf in self.dataset.leaves):
+            raise RuntimeError("Nothing draws by priorities here: give the buffer `sampler=PrioritizedSampler()`.")
         ids = as_array("index", index)
         # numpy has no bfloat16.
         priorities = as_array("values", values.float() if isinstance(values, torch.Tensor) else values)
@@ -355,8 +368,9 @@ class ReplayBuffer:
         }
         if stream.padding is not None:
             found["padding"] = stream.padding
-        if num_missed := sum(sampler.num_missed for sampler in stream.drawer.samplers):
-            found["num_missed_windows"] = num_missed
+        missed = [sampler.num_missed for sampler in stream.drawer.samplers if sampler.num_missed is not None]
+        if missed:
+            found["num_missed_windows"] = sum(missed)
         last = self._returns.last
         if last:
             found["mean_episode_return"] = sum(last) / len(last)

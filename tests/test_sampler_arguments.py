@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from buffers import ReplayBuffer
+from buffers import ReplayBuffer, SamplesPerInsert
 from buffers.dataset import RingBufferDataset
+from buffers.fields import Scalar
 from buffers.sampler import (
     EpisodeFilter,
     MixedSampler,
+    OnlineSampler,
     PrioritizedSampler,
     RecencySampler,
     UniformSampler,
@@ -49,7 +53,7 @@ def test_an_episode_that_the_filter_cannot_judge_is_not_added() -> None:
     sampler = EpisodeFilter(UniformSampler(), lambda info: info["ok"])
     stream = ring.get_loader(64, 1, sampler=sampler, include=("episode",), seed=0).stream
     ring.add_episode({"x": np.zeros(3)}, info={"ok": True})
-    with pytest.raises(KeyError, match="ok"):
+    with pytest.raises(RuntimeError, match=r"failed for episode \d+, whose info is {}: KeyError\('ok'\)"):
         ring.add_episode({"x": np.zeros(3)})
     assert ring.num_episodes == 1
     ring.add_episode({"x": np.zeros(3)}, info={"ok": True})
@@ -110,3 +114,71 @@ def test_states_go_through_json_and_others_are_refused() -> None:
     assert "samplers" not in plain.state_dict()
     with pytest.raises(ValueError, match=r"A UniformSampler has no state, found \['beta'\]"):
         plain.load_state_dict({**plain.state_dict(), "samplers": [{"beta": 1.0}]})
+
+
+def test_offsets_may_name_a_late_field_in_a_buffer_that_takes_steps() -> None:
+    ring = RingBufferDataset(50)
+    ring.add_late_field("latent", Scalar(), 7.0)
+    buffer = ReplayBuffer(ring, 4, num_envs=1, offsets={"x": range(-1, 2), "latent": (-1, 0)}, seed=0)
+    for step in range(10):
+        buffer.add_step({"x": float(step)}, step == 9)
+    batch = buffer.sample()
+    assert batch["x"].shape == (4, 3) and batch["latent"].shape == (4, 2) and batch["latent"].max() == 7
+
+
+def test_what_is_new_is_kept_for_later_where_the_rest_of_a_batch_cannot_be_drawn() -> None:
+    ring = RingBufferDataset(100)
+    sampler = OnlineSampler(EpisodeFilter(UniformSampler(), lambda info: bool(info)))
+    buffer = ReplayBuffer(ring, 8, 4, sampler=sampler, include=("step", "episode"), seed=0)
+    ring.add_episode({"x": np.zeros(7)})
+    assert not buffer.can_sample
+    with pytest.raises(RuntimeError, match="accepts none of the stored episodes"):
+        buffer.sample()
+    ring.add_episode({"x": np.zeros(4)}, info={"ok": True})
+    batch = buffer.sample()
+    windows = list(zip(batch["episode"].tolist(), batch["step"][:, 0].tolist(), strict=True))
+    assert windows == [(0, 0), (0, 3), (1, 0)] + [(1, 0)] * 5 and buffer.stats()["num_missed_windows"] == 0
+
+
+def test_a_copied_buffer_draws_by_priorities_of_its_own() -> None:
+    ring = RingBufferDataset(100)
+    buffer = ReplayBuffer(ring, 64, 1, sampler=PrioritizedSampler(1.0), include=("index",), seed=0)
+    buffer.add_episode({"x": np.zeros(4)})
+    buffer.update_priorities([0, 1, 2, 3], [0, 1, 0, 0])
+    copied = copy.deepcopy(buffer)
+    copied.update_priorities([0, 1, 2, 3], [0, 0, 0, 1])
+    assert set(copied.sample()["index"].flatten().tolist()) == {3}
+    assert set(buffer.sample()["index"].flatten().tolist()) == {1}
+
+
+@pytest.mark.parametrize(("eta", "alpha"), [(0.0, 1.0), (0.1, 2.0), (0.0, 0.6)])
+def test_few_proposals_are_needed_where_one_row_of_each_episode_has_all_priority(eta, alpha, monkeypatch) -> None:
+    ring, num_proposals = RingBufferDataset(20_000), []
+    for _ in range(20):
+        ring.add_episode({"x": np.zeros(1000)})
+    stream = ring.get_loader(64, 100, sampler=PrioritizedSampler(alpha, eta=eta), seed=0).stream
+    ring.update(np.arange(20_000), {"priority": (np.arange(20_000) % 1000 == 0).astype(np.float32)})
+    propose = PrioritizedSampler._propose
+
+    def counted(self: Any, table: Any, index: Any, length: Any, num: int, *rest: Any) -> Any:
+        num_proposals.append(num)
+        return propose(self, table, index, length, num, *rest)
+
+    monkeypatch.setattr(PrioritizedSampler, "_propose", counted)
+    stream.take()
+    # Only one of up to 128 windows of a piece has such a row.
+    assert sum(num_proposals) < 3 * 128 * 64 and len(num_proposals) < 10
+
+
+def test_priorities_may_be_bfloat16() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(20), 4, 2, sampler=PrioritizedSampler(), include=("index",), seed=0)
+    buffer.add_episode({"x": np.zeros(9)})
+    assert buffer.update_priorities(buffer.sample()["index"], torch.rand(4, 2, dtype=torch.bfloat16)) == 0
+
+
+def test_a_limiter_says_that_nothing_can_be_drawn() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(1000), 4, 50, num_envs=1, limiter=SamplesPerInsert(1.0), seed=0)
+    with pytest.warns(UserWarning, match="No batch is due, as none can be drawn: of 10 episodes"):
+        for step in range(200):
+            buffer.add_step({"x": 0.0}, step % 10 == 9)
+            assert buffer.num_batches_due == 0

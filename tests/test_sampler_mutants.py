@@ -70,7 +70,7 @@ def weighed(priority: Callable[[np.ndarray, Any], float]) -> Callable[..., np.nd
         for (start, num_rows, *_), first in zip(episode.tolist(), step.tolist(), strict=True):
             width = num_rows if isinstance(self, EpisodeIndex) else self._width
             ids = start + np.arange(max(first, 0), min(first + width, num_rows))
-            rows = self._field.windows(ids, 1).ravel().astype(np.float64)
+            rows = self.field.windows(ids, 1).ravel().astype(np.float64)
             found.append(priority(rows, self) ** self._alpha)
         return np.array(found)
 
@@ -175,7 +175,7 @@ def test_weights_that_forget_who_was_left_out_are_found(monkeypatch) -> None:
     spec = ("mixed", ("filter", PRIORITIZED), 0.5, "uniform", 0.5)
     check_changes(spec)
     monkeypatch.setattr(
-        EpisodeFilter, "density", lambda self, table, windows: self.sampler.density(self.part(table), windows)
+        EpisodeFilter, "density", lambda self, table, windows: self.sampler.density(self._part(table), windows)
     )
     with pytest.raises((AssertionError, RuntimeWarning)):
         check_changes(spec)

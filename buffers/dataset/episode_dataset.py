@@ -253,6 +253,7 @@ class EpisodeDataset(LabelledSource):
             self.make_room(start, length)
         self.late.fill(start, length)
         episode_id = self.table.append(length, start, cut)
+        self._next_told = episode_id + 1
         self._publish((start, length, episode_id, cut))
         return episode_id
 
@@ -266,6 +267,11 @@ class EpisodeDataset(LabelledSource):
             self._announce()
             self.evict(position, makes_room=True)
         return True
+
+    def _tell(self, row: TableRow) -> None:
+        """As `LabelledSource._tell`."""
+        for sampler in list(self._listeners.values()):
+            sampler.episode_added(row, dict(self._find_info(row) or {}))
 
     def evict(self, position: int, makes_room: bool = False) -> None:
         """Evict the episode at a valid position of the table; the caller holds the lock."""

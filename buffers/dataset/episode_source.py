@@ -112,10 +112,10 @@ class EpisodeSource(EpisodeReader):
             RuntimeError: No episode is long enough.
             ValueError: The sampler did not draw what it was asked for.
         """
+        self.catch_up()
         with self._draw_lock:
             table, sampler = self.table_to_draw(selection), samplers[0]
             if self.late:
-                self.late.follow(self.table)
                 context = context._replace(late=self.late)
             table.context = context
             return _checked(table, sampler, sampler.draw(table, num_windows, length, rng), num_windows, length)
@@ -219,6 +219,9 @@ class EpisodeSource(EpisodeReader):
         """Iterate `sequences(1)`."""
         return iter(self.sequences(1))
 
+    def catch_up(self) -> None:
+        """Tell samplers and late fields of episodes that another process has added, in the process that made this."""
+
     def listen(self, sampler: Sampler) -> None:
         """See `EpisodeDataset.listen`."""
         raise NotImplementedError
@@ -268,6 +271,12 @@ def _checked(table: EpisodeTable, sampler: Sampler, windows: Windows, num_window
     """The windows that a sampler has drawn; ValueError if they are not what it was asked for."""
     if type(windows) is not Windows or len(windows.start) != num_windows:
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
+    for name in ("weight", "density"):
+        values = getattr(windows, name)
+        if values is not None and np.shape(values) != (num_windows,):
+            raise ValueError(
+                f"{type(sampler).__name__} gave `{name}` of shape {np.shape(values)}, not {(num_windows,)}."
+            )
     if length is not None and length != windows.length:
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
     if windows.cut is None and table.has_cuts:  # The sampler has not made them with the table.

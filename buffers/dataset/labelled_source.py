@@ -12,6 +12,7 @@ from buffers.fields import Fields, TensorType
 from buffers.late import LateFields, PriorityField
 from buffers.loading.include import INCLUDABLE
 from buffers.sampler import Listeners, Sampler
+from buffers.table import TableRow
 from buffers.utils import ThreadLock, integer
 
 __all__ = ["LabelledSource"]
@@ -31,6 +32,8 @@ class LabelledSource(EpisodeSource):
         self.late = LateFields(self.capacity, self.has_circular_ids, self.device, self.table)
         # Samplers that are told of episodes.
         self._listeners = Listeners()
+        # The id of the first episode that they have not been told of.
+        self._next_told = 0
 
     def add_late_field(self, name: str, type: TensorType, default: Any = 0) -> None:
         """Add a field whose values are given later, by step id. Batches have it like any other from then on.
@@ -89,8 +92,7 @@ class LabelledSource(EpisodeSource):
                 negative or not finite. Nothing has changed.
             RuntimeError: In another process than the one that made the dataset.
         """
-        with self._draw_lock:
-            self._refresh()  # Episodes that another process has added get their defaults before they are drawn.
+        self.catch_up()
         return self.late.update(self.table, index, values)
 
     def annotate(self, episode_id: int, values: Mapping[str, Any]) -> None:
@@ -101,4 +103,24 @@ class LabelledSource(EpisodeSource):
 
     def listen(self, sampler: Sampler) -> None:
         """Tell a sampler of each episode that comes or leaves from now on, as long as anything refers to it."""
+        if not self._listeners:
+            self._next_told = self.table.next_id
         self._listeners.add(sampler)
+
+    def catch_up(self) -> None:
+        """As `EpisodeSource.catch_up`."""
+        if not self.late.is_owner:
+            return
+        with self._draw_lock:
+            self._refresh()
+            table = self.table
+            if table.next_id == self._next_told:
+                return
+            rows = table.rows[table.ids >= self._next_told].tolist()
+            self.late.follow(table)
+            for start, length, episode_id, cut in rows:
+                self._tell((start, length, episode_id, cut))
+            self._next_told = table.next_id
+
+    def _tell(self, row: TableRow) -> None:
+        """Tell samplers of an episode that another process has added."""

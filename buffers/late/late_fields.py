@@ -159,6 +159,8 @@ class LateFields(Mapping[str, LateField]):
                 field.write(steps, rows if field.memory is None else as_array(name, rows))
 
     def _install(self, name: str, field: LateField, table: EpisodeTable) -> None:
+        if not self.is_owner:
+            raise RuntimeError(f"Only the process that made the dataset can add a late field, such as `{name}`.")
         field.changed = ChangedBlocks() if self.marks_changes else None
         with self._lock:
             for begin, end in _spans(table):
@@ -221,6 +223,8 @@ class LateFields(Mapping[str, LateField]):
         """Step ids `(n, T)`, and values `(n, T, *shape)` as they are stored, or a TypeError or ValueError."""
         if not self.is_owner:
             raise RuntimeError("Only the process that made the dataset can update its late fields; workers read them.")
+        if not isinstance(values, Mapping):
+            raise TypeError(f"Values must be a dict from late fields to arrays, found {type(values).__name__}.")
         unknown = [name for name in values if name not in self._fields]
         if unknown or not values:
             raise ValueError(f"{unknown or 'Nothing'} is no late field. There are {list(self)}: see `add_late_field`.")

@@ -107,6 +107,8 @@ class WindowDrawer:
         beta = self._sampler.beta if self._has_weights else None
         if beta is not None and windows.density is not None and windows.weight is None:
             density = windows.density
+            if not np.isfinite(density).all():
+                raise ValueError(f"{type(self._sampler).__name__} drew windows whose density is not finite.")
             # 0 is one that has become so since the draw.
             least = density.min(initial=np.inf, where=density > 0)
             windows.weight = (np.maximum(density / least, 1.0) ** -beta).astype(np.float32)
@@ -118,6 +120,8 @@ class WindowDrawer:
 
     def load(self, states: list[dict[str, Any]]) -> None:
         """Load what `state` has returned; ValueError if it is of other samplers."""
+        if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
+            raise TypeError(f"`samplers` of a state must be a list of dicts, found {states!r:.60}.")
         if len(states) != len(self.samplers):
             raise ValueError(f"The state is one of {len(states)} datasets, and there are {len(self.samplers)}.")
         for sampler, state in zip(self.samplers, states, strict=True):
@@ -130,12 +134,13 @@ def _pause(counters: Mapping[str, np.ndarray], iteration: int) -> None:
         raise RuntimeError("The iteration is over.")
 
 
-def checked_sampler(sampler: Any, layout: SequenceLayout) -> Sampler:
+def checked_sampler(sampler: Any, layout: SequenceLayout, makes_batches: bool) -> Sampler:
     """The sampler, uniform by default; TypeError or ValueError for one that a layout cannot draw by."""
     if sampler is not None and not isinstance(sampler, Sampler):
         is_class = isinstance(sampler, type)
         found = f"the class {sampler.__name__}: pass {sampler.__name__}()" if is_class else type(sampler).__name__
         raise TypeError(f"`sampler` must be a Sampler, found {found}.")
-    if layout.is_packed and sampler is not None and not sampler.can_pack:
-        raise ValueError(f"`pack` draws more episodes than it uses, which a {type(sampler).__name__} cannot.")
+    if sampler is not None and sampler.counts_batches and (layout.is_packed or not makes_batches):
+        name = type(sampler).__name__
+        raise ValueError(f"{name} counts batches of windows: use it with `get_loader`, and without `pack`.")
     return UniformSampler() if sampler is None else sampler

@@ -158,7 +158,7 @@ class OffsetLayout(SequenceLayout):
     def padding(self, source: EpisodeSource, windows: Windows) -> float:
         """The share of padding in the rows of a batch, where a row of each field counts."""
         parts = [(len(part.names), part.mask) for part in self._parts_of(source, windows)]
-        return 1.0 - sum(num * mask.sum() for num, mask in parts) / sum(num * mask.size for num, mask in parts)
+        return 1.0 - sum(num * int(mask.sum()) for num, mask in parts) / sum(num * mask.size for num, mask in parts)
 
     def leading(self, fields: Fields, windows: Windows) -> dict[str, tuple[int, int]]:
         """(B, n) of each field, for n offsets."""

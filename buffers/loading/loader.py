@@ -148,9 +148,9 @@ class SequenceLoader(DataLoader):
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])
+        self.stream.counters["first"][0] = position  # First, as it may be too large.
         if "samplers" in state:
             self.stream.drawer.load(state["samplers"])
-        self.stream.counters["first"][0] = position  # First, as it may be too large.
         self.stream.counters["uncounted"][0] = 0
         if one_pass is not None:
             one_pass.state[:] = state["pass"]
@@ -182,6 +182,8 @@ class _BatchesOfWorkers(Iterator[Any]):
         weakref.finalize(batches, forget, [worker.pid for worker in batches._workers]).atexit = False
 
     def __next__(self) -> Any:
+        for leaf in self._loader.stream.source.leaves:
+            leaf.catch_up()
         try:
             batch = next(self._batches)
         except StopIteration:

@@ -81,7 +81,7 @@ class SequenceStream(IterableDataset):
         self.chunk_size = self.num_windows if chunk_size is None else integer("chunk_size", chunk_size, 1)
         if self.num_windows % self.chunk_size:
             raise ValueError(f"`chunk_size`={chunk_size} does not divide `batch_size`={batch_size}.")
-        self.sampler = checked_sampler(sampler, self.layout)
+        self.sampler = checked_sampler(sampler, self.layout, self.batch_size is not None)
         if transform is not None and not callable(transform):
             raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}.")
         self.transform = transform
@@ -254,7 +254,10 @@ class SequenceStream(IterableDataset):
         )
 
     def check_fields(self, fields: Fields) -> None:
-        """ValueError if a name of `include` is also a field, or one of `offsets` is none."""
+        """ValueError if a name of `include` is also a field, stored or late, or one of `offsets` is none."""
+        late = self.source.late_fields
+        if late is not None and not fields.keys() >= late.keys():
+            fields = fields.with_others(late)
         self.layout.check(fields)
         for name in self.include:
             if name in fields.roots:

@@ -56,8 +56,8 @@ class Sampler(ABC):
     """
 
     beta: float | None = None
-    #: Windows that should have been drawn, but whose episode left before.
-    num_missed: int = 0
+    #: Windows that should have been drawn, but whose episode left before; None for a sampler that misses none.
+    num_missed: int | None = None
 
     @abstractmethod
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
@@ -78,8 +78,8 @@ class Sampler(ABC):
         """How likely each window is, float64 `(B,)`, relative to a uniform draw; None for ones."""
         return None
 
-    #: Whether it can be asked more than once for one batch, as `pack` does.
-    can_pack = True
+    #: Whether it must be asked once for each batch, which `pack` and single sequences do not.
+    counts_batches = False
 
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """The sampler that a loader uses for one dataset and such windows; itself, if it has no state."""

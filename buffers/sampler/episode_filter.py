@@ -66,9 +66,9 @@ class EpisodeFilter(Sampler):
         return self.sampler.beta
 
     @property
-    def can_pack(self) -> bool:  # type: ignore[override]
-        """Whether the sampler can."""
-        return self.sampler.can_pack
+    def counts_batches(self) -> bool:  # type: ignore[override]
+        """Whether the sampler does."""
+        return self.sampler.counts_batches
 
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: asks about the episodes that are stored."""
@@ -96,7 +96,12 @@ class EpisodeFilter(Sampler):
 
     def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
         """As `Sampler.episode_added`."""
-        is_accepted = self.accept(info)
+        try:
+            is_accepted = self.accept(info)
+        except Exception as error:
+            raise RuntimeError(
+                f"`accept` of an EpisodeFilter failed for episode {row[2]}, whose info is {info!r:.200}: {error!r}."
+            ) from error
         self._flags[row[2] % _NUM_FLAGS] = YES if is_accepted else NO
         if is_accepted:
             self.sampler.episode_added(row, info)
@@ -154,7 +159,7 @@ class EpisodeFilter(Sampler):
         return found
 
     @property
-    def num_missed(self) -> int:  # type: ignore[override]
+    def num_missed(self) -> int | None:  # type: ignore[override]
         """Those of the sampler."""
         return self.sampler.num_missed
 

@@ -52,7 +52,9 @@ class MixedSampler(Sampler):
     @property
     def shares(self) -> Float64Array:
         """float64 `(samplers,)` of sum 1, in their order. Setting them affects batches that are drawn later."""
-        return self._shares.get()
+        found = self._shares.get()
+        found.flags.writeable = False  # It is a copy.
+        return found
 
     @shares.setter
     def shares(self, shares: Sequence[float]) -> None:
@@ -75,9 +77,9 @@ class MixedSampler(Sampler):
         return part
 
     @property
-    def can_pack(self) -> bool:  # type: ignore[override]
-        """Whether all can."""
-        return all(sampler.can_pack for sampler in self._samplers)
+    def counts_batches(self) -> bool:  # type: ignore[override]
+        """Whether one does."""
+        return any(sampler.counts_batches for sampler in self._samplers)
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """`Sampler.draw`: by each sampler in turn."""
@@ -117,9 +119,10 @@ class MixedSampler(Sampler):
         return found
 
     @property
-    def num_missed(self) -> int:  # type: ignore[override]
+    def num_missed(self) -> int | None:  # type: ignore[override]
         """Those of all samplers."""
-        return sum(sampler.num_missed for sampler in self._samplers)
+        found = [sampler.num_missed for sampler in self._samplers if sampler.num_missed is not None]
+        return sum(found) if found else None
 
     def skip(self, context: DrawContext) -> None:
         """As `Sampler.skip`, of all samplers."""
@@ -134,6 +137,11 @@ class MixedSampler(Sampler):
         """As `Sampler.load_state_dict`."""
         if sorted(state) != ["samplers", "shares"] or len(state["samplers"]) != len(self._samplers):
             raise ValueError(f"The state is not one of a MixedSampler of {len(self._samplers)}, found {sorted(state)}.")
-        for sampler, part in zip(self._samplers, state["samplers"], strict=True):
-            sampler.load_state_dict(part)
+        before = self._shares.get()
         self.shares = state["shares"]
+        try:
+            for sampler, part in zip(self._samplers, state["samplers"], strict=True):
+                sampler.load_state_dict(part)
+        except Exception:
+            self._shares.set(before)
+            raise

@@ -23,6 +23,7 @@ from buffers.sampler.uniform import UniformSampler
 from buffers.sharing import SharedArrays, fence
 from buffers.sharing.published_table import store_fence
 from buffers.table import YES, DrawContext, EpisodeTable, Int64Array, TableRow, Windows, joined
+from buffers.utils import integer
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -31,6 +32,7 @@ __all__ = ["OnlineSampler"]
 
 _NUM_NOTES = 4096  # Far more than batches that wait to be delivered.
 _NONE, _NEVER = -1, -2  # Numbers of batches: of the one before the first, and of none.
+_LARGEST = 2**62
 _NUM_WORKERS = 64  # That count for themselves; the last word is the trainer's.
 
 
@@ -95,7 +97,7 @@ class OnlineSampler(Sampler):
         TypeError: `then` is no sampler.
     """
 
-    can_pack = False
+    counts_batches = True
 
     def __init__(self, then: Sampler | None = None) -> None:
         if then is not None and not isinstance(then, Sampler):
@@ -127,7 +129,7 @@ class OnlineSampler(Sampler):
     @property
     def num_missed(self) -> int:  # type: ignore[override]
         """Windows that were never drawn, as their episode had left."""
-        return self.then.num_missed + (0 if self._notes is None else int(self._notes.missed.sum()))
+        return (self.then.num_missed or 0) + (0 if self._notes is None else int(self._notes.missed.sum()))
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """`Sampler.draw`: what is new, then what `then` draws."""
@@ -136,7 +138,7 @@ class OnlineSampler(Sampler):
             # What is new is not drawn again: it has left.
             lost = int(np.isin(context.again.first_steps, self._claimed).sum())
             self._bound.missed[_worker_number()] += lost
-            return self.then.draw(table, num_windows, length, rng)
+            return self._by_then(table, num_windows, length, rng)
         position, step, after = self._claim(table, num_windows)
         windows = self._completed(table, position, step, num_windows, length, rng)
         # Last: if the rest cannot be drawn, the next batch begins where this one would have.
@@ -156,17 +158,22 @@ class OnlineSampler(Sampler):
         """New windows, and others up to `num_windows`."""
         self._claimed = np.zeros(0, np.int64)
         if not len(position):
-            return self.then.draw(table, num_windows, length, rng)
-        context, most = table.context, int(table.lengths[position].max()) if length is None else length
-        new = table.windows(position, step, most)
+            return self._by_then(table, num_windows, length, rng)
+        new = table.windows(position, step, int(table.lengths[position].max()) if length is None else length)
         if len(new) < num_windows:
-            table.context = context._replace(needs_density=context.has_weights)
-            others = self.then.draw(table, num_windows - len(new), length, rng)
-            table.context = context
+            others = self._by_then(table, num_windows - len(new), length, rng)
         else:
-            self.then.skip(context)
+            self.then.skip(table.context)
         self._claimed = new.first_steps
         return new if len(new) == num_windows else joined([new, others])
+
+    def _by_then(self, table: EpisodeTable, num: int, length: int | None, rng: np.random.Generator) -> Windows:
+        """Windows beside new ones, whose density is 1."""
+        context = table.context
+        table.context = context._replace(needs_density=context.has_weights)
+        windows = self.then.draw(table, num, length, rng)
+        table.context = context
+        return windows
 
     def _claim(self, table: EpisodeTable, most: int) -> tuple[Int64Array, Int64Array, tuple[int, int]]:
         """Positions and first steps `(n,)` of the new windows of a batch, up to `most`, and where the next begins."""
@@ -246,8 +253,11 @@ class OnlineSampler(Sampler):
         """As `Sampler.load_state_dict`."""
         if sorted(state) != ["episode", "then", "window"]:
             raise ValueError(f"The state is not one of an OnlineSampler, found {sorted(state)}.")
+        episode, window = integer("episode", state["episode"], 0), integer("window", state["window"], 0)
+        if max(episode, window) > _LARGEST:
+            raise ValueError(f"`episode` and `window` must be at most {_LARGEST}, found {episode} and {window}.")
         self.then.load_state_dict(state["then"])
-        self._bound.restart(int(state["episode"]), int(state["window"]))
+        self._bound.restart(episode, window)
 
 
 def _worker_number() -> int:

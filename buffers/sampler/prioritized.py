@@ -60,14 +60,29 @@ class PrioritizedSampler(Sampler):
     """
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4, eta: float = 0.9, initial: float | str = "max") -> None:
-        self.alpha = number("alpha", alpha, 0.0, _LARGEST_ALPHA)
-        self.eta = number("eta", eta, 0.0, 1.0)
+        self._alpha = number("alpha", alpha, 0.0, _LARGEST_ALPHA)
+        self._eta = number("eta", eta, 0.0, 1.0)
         if initial != "max":
             initial = number("initial", initial, 0.0, LARGEST_PRIORITY)
-        self.initial = initial
+        self._initial = initial
         self._beta = SharedNumbers(1)
         self.beta = beta
         self._indexes: dict[Any, PriorityIndex] = {}
+
+    @property
+    def alpha(self) -> float:
+        """As it was given; so are `eta` and `initial`."""
+        return self._alpha
+
+    @property
+    def eta(self) -> float:
+        """As it was given."""
+        return self._eta
+
+    @property
+    def initial(self) -> float | str:
+        """As it was given."""
+        return self._initial
 
     @property
     def beta(self) -> float:
@@ -82,7 +97,7 @@ class PrioritizedSampler(Sampler):
         """As `Sampler.bind`: with the priorities of the dataset, which gets such a late field if it has none."""
         part = copy.copy(self)
         part._indexes = {}
-        dataset.add_priorities(self.initial)
+        dataset.add_priorities(self._initial)
         return part
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
@@ -173,9 +188,9 @@ class PrioritizedSampler(Sampler):
             if len(self._indexes) == _MAX_INDEXES:
                 del self._indexes[next(iter(self._indexes))]
             if length is None:
-                index = EpisodeIndex(field, self.alpha, self.eta)
+                index = EpisodeIndex(field, self._alpha, self._eta)
             else:
-                index = WindowIndex(field, self.alpha, self.eta, length, table.context.anchor)
+                index = WindowIndex(field, self._alpha, self._eta, length, table.context.anchor)
             self._indexes[key] = index
         return index
 

@@ -196,7 +196,7 @@ class WindowIndex(PriorityIndex):
         self.size, self.is_exact = 1 << (self._width - 1).bit_length(), self._width == 1
         # Of each piece, the largest priority of the rows that its windows begin at, and their sum.
         self._maxima = np.zeros(0, np.float32)
-        self._sums_of_rows = np.zeros(0, np.float32)
+        self._sums_of_rows = np.zeros(0)
         # Where the mean hardly counts, its bound is not worth its time.
         self._bounds_mean = self._width > 1 and eta < _LARGE_ETA
         self._share_of_each = np.full(self._width, (1 - eta) / self._width, np.float32)
@@ -234,7 +234,7 @@ class WindowIndex(PriorityIndex):
             rows = self._rows_of(episode, step, self.size)[0]
             self._maxima[number] = _largest(rows)
             if self._bounds_mean:
-                self._sums_of_rows[number] = np.add.reduce(rows, 1)
+                self._sums_of_rows[number] = np.add.reduce(rows, 1, dtype=np.float64)
         found = self._maxima.take(pieces.number)
         if self._width > 1:
             # Unless this piece is the last of its episode.

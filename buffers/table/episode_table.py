@@ -287,7 +287,7 @@ class EpisodeTable:
         return self.rows[self.ids.searchsorted(episode), _CUT]
 
     def steps_to_draw(self, position: Int64Array, length: int) -> tuple[Any, Int64Array]:
-        """Of episodes at `position` `(B,)`: where the first window of T = `length` begins, and how many there are."""
+        """Of episodes at `position` `(B,)`: the first step of windows of T = `length`, one or `(B,)`, and how many."""
         cut = self.rows[position, _CUT] if self.has_cuts else None
         num_windows = self.selection.num_windows(self.lengths[position], cut, length)
         return self.selection.first_steps(cut, length), num_windows

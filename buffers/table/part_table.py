@@ -42,7 +42,8 @@ class PartTable(EpisodeTable):
             last = begin + int(unknown[0])
         part = rows[begin:last][found[: last - begin] == YES]
         if rows is self._rows:
-            self.extend(part)
+            # After Ctrl-C in between, those that were added are not added again.
+            self.extend(part[part[:, ID] >= self.next_id])
             self.retire(other.oldest_start)
         else:
             self.replace(part)

@@ -13,6 +13,7 @@ from buffers.table.cumulation import Int64Array
 __all__ = ["Windows", "joined"]
 
 _COLUMNS = ("start", "step", "episode", "episode_length", "weight", "source", "cut", "density")
+_ONES = ("weight", "density")  # Where they are None, they stand for ones.
 
 
 @dataclass(slots=True)  # Not frozen: that takes longer to make.
@@ -94,8 +95,13 @@ class Windows:
         if copied.cut is None and others.cut is not None:
             copied.cut = np.zeros(len(self), np.int64)
         for name in _COLUMNS:
-            if getattr(others, name) is not None:
-                getattr(copied, name)[positions] = getattr(others, name)
+            values = getattr(others, name)
+            if values is None and name in _ONES and getattr(copied, name) is not None:
+                values = 1
+            elif values is not None and getattr(copied, name) is None:
+                setattr(copied, name, np.ones(len(self), values.dtype))
+            if values is not None:
+                getattr(copied, name)[positions] = values
         copied.oldest_step = min(self.oldest_step, others.oldest_step)
         return copied
 
@@ -115,7 +121,7 @@ def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
     for name in _COLUMNS:
         found = [getattr(part, name) for part in parts]
         if any(column is not None for column in found):
-            missing = np.ones if name in ("weight", "density") else np.zeros
+            missing = np.ones if name in _ONES else np.zeros
             pairs = zip(found, parts, strict=True)
             columns[name] = np.concatenate([missing(len(part), np.int64) if c is None else c for c, part in pairs])
     if sources is not None:

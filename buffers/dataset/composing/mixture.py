@@ -106,7 +106,9 @@ class MixtureDataset(EpisodeSource):
     @property
     def weights(self) -> Float64Array:
         """float64 `(members,)` of sum 1. Setting them affects batches that are drawn later, by workers too."""
-        return self._weights.get()
+        found = self._weights.get()
+        found.flags.writeable = False  # It is a copy.
+        return found
 
     @weights.setter
     def weights(self, weights: Sequence[float]) -> None:
