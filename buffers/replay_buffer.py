@@ -33,7 +33,6 @@ class ReplayBuffer:
     """Splits streams of steps into episodes, adds these to a dataset, and draws batches from it.
 
         >>> import numpy as np
-    import torch
         >>> from buffers.dataset import RingBufferDataset
         >>> buffer = ReplayBuffer(RingBufferDataset(capacity=100_000), batch_size=32, sequence_length=16, num_envs=1)
         >>> for step in range(100):

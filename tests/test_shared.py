@@ -215,7 +215,7 @@ def test_a_reader_waits_for_an_episode_that_is_coming(kind, lengths, monkeypatch
 
     monkeypatch.setattr(ring, "_write", write_later)
     # It comes once the reader has begun to wait.
-    monkeypatch.setattr("buffers.loading.stream.time.sleep", lambda seconds: may_come.set())
+    monkeypatch.setattr("buffers.loading.drawing.time.sleep", lambda seconds: may_come.set())
     writer = threading.Thread(target=ring.add_episode, args=(tagged.episode(lengths[0], 7),))
     writer.start()
     assert has_left.wait(30)
@@ -228,7 +228,7 @@ def test_a_reader_does_not_wait_where_nothing_is_to_come(monkeypatch) -> None:
     def never(seconds: float) -> None:
         raise AssertionError("It waits for nothing.")
 
-    monkeypatch.setattr("buffers.loading.stream.time.sleep", never)
+    monkeypatch.setattr("buffers.loading.drawing.time.sleep", never)
     ring = RingBufferDataset(10)
     for number in range(4):  # Each leaves for the next.
         ring.add_episode(tagged.episode(8, number))
@@ -251,7 +251,7 @@ def test_a_reader_waits_no_longer_than_writing_takes(monkeypatch) -> None:
         ring.add_episode(tagged.episode(8, 1))
     clock = itertools.count()
     monkeypatch.setattr(
-        "buffers.loading.stream.time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
+        "buffers.loading.drawing.time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
     )
     with pytest.raises(RuntimeError, match="The dataset is empty"):
         stream.take()

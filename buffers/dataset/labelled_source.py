@@ -114,10 +114,10 @@ class LabelledSource(EpisodeSource):
         with self._draw_lock:
             self._refresh()
             table = self.table
+            self.late.follow(table)
             if table.next_id == self._next_told:
                 return
             rows = table.rows[table.ids >= self._next_told].tolist()
-            self.late.follow(table)
             for start, length, episode_id, cut in rows:
                 self._tell((start, length, episode_id, cut))
             self._next_told = table.next_id

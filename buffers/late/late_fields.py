@@ -267,8 +267,10 @@ class LateFields(Mapping[str, LateField]):
 
     def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
         for name, values in rows.items():
-            self._fields[name].write(starts, values)
-            self._fields[name].note(episode_ids, steps, values.shape[1])
+            try:
+                self._fields[name].write(starts, values)
+            finally:  # Also after Ctrl-C, as some may have been written.
+                self._fields[name].note(episode_ids, steps, values.shape[1])
 
     def take_changes(self) -> dict[str, ChangedBlocks]:
         """What has changed in each field, which is forgotten here."""

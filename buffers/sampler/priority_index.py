@@ -64,6 +64,8 @@ class PriorityIndex(ABC):
         self._begin = self._end = 0
         self._row_of_piece = np.zeros(0, np.int64)
         self._num_read = 0
+        # Whether the last call of `follow` was not cut off, by Ctrl-C.
+        self._is_whole = False
 
     @abstractmethod
     def _count(self, table: EpisodeTable) -> Cumulation:
@@ -93,6 +95,9 @@ class PriorityIndex(ABC):
     def follow(self, table: EpisodeTable) -> None:
         """Take in what has changed since the last call: episodes that came or left, and priorities."""
         changes, num_read = self.field.log.since(self._num_read)
+        if not self._is_whole:
+            changes = None  # Start over.
+        self._is_whole = False
         cumulation = self._count(table)
         begin, end = cumulation.bounds
         rows, first, last, *_ = table.state
@@ -112,6 +117,7 @@ class PriorityIndex(ABC):
             if lives is not True:
                 row, changes = row[lives], changes[lives]
             self._refresh(table, row, *self._changed(table, row, changes[:, 1], changes[:, 2]))
+        self._is_whole = True
 
     def _rebuild(self, table: EpisodeTable, cumulation: Cumulation, keep: bool) -> None:
         """Lay out the pieces anew, with the weights that are known, if they are to be kept."""
