@@ -84,8 +84,8 @@ def test_priorities_reach_running_workers(method, num_workers, prefetch_factor) 
         torch.testing.assert_close(batch["weight"], expected)
         # A new row has the largest priority so far, which is 3.
         buffer.dataset.evict_episode(0)
-        buffer.update_priorities([[1]], [0.0])
         buffer.add_episode({"x": np.full(1, 2)})
+        buffer.update_priorities([[1]], [0.0])
         assert set(after(iter(buffer), num)["x"].flatten().tolist()) == {2}
 
 

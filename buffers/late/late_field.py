@@ -229,7 +229,7 @@ class LateField:
         assert self.column.array is not None  # It is in shared memory.
         if last < 0:
             return self.column.array.take(offsets[:, None] + np.arange(length), mode="wrap")
-        if not len(starts) or offsets.max() <= last:
+        if np.maximum.reduce(offsets, initial=0) <= last:
             return np.ndarray((len(starts), length), self.kind.numpy_dtype, self._items(length)[offsets])
         found = self._items(length)[np.minimum(offsets, last)]
         rows, late = np.ndarray((len(starts), length), self.kind.numpy_dtype, found), (offsets > last).nonzero()[0]

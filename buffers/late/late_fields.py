@@ -246,8 +246,9 @@ class LateFields(Mapping[str, LateField]):
 
     def _write(self, ids: Int64Array, rows: dict[str, Any]) -> int:
         length = ids.shape[1]
-        is_run = ids[:, :1] + np.arange(length) == ids
-        is_whole: Any = True if is_run.all() else is_run.all(1)
+        is_whole: Any = True
+        if length > 1 and not (is_run := ids[:, :1] + np.arange(length) == ids).all():
+            is_whole = is_run.all(1)
         number, step = self._table.numbers_of(ids[:, 0])
         episode = self._table.state.rows.take(number, axis=0)
         is_whole &= (step >= 0) & (step + length <= episode[:, 1])

@@ -23,6 +23,14 @@ _FIRST = 1.0  # Of rows that are stored before any priority is given.
 LARGEST_PRIORITY = float(np.finfo(np.float32).max) / 2
 
 
+def _least(values: np.ndarray) -> Any:
+    return np.minimum.reduce(values, axis=None, initial=0)
+
+
+def _most(values: np.ndarray) -> Any:
+    return np.maximum.reduce(values, axis=None, initial=0)
+
+
 class PriorityField(LateField):
     """One float32 a row, finite and not negative. A log tells readers which rows have changed.
 
@@ -67,7 +75,7 @@ class PriorityField(LateField):
         """As `LateField.checked`; ValueError for a priority that is negative or not finite."""
         found = super().checked(value, ids)
         # Comparisons with NaN are false.
-        if found.size and not (found.min() >= 0 and found.max() <= LARGEST_PRIORITY):
+        if not (_least(found) >= 0 and _most(found) <= LARGEST_PRIORITY):
             bad = found[~((found >= 0) & (found <= LARGEST_PRIORITY)) & (ids != PADDING)]
             if len(bad):
                 most = f"{LARGEST_PRIORITY:.3g}"
@@ -90,7 +98,7 @@ class PriorityField(LateField):
         """As `LateField.write`."""
         super().write(starts, values)
         if len(values):
-            self.set_largest(values.max())
+            self.set_largest(_most(values))
 
     def note(self, episode_ids: Int64Array, steps: Int64Array, num: int | Int64Array) -> None:
         """As `LateField.note`."""

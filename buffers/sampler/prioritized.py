@@ -162,7 +162,7 @@ class PrioritizedSampler(Sampler):
         rng: np.random.Generator,
     ) -> tuple[Int64Array, Int64Array, npt.NDArray[np.float64]]:
         """Of `num` proposals, up to `most` that are accepted: rows of the table, first steps and densities."""
-        u = rng.random((3, num))
+        u = rng.random((1 if index.is_exact else 3, num))
         numbers = index.tree.locate(u[0])
         if numbers is None:
             if table.num_to_draw(length) == 0:
@@ -171,6 +171,14 @@ class PrioritizedSampler(Sampler):
                 "All priorities are 0, so no window can be drawn. Give rows a larger one by `update_priorities`."
             )
         pieces = index.pieces(table, numbers)
+        if index.is_exact:
+            # By rounding, one may have priority 0.
+            density = index.weights(pieces.episode, pieces.step)
+            chosen = density.nonzero()[0]
+            if len(chosen) == num == most:
+                return pieces.episode, pieces.step, density
+            chosen = chosen[:most]
+            return pieces.episode.take(chosen, axis=0), pieces.step.take(chosen), density.take(chosen)
         num_windows = np.minimum(pieces.num, index.size)
         step = pieces.step + (u[1] * num_windows).astype(np.int64)
         density = index.weights(pieces.episode, step)

@@ -13,7 +13,7 @@ __all__ = ["Float64Array", "SumTree"]
 Float64Array = npt.NDArray[np.float64]
 _FAN_OUT = 32
 # The highest level has up to so many nodes, which are summed up in each draw.
-_MAX_TOP = 1024
+_MAX_TOP = 4096
 
 
 class SumTree:

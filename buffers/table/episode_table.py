@@ -262,7 +262,7 @@ class EpisodeTable:
         # Steps between episodes, whose ids were skipped, count as steps of the next.
         begin = rows.item(last - 1, _START) + rows.item(last - 1, _LENGTH) - counted.num
         r = step_ids - begin
-        if r.min(initial=0) >= 0 and r.max(initial=0) < counted.num:
+        if np.minimum.reduce(r, initial=0) >= 0 and np.maximum.reduce(r, initial=0) < counted.num:
             number, _ = counted.locate(r)
             return number, step_ids - rows[:, _START].take(number)
         number, _ = counted.locate(np.minimum(np.maximum(r, 0), counted.num - 1))
