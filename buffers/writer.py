@@ -18,7 +18,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,6 @@ __all__ = ["EpisodeSink", "EpisodeWriter"]
 Rows = dict[str, np.ndarray]
 # A flag that is one value, not an array of one for each environment.
 _ONE = (bool, np.bool_)
-_UNLIMITED = nullcontext()
 
 
 class EpisodeWriter:
@@ -203,11 +201,16 @@ class EpisodeWriter:
             self._outbox.retry()
         accumulator = self._accumulator
         assert accumulator is not None  # The rows were checked.
-        with _UNLIMITED if self._limiter is None else self._limiter.adding(accumulator.num_envs, mask):
-            if self.leading:
-                accumulator.add_rows(rows, is_first, is_last, mask)
-            elif mask is None or mask:
-                accumulator.add_row(rows, bool(is_first), bool(is_last))
+        if self._limiter is None:
+            return self._accumulate(accumulator, rows, is_first, is_last, mask)
+        with self._limiter.adding(accumulator.num_envs, mask):
+            self._accumulate(accumulator, rows, is_first, is_last, mask)
+
+    def _accumulate(self, to: Accumulator, rows: Sequence[np.ndarray], first: Any, last: Any, mask: Any) -> None:
+        if self.leading:
+            to.add_rows(rows, first, last, mask)
+        elif mask is None or mask:
+            to.add_row(rows, bool(first), bool(last))
 
     def truncate(self, mask: np.ndarray) -> None:
         """Complete the open episodes under the mask, bool `(N,)`, as truncated unless they terminated."""

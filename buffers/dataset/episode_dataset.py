@@ -241,9 +241,9 @@ class EpisodeDataset(LabelledSource):
         length = len(next(iter(episode.values())))
         self._check_length(length)
         start = self.start_of_next(length)
-        if self.late and not self.has_circular_ids:
+        if self.late.by_name and not self.has_circular_ids:
             self.late.check_span(start + length - self.table.oldest_start)
-        for sampler in list(self._listeners.values()):
+        for sampler in self._listeners or ():
             sampler.episode_added((start, length, self.table.next_id, cut), dict(info or {}))
         if self.evicts_before_writing:
             self.make_room(start, length)
@@ -251,7 +251,8 @@ class EpisodeDataset(LabelledSource):
         self._write(episode, start, self.table.next_id)
         if not self.evicts_before_writing:
             self.make_room(start, length)
-        self.late.fill(start, length)
+        if self.late.by_name:
+            self.late.fill(start, length)
         episode_id = self.table.append(length, start, cut)
         self._next_told = episode_id + 1
         self._publish((start, length, episode_id, cut))
@@ -270,7 +271,7 @@ class EpisodeDataset(LabelledSource):
 
     def _tell(self, row: TableRow) -> None:
         """As `LabelledSource._tell`."""
-        for sampler in list(self._listeners.values()):
+        for sampler in self._listeners:
             sampler.episode_added(row, dict(self._find_info(row) or {}))
 
     def evict(self, position: int, makes_room: bool = False) -> None:
@@ -281,9 +282,9 @@ class EpisodeDataset(LabelledSource):
         self.table.remove(position)
         self._infos.pop(episode_id, None)
         self.num_dismissed += not makes_room
-        if self.late:
+        if self.late.by_name:
             self.late.release(row, position, self.table)
-        for sampler in list(self._listeners.values()):
+        for sampler in self._listeners or ():
             sampler.episode_removed(row)
 
     def _check_length(self, length: int) -> None:

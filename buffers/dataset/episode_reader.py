@@ -78,7 +78,8 @@ class EpisodeReader(IterableDataset, ABC):
     @property
     def batch_fields(self) -> Fields | None:
         """The fields of a batch: stored ones, then late ones."""
-        fields, late = self.fields, self.late_fields
+        late = self.late_fields
+        fields = self._fields or self.fields
         if fields is None or late is None:
             return fields
         if self._batch_fields[0] is not fields or self._batch_fields[1] is not late:

@@ -115,7 +115,7 @@ class EpisodeSource(EpisodeReader):
         self.catch_up()
         with self._draw_lock:
             table, sampler = self.table_to_draw(selection), samplers[0]
-            if self.late:
+            if self.late is not None and self.late.by_name:
                 context = context._replace(late=self.late)
             table.context = context
             return _checked(table, sampler, sampler.draw(table, num_windows, length, rng), num_windows, length)
@@ -271,12 +271,10 @@ def _checked(table: EpisodeTable, sampler: Sampler, windows: Windows, num_window
     """The windows that a sampler has drawn; ValueError if they are not what it was asked for."""
     if type(windows) is not Windows or len(windows.start) != num_windows:
         raise ValueError(f"{type(sampler).__name__} was asked for {num_windows} windows, found {windows!r:.80}.")
-    for name in ("weight", "density"):
-        values = getattr(windows, name)
+    for values in (windows.weight, windows.density):
         if values is not None and np.shape(values) != (num_windows,):
-            raise ValueError(
-                f"{type(sampler).__name__} gave `{name}` of shape {np.shape(values)}, not {(num_windows,)}."
-            )
+            found = f"{type(sampler).__name__} gave windows weights or a density of shape {np.shape(values)}"
+            raise ValueError(f"{found}, expected {(num_windows,)}.")
     if length is not None and length != windows.length:
         raise ValueError(f"{type(sampler).__name__} was asked for windows of {length} steps, found {windows.length}.")
     if windows.cut is None and table.has_cuts:  # The sampler has not made them with the table.

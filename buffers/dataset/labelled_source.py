@@ -109,7 +109,7 @@ class LabelledSource(EpisodeSource):
 
     def catch_up(self) -> None:
         """As `EpisodeSource.catch_up`."""
-        if not self.late.is_owner:
+        if not (self.late.by_name or self._listeners) or not self.late.is_owner:
             return
         with self._draw_lock:
             self._refresh()

@@ -51,7 +51,8 @@ class LateFields(Mapping[str, LateField]):
 
     def __init__(self, capacity: int, is_circular: bool, device: torch.device, live: EpisodeTable) -> None:
         self._capacity, self._is_circular, self._device, self._live = capacity, is_circular, device, live
-        self._fields: dict[str, LateField] = {}
+        #: The fields, replaced as a whole.
+        self.by_name: dict[str, LateField] = {}
         #: Those that batches have; None if there are none.
         self.in_batches: Fields | None = None
         self._owner = os.getpid()
@@ -78,13 +79,13 @@ class LateFields(Mapping[str, LateField]):
         return other
 
     def __getitem__(self, name: str) -> LateField:
-        return self._fields[name]
+        return self.by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
+        return iter(self.by_name)
 
     def __len__(self) -> int:
-        return len(self._fields)
+        return len(self.by_name)
 
     @property
     def is_owner(self) -> bool:
@@ -107,16 +108,16 @@ class LateFields(Mapping[str, LateField]):
 
     def add_priorities(self, initial: float | str, table: EpisodeTable) -> PriorityField:
         """The field of priorities, which is added if it is missing; batches do not have it by this alone."""
-        if PRIORITY not in self._fields:
+        if PRIORITY not in self.by_name:
             self._install(PRIORITY, PriorityField(initial, self._capacity, self._is_circular), table)
-        field = self._fields[PRIORITY]
+        field = self.by_name[PRIORITY]
         assert isinstance(field, PriorityField)  # No other field has this name.
         if field.is_restored:
             field.initial, field.is_restored = initial, False
         return field
 
     def _check_same(self, name: str, kind: TensorType, default: Any) -> None:
-        field = self._fields[name]
+        field = self.by_name[name]
         if isinstance(field, PriorityField):
             known: Any = field.initial
             # A sampler may have added it first, with "max".
@@ -132,7 +133,7 @@ class LateFields(Mapping[str, LateField]):
 
     def info_of(self, name: str) -> LateFieldInfo:
         """What `restore` needs for an equal field."""
-        field, in_batches = self._fields[name], name in (self.in_batches or ())
+        field, in_batches = self.by_name[name], name in (self.in_batches or ())
         default = as_tensor(np.array(field.default), field.kind)
         if isinstance(field, PriorityField):
             return LateFieldInfo(name, field.kind, default, in_batches, field.initial, field.largest)
@@ -147,7 +148,7 @@ class LateFields(Mapping[str, LateField]):
             self._install(PRIORITY, field, table)
         if info.in_batches:
             self.add(info.name, info.kind, info.default, table)
-        return self._fields[info.name]
+        return self.by_name[info.name]
 
     def copy_from(self, other: LateFields, table: EpisodeTable) -> None:
         """Take over the fields of `other` with the rows of the episodes in `table`, whose step ids are the same."""
@@ -165,14 +166,14 @@ class LateFields(Mapping[str, LateField]):
         with self._lock:
             for begin, end in _spans(table):
                 field.fill(begin, end - begin)
-            self._fields = {**self._fields, name: field}
+            self.by_name = {**self.by_name, name: field}
             self._num_filled = max(self._num_filled, table.next_start)
 
     # As episodes come and go.
 
     def check_span(self, num_steps: int) -> None:
         """RuntimeError if step ids that live would be so far apart that two have one row."""
-        for name, field in self._fields.items():
+        for name, field in self.by_name.items():
             if num_steps > field.num_rows:
                 raise RuntimeError(
                     f"Late field `{name}` has room for {field.num_rows:,} step ids from the oldest episode on, and the "
@@ -182,19 +183,19 @@ class LateFields(Mapping[str, LateField]):
     def fill(self, start: int, length: int) -> None:
         """Give the rows of a new episode their defaults, before anyone can draw it."""
         with self._lock:
-            for field in self._fields.values():
+            for field in self.by_name.values():
                 field.fill(start, length)
             self._num_filled = start + length
 
     def follow(self, table: EpisodeTable) -> None:
         """Fill the rows of episodes that another process has added."""
-        if table.next_start <= self._num_filled or not self._fields or not self.is_owner:
+        if table.next_start <= self._num_filled or not self.by_name or not self.is_owner:
             return
         with self._lock:
             found = table.rows[table.starts >= self._num_filled]
             for start, length, *_ in found.tolist():
                 self.fill(start, length)
-            for field in self._fields.values():
+            for field in self.by_name.values():
                 # Workers may have looked at it before.
                 field.note(found[:, 2], np.zeros(len(found), np.int64), found[:, 1])
             self._num_filled = table.next_start
@@ -210,7 +211,7 @@ class LateFields(Mapping[str, LateField]):
         if position < len(table):
             end = min(end, int(table.starts[position]))
         with self._lock:
-            for field in self._fields.values():
+            for field in self.by_name.values():
                 field.release(max(begin, 0), min(end, table.next_start))
 
     # Values in.
@@ -225,14 +226,14 @@ class LateFields(Mapping[str, LateField]):
             raise RuntimeError("Only the process that made the dataset can update its late fields; workers read them.")
         if not isinstance(values, Mapping):
             raise TypeError(f"Values must be a dict from late fields to arrays, found {type(values).__name__}.")
-        unknown = [name for name in values if name not in self._fields]
+        unknown = [name for name in values if name not in self.by_name]
         if unknown or not values:
             raise ValueError(f"{unknown or 'Nothing'} is no late field. There are {list(self)}: see `add_late_field`.")
         ids = as_array("index", index)
         if ids.dtype.kind not in "iu":
             raise TypeError(f"`index` must be step ids, as `include=('index',)` gives them, found {ids.dtype}.")
         ids = ids.astype(np.int64, copy=False)
-        rows = {name: self._fields[name].checked(value, ids) for name, value in values.items()}
+        rows = {name: self.by_name[name].checked(value, ids) for name, value in values.items()}
         length = max(1, ids.shape[-1]) if ids.ndim > 1 else 1
         shape = ids.size // length, length
         return ids.reshape(shape), {n: value.reshape(*shape, *self[n].kind.shape) for n, value in rows.items()}
@@ -269,9 +270,9 @@ class LateFields(Mapping[str, LateField]):
     def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
         for name, values in rows.items():
             try:
-                self._fields[name].write(starts, values)
+                self.by_name[name].write(starts, values)
             finally:  # Also after Ctrl-C, as some may have been written.
-                self._fields[name].note(episode_ids, steps, values.shape[1])
+                self.by_name[name].note(episode_ids, steps, values.shape[1])
 
     def take_changes(self) -> dict[str, ChangedBlocks]:
         """What has changed in each field, which is forgotten here."""
@@ -290,7 +291,7 @@ class LateFields(Mapping[str, LateField]):
     def read(self, windows: Windows, out: dict[str, torch.Tensor]) -> None:
         """Copy the rows of windows into `out`, `name -> (B, T, *shape)`."""
         for name, tensor in out.items():
-            field = self._fields[name]
+            field = self.by_name[name]
             if field.device == tensor.device:
                 field.read(windows, tensor)
             else:

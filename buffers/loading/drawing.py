@@ -42,6 +42,8 @@ class WindowDrawer:
     ) -> None:
         self._source, self._sampler, self._length, self._selection = source, sampler, length, selection
         self._layout, self._has_weights = layout, has_weights
+        # The last of a `DrawContext`: is_whole, has_weights, needs_density.
+        self._constants = length is None, has_weights, has_weights and source.has_members
         self.samplers: list[Sampler] = []
         for leaf in source.leaves:
             bound = sampler.bind(leaf, Geometry(length, selection, layout.anchor))  # type: ignore[arg-type]
@@ -72,14 +74,8 @@ class WindowDrawer:
         return self._draw(n, attempt, context._replace(again=again), len(again), random)
 
     def _context(self, position: int) -> DrawContext:
-        return DrawContext(
-            batch=position,
-            first=position,
-            anchor=self._layout.anchor,
-            is_whole=self._length is None,
-            has_weights=self._has_weights,
-            needs_density=self._has_weights and self._source.has_members,
-        )
+        # By position: names would take as long as all else.
+        return DrawContext(position, None, self._layout.anchor, None, position, None, *self._constants)
 
     def _draw(self, n: int, attempt: int, context: DrawContext, num_windows: int, random: BatchRandom) -> Windows:
         deadline = 0.0
@@ -104,7 +100,9 @@ class WindowDrawer:
 
     def weigh(self, windows: Windows) -> None:
         """Give windows the weights that follow from how likely each was."""
-        beta = self._sampler.beta if self._has_weights else None
+        if not self._has_weights:
+            return
+        beta = self._sampler.beta
         if beta is not None and windows.density is not None and windows.weight is None:
             density = windows.density
             if not np.isfinite(density).all():

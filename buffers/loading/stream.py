@@ -210,11 +210,14 @@ class SequenceStream(IterableDataset):
     def _read(self, windows: Windows) -> tuple[Rows, np.ndarray | None]:
         """Read windows into a worker's slot or new memory; also returns which were read, as `EpisodeSource.read`."""
         num_windows, out, source = len(windows.start), None, self.source
+        fits = self.chunk_size >= num_windows or not source.reads_in_chunks or self.layout.is_packed
+        if fits and self._slots is None:
+            return self.layout.read(source, windows, None)
         fields = source.batch_fields
         assert fields is not None  # Windows are drawn from episodes, so there are fields.
         if self._slots is not None:
             out = self._slots.empty_batch(fields, self.layout.leading(fields, windows))
-        if self.chunk_size >= num_windows or not source.reads_in_chunks or self.layout.is_packed:
+        if fits:
             return self.layout.read(source, windows, out)
         if out is None:
             out = {name: source.empty(name, size) for name, size in self.layout.leading(fields, windows).items()}

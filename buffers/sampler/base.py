@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,15 +109,27 @@ class Sampler(ABC):
             raise ValueError(f"A {type(self).__name__} has no state, found {sorted(state)}.")
 
 
-class Listeners(weakref.WeakValueDictionary[int, Sampler]):
+class Listeners:
     """Samplers that are told of episodes, as long as something else refers to them. A copy has none."""
+
+    def __init__(self) -> None:
+        self._references: list[weakref.ref[Sampler]] = []
 
     def __reduce__(self) -> tuple[type[Listeners], tuple[()]]:
         return Listeners, ()
 
+    def __bool__(self) -> bool:
+        return bool(self._references)
+
+    def __iter__(self) -> Iterator[Sampler]:
+        return iter([sampler for reference in self._references if (sampler := reference()) is not None])
+
     def add(self, sampler: Sampler) -> None:
-        """Tell a sampler, too."""
-        self[id(sampler)] = sampler
+        """Tell a sampler, too, if it listens."""
+        kind = type(sampler)
+        listens = kind.episode_added is not Sampler.episode_added or kind.episode_removed is not Sampler.episode_removed
+        if listens:
+            self._references = [weakref.ref(other) for other in self if other is not sampler] + [weakref.ref(sampler)]
 
 
 def integers_below(rng: np.random.Generator, high: int | Int64Array, num: int) -> Int64Array:
