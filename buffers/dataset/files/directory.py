@@ -321,6 +321,8 @@ def _open_directory(path: str, writable: bool) -> int:
             os.makedirs(path, exist_ok=True)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
+        if error.errno is None:
+            raise  # That of a signal handler.
         # A file, or a link to nothing, exists.
         number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
         advice = "Choose another `directory`" if writable else "mode='a' makes a `directory` that is not there"
