@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from benchmarks.serving import memory_of
 from benchmarks.timing import print_table
 from buffers import ReplayBuffer
 from buffers.dataset import RingBufferDataset
@@ -98,11 +99,6 @@ def _learn(is_prioritized: bool) -> Iterator[None]:
 
 def _memory_of_all() -> int:
     """Bytes in use by this process and its children, shared ones counted once."""
-    me = os.getpid()
+    me = str(os.getpid())
     children = open(f"/proc/{me}/task/{me}/children").read().split()  # noqa: SIM115
-    return sum(_memory_of(int(pid)) for pid in (me, *children))
-
-
-def _memory_of(pid: int) -> int:
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+    return sum(memory_of(pid) for pid in (me, *children))

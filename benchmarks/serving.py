@@ -104,7 +104,12 @@ def memory_in_use() -> int:
     """Bytes of this process: its own, and its share of what it shares."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/smaps_rollup") as file:
+    return memory_of("self")
+
+
+def memory_of(pid: str) -> int:
+    """Bytes of a process: its own, and its share of what it shares."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
         for line in file:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024

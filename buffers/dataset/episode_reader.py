@@ -79,7 +79,7 @@ class EpisodeReader(IterableDataset, ABC):
     def batch_fields(self) -> Fields | None:
         """The fields of a batch: stored ones, then late ones."""
         late = self.late_fields
-        fields = self._fields or self.fields
+        fields = self.fields if self._fields is None else self._fields
         if fields is None or late is None:
             return fields
         if self._batch_fields[0] is not fields or self._batch_fields[1] is not late:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from buffers.sharing import fence
-from buffers.sharing.published_table import store_fence
+from buffers.sharing import fence, store_fence
 from buffers.table import Int64Array
 
 __all__ = ["ChangeLog", "ChangedBlocks"]
@@ -41,10 +40,8 @@ class ChangeLog:
             part, num = changes[begin : begin + _MOST_AT_ONCE], self.num
             place = num % _NUM_ENTRIES
             at_end = _NUM_ENTRIES - place
-            self._entries[place : place + len(part)], self._entries[: max(0, len(part) - at_end)] = (
-                part[:at_end],
-                part[at_end:],
-            )
+            self._entries[place : place + len(part)] = part[:at_end]
+            self._entries[: max(0, len(part) - at_end)] = part[at_end:]
             store_fence()
             self._num[0] = num + len(part)
 

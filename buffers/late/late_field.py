@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,8 @@ import torch
 from buffers.conversion import as_array, cast_if_kept
 from buffers.fields import TensorType, as_tensor
 from buffers.late.changes import ChangedBlocks
-from buffers.sharing import SharedArrays, fence
+from buffers.sharing import SharedArrays, fence, store_fence
 from buffers.sharing.column import Column, gather_windows
-from buffers.sharing.published_table import store_fence
 from buffers.table import Int64Array, Windows
 
 __all__ = ["LateField", "PADDING", "checked_default"]
@@ -184,35 +184,35 @@ class LateField:
         if self._versions is None:
             self._gather(windows.start, windows.length, out)
             return
-        starts, length, deadline = windows.start, windows.length, 0.0
-        rows = (starts[:, None] + np.arange(length)) % self.num_rows
-        before = self._versions.take(rows)
-        fence()
-        self._gather(starts, length, out)
-        fence()
-        torn = (before & 1 == 1) | (self._versions.take(rows) != before)
-        flat = out.view(-1, *self.kind.shape)
-        while torn.any():
-            positions = np.flatnonzero(torn)
-            again = self._copied(rows.ravel()[positions])
-            flat[torch.from_numpy(positions)] = again[0]
-            torn = np.zeros(torn.shape, np.bool_)
-            torn.ravel()[positions] = again[1]
-            deadline = deadline or time.monotonic() + _SECONDS_TO_WAIT
+        rows = ((windows.start[:, None] + np.arange(windows.length)) % self.num_rows).ravel()
+        torn = self._torn(rows, lambda: self._gather(windows.start, windows.length, out))
+        if len(torn):
+            self._read_again(rows, torn, out.view(-1, *self.kind.shape))
+
+    def _read_again(self, rows: Int64Array, torn: Int64Array, out: torch.Tensor) -> None:
+        """Copy `out[i] = values[rows[i]]` for i in `torn`, until each is whole."""
+        array, deadline = self.column.array, time.monotonic() + _SECONDS_TO_WAIT
+        assert array is not None  # On a GPU, rows have no versions.
+
+        def copy() -> None:
+            out[torch.from_numpy(torn)] = as_tensor(array[rows[torn]], self.kind)
+
+        while True:
+            torn = torn[self._torn(rows[torn], copy)]
+            if not len(torn):
+                return
             if time.monotonic() > deadline:
                 raise RuntimeError(f"A row of late field `{self.name}` stays half written: its writer was killed.")
+            time.sleep(_PAUSE)
 
-    def _copied(self, rows: Int64Array) -> tuple[torch.Tensor, np.ndarray]:
-        """A copy of single rows `(n, *shape)`, and which are torn."""
-        assert self._versions is not None and self.column.array is not None  # Others are read at once.
+    def _torn(self, rows: Int64Array, copy: Callable[[], None]) -> Int64Array:
+        """Copy rows `(n,)`; returns which of them were being written meanwhile."""
+        assert self._versions is not None  # Others are read at once.
         before = self._versions.take(rows)
         fence()
-        copied = self.column.array[rows]
+        copy()
         fence()
-        torn = (before & 1 == 1) | (self._versions.take(rows) != before)
-        if torn.any():
-            time.sleep(_PAUSE)
-        return as_tensor(copied, self.kind), torn
+        return ((before & 1 == 1) | (self._versions.take(rows) != before)).nonzero()[0]
 
     def _gather(self, starts: Int64Array, length: int, out: torch.Tensor) -> None:
         gather_windows([(self.column, out)], starts % self.num_rows, length)
@@ -237,14 +237,12 @@ class LateField:
         return rows
 
     def _items(self, length: int) -> np.ndarray:
-        """A view of all runs of rows as opaque items, which overlap."""
+        """`Column.runs`, kept for the next time."""
         view = self._views.get(length)
         if view is None:
             if len(self._views) == _MAX_VIEWS:
                 self._views.clear()
-            item, stride = np.dtype((np.void, length * self.kind.nbytes)), self.kind.nbytes
-            view = np.ndarray((self.num_rows - length + 1,), item, self.column.array, 0, (stride,))
-            self._views[length] = view
+            view = self._views[length] = self.column.runs(length)
         return view
 
 

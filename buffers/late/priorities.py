@@ -47,6 +47,7 @@ class PriorityField(LateField):
         # Samplers read priorities on the CPU, wherever the rows are.
         super().__init__(PRIORITY, Scalar(), 0.0, capacity, is_circular, torch.device("cpu"))
         self._largest[0] = _FIRST
+        self._is_zero = False  # New rows hold `new_value`, not the default.
 
     def _open(self, memory: SharedArrays | None) -> None:
         super()._open(memory)
@@ -86,13 +87,10 @@ class PriorityField(LateField):
 
     def fill(self, start: int, length: int) -> None:
         """As `LateField.fill`."""
-        assert self.column.array is not None  # It is on the CPU.
-        rows = self.column.array
         if self.changed is not None:
             # The largest so far will be another one when this is read from disk.
             self.changed.mark_all(start, start + length)
-        begin = start % self.num_rows
-        rows[begin : begin + length] = rows[: max(0, begin + length - self.num_rows)] = self.new_value
+        super().fill(start, length)
 
     def write(self, starts: Int64Array, values: Any) -> None:
         """As `LateField.write`."""

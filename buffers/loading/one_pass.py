@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buffers.loading.randomness import BatchRandom
-from buffers.table import EMPTY_PART, EpisodeTable, Int64Array, Selection, Windows, joined
+from buffers.table import EMPTY_PART, EpisodeTable, Selection, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
@@ -156,15 +156,11 @@ class OnePass:
         if self._shuffle:
             r = self._order_of(number + epoch, random)[r].astype(np.int64)
         if not self._source.has_members:
-            return self._windows_of(self._tables[0], r)
+            return self._tables[0].windows_at(r, self._length)
         leaf = np.searchsorted(self._firsts, r, "right") - 1
         numbers = np.unique(leaf).tolist()
-        return joined([self._windows_of(self._tables[n], r[leaf == n] - self._firsts[n]) for n in numbers], numbers)
-
-    def _windows_of(self, table: EpisodeTable, r: Int64Array) -> Windows:
-        if self._length is None:
-            return table.windows(r, np.zeros(len(r), np.int64), int(table.lengths[r].max()))
-        return table.windows_of(table.count_windows(self._length), r, self._length)
+        parts = [self._tables[n].windows_at(r[leaf == n] - self._firsts[n], self._length) for n in numbers]
+        return joined(parts, numbers)
 
     def _order_of(self, number: int, random: BatchRandom) -> npt.NDArray[np.integer]:
         key = random.seed, number, int(self.state[_NUM_WINDOWS])

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from buffers.sampler.base import Geometry, Sampler
+from buffers.sampler.composite import CompositeSampler
 from buffers.sharing import SharedArrays
-from buffers.table import NO, UNKNOWN, YES, DrawContext, EpisodeTable, Int64Array, PartTable, TableRow, Windows
+from buffers.table import NO, UNKNOWN, YES, EpisodeTable, Int64Array, PartTable, TableRow, Windows
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -24,7 +25,7 @@ _NUM_KEPT = 1 << 16  # Flags of so many episodes that have left; they are releas
 _MAX_PARTS = 8
 
 
-class EpisodeFilter(Sampler):
+class EpisodeFilter(CompositeSampler):
     """Draws by another sampler, from the episodes that `accept` takes.
 
         >>> from buffers.dataset import RingBufferDataset
@@ -61,14 +62,9 @@ class EpisodeFilter(Sampler):
         self._num_released = 0
 
     @property
-    def beta(self) -> float | None:  # type: ignore[override]
-        """That of the sampler."""
-        return self.sampler.beta
-
-    @property
-    def counts_batches(self) -> bool:  # type: ignore[override]
-        """Whether the sampler does."""
-        return self.sampler.counts_batches
+    def samplers(self) -> tuple[Sampler, ...]:
+        """The one sampler."""
+        return (self.sampler,)
 
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: asks about the episodes that are stored."""
@@ -104,13 +100,13 @@ class EpisodeFilter(Sampler):
             ) from error
         self._flags[row[2] % _NUM_FLAGS] = YES if is_accepted else NO
         if is_accepted:
-            self.sampler.episode_added(row, info)
+            super().episode_added(row, info)
 
     def episode_removed(self, row: TableRow) -> None:
         """As `Sampler.episode_removed`."""
         assert self._dataset is not None and self._memory is not None  # Only the part that is bound here is told.
         if self._flags[row[2] % _NUM_FLAGS] == YES:
-            self.sampler.episode_removed(row)
+            super().episode_removed(row)
         # Readers may still have those that have just left.
         oldest = int(self._dataset.table.ids[0]) if len(self._dataset.table) else row[2]
         end = (oldest // _NUM_KEPT - 1) * _NUM_KEPT
@@ -157,15 +153,6 @@ class EpisodeFilter(Sampler):
             scale = table.num_to_draw(length) / part.num_to_draw(length)
             found[chosen] = scale * (1.0 if density is None else density)
         return found
-
-    @property
-    def num_missed(self) -> int | None:  # type: ignore[override]
-        """Those of the sampler."""
-        return self.sampler.num_missed
-
-    def skip(self, context: DrawContext) -> None:
-        """As `Sampler.skip`."""
-        self.sampler.skip(context)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """That of the sampler."""

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from buffers.sampler.base import Geometry, Sampler
+from buffers.sampler.composite import CompositeSampler
 from buffers.sharing.weights import Float64Array, SharedWeights, shares
-from buffers.table import DrawContext, EpisodeTable, TableRow, Windows, joined
+from buffers.table import EpisodeTable, Windows, joined
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["MixedSampler"]
 
 
-class MixedSampler(Sampler):
+class MixedSampler(CompositeSampler):
     """Of every batch, each sampler draws its share.
 
     A share that is not whole is rounded up or down at random, so that it is exact on average. Weights (`include`) are
@@ -65,21 +66,11 @@ class MixedSampler(Sampler):
         """The samplers, in their order."""
         return tuple(self._samplers)
 
-    @property
-    def beta(self) -> float | None:  # type: ignore[override]
-        """That of the first sampler that has one."""
-        return next((sampler.beta for sampler in self._samplers if sampler.beta is not None), None)
-
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`, of all samplers."""
         part = copy.copy(self)
         part._samplers = [sampler.bind(dataset, geometry) for sampler in self._samplers]
         return part
-
-    @property
-    def counts_batches(self) -> bool:  # type: ignore[override]
-        """Whether one does."""
-        return any(sampler.counts_batches for sampler in self._samplers)
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """`Sampler.draw`: by each sampler in turn."""
@@ -94,16 +85,6 @@ class MixedSampler(Sampler):
         windows.density = self.density(table, windows) if table.context.has_weights and self.beta is not None else None
         return windows
 
-    def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
-        """As `Sampler.episode_added`."""
-        for sampler in self._samplers:
-            sampler.episode_added(row, info)
-
-    def episode_removed(self, row: TableRow) -> None:
-        """As `Sampler.episode_removed`."""
-        for sampler in self._samplers:
-            sampler.episode_removed(row)
-
     def num_to_draw(self, table: EpisodeTable, length: int | None) -> int:
         """As `Sampler.num_to_draw`: all windows, if each sampler with a share can draw."""
         weighted = zip(self._samplers, self._shares.get(), strict=True)
@@ -117,17 +98,6 @@ class MixedSampler(Sampler):
             density = sampler.density(table, windows) if weight else 0.0
             found += weight * (1.0 if density is None else density)
         return found
-
-    @property
-    def num_missed(self) -> int | None:  # type: ignore[override]
-        """Those of all samplers."""
-        found = [sampler.num_missed for sampler in self._samplers if sampler.num_missed is not None]
-        return sum(found) if found else None
-
-    def skip(self, context: DrawContext) -> None:
-        """As `Sampler.skip`, of all samplers."""
-        for sampler in self._samplers:
-            sampler.skip(context)
 
     def state_dict(self, batch: int | None = None) -> dict[str, Any]:
         """The shares, and the states of the samplers."""

@@ -19,9 +19,9 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from buffers.sampler.base import Geometry, Sampler
+from buffers.sampler.composite import CompositeSampler
 from buffers.sampler.uniform import UniformSampler
-from buffers.sharing import SharedArrays, fence
-from buffers.sharing.published_table import store_fence
+from buffers.sharing import SharedArrays, fence, store_fence
 from buffers.table import YES, DrawContext, EpisodeTable, Int64Array, TableRow, Windows, joined
 from buffers.utils import integer
 
@@ -80,7 +80,7 @@ class _Notes:
         self._words[word] = self._newest[0] = batch
 
 
-class OnlineSampler(Sampler):
+class OnlineSampler(CompositeSampler):
     """What is added comes once, before `then` fills the rest of a batch.
 
     Of each episode that is added after the loader was made: the windows at 0, T, 2 T, ... The last is aligned to the
@@ -109,9 +109,9 @@ class OnlineSampler(Sampler):
         self._claimed: Int64Array = np.zeros(0, np.int64)
 
     @property
-    def beta(self) -> float | None:  # type: ignore[override]
-        """That of `then`."""
-        return self.then.beta
+    def samplers(self) -> tuple[Sampler, ...]:
+        """The one that draws the rest."""
+        return (self.then,)
 
     def bind(self, dataset: EpisodeDataset, geometry: Geometry) -> Sampler:
         """As `Sampler.bind`: from now on, episodes are new."""
@@ -129,7 +129,7 @@ class OnlineSampler(Sampler):
     @property
     def num_missed(self) -> int:  # type: ignore[override]
         """Windows that were never drawn, as their episode had left."""
-        return (self.then.num_missed or 0) + (0 if self._notes is None else int(self._notes.missed.sum()))
+        return (super().num_missed or 0) + (0 if self._notes is None else int(self._notes.missed.sum()))
 
     def draw(self, table: EpisodeTable, num_windows: int, length: int | None, rng: np.random.Generator) -> Windows:
         """`Sampler.draw`: what is new, then what `then` draws."""
@@ -223,19 +223,15 @@ class OnlineSampler(Sampler):
         """As `Sampler.skip`: the next batch begins where this one would have."""
         if self._bound.after(context.batch) is None:
             self._bound.write(context.batch, *self._begin_of(context))
-        self.then.skip(context)
+        super().skip(context)
 
     def num_to_draw(self, table: EpisodeTable, length: int | None) -> int:
         """As `Sampler.num_to_draw`, by `then`."""
         return self.then.num_to_draw(table, length)
 
-    def episode_added(self, row: TableRow, info: dict[str, Any]) -> None:
-        """As `Sampler.episode_added`."""
-        self.then.episode_added(row, info)
-
     def episode_removed(self, row: TableRow) -> None:
         """As `Sampler.episode_removed`."""
-        self.then.episode_removed(row)
+        super().episode_removed(row)
         split, begin = self._geometry.selection.split, self._bound.after(self._bound.newest)
         if begin is None or (split is not None and split.judge(np.array([row[2]]))[0] != YES):
             return

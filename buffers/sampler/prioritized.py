@@ -172,18 +172,18 @@ class PrioritizedSampler(Sampler):
             )
         pieces = index.pieces(table, numbers)
         if index.is_exact:
+            step = pieces.step
+            density = index.weights(pieces.episode, step)
             # By rounding, one may have priority 0.
-            density = index.weights(pieces.episode, pieces.step)
             chosen = density.nonzero()[0]
             if len(chosen) == num == most:
-                return pieces.episode, pieces.step, density
-            chosen = chosen[:most]
-            return pieces.episode.take(chosen, axis=0), pieces.step.take(chosen), density.take(chosen)
-        num_windows = np.minimum(pieces.num, index.size)
-        step = pieces.step + (u[1] * num_windows).astype(np.int64)
-        density = index.weights(pieces.episode, step)
-        accepted = u[2] * index.tree.weights.take(pieces.number) < density * num_windows
-        chosen = accepted.nonzero()[0][:most]
+                return pieces.episode, step, density
+        else:
+            num_windows = np.minimum(pieces.num, index.size)
+            step = pieces.step + (u[1] * num_windows).astype(np.int64)
+            density = index.weights(pieces.episode, step)
+            chosen = (u[2] * index.tree.weights.take(pieces.number) < density * num_windows).nonzero()[0]
+        chosen = chosen[:most]
         return pieces.episode.take(chosen, axis=0), step.take(chosen), density.take(chosen)
 
     def _index(self, table: EpisodeTable, length: int | None) -> PriorityIndex:

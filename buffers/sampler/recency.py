@@ -13,8 +13,6 @@ from buffers.utils import number
 
 __all__ = ["RecencySampler"]
 
-_UNUSED_BITS, _TO_UNIT = np.uint64(11), 2.0**-53
-
 
 class RecencySampler(Sampler):
     """A window is half as likely as one that is `half_life` windows newer.
@@ -45,14 +43,9 @@ class RecencySampler(Sampler):
         num = table.num_to_draw(length)
         if num == 0:
             raise RuntimeError(table.no_window_message(length))
-        u = (rng.bit_generator.random_raw(num_windows) >> _UNUSED_BITS) * _TO_UNIT
         rate = math.log(2) / self.half_life
-        age = np.minimum(-np.log1p(u * math.expm1(-num * rate)) / rate, num - 1).astype(np.int64)
-        r: Int64Array = num - 1 - age
-        if length is None:
-            windows = table.windows(r, np.zeros(num_windows, np.int64), int(table.lengths[r].max()))
-        else:
-            windows = table.windows_of(table.count_windows(length), r, length)
+        age = np.minimum(-np.log1p(rng.random(num_windows) * math.expm1(-num * rate)) / rate, num - 1).astype(np.int64)
+        windows = table.windows_at(num - 1 - age, length)
         if table.context.has_weights:
             windows.density = self._density(num, age)
         return windows

@@ -15,8 +15,7 @@ def _draw_whole_episodes(table: EpisodeTable, num_windows: int, rng: np.random.G
     """Draw whole episodes, each equally likely; T is the length of the longest drawn."""
     if len(table) == 0:
         raise RuntimeError(table.no_window_message(None))
-    position = integers_below(rng, len(table), num_windows)
-    return table.windows(position, np.zeros(num_windows, np.int64), int(table.lengths[position].max()))
+    return table.windows_at(integers_below(rng, len(table), num_windows), None)
 
 
 class UniformSampler(Sampler):

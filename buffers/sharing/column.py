@@ -91,14 +91,19 @@ class Column:
             return lambda offsets: as_tensor(empty.copy(), self._read_as)
         if self._needs_cast or num_rows * row_bytes >= _LARGE:
             return partial(self._gathered, length)
-        item = np.dtype((np.void, length * row_bytes))
-        items = np.ndarray((self.capacity - length + 1,), item, self.array, 0, (row_bytes,))
+        items = self.runs(length)
         # `take` is faster, but needs items that do not overlap.
         pick = items.take if length == 1 else items.__getitem__
         shape, dtype = (num, length, *self.stored.shape), self.stored.numpy_dtype
         if self.stored.dtype == torch.bfloat16:
             return lambda offsets: torch.from_numpy(np.ndarray(shape, np.int16, pick(offsets))).view(torch.bfloat16)
         return lambda offsets: torch.from_numpy(np.ndarray(shape, dtype, pick(offsets)))
+
+    def runs(self, length: int) -> np.ndarray:
+        """A view of all runs of T rows on the CPU as opaque items, which overlap: `(capacity - T + 1,)`."""
+        row_bytes = self.stored.nbytes
+        item = np.dtype((np.void, length * row_bytes))
+        return np.ndarray((self.capacity - length + 1,), item, self.array, 0, (row_bytes,))
 
     def _gathered(self, length: int, offsets: np.ndarray) -> torch.Tensor:
         shape = (len(offsets), length, *self.stored.shape)

@@ -3,8 +3,8 @@
 from buffers.table.cumulation import Cumulation, Int64Array
 from buffers.table.cut import CONTINUES, GOES_ON, context_of, continuing
 from buffers.table.episode_table import DrawContext, EpisodeTable, TableRow
-from buffers.table.part_table import EMPTY_PART, NO, UNKNOWN, YES, PartTable
-from buffers.table.selection import Selection, Split
+from buffers.table.part_table import EMPTY_PART, PartTable
+from buffers.table.selection import NO, UNKNOWN, YES, Selection, Split
 from buffers.table.windows import Windows, joined
 
 __all__ = [

@@ -20,7 +20,7 @@ import numpy as np
 
 from buffers.table.cumulation import Cumulation, Int64Array
 from buffers.table.cut import CONTINUES, context_of
-from buffers.table.selection import Selection
+from buffers.table.selection import YES, Selection
 from buffers.table.windows import Windows
 
 __all__ = ["DrawContext", "EpisodeTable", "ID", "TableRow"]
@@ -315,8 +315,14 @@ class EpisodeTable:
         start, oldest_step = found[:, _START] + step, rows.item(first, _START)
         return Windows(length, start, step, found[:, ID], found[:, _LENGTH], None, None, True, oldest_step, cut)
 
+    def windows_at(self, places: Int64Array, length: int | None) -> Windows:
+        """The windows of integers `(B,)` below `num_to_draw(length)`; with None, the episodes at these positions."""
+        if length is None:
+            return self.windows(places, np.zeros(len(places), np.int64), int(self.lengths[places].max()))
+        return self.windows_of(self.count_windows(length), places, length)
+
     def places_of(self, windows: Windows, length: int | None) -> Int64Array:
-        """The numbers `(B,)` that `windows_of` takes for windows of live episodes; with None, positions of episodes."""
+        """The integers `(B,)` that `windows_at` takes for windows of live episodes."""
         position = self.ids.searchsorted(windows.episode)
         if length is None:
             return position
@@ -336,7 +342,7 @@ class EpisodeTable:
         """
         rows = self.rows
         if selection.split is not None:
-            rows = rows[selection.split.judge(rows[:, ID]) == 2]
+            rows = rows[selection.split.judge(rows[:, ID]) == YES]
         lengths = rows[:, _LENGTH]
         if not len(rows):
             return 0.0

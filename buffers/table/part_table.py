@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 from buffers.table.cumulation import Int64Array
 from buffers.table.episode_table import ID, EpisodeTable
+from buffers.table.selection import UNKNOWN, YES
 
-__all__ = ["EMPTY_PART", "Judge", "NO", "PartTable", "UNKNOWN", "YES"]
+__all__ = ["EMPTY_PART", "Judge", "PartTable"]
 
 EMPTY_PART = "No stored episode belongs to this part of the split."
 
-UNKNOWN, NO, YES = range(3)
-#: From episode ids `(n,)` to int8 `(n,)`: whether each is in the part. It is asked again about those it does not know.
+#: From episode ids `(n,)` to int8 `(n,)`: YES, NO, or UNKNOWN. It is asked again about those it does not know.
 Judge = Callable[[Int64Array], npt.NDArray[np.int8]]
 
 

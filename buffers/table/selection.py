@@ -22,7 +22,10 @@ import numpy.typing as npt
 from buffers.table.cumulation import Int64Array
 from buffers.table.cut import CONTINUES, GOES_ON, context_of
 
-__all__ = ["Selection", "Split"]
+__all__ = ["NO", "Selection", "Split", "UNKNOWN", "YES"]
+
+#: Whether an episode is in a part.
+UNKNOWN, NO, YES = range(3)
 
 
 class Split(NamedTuple):
@@ -33,9 +36,9 @@ class Split(NamedTuple):
     seed: int
 
     def judge(self, episode_id: Int64Array) -> npt.NDArray[np.int8]:
-        """Whether episodes `(n,)` belong to this part: int8 `(n,)`, 2 for yes, 1 for no."""
+        """Whether episodes `(n,)` belong to this part: int8 `(n,)`, YES or NO."""
         words = _mixed(episode_id.astype(np.uint64) ^ _mixed(np.array([self.seed % 2**64], np.uint64)))
-        return ((words < self.share * 2.0**64) == self.is_train) + np.int8(1)
+        return np.where((words < self.share * 2.0**64) == self.is_train, np.int8(YES), np.int8(NO))
 
 
 def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -128,8 +128,6 @@ def joined(parts: list[Windows], sources: list[int] | None = None) -> Windows:
         columns["source"] = np.repeat(np.array(sources, np.int64), [len(part) for part in parts])
     windows = Windows(max(part.length for part in parts), **columns)
     if sources is None:
-        windows.is_checked, windows.oldest_step = (
-            all(part.is_checked for part in parts),
-            min(p.oldest_step for p in parts),
-        )
+        windows.is_checked = all(part.is_checked for part in parts)
+        windows.oldest_step = min(part.oldest_step for part in parts)
     return windows
