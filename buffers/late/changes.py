@@ -45,6 +45,11 @@ class ChangeLog:
             store_fence()
             self._num[0] = num + len(part)
 
+    def skip(self) -> None:
+        """Let all readers start over."""
+        store_fence()
+        self._num[0] += _NUM_ENTRIES
+
     def since(self, num: int) -> tuple[Int64Array | None, int]:
         """The entries `(n, 3)` from number `num` on, None if some are gone; and the number to ask from next."""
         end = self.num

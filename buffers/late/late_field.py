@@ -149,6 +149,9 @@ class LateField:
     def note(self, episode_ids: Int64Array, steps: Int64Array, num: int | Int64Array) -> None:
         """Tell readers that `num` rows from `steps` `(n,)` on of episodes `(n,)` have been written."""
 
+    def note_all(self) -> None:
+        """Tell readers that any row may have been written."""
+
     def fill(self, start: int, length: int) -> None:
         """Give new rows the default, before anyone reads them."""
         if self._is_zero and not self.is_circular:

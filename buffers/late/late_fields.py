@@ -193,11 +193,16 @@ class LateFields(Mapping[str, LateField]):
             return
         with self._lock:
             found = table.rows[table.starts >= self._num_filled]
-            for start, length, *_ in found.tolist():
-                self.fill(start, length)
-            for field in self.by_name.values():
-                # Workers may have looked at it before.
-                field.note(found[:, 2], np.zeros(len(found), np.int64), found[:, 1])
+            try:
+                for start, length, *_ in found.tolist():
+                    self.fill(start, length)
+                for field in self.by_name.values():
+                    # Workers may have looked at it before.
+                    field.note(found[:, 2], np.zeros(len(found), np.int64), found[:, 1])
+            except BaseException:  # Ctrl-C.
+                for field in self.by_name.values():
+                    field.note_all()
+                raise
             self._num_filled = table.next_start
 
     def release(self, row: TableRow, position: int, table: EpisodeTable) -> None:
@@ -269,10 +274,13 @@ class LateFields(Mapping[str, LateField]):
 
     def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
         for name, values in rows.items():
+            field = self.by_name[name]
             try:
-                self.by_name[name].write(starts, values)
-            finally:  # Also after Ctrl-C, as some may have been written.
-                self.by_name[name].note(episode_ids, steps, values.shape[1])
+                field.write(starts, values)
+                field.note(episode_ids, steps, values.shape[1])
+            except BaseException:  # Ctrl-C: some may have been written.
+                field.note_all()
+                raise
 
     def take_changes(self) -> dict[str, ChangedBlocks]:
         """What has changed in each field, which is forgotten here."""

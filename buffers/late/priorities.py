@@ -94,12 +94,16 @@ class PriorityField(LateField):
 
     def write(self, starts: Int64Array, values: Any) -> None:
         """As `LateField.write`."""
-        super().write(starts, values)
         if len(values):
-            self.set_largest(_most(values))
+            self.set_largest(_most(values))  # First, so that no row holds a larger one.
+        super().write(starts, values)
 
     def note(self, episode_ids: Int64Array, steps: Int64Array, num: int | Int64Array) -> None:
         """As `LateField.note`."""
         changes = np.empty((len(steps), 3), np.int64)
         changes[:, 0], changes[:, 1], changes[:, 2] = episode_ids, steps, num
         self.log.append(changes)
+
+    def note_all(self) -> None:
+        """As `LateField.note_all`."""
+        self.log.skip()

@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 from buffers.loading.layout import SequenceLayout
 from buffers.loading.randomness import BatchRandom
 from buffers.sampler import Geometry, Sampler, UniformSampler
+from buffers.sampler.base import load_states
 from buffers.table import DrawContext, Selection, Windows
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ class WindowDrawer:
             raise TypeError(f"`samplers` of a state must be a list of dicts, found {states!r:.60}.")
         if len(states) != len(self.samplers):
             raise ValueError(f"The state is one of {len(states)} datasets, and there are {len(self.samplers)}.")
-        for sampler, state in zip(self.samplers, states, strict=True):
-            sampler.load_state_dict(state)
+        load_states(self.samplers, states)
 
 
 def _pause(counters: Mapping[str, np.ndarray], iteration: int) -> None:

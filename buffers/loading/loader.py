@@ -148,10 +148,10 @@ class SequenceLoader(DataLoader):
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])
-        self.stream.counters["first"][0] = position  # First, as it may be too large.
+        first = np.int64(position)  # Before anything changes, as it may be too large.
         if "samplers" in state:
             self.stream.drawer.load(state["samplers"])
-        self.stream.counters["uncounted"][0] = 0
+        self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = first, 0
         if one_pass is not None:
             one_pass.state[:] = state["pass"]
             one_pass.forget()

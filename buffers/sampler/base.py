@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from buffers.table import DrawContext, EpisodeTable, Int64Array, Selection, Tabl
 if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
 
-__all__ = ["Geometry", "Listeners", "Sampler", "integers_below"]
+__all__ = ["Geometry", "Listeners", "Sampler", "integers_below", "load_states"]
 
 
 class Geometry(NamedTuple):
@@ -130,6 +130,20 @@ class Listeners:
         listens = kind.episode_added is not Sampler.episode_added or kind.episode_removed is not Sampler.episode_removed
         if listens:
             self._references = [weakref.ref(other) for other in self if other is not sampler] + [weakref.ref(sampler)]
+
+
+def load_states(samplers: Sequence[Sampler], states: Sequence[dict[str, Any]]) -> None:
+    """Load a state into each sampler, or into none if one refuses its own."""
+    loaded: list[tuple[Sampler, dict[str, Any]]] = []
+    try:
+        for sampler, state in zip(samplers, states, strict=True):
+            before = sampler.state_dict()
+            sampler.load_state_dict(state)
+            loaded.append((sampler, before))
+    except Exception:
+        for sampler, before in loaded:
+            sampler.load_state_dict(before)
+        raise
 
 
 def integers_below(rng: np.random.Generator, high: int | Int64Array, num: int) -> Int64Array:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from buffers.sampler.base import Geometry, Sampler
+from buffers.sampler.base import Geometry, Sampler, load_states
 from buffers.sampler.composite import CompositeSampler
 from buffers.sharing.weights import Float64Array, SharedWeights, shares
 from buffers.table import EpisodeTable, Windows, joined
@@ -53,9 +53,7 @@ class MixedSampler(CompositeSampler):
     @property
     def shares(self) -> Float64Array:
         """float64 `(samplers,)` of sum 1, in their order. Setting them affects batches that are drawn later."""
-        found = self._shares.get()
-        found.flags.writeable = False  # It is a copy.
-        return found
+        return self._shares.get()
 
     @shares.setter
     def shares(self, shares: Sequence[float]) -> None:
@@ -110,8 +108,7 @@ class MixedSampler(CompositeSampler):
         before = self._shares.get()
         self.shares = state["shares"]
         try:
-            for sampler, part in zip(self._samplers, state["samplers"], strict=True):
-                sampler.load_state_dict(part)
+            load_states(self._samplers, state["samplers"])
         except Exception:
             self._shares.set(before)
             raise

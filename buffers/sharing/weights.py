@@ -30,7 +30,7 @@ class SharedNumbers:
         self._memory = SharedArrays({"version": ((1,), int64), "numbers": ((2, num), float64)})
 
     def get(self) -> Float64Array:
-        """The numbers, `(num,)`."""
+        """The numbers, `(num,)`, as a copy that cannot be written to."""
         version, numbers = self._memory["version"], self._memory["numbers"]
         while True:
             before = int(version[0])
@@ -38,6 +38,7 @@ class SharedNumbers:
             found = numbers[before % 2].copy()
             fence()
             if int(version[0]) == before:
+                found.flags.writeable = False  # Setting them there would change nothing.
                 return found
 
     def set(self, numbers: Any) -> None:
@@ -65,7 +66,7 @@ def _checked(weights: Any, num: int) -> Float64Array:
         raise ValueError(f"`weights` must be {num} numbers, one a member, found shape {found.shape}.")
     if not (np.isfinite(found) & (found >= 0)).all() or not found.any():
         raise ValueError(f"`weights` must be finite, at least 0, and not all 0, found {found.tolist()}.")
-    found /= found.max()  # The sum of large ones might overflow.
+    found = found / found.max()  # The sum of large ones might overflow.
     return found / found.sum()
 
 

@@ -106,9 +106,7 @@ class MixtureDataset(EpisodeSource):
     @property
     def weights(self) -> Float64Array:
         """float64 `(members,)` of sum 1. Setting them affects batches that are drawn later, by workers too."""
-        found = self._weights.get()
-        found.flags.writeable = False  # It is a copy.
-        return found
+        return self._weights.get()
 
     @weights.setter
     def weights(self, weights: Sequence[float]) -> None:
