@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from buffers.fields import Fields
+from buffers.saving import Pieces
 from buffers.table import GOES_ON, continuing
 
 __all__ = ["Accumulator"]
@@ -60,6 +61,8 @@ class Accumulator:
     ) -> None:
         self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
         self.overlap, self._emit = overlap, emit
+        #: What a save has still to write of the open episodes; None if none is under way.
+        self.unsaved: Pieces | None = None
         self._record = _record_of(fields, {})
         self._is_packed = num_envs >= _MANY and self._record.itemsize <= _SMALL_RECORD
         self._packed = np.empty(num_envs, self._record)
@@ -77,25 +80,57 @@ class Accumulator:
         self._make_views()
 
     def __getstate__(self) -> dict[str, Any]:
-        runs = zip(self._begins.tolist(), self._nexts.tolist(), strict=True)
+        lengths = self.lengths
         return {
             "arguments": (self.fields, self.num_envs, self.max_rows, self.cut_after, self.overlap, self._emit),
-            "runs": [self._rows[begin:end].copy() for begin, end in runs],
-            "cuts": self._cuts,
+            "open": [self.read_open(env, length) for env, length in enumerate(lengths.tolist())],
+            "lengths": lengths,
+            "cuts": self.cuts,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])  # type: ignore[misc]
-        self._cuts = state["cuts"]
-        for env, rows in enumerate(state["runs"]):
-            self._start_run(env, _size_for(len(rows)))
-            self._nexts[env] = self._begins[env] + len(rows)
-            self._rows[self._begins[env] : self._nexts[env]] = rows
+        rows = {name: np.concatenate([episode[name] for episode in state["open"]]) for name in self.fields.names}
+        self.restore(state["lengths"], state["cuts"], rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Rows of the open episode of each environment, int64 `(N,)`."""
+        return self._next - self._begin
+
+    @property
+    def cuts(self) -> list[int]:
+        """How the open episode of each environment begins, see `table/cut.py`."""
+        return list(self._cuts)
+
+    def read_open(self, env: int, num_rows: int) -> dict[str, np.ndarray]:
+        """Copies of the first rows of an open episode, `name -> (num_rows, *shape)`."""
+        begin = self._begins[env]
+        return {name: rows.copy() for name, rows in self._episode(begin, begin + num_rows).items()}
+
+    def restore(self, lengths: Sequence[int], cuts: Sequence[int], rows: Mapping[str, np.ndarray]) -> None:
+        """Go on with open episodes of these lengths `(N,)`, whose rows come one environment after the other."""
+        self._cuts, at = list(cuts), 0
+        for env, length in enumerate(map(int, lengths)):
+            self._start_run(env, _size_for(length))
+            begin = self._begins[env]
+            self._nexts[env] = begin + length
+            for name in self.fields.names:
+                self._rows[name][begin : begin + length] = rows[name][at : at + length]
+            at += length
+
+    def end_save(self) -> None:
+        """Forget what is `unsaved`."""
+        self.unsaved = None
+
+    def _keep(self, env: int) -> None:
+        if self.unsaved is not None:
+            self.unsaved.keep(env, env + 1)
 
     @property
     def num_open_rows(self) -> int:
         """Rows of all open episodes."""
-        return int((self._next - self._begin).sum())
+        return int(self.lengths.sum())
 
     @property
     def is_open(self) -> np.ndarray:
@@ -150,6 +185,8 @@ class Accumulator:
         if mask is not None:
             is_open &= mask
         if truncate and "truncated" in self.fields:
+            for env in is_open.nonzero()[0].tolist():
+                self._keep(env)
             last = self._next[is_open] - 1
             if "terminated" in self.fields:
                 # Ctrl-C may have left an episode open that has ended.
@@ -232,6 +269,7 @@ class Accumulator:
 
     def _move_on(self, env: int) -> None:
         """Move an open episode to its environment's next larger run."""
+        self._keep(env)
         size, begin, length = self._sizes[env], self._begins[env], self._nexts[env] - self._begins[env]
         place, end = self._run(env, size + 1)
         self._rows[place : place + length] = self._rows[begin : begin + length]
@@ -268,6 +306,7 @@ class Accumulator:
         begin, end = self._begins[env], self._nexts[env]
         if end == begin:
             return
+        self._keep(env)
         size, cut, length = self._sizes[env], self._cuts[env], end - begin
         self._cuts[env], self._nexts[env] = 0, begin
         # The next episode begins in as long a run as the last two needed, so those that are all long do not move.
@@ -281,6 +320,7 @@ class Accumulator:
 
     def _cut(self, env: int) -> None:
         """Emit what is open of an episode that goes on."""
+        self._keep(env)
         begin, end = self._begins[env], self._nexts[env]
         overlap = self._rows[end - self.overlap : end].copy()
         cut, self._cuts[env] = self._cuts[env] | GOES_ON, 0

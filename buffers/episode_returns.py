@@ -42,3 +42,12 @@ class EpisodeReturns:
             self._so_far[env] = found
         else:
             self.last.append(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What another needs to go on."""
+        return {"last": list(self.last), "so_far": [list(item) for item in self._so_far.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stood."""
+        self.last = deque(map(float, state["last"]), _NUM_RETURNS)
+        self._so_far = {int(env): float(found) for env, found in state["so_far"]}

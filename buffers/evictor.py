@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Any, Protocol
 
 from buffers.table import EpisodeTable
 
@@ -31,6 +31,14 @@ class Evictor(ABC):
     @abstractmethod
     def evict(self, dataset: Evictable) -> int:
         """Return the index of an episode, 0 for the oldest; called until there is room, never without an episode."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a save keeps, for an evictor with a state: numbers, strings, lists, dicts, arrays and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another evictor stood."""
+        raise ValueError(f"A {type(self).__name__} has no state, found {sorted(state)}.")
 
 
 class FIFOEvictor(Evictor):

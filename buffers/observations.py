@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,17 @@ import torch
 from buffers.conversion import as_array
 from buffers.fields import Fields
 
-__all__ = ["find_final_obs", "is_per_env", "put_items", "split_dones", "to_array", "tree_of"]
+__all__ = [
+    "and_not",
+    "differing_rows",
+    "dtypes_of",
+    "find_final_obs",
+    "is_per_env",
+    "put_items",
+    "split_dones",
+    "to_array",
+    "tree_of",
+]
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
@@ -101,3 +111,25 @@ def split_dones(is_done: np.ndarray, infos: Any) -> tuple[np.ndarray, np.ndarray
         )
     is_truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos], np.bool_) & is_done
     return is_done & ~is_truncated, is_truncated
+
+
+def differing_rows(arrays: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
+    """In which environments any of the arrays `(N, *shape)` differ, bool `(N,)`."""
+    found = np.zeros(len(arrays[0]), np.bool_)
+    for array, other in zip(arrays, others, strict=True):
+        differs = (array != other) & ((array == array) | (other == other))  # NaN equals NaN.
+        found |= differs.any(axis=tuple(range(1, differs.ndim)))
+    return found
+
+
+def dtypes_of(fields: Fields | None) -> dict[str, np.dtype]:
+    """The dtype of each field."""
+    return {name: dtype for name, dtype, _ in (fields.layout if fields else ())}
+
+
+def and_not(mask: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+    """The environments of `mask` that are not in `other`; None if there are none."""
+    if mask is None or other is None:
+        return mask
+    left = mask & ~other
+    return left if left.any() else None

@@ -26,6 +26,7 @@ is known from the done before them, never from a reward of 0: some environments 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +34,11 @@ import numpy as np
 from torch.utils._pytree import tree_map
 
 from buffers import observations
-from buffers.conversion import number_as
+from buffers.conversion import as_array, number_as
 from buffers.dataset.verification import check_rows
-from buffers.fields import Fields
+from buffers.disk import described_fields, parse_fields
+from buffers.fields import Fields, as_tensor
+from buffers.flags import as_flag
 from buffers.replay_buffer import ReplayBuffer
 from buffers.utils import integer, one_of
 from buffers.writer import EpisodeWriter
@@ -103,11 +106,12 @@ class Recorder:
             )
         self._may_be_missing = bool(final_obs_may_be_missing) or _MISSING in (writer.fields or ())
         self._token = writer.owner = object()
+        writer.recorder = weakref.ref(self)
         if writer.max_episode_length is not None:
             writer.overlap_at_least(1)  # So that the transition across a cut is stored.
         writer.leading = (self.num_envs,)
         # For numbers and lists, which take the dtype of their field.
-        self._dtypes = _dtypes_of(writer.fields)
+        self._dtypes = observations.dtypes_of(writer.fields)
         # Those of `obs`, from the first reset on.
         self._obs_fields: Fields | None = None
         # First observations that wait for a transition where `_is_pending`; elsewhere the last known ones, if needed.
@@ -118,6 +122,40 @@ class Recorder:
         self._needs_reset: Mask = np.ones(self.num_envs, np.bool_)
         self._is_pending: Mask = None
         self._was_done: Mask = None
+        if writer.saved_recorder is not None:
+            self.load_state_dict(writer.saved_recorder)
+            writer.saved_recorder = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What another recorder needs to go on, besides the open episodes; one on a loaded buffer has it by itself."""
+        fields = self._obs_fields
+        kept = [] if fields is None else zip(self._kept, fields.values(), strict=True)
+        masks = {"needs_reset": self._needs_reset, "is_pending": self._is_pending, "was_done": self._was_done}
+        return {
+            "autoreset_mode": self.autoreset_mode,
+            "num_envs": None if self._is_single else self.num_envs,
+            "obs_fields": None if fields is None else described_fields(fields),
+            "kept": [as_tensor(array, kind).clone() for array, kind in kept],
+            **{name: None if mask is None else mask.tolist() for name, mask in masks.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another recorder stood, with environments that do, too.
+
+        ValueError for the state of another mode or `num_envs`.
+        """
+        found = {"autoreset_mode": self.autoreset_mode, "num_envs": None if self._is_single else self.num_envs}
+        saved = {name: state.get(name) for name in found}
+        if saved != found:
+            advice = '`ReplayBuffer.load(..., open_episodes="truncate")` begins with a new one'
+            raise ValueError(f"The state is of a recorder with {saved}, this one has {found}. {advice}.")
+        fields = None if state["obs_fields"] is None else parse_fields(state["obs_fields"])
+        self._obs_fields, self._first_row = fields, {}
+        self._kept = [np.array(as_array("obs", tensor)) for tensor in state["kept"]]
+        self._dtypes = observations.dtypes_of(fields) | observations.dtypes_of(self.writer.fields)
+        masks = [state[name] for name in ("needs_reset", "is_pending", "was_done")]
+        masks = [None if mask is None else np.array(mask, np.bool_) for mask in masks]
+        self._needs_reset, self._is_pending, self._was_done = masks
 
     def reset(self, obs: Any, mask: Any = None) -> None:
         """Take the first observations after a reset of all environments, or of some.
@@ -137,11 +175,11 @@ class Recorder:
         self.writer.truncate(is_reset)
         if self._obs_fields is None:
             self._obs_fields, self._kept = fields, [np.zeros_like(leaf) for leaf in leaves]
-            self._dtypes = _dtypes_of(fields) | self._dtypes
+            self._dtypes = observations.dtypes_of(fields) | self._dtypes
         self._keep(leaves, is_reset)
         self._is_pending = is_reset if self._is_pending is None else self._is_pending | is_reset
-        self._was_done = _and_not(self._was_done, is_reset)
-        self._needs_reset = _and_not(self._needs_reset, is_reset)
+        self._was_done = observations.and_not(self._was_done, is_reset)
+        self._needs_reset = observations.and_not(self._needs_reset, is_reset)
         self.writer.check_stored()
 
     def step(
@@ -199,7 +237,7 @@ class Recorder:
             if not self._first_row:
                 first = {"obs": self._obs_tree(self._kept), "is_first": np.ones(self.num_envs, np.bool_)}
                 self._first_row = {**tree_map(np.zeros_like, row), **first}
-                self._dtypes = _dtypes_of(self.writer.fields)
+                self._dtypes = observations.dtypes_of(self.writer.fields)
             first_rows = self.writer.checked(self._first_row, {})
             self.writer.take(first_rows, mask=self._is_pending)
             self._is_pending = None
@@ -215,7 +253,7 @@ class Recorder:
         is_first = is_done
         if self.autoreset_mode == "next_step":
             # An episode may even end on the call that resets: it has no transition, so its first row is not kept.
-            is_first = _and_not(self._was_done, is_done)
+            is_first = observations.and_not(self._was_done, is_done)
             self._was_done = is_done
             if is_done is not None:
                 self._keep(leaves, is_done)  # For `check_others`.
@@ -236,10 +274,7 @@ class Recorder:
         is_known = self.writer.read_last(last)
         for state in (self._is_pending, self._was_done):
             is_known = is_known if state is None else is_known | state
-        has_moved = np.zeros(self.num_envs, np.bool_)
-        for leaf, row in zip(leaves, last.values(), strict=True):
-            differs = (leaf != row) & ((leaf == leaf) | (row == row))  # NaN equals NaN.
-            has_moved |= differs.any(axis=tuple(range(1, differs.ndim)))
+        has_moved = observations.differing_rows(leaves, [*last.values()])
         moved = np.flatnonzero(has_moved & is_known & ~is_reset).tolist()
         if moved:
             raise RuntimeError(
@@ -304,12 +339,9 @@ class Recorder:
     def _flag(self, name: str, value: Any) -> np.ndarray:
         """A copy as bool `(N,)`."""
         array = self._array(name, value)
-        if array.shape != (self.num_envs,):
-            raise ValueError(f"`{name}` has shape {array.shape}, expected {(self.num_envs,)}.")
-        flags = array.astype(np.bool_)
-        if array.dtype != np.bool_ and (array != flags).any():
-            raise ValueError(f"`{name}` must be bool, or numbers that are 0 or 1, found {array!r:.60}.")
-        return flags
+        if array.shape == (self.num_envs,):
+            return np.array(as_flag(name, array))
+        raise ValueError(f"`{name}` has shape {array.shape}, expected {(self.num_envs,)}.")
 
     def _with_final_obs(
         self, leaves: list[np.ndarray], is_done: np.ndarray, final_obs: Any, infos: Any
@@ -364,15 +396,3 @@ class Recorder:
                 f"Environments {envs} have ended, never begun, or were cut off by an exception, and were stepped. With "
                 f"{self.autoreset_mode!r}, reset them first: pass their first observations to `reset(obs, mask)`."
             )
-
-
-def _dtypes_of(fields: Fields | None) -> dict[str, np.dtype]:
-    return {name: dtype for name, dtype, _ in (fields.layout if fields else ())}
-
-
-def _and_not(mask: Mask, other: Mask) -> Mask:
-    """The environments of `mask` that are not in `other`; None if there are none."""
-    if mask is None or other is None:
-        return mask
-    left = mask & ~other
-    return left if left.any() else None

@@ -17,6 +17,7 @@ from buffers.episode_returns import EpisodeReturns
 from buffers.fields import Fields
 from buffers.late import PRIORITY
 from buffers.limiter import SamplesPerInsert
+from buffers.resumable import ResumableBuffer
 from buffers.writer import EpisodeWriter
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ __all__ = ["ReplayBuffer"]
 _MANY_EPISODES = 10  # So many should have a window; with fewer, longer ones may come.
 
 
-class ReplayBuffer:
+class ReplayBuffer(ResumableBuffer):
     """Splits streams of steps into episodes, adds these to a dataset, and draws batches from it.
 
         >>> import numpy as np
@@ -76,6 +77,9 @@ class ReplayBuffer:
             raise TypeError(f"`dataset` must be an EpisodeSource, found {type(dataset).__name__}.")
         if options.get("epochs") is not None:
             raise ValueError("A buffer's batches have no end: iterate `dataset.get_loader(..., epochs=1)` instead.")
+        given: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length, "chunk_size": chunk_size}
+        given |= {"num_workers": num_workers, "num_envs": num_envs, "overlap": overlap, "limiter": limiter}
+        self._remember({**given, "max_episode_length": max_episode_length, **options})
         self.dataset = dataset
         self.dataloader = dataset.get_loader(batch_size, sequence_length, chunk_size, num_workers, **options)
         # Without workers and pinning, a DataLoader adds nothing but time.
@@ -84,7 +88,7 @@ class ReplayBuffer:
         self._batches: Iterator[Any] | None = None
         self._generation = 0
         self._is_closed = False
-        self._returns = EpisodeReturns()
+        self.returns = EpisodeReturns()
         self._has_warned = False
         self._writer: EpisodeWriter | None = None
         if isinstance(dataset, EpisodeDataset):
@@ -94,7 +98,7 @@ class ReplayBuffer:
                 max_episode_length,
                 overlap,
                 check_fields=loader.stream.check_fields,
-                on_stored=self._returns.note,
+                on_stored=self.returns.note,
                 limiter=limiter,
             )
         self.limiter = limiter
@@ -171,7 +175,7 @@ class ReplayBuffer:
         assert isinstance(dataset, EpisodeDataset)  # It has a writer.
         with nullcontext() if self.limiter is None else self.limiter.adding_episode(episode):
             episode_id = dataset.add_episode(episode, info)
-        self._returns.note(-1, episode, 0)
+        self.returns.note(-1, episode, 0)
         return episode_id
 
     def flush(self) -> None:
@@ -299,6 +303,8 @@ class ReplayBuffer:
                 if self.limiter is not None:
                     self.limiter.close()
             finally:
+                for store in self.dataset.stores:
+                    store.wait_for_save()
                 self._batches = None
                 self.dataloader.end_workers()
                 if isinstance(self.dataset, EpisodeDataset):
@@ -370,7 +376,7 @@ class ReplayBuffer:
         missed = [sampler.num_missed for sampler in stream.drawer.samplers if sampler.num_missed is not None]
         if missed:
             found["num_missed_windows"] = sum(missed)
-        last = self._returns.last
+        last = self.returns.last
         if last:
             found["mean_episode_return"] = sum(last) / len(last)
         if stream.newest_step is not None and not dataset.has_members:

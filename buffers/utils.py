@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,30 @@ def how_to_install(extra: str) -> str:
     """The command that installs an extra, for an error."""
     # "buffers" on PyPI is a stranger's package.
     return f"`pip install '.[{extra}]'` in a checkout, or `pip install 'episode-buffers[{extra}]'` once it is on PyPI"
+
+
+def progress_bar(is_shown: bool, total: int, what: str) -> Any:
+    """A bar of tqdm over bytes, for a `with` block; without `is_shown`, one that shows nothing.
+
+    ImportError if tqdm is missing.
+    """
+    if not is_shown:
+        return nullcontext(_NoBar())
+    return tqdm_class()(total=total, desc=what, unit="B", unit_scale=True)
+
+
+class _NoBar:
+    def update(self, num: int) -> None:
+        pass
+
+
+def tqdm_class() -> Any:
+    """That of the extra; an ImportError names it."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(f"`progress=True` needs tqdm ({error}): {how_to_install('demo')}.") from None
+    return tqdm
 
 
 class Process:

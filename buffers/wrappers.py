@@ -55,6 +55,14 @@ class RecordEpisodes(gymnasium.Wrapper):
         _check_space("action", env.action_space)
         self.recorder = Recorder(buffer, None, _single_mode(env))
 
+    def state_dict(self) -> dict[str, Any]:
+        """`Recorder.state_dict`; the environment is not in it."""
+        return self.recorder.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """`Recorder.load_state_dict`, for an environment that was brought to where it stood."""
+        self.recorder.load_state_dict(state)
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; an open episode is closed as truncated, also if this fails."""
         try:
@@ -120,6 +128,14 @@ class VectorRecordEpisodes(VectorWrapper):
         _check_space("action", envs.single_action_space, is_batched=True)
         mode = _vector_mode(envs, autoreset_mode)
         self.recorder = Recorder(buffer, envs.num_envs, mode, final_obs_may_be_missing=final_obs_may_be_missing)
+
+    def state_dict(self) -> dict[str, Any]:
+        """`Recorder.state_dict`; the environment is not in it."""
+        return self.recorder.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """`Recorder.load_state_dict`, for an environment that was brought to where it stood."""
+        self.recorder.load_state_dict(state)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None

@@ -16,29 +16,23 @@ when Ctrl-C comes is not tried again; go on with a reset.
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from buffers.accumulator import Accumulator
-from buffers.conversion import as_array
 from buffers.dataset.episode_info import EpisodeInfo, infos_by_env
 from buffers.dataset.verification import VerificationMode, check_rows
 from buffers.fields import Fields
+from buffers.flags import ONE, as_flag, exact_rows
 from buffers.limiter import SamplesPerInsert
+from buffers.outbox import Outbox, Rows
+from buffers.saving import Save, Snapshot
 from buffers.sink import EpisodeSink
-from buffers.table import GOES_ON
-from buffers.utils import integer
+from buffers.utils import ThreadLock, integer
 
 __all__ = ["EpisodeSink", "EpisodeWriter"]
-
-
-Rows = dict[str, np.ndarray]
-# A flag that is one value, not an array of one for each environment.
-_ONE = (bool, np.bool_)
 
 
 class EpisodeWriter:
@@ -62,6 +56,9 @@ class EpisodeWriter:
 
     Attributes:
         owner: The recorder that may write, as an object that it made; None before the first.
+        recorder: That recorder, as long as it is there.
+        saved_recorder: What a save has kept of a recorder, for the next one.
+        lock: Between threads: of rows that are added, episodes that end, and the moment of a save.
         num_envs: N, None before it is known.
         leading: The axes before those of a field: `(N,)`, or `()` for a single environment without an axis of its own.
             Settled by the first row, or set by a recorder.
@@ -93,8 +90,11 @@ class EpisodeWriter:
         self.max_episode_length = max_episode_length
         self.owner: object | None = None
         self.is_closed = False
+        self.lock = ThreadLock()
+        self.recorder: Callable[[], Any] | None = None
+        self.saved_recorder: dict[str, Any] | None = None
         self._check_fields, self._limiter = check_fields, limiter
-        self._outbox = _Outbox(sink, on_stored)
+        self._outbox = Outbox(sink, on_stored)
         # Made by the first row, which settles N and the fields.
         self._accumulator: Accumulator | None = None
         self.leading: tuple[int, ...] = ()
@@ -105,7 +105,7 @@ class EpisodeWriter:
 
     def add_step(self, step_data: Mapping[str, Any], done: Any, info: Any = None) -> None:
         """`ReplayBuffer.add_step`."""
-        flag = _as_flag("done", done)
+        flag = as_flag("done", done)
         rows = self.checked(step_data, {"done": flag}, info)
         try:
             if self.leading:
@@ -129,7 +129,7 @@ class EpisodeWriter:
     ) -> None:
         """`ReplayBuffer.add`."""
         given = {"is_first": is_first, "is_last": is_last, "mask": mask}
-        flags = {name: _as_flag(name, flag) for name, flag in given.items() if flag is not None}
+        flags = {name: as_flag(name, flag) for name, flag in given.items() if flag is not None}
         rows = self.checked(step_data, flags, info)
         try:
             self.take(rows, *[self._per_env(flags.get(name)) for name in given])
@@ -165,12 +165,12 @@ class EpisodeWriter:
         else:
             leading, fields = self.leading, self._accumulator.fields
         for name, flag in flags.items():
-            if not isinstance(flag, _ONE) and flag.shape != leading:
+            if not isinstance(flag, ONE) and flag.shape != leading:
                 expected = f"a bool array of shape {leading}, or a plain bool" if leading else "a plain bool"
                 raise ValueError(f"`{name}` has shape {flag.shape}, expected {expected}.")
         mode = self.sink.verification_mode
         # A single environment gives numbers, which have to become arrays first.
-        rows = _exact_rows(fields, leading, step_data) if leading and mode is not VerificationMode.ALL_CHECKS else None
+        rows = exact_rows(fields, leading, step_data) if leading and mode is not VerificationMode.ALL_CHECKS else None
         if rows is None:
             rows = fields.arrays(step_data)
             check_rows(fields, rows, leading, mode)
@@ -198,7 +198,8 @@ class EpisodeWriter:
     def take(self, rows: Sequence[np.ndarray], is_first: Any = None, is_last: Any = None, mask: Any = None) -> None:
         """Add `checked` rows; flags are bool `(N,)` or None, without an environment axis plain bools or None."""
         if self._outbox.waiting:
-            self._outbox.retry()
+            with self.lock:
+                self._outbox.retry()
         accumulator = self._accumulator
         assert accumulator is not None  # The rows were checked.
         if self._limiter is None:
@@ -207,10 +208,11 @@ class EpisodeWriter:
             self._accumulate(accumulator, rows, is_first, is_last, mask)
 
     def _accumulate(self, to: Accumulator, rows: Sequence[np.ndarray], first: Any, last: Any, mask: Any) -> None:
-        if self.leading:
-            to.add_rows(rows, first, last, mask)
-        elif mask is None or mask:
-            to.add_row(rows, bool(first), bool(last))
+        with self.lock:
+            if self.leading:
+                to.add_rows(rows, first, last, mask)
+            elif mask is None or mask:
+                to.add_row(rows, bool(first), bool(last))
 
     def truncate(self, mask: np.ndarray) -> None:
         """Complete the open episodes under the mask, bool `(N,)`, as truncated unless they terminated."""
@@ -227,15 +229,16 @@ class EpisodeWriter:
 
     def _complete(self, mask: np.ndarray | None, truncate: bool = False) -> None:
         self._check_open()
-        self._outbox.retry()
-        if self._accumulator is not None:
-            self._accumulator.flush(mask, truncate)
+        with self.lock:
+            self._outbox.retry()
+            if self._accumulator is not None:
+                self._accumulator.flush(mask, truncate)
         if self._limiter is not None:
             self._limiter.notify()
 
     def _per_env(self, flag: Any) -> Any:
         """A plain bool as bool `(N,)`, if the rows have an environment axis; anything else as it is."""
-        return np.full(self.leading, flag) if self.leading and isinstance(flag, _ONE) else flag
+        return np.full(self.leading, flag) if self.leading and isinstance(flag, ONE) else flag
 
     def _check_open(self) -> None:
         if self.is_closed:
@@ -255,6 +258,9 @@ class EpisodeWriter:
 
     # State.
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recorder": None}
+
     @property
     def fields(self) -> Fields | None:
         """The fields, None before they are settled."""
@@ -265,11 +271,58 @@ class EpisodeWriter:
         """Steps in open episodes."""
         return 0 if self._accumulator is None else self._accumulator.num_open_rows
 
+    def begin_save(self, snapshot: Snapshot, name: str) -> None:
+        """Put the open episodes, and those that wait for the sink, into a snapshot; the caller holds the lock."""
+        recorder = None if self.recorder is None else self.recorder()
+        told: dict[str, Any] = {
+            "num_envs": self.num_envs,
+            "leading": list(self.leading),
+            "overlap": self.overlap,
+            "waiting": self._outbox.state_dict(),
+            "recorder": self.saved_recorder if recorder is None else recorder.state_dict(),
+            "lengths": None,
+        }
+        if (accumulator := self._accumulator) is not None:
+            lengths = accumulator.lengths
+            told |= {"lengths": lengths, "cuts": accumulator.cuts}
+            envs, kinds = lengths.nonzero()[0], dict(accumulator.fields)
+            bounds, num_rows = np.stack([envs, envs + 1], 1), lengths[envs]
+
+            def read(number: int) -> Rows:
+                return accumulator.read_open(int(envs[number]), int(num_rows[number]))
+
+            accumulator.unsaved = snapshot.rows(f"{name}/open", kinds, bounds, num_rows, read)
+            snapshot.at_end.append(accumulator.end_save)
+        snapshot.state(name, told)
+
+    def restore(self, save: Save, name: str, open_episodes: str) -> None:
+        """Go on where a save was made; `open_episodes` as in `ReplayBuffer.load`.
+
+        RuntimeError if it has rows already; ValueError for another `num_envs`.
+        """
+        told, fields = save.state(name), self.sink.fields
+        if self._accumulator is not None:
+            raise RuntimeError("The buffer has taken steps already: load into a new one.")
+        if None not in (self.num_envs, told["num_envs"]) and self.num_envs != told["num_envs"]:
+            raise ValueError(f"`num_envs`={self.num_envs}, but the save is of {told['num_envs']} environments.")
+        self.num_envs, self.overlap = told["num_envs"], max(self.overlap, told["overlap"])
+        self._outbox.load_state_dict(told["waiting"])
+        if told["lengths"] is not None and fields is not None:
+            self._settle(fields, tuple(told["leading"]))
+            assert self._accumulator is not None  # It is settled.
+            if open_episodes != "drop":
+                rows = {field: save.reader.read(f"{name}/open/{field}") for field in fields}
+                self._accumulator.restore(told["lengths"].tolist(), told["cuts"], rows)
+        if open_episodes == "keep":
+            self.saved_recorder = told["recorder"]
+        elif open_episodes == "truncate":
+            self._complete(None, truncate=True)
+
     # The first row.
 
     def _leading_of(self, step_data: Mapping[str, Any], flags: Mapping[str, Any]) -> tuple[int, ...]:
         """`(N,)` if the first row is of N environments, `()` if it is of one without an axis for it."""
-        sizes = [len(flag) for flag in flags.values() if not isinstance(flag, _ONE)]
+        sizes = [len(flag) for flag in flags.values() if not isinstance(flag, ONE)]
         if 0 in sizes:
             raise ValueError("A flag has shape (0,), expected one for each of at least one environment.")
         if self.num_envs is not None:
@@ -301,7 +354,7 @@ class EpisodeWriter:
         self.sink.check_writable()
         if self.sink.fields is not None:
             return self.sink.fields
-        arrays = [name for name, flag in flags.items() if not isinstance(flag, _ONE)]
+        arrays = [name for name, flag in flags.items() if not isinstance(flag, ONE)]
         try:
             return Fields.from_rows(step_data, len(leading))
         except ValueError as error:
@@ -328,73 +381,3 @@ class EpisodeWriter:
             self.overlap,
             self._outbox.put,
         )
-
-
-class _Outbox:
-    """Passes episodes to the sink. Keeps copies of those that wait, oldest first, and the sink's last error."""
-
-    def __init__(self, sink: EpisodeSink, on_stored: Callable[[int, Rows, int], object] | None) -> None:
-        self._sink, self._on_stored = sink, on_stored
-        self.waiting: deque[tuple[int, Rows, int, EpisodeInfo | None]] = deque()
-        self.error: Exception | None = None
-        # By environment, for the episodes that end in the current call.
-        self.infos: dict[int, EpisodeInfo] = {}
-
-    def put(self, env: int, episode: Rows, cut: int) -> None:
-        info = None if cut & GOES_ON else self.infos.get(env)
-        if self.waiting or not self._is_stored(env, episode, cut, info):
-            self.waiting.append((env, {name: rows.copy() for name, rows in episode.items()}, cut, info))
-
-    def retry(self) -> None:
-        """Store what waits, up to the first that fails."""
-        self.error = None
-        while self.waiting:
-            # Taken out first: if Ctrl-C interrupts the sink after it has stored the episode, it must not come twice.
-            oldest = self.waiting.popleft()
-            if not self._is_stored(*oldest):
-                self.waiting.appendleft(oldest)
-                return
-
-    def _is_stored(self, env: int, episode: Rows, cut: int, info: EpisodeInfo | None) -> bool:
-        try:
-            self._sink.add(episode, cut, info)
-        except Exception as error:
-            self.error = error
-            return False
-        if self._on_stored is not None:
-            self._on_stored(env, episode, cut)
-        return True
-
-
-def _exact_rows(fields: Fields, leading: tuple[int, ...], step_data: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """The values if all are arrays that fit as they are; None if they have to be converted, or refused."""
-    if type(step_data) is not dict or len(step_data) != len(fields.layout):
-        return None
-    rows = []
-    for name, dtype, shape in fields.layout:
-        value = step_data.get(name)
-        if type(value) is not np.ndarray or value.dtype is not dtype or value.shape != leading + shape:
-            return None
-        rows.append(value)
-    return rows
-
-
-def _as_flag(name: str, value: Any) -> Any:
-    """A bool `(N,)`, a plain bool, or an np.bool_ for an array without axes, which means a single environment."""
-    if isinstance(value, bool):
-        return value
-    array = value
-    if type(value) is not np.ndarray:
-        array = as_array(name, value) if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.dtype.kind != "b":
-        if array.dtype.kind not in "iuf":
-            raise TypeError(f"`{name}` must be bool or an array of bool, found {array.dtype}: {array!r:.60}.")
-        flags = array != 0
-        if (array != flags).any():
-            raise ValueError(f"`{name}` must be bool, or numbers that are 0 or 1, found {array!r:.60}.")
-        array = np.asarray(flags)
-    if array.ndim > 1:
-        raise ValueError(f"`{name}` must have at most one axis, that of the environments, found shape {array.shape}.")
-    if array.ndim:
-        return array
-    return bool(array) if isinstance(value, (int, float)) else np.bool_(array)

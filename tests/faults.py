@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,18 @@ from typing import Any
 import pytest
 
 from buffers.dataset import IndividualFileDataset
-from buffers.dataset.files import directory, lock
+from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.files import directory
+from buffers.disk import directory as disk_directory
+from buffers.disk import lock
+from buffers.saving import packed_file
 
 CAPACITY = 20
 # The calls of `os` that change a directory, or a file in it.
-CHANGES = ("open", "fsync", "rename", "unlink", "mkdir", "ftruncate", "pwrite", "close", "makedirs")
+CHANGES = (
+    *("open", "fsync", "rename", "unlink", "mkdir", "ftruncate", "pwrite", "close", "makedirs"),
+    *("link", "rmdir"),
+)
 
 
 def lengths() -> Iterator[int]:
@@ -37,10 +45,13 @@ def opened(path: Path, capacity: int = CAPACITY, **options: Any) -> IndividualFi
 
 
 class WatchedOS:
-    """The os module, with functions that are called before and after each call that changes something."""
+    """The os module, with functions that are called before and after each call that changes something.
 
-    def __init__(self, before: Callable[..., object], after: Callable[..., object]) -> None:
-        self.before, self.after = before, after
+    With `with_options`, they are given its keyword arguments, too.
+    """
+
+    def __init__(self, before: Callable[..., object], after: Callable[..., object], with_options: bool = False) -> None:
+        self.before, self.after, self.with_options = before, after, with_options
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(os, name)
@@ -48,24 +59,27 @@ class WatchedOS:
             return found
 
         def call(*arguments: Any, **options: Any) -> Any:
-            self.before(name, *arguments)
+            told = options if self.with_options else {}
+            self.before(name, *arguments, **told)
             result = found(*arguments, **options)
-            self.after(name, *arguments)
+            self.after(name, *arguments, **told)
             return result
 
         return call
 
 
-def nothing(*_: Any) -> None:
+def nothing(*_: Any, **__: Any) -> None:
     pass
 
 
 @contextlib.contextmanager
-def watched_calls(before: Callable[..., object] = nothing, after: Callable[..., object] = nothing) -> Iterator[None]:
+def watched_calls(
+    before: Callable[..., object] = nothing, after: Callable[..., object] = nothing, with_options: bool = False
+) -> Iterator[None]:
     """Call functions with (name, *arguments) around the system calls of directories; `before` may raise, or kill."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (directory, lock):
-            patch.setattr(module, "os", WatchedOS(before, after))
+        for module in (directory, disk_directory, lock, packed_file):
+            patch.setattr(module, "os", WatchedOS(before, after, with_options))
         yield
 
 
@@ -84,6 +98,79 @@ def failing_calls(
 
     with watched_calls(fail):
         yield failed
+
+
+@contextlib.contextmanager
+def failing_call(number: int, error: BaseException, kind: str | None = None) -> Iterator[list[str]]:
+    """Let the n-th call fail, of a kind or of all; its name is listed."""
+    left, failed = itertools.count(number, -1), []
+
+    def before(name: str, *_: Any) -> None:
+        if kind in (None, name) and next(left) == 0:
+            failed.append(name)
+            raise type(error)(*error.args)  # Another one: nothing here may keep its traceback.
+
+    with watched_calls(before):
+        yield failed
+
+
+@contextlib.contextmanager
+def recorded_calls(root: Path) -> Iterator[list[tuple[Any, ...]]]:
+    """List what becomes of files and folders, by their paths below a folder, as `Disk` of `test_crash.py` takes it.
+
+    Contents are those at an fsync, rename or link. The files `.lock` are left out.
+    """
+    calls: list[tuple[Any, ...]] = []
+
+    def place(name: str, folder: int | None) -> str:
+        parent = "" if folder is None else os.readlink(f"/proc/self/fd/{folder}")
+        return os.path.relpath(os.path.join(parent, name), root.resolve())
+
+    def before(name: str, *arguments: Any, **_: Any) -> None:
+        if name == "fsync" and not (synced := place("", arguments[0])).endswith("/.lock"):
+            if (root / synced).is_dir():
+                calls.append(("sync directory", synced))
+            else:
+                calls.extend((call, synced, (root / synced).read_bytes()) for call in ("write", "sync"))
+
+    def after(name: str, *arguments: Any, dir_fd: int | None = None, **options: Any) -> None:
+        if name == "open" and arguments[1] & os.O_CREAT and arguments[0] != ".lock":
+            calls.append(("create", place(arguments[0], dir_fd)))
+        elif name in ("unlink", "mkdir", "rmdir"):
+            calls.append((name, place(arguments[0], dir_fd)))
+        elif name in ("rename", "link"):
+            old, new = place(arguments[0], options["src_dir_fd"]), place(arguments[1], options["dst_dir_fd"])
+            calls.append((name, old, new, (root / new).read_bytes()))
+
+    with watched_calls(before, after, with_options=True):
+        yield calls
+
+
+# Saves.
+
+
+def save_error(source: EpisodeSource, saves: Path, block: bool = True) -> tuple[type[BaseException], str] | None:
+    """What a save fails with, without its traceback, which keeps what it refers to; None if it does not.
+
+    With `block=False`, a warning says the same.
+    """
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        try:
+            future = source.save(saves, block=block)
+        except BaseException as error:
+            return type(error), str(error)
+        failed = future.exception()
+        join_saves()
+    assert [str(warning.message) for warning in found] == ([] if failed is None else [f"A save failed: {failed}"])
+    return None if failed is None else (type(failed), str(failed))
+
+
+def join_saves() -> None:
+    """Wait for the threads that save, which warn at their ends."""
+    for thread in threading.enumerate():
+        if thread.name == "buffers-save":
+            thread.join()
 
 
 # Processes.
@@ -131,13 +218,19 @@ def kill_worker(worker: Any) -> None:
         signal.signal(signal.SIGCHLD, torchs_own)
 
 
-def killed_before_call(num_calls: int, action: Callable[[], object]) -> bool:
-    """Run it in a process that kills itself before its n-th change; whether it got so far."""
+def killed_before_call(
+    num_calls: int, action: Callable[..., object], prepare: Callable[[], object] | None = None
+) -> bool:
+    """Run it in a process that kills itself before its n-th change; whether it got so far.
+
+    `action` is given what `prepare` returns, during which nothing is counted.
+    """
 
     def run() -> None:
+        prepared = () if prepare is None else (prepare(),)
         left = itertools.count(num_calls, -1)
         with watched_calls(lambda *_: next(left) or os.kill(os.getpid(), signal.SIGKILL)):
-            action()
+            action(*prepared)
 
     status = status_of(in_child(run))
     assert status in (0, -signal.SIGKILL)
@@ -176,5 +269,8 @@ def small_disk(path: Path) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting is not allowed")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        # Lazily: what a failure refers to may have files open.
+        subprocess.run(["umount", "--lazy", str(path)], check=True)

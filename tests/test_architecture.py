@@ -14,6 +14,7 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 EXCEPTIONS = {
     "_torchdynamo_disable": "torch.compile: what torch.compiler.disable sets",
     "_at_fork_reinit": "threading.RLock: a forked child must not wait for a thread that it does not have",
+    "_asdict": "typing.NamedTuple: its values by their names",
     "_replace": "typing.NamedTuple: a copy with some values replaced",
     "_workers": "torch's DataLoader: which of its processes live",
 }
@@ -99,8 +100,9 @@ def test_no_function_has_over_40_lines() -> None:
 
 def test_the_package_without_viewing_does_not_grow() -> None:
     # The plan is 8,000 when all is in it. Windows (padding, offsets, packing, passes, statistics) brought 1,450 more,
-    # and late fields, samplers that learn, the limiter and the info of episodes 3,950: that takes leaving things out.
-    assert sum(num_lines(path) for path in TREES if package_of(path) not in ("viewing", "interop", "remote")) <= 13450
+    # late fields, samplers that learn, the limiter and the info of episodes 3,950, and saves 2,600: that takes leaving
+    # things out.
+    assert sum(num_lines(path) for path in TREES if package_of(path) not in ("viewing", "interop", "remote")) <= 16100
 
 
 def num_lines(path: Path) -> int:

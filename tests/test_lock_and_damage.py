@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from buffers.dataset import IndividualFileDataset
-from buffers.dataset.files import lock
+from buffers.disk import lock
 from tests import tagged
 from tests.faults import CAPACITY, in_child, kill, opened, status_of
 from tests.file_helpers import add, files, numbers

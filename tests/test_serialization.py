@@ -29,12 +29,13 @@ from buffers.dataset.individual_file import (
     UnknownVersionError,
 )
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.disk import DTYPES
 from tests import tagged
 from tests.file_helpers import add, files, numbers
 from tests.format_helpers import FIELDS, STRATEGIES, each_strategy, made, same, saved
 
 SHAPES = st.lists(st.integers(0, 12), max_size=3).map(tuple)
-DTYPES = st.sampled_from(sorted(serialization._DTYPES))
+DTYPES = st.sampled_from(sorted(DTYPES))
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
 TYPES = st.builds(lambda shape, dtype: TensorType(shape, getattr(torch, dtype)), SHAPES, DTYPES)
 ALL_FIELDS = st.dictionaries(NAMES, TYPES, min_size=1, max_size=5).map(Fields)

@@ -13,8 +13,8 @@ from buffers.dataset.composing.extension import Extension
 from buffers.dataset.episode_info import EpisodeInfo, checked_info
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.dataset.labelled_source import LabelledSource
-from buffers.dataset.verification import VerificationMode, check_episode
+from buffers.dataset.saved_store import SavedStore
+from buffers.dataset.verification import check_episode
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields
 from buffers.table import EpisodeTable, TableRow, Windows
@@ -23,7 +23,7 @@ from buffers.utils import integer
 __all__ = ["EpisodeDataset"]
 
 
-class EpisodeDataset(LabelledSource):
+class EpisodeDataset(SavedStore):
     """Episodes in, windows out.
 
     A store implements `_allocate`, `_write`, `_read` and `_erase`. There, data is flat: `name -> array`, by the names
@@ -49,12 +49,10 @@ class EpisodeDataset(LabelledSource):
         if evictor is not None and not isinstance(evictor, Evictor):
             raise TypeError(f"`evictor` must be an Evictor, found {type(evictor).__name__}.")
         self.evictor = FIFOEvictor() if evictor is None else evictor
-        self.verification_mode = VerificationMode.BASIC_CHECKS if info is None else info.verification_mode
-        self.extension: Extension | None = None
+        if info is not None:
+            self.verification_mode = info.verification_mode
         #: Whether another dataset is extended by this one.
         self.is_behind = False
-        # By episode id, of those that have one.
-        self._infos: dict[int, EpisodeInfo] = {}
         if info is not None and info.fields is not None:
             self.settle_fields(info.fields)
         if info is not None and info.late_fields is not None:
@@ -278,6 +276,8 @@ class EpisodeDataset(LabelledSource):
         """Evict the episode at a valid position of the table; the caller holds the lock."""
         row = self.table.episode(position)
         start, length, episode_id, _ = row
+        if self.unsaved is not None:
+            self.unsaved.leaving(start, length)
         self._erase(episode_id, start, length)
         self.table.remove(position)
         self._infos.pop(episode_id, None)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from buffers.dataset.episode_reader import EpisodeReader, Rows
+from buffers.dataset.episode_reader import Rows
 from buffers.dataset.printing import counts_line, fields_table
+from buffers.dataset.saved_source import SavedSource
 from buffers.dataset.statistics import FieldStatistics, RunningStatistics, statistics_of
 from buffers.fields import Fields, TensorType
 from buffers.loading import LoaderOptions, SequenceLoader, SequenceStream, StreamOptions
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["EpisodeSource", "Rows"]
 
 
-class EpisodeSource(EpisodeReader):
+class EpisodeSource(SavedSource):
     """Episodes that windows are drawn from."""
 
     #: How often a batch is completed by other windows, where episodes are gone before they are read.

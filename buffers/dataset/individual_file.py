@@ -3,11 +3,8 @@
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.files.individual_file import IndividualFileDataset
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import (
-    DamagedEpisodeError,
-    EpisodeSerializationStrategy,
-    UnknownVersionError,
-)
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy
+from buffers.disk import DamagedEpisodeError, UnknownVersionError
 
 __all__ = [
     "DamagedEpisodeError",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from buffers.table import Selection, context_of
-from buffers.utils import ThreadLock, how_to_install
+from buffers.utils import ThreadLock, tqdm_class
 
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource, Rows
@@ -131,8 +131,4 @@ def _finished(moments: _Moments) -> FieldStatistics:
 
 
 def _with_bar(episodes: list[int]) -> Iterable[int]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(f"`progress=True` needs tqdm ({error}): {how_to_install('demo')}.") from None
-    return tqdm(episodes, desc="statistics", unit="episode")
+    return tqdm_class()(episodes, desc="statistics", unit="episode")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,12 +61,14 @@ class LateFields(Mapping[str, LateField]):
         self._table = EpisodeTable()
         # The step id up to which rows hold the default or more.
         self._num_filled = 0
+        # Called with the first step ids `(n,)` and the ends of runs that are about to be written.
+        self._before_writes: Callable[[Int64Array, Int64Array], object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # On a GPU, the copy has values of its own.
         owner = -1 if self._device.type == "cpu" else self._owner
         state = {name: value for name, value in self.__dict__.items() if name not in ("_table", "_live")}
-        return state | {"_owner": owner}
+        return state | {"_owner": owner, "_before_writes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -272,7 +274,22 @@ class LateFields(Mapping[str, LateField]):
         self._write_runs(single[lives], self._table.state.rows[number[lives], 2], step[lives], others)
         return int(((single != PADDING) & ~lives).sum())
 
+    def keep_before_writes(self, keep: Callable[[Int64Array, Int64Array], object] | None) -> None:
+        """Call a function of runs of step ids, [first, end), before their values change; None to stop."""
+        with self._lock:
+            self._before_writes = keep
+
+    def refill(self, table: EpisodeTable) -> None:
+        """Give all rows what new rows hold."""
+        with self._lock:
+            for begin, end in _spans(table):
+                for field in self.by_name.values():
+                    field.fill(begin, end - begin)
+            self._num_filled = table.next_start
+
     def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
+        if self._before_writes is not None:
+            self._before_writes(starts, starts + next(iter(rows.values())).shape[1])
         for name, values in rows.items():
             field = self.by_name[name]
             try:

@@ -67,6 +67,10 @@ class PriorityField(LateField):
         """Take a larger value of an earlier run into account."""
         self._largest[0] = max(self._largest[0], largest)
 
+    def restore_largest(self, largest: float) -> None:
+        """Go on with the largest priority of an earlier run."""
+        self._largest[0] = largest
+
     @property
     def new_value(self) -> float:
         """What new rows hold."""

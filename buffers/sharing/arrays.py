@@ -70,9 +70,9 @@ class SharedArrays(dict[str, np.ndarray]):
         if get_spawning_popen() is None:
             raise TypeError(
                 "Memory that processes share (a RingBufferDataset, a mixture, a loader with workers) cannot be pickled "
-                "or saved: only a handle would be, and the rows are lost when this process ends. Keep episodes in an "
-                "IndividualFileDataset; `ring.extend(files)` adds them to both. Only processes that multiprocessing "
-                "starts can be given such memory, as an argument."
+                "so: only a handle would be, and the rows are lost when this process ends. `dataset.save(directory)` "
+                "and `ReplayBuffer.save` keep them. Only processes that multiprocessing starts can be given such "
+                "memory, as an argument."
             )
         return SharedArrays.opened, (self.__getstate__(),)
 

@@ -52,13 +52,20 @@ class Column:
 
     def write(self, offset: int, rows: np.ndarray) -> None:
         """Copy rows `(L, *shape)` to the offsets from `offset` on."""
-        end, array = offset + len(rows), self.array
-        if array is not None:
-            if self._pages is not None and end > self._num_paged:
-                self._num_paged = self._pages.reach(end)
-            array[offset:end] = rows
+        memory = self.memory(offset, len(rows))
+        if memory is not None:
+            memory[...] = rows
             return
-        self.tensor[offset:end].copy_(as_tensor(rows.astype(self.stored.numpy_dtype), self.stored))
+        self.tensor[offset : offset + len(rows)].copy_(as_tensor(rows.astype(self.stored.numpy_dtype), self.stored))
+
+    def memory(self, offset: int, num_rows: int) -> np.ndarray | None:
+        """The memory of rows, `(num_rows, *shape)`, to be read or filled; None on a GPU."""
+        end, array = offset + num_rows, self.array
+        if array is None:
+            return None
+        if self._pages is not None and end > self._num_paged:
+            self._num_paged = self._pages.reach(end)
+        return array[offset:end]
 
     def gather(self, offsets: torch.Tensor, length: int, out: torch.Tensor) -> None:
         """Copy `out[b] = rows[offsets[b] : offsets[b] + length]`, for offsets `(B,)` up to capacity - length."""

@@ -17,6 +17,7 @@ Float64Array = npt.NDArray[np.float64]
 # Shares this close to a whole number, relative to the batch, differ from it by rounding errors only.
 _TOLERANCE = 1e-9
 _RESOLUTION = 1 << 32
+_EPSILON = float(np.finfo(np.float64).eps)
 
 
 class SharedNumbers:
@@ -66,6 +67,8 @@ def _checked(weights: Any, num: int) -> Float64Array:
         raise ValueError(f"`weights` must be {num} numbers, one a member, found shape {found.shape}.")
     if not (np.isfinite(found) & (found >= 0)).all() or not found.any():
         raise ValueError(f"`weights` must be finite, at least 0, and not all 0, found {found.tolist()}.")
+    if found.max() <= 1 and abs(float(found.sum()) - 1) <= num * _EPSILON:
+        return found.copy()  # As `get` has returned them: they stay the same to the last bit.
     found = found / found.max()  # The sum of large ones might overflow.
     return found / found.sum()
 

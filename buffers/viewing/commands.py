@@ -35,9 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     inspect = commands.add_parser(
         "inspect",
-        help="print what a directory of episodes holds",
-        description="Print what a directory of episodes (see IndividualFileDataset) holds. Nothing in it is changed, "
-        "and another process may write to it meanwhile.",
+        help="print what a directory of episodes, or of saves, holds",
+        description="Print what a directory of episodes (see IndividualFileDataset), or of saves, holds. Nothing in it "
+        "is changed, and another process may write to it meanwhile.",
     )
     inspect.add_argument("directory", metavar="DIRECTORY")
     inspect.add_argument(

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from buffers.dataset.files.directory import DAMAGED, EpisodeDirectory
+from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.files.individual_file import IndividualFileDataset
-from buffers.dataset.files.lock import LOCK, NO_SURPRISES
 from buffers.dataset.files.opening import Verify
 from buffers.dataset.printing import fields_table
+from buffers.disk import DAMAGED, NO_SURPRISES
+from buffers.disk.lock import LOCK
+from buffers.saving import is_save_directory
 from buffers.utils import aligned, format_bytes
+from buffers.viewing.saves import describe_saves
 from buffers.viewing.tracks import to_numpy
 
 __all__ = ["InspectionError", "inspect_directory"]
@@ -47,6 +50,14 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
     Raises:
         InspectionError: There is no such directory or episode, or the picture cannot be written.
     """
+    if is_save_directory(path):
+        if episode_id is not None or output is not None:
+            raise InspectionError("A save has no episode to print or draw before it is loaded.")
+        lines, num_damaged = describe_saves(path, verify == "full")
+        _print(lines)
+        if verify == "full" and num_damaged:
+            raise InspectionError(f"{num_damaged:,} saves cannot be loaded.")
+        return
     if output is not None:
         _check_output(path, output)
     with _open(path, verify) as dataset:

@@ -16,7 +16,7 @@ import contextlib
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -84,6 +84,29 @@ class Extension:
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies of the dataset are not extended: this becomes None.
         return type(None), ()
+
+    def describe(self, stores: Sequence[object]) -> dict[str, Any]:
+        """What `EpisodeDataset.extend` needs, as JSON can hold it; see `EpisodeSource.describe`."""
+        arguments = [self._batch_size, self._loader.num_workers, self._every]
+        return {"other": self.other.describe(stores), "arguments": arguments}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes to bring the same episodes."""
+        ids = np.array(list(self._ids_here.items()), np.int64).reshape(-1, 2)
+        return {
+            "loader": self._loader.state_dict(),
+            "random": self._rng.bit_generator.state,
+            "num_additions": self._num_additions,
+            "ids_here": ids,
+            "waiting": [drawn._asdict() for drawn in self._waiting],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another extension of the same two datasets stood."""
+        self._loader.load_state_dict(state["loader"])
+        self._rng.bit_generator.state = state["random"]
+        self._num_additions, self._ids_here = state["num_additions"], dict(state["ids_here"].tolist())
+        self._drawn, self._waiting = None, deque(_Drawn(**drawn) for drawn in state["waiting"])
 
     def begin(self, dataset: EpisodeDataset) -> None:
         """Agree on the fields, and copy what is here to an empty `other`."""

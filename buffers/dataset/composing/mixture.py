@@ -14,7 +14,7 @@ A mixture may have mixtures as members. Windows are drawn from the leaves, the d
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from buffers.fields import Fields, TensorType
 from buffers.sampler import Sampler
 from buffers.sharing.weights import Float64Array, SharedWeights, shares
 from buffers.table import DrawContext, EpisodeTable, Int64Array, Selection, Windows, joined
+
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
 
 __all__ = ["MixtureDataset"]
 
@@ -155,6 +158,29 @@ class MixtureDataset(EpisodeSource):
     def leaves(self) -> list[EpisodeSource]:
         """The datasets that hold the episodes."""
         return self._leaves
+
+    @property
+    def stores(self) -> list[EpisodeDataset]:
+        """As `EpisodeSource.stores`, of all members."""
+        found = {id(store): store for leaf in self._leaves for store in leaf.stores}
+        return list(found.values())
+
+    def describe(self, stores: Sequence[object]) -> dict[str, Any]:
+        """As `EpisodeSource.describe`."""
+        members = [member.describe(stores) for member in self._members]
+        return {
+            "kind": type(self).__name__,
+            "members": members,
+            "weights": self.weights.tolist(),
+            "fields": self._choice,
+        }
+
+    def restore(self, described: Mapping[str, Any]) -> None:
+        """As `EpisodeSource.restore`: with the weights."""
+        for member, part in zip(self._members, described["members"], strict=True):
+            member.restore(part)
+        self.weights = described["weights"]
+        self.fields  # noqa: B018  (found now, for workers)
 
     @property
     def longest_window(self) -> int:

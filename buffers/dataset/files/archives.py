@@ -25,15 +25,14 @@ from buffers.conversion import as_array
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.serialization import (
     SCHEMA_KEY,
-    DamagedEpisodeError,
     EpisodeSerializationStrategy,
-    as_damage,
     bytes_of,
     check_fields,
     parse_schema,
     read_rows,
     schema_text,
 )
+from buffers.disk import DamagedEpisodeError, as_damage
 from buffers.fields import Fields, TensorType
 
 __all__ = ["NumpyCompressedSerialization", "TorchSerialization"]

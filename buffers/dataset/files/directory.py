@@ -14,27 +14,22 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Collection
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from buffers.dataset.files.lock import NO_SURPRISES, Descriptor, last_capacity, sign, take_lock
-from buffers.dataset.files.serialization import DamagedEpisodeError
+from buffers.disk import TEMPORARY, Descriptor, Directory, open_directory
+from buffers.disk.lock import NO_SURPRISES, last_capacity, sign, take_lock
 from buffers.table import EpisodeTable
 
-__all__ = ["Directory", "EpisodeDirectory", "FileName", "Listing", "with_advice"]
+__all__ = ["EpisodeDirectory", "FileName", "Listing"]
 
-TEMPORARY = ".tmp-"
-DAMAGED = "damaged"
 _DATA_SUFFIXES = ".npz", ".pt", ".safetensors", ".hdf5", ".h5"
 _LARGEST_NUMBER = 10**15
 # Numbers below 10**15. Each can be written in one way only.
@@ -82,118 +77,6 @@ class Listing(NamedTuple):
     all_names: set[str]
 
 
-class _File(io.FileIO):
-    """A file that is closed with its last reference, without a warning."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class Directory:
-    """A directory that is open: its files are reached by their names, wherever it is moved.
-
-    Args:
-        path: Where it was found.
-        descriptor: Of the open directory.
-        durable: Wait for the disk at each step of a commit.
-    """
-
-    def __init__(self, path: str, descriptor: Descriptor, durable: bool) -> None:
-        self.path = path
-        self._descriptor = descriptor
-        self._is_durable = durable
-
-    def folder(self, name: str, create: bool = False) -> Directory | None:
-        """A folder in it; None if there is none. A link is not followed: it could lead out of the directory."""
-        parent = self._descriptor.number
-        if create:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, dir_fd=parent)
-            if self._is_durable:
-                os.fsync(parent)
-        try:
-            found = Descriptor(os.open(name, os.O_RDONLY | os.O_DIRECTORY | NO_SURPRISES, dir_fd=parent))
-        except OSError as error:
-            if create or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise
-            return None
-        return Directory(os.path.join(self.path, name), found, self._is_durable)
-
-    def names(self) -> list[str]:
-        """The names of all files, in order."""
-        descriptor = Descriptor(os.open(".", os.O_RDONLY, dir_fd=self._descriptor.number))
-        return sorted(os.listdir(descriptor.number))
-
-    def commit(self, name: str, write: Callable[[io.BufferedWriter], None], replaces: bool = False) -> None:
-        """Let a whole file appear under its name. After an error, nothing is left of it.
-
-        If it `replaces` one of that name, an error leaves the old file or the new one, whole.
-        """
-        directory, present = self._descriptor.number, TEMPORARY + name
-        with contextlib.suppress(OSError):
-            os.unlink(present, dir_fd=directory)  # Left by an addition that was interrupted.
-        try:
-            with open(present, "xb", opener=partial(os.open, mode=0o666, dir_fd=directory)) as file:
-                write(file)
-                file.flush()
-                if self._is_durable:
-                    os.fsync(file.fileno())
-            os.rename(present, name, src_dir_fd=directory, dst_dir_fd=directory)
-            present = name
-            if self._is_durable:
-                os.fsync(directory)
-        except Exception:
-            # After a failed fsync, nobody knows what is on the disk, and a second fsync may succeed without having
-            # written anything. So the file is removed.
-            with contextlib.suppress(OSError):
-                if not (replaces and present == name):
-                    os.unlink(present, dir_fd=directory)
-            raise
-
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            os.unlink(name, dir_fd=self._descriptor.number)
-
-    def set_aside(self, name: str) -> bool:
-        """Move a file into the folder of damaged files, without replacing another one; False if that fails."""
-        with contextlib.suppress(OSError):
-            folder = self.folder(DAMAGED, create=True)
-            assert folder is not None  # It was created.
-            taken = set(folder.names())
-            target = next(other for n in range(len(taken) + 1) if (other := f"{name}.{n}" if n else name) not in taken)
-            directories = {"src_dir_fd": self._descriptor.number, "dst_dir_fd": folder._descriptor.number}
-            os.rename(name, target, **directories)
-            return True
-        return False
-
-    def open(self, name: str) -> io.FileIO:
-        """Open a file for reading; DamagedEpisodeError if it is not a regular file."""
-        status = os.stat(name, dir_fd=self._descriptor.number, follow_symlinks=False)
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedEpisodeError("is no regular file")
-        return _File(
-            name, opener=lambda name, flags: os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
-        )
-
-    def read(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """`method(file, *arguments)` of a file.
-
-        One that looks damaged or gone is looked at again: a signal handler's exception can look like that.
-        """
-        try:
-            with self.open(name) as file:
-                return method(file, *arguments)
-        except (DamagedEpisodeError, FileNotFoundError) as error:
-            with self.open(name) as file:
-                method(file, *arguments)
-            raise error.__cause__ or error from None
-
-    def close(self) -> None:
-        """Close it. Files that are open stay so."""
-        self._descriptor.close()
-
-
 class EpisodeDirectory(Directory):
     """The files of a dataset, in any format.
 
@@ -207,7 +90,7 @@ class EpisodeDirectory(Directory):
 
     def __init__(self, path: str, suffix: str, writable: bool, durable: bool = True, lock: bool = True) -> None:
         path = os.path.abspath(path)
-        super().__init__(path, Descriptor(_open_directory(path, writable)), durable)
+        super().__init__(path, Descriptor(open_directory(path, writable)), durable)
         self.suffix = suffix
         self.newest: FileName | None = None  # Of the episode whose file was written last.
         self._markers: list[str] = []  # The names of `.next` files.
@@ -293,6 +176,12 @@ class EpisodeDirectory(Directory):
             self.remove(other)
         self._markers = [name]
 
+    def forget_numbers(self) -> None:
+        """Remove what `keep_numbers` has left: the numbers after those of the episodes are given again."""
+        for name in self._markers:
+            self.remove(name)
+        self._markers = []
+
     def keep_numbers_of(self, table: EpisodeTable) -> None:
         """`keep_numbers`, if the newest episode is gone."""
         if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
@@ -307,23 +196,3 @@ class EpisodeDirectory(Directory):
         if self._lock is not None:
             self._lock.close()
         super().close()
-
-
-def with_advice(error: OSError, path: str, what: str) -> OSError:
-    """The error of a write, of the same kind, with what it was for and what to do."""
-    advice = "Make room or permission, or lower the `capacity`, and try again"
-    return OSError(error.errno, f"{what}: {error.strerror or error}. {advice}", path)
-
-
-def _open_directory(path: str, writable: bool) -> int:
-    try:
-        if writable:
-            os.makedirs(path, exist_ok=True)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        if error.errno is None:
-            raise  # That of a signal handler.
-        # A file, or a link to nothing, exists.
-        number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
-        advice = "Choose another `directory`" if writable else "mode='a' makes a `directory` that is not there"
-        raise OSError(number, f"The directory cannot be opened ({error.strerror}). {advice}", path) from error

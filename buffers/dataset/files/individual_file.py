@@ -10,21 +10,17 @@ from typing import Any, final, get_args
 import numpy as np
 import torch
 
-from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.copies import opened_handle, pickled_handle
-from buffers.dataset.files.directory import EpisodeDirectory, FileName, with_advice
+from buffers.dataset.files.directory import EpisodeDirectory, FileName
 from buffers.dataset.files.late_files import LateFiles
 from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, check_capacity, report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import (
-    DamagedEpisodeError,
-    EpisodeSerializationStrategy,
-    as_saved,
-    check_strategy,
-)
+from buffers.dataset.files.saving import LinkedDataset
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, as_saved, check_strategy
 from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.disk import DamagedEpisodeError, with_advice
 from buffers.evictor import Evictor
 from buffers.fields import Fields
 from buffers.late import LateFields
@@ -36,7 +32,7 @@ __all__ = ["IndividualFileDataset"]
 
 
 @final
-class IndividualFileDataset(EpisodeDataset):
+class IndividualFileDataset(LinkedDataset):
     """Episodes on disk, one file each, in a directory that is its own index.
 
         >>> with IndividualFileDataset(capacity=10_000_000, directory="episodes") as dataset:
@@ -343,6 +339,7 @@ class IndividualFileDataset(EpisodeDataset):
 
         OSError, with which the dataset stays open, if values of late fields could not be written.
         """
+        self.wait_for_save()
         if self._late_files is not None and self._is_writer():
             self.sync()
         self._is_closed, self._late_files = True, None

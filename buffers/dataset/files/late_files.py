@@ -19,10 +19,9 @@ import torch
 
 from buffers.conversion import as_array
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.dataset.files.directory import TEMPORARY, Directory, with_advice
 from buffers.dataset.files.opening import report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import DamagedEpisodeError, UnknownVersionError
+from buffers.disk import TEMPORARY, DamagedEpisodeError, Directory, UnknownVersionError, with_advice
 from buffers.fields import Fields, Scalar, TensorType, as_tensor
 from buffers.late import LARGEST_PRIORITY, PRIORITY, ChangedBlocks, LateField, LateFieldInfo, LateFields, PriorityField
 from buffers.loading.include import INCLUDABLE

@@ -11,21 +11,18 @@ import numpy.typing as npt
 
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.files.directory import DAMAGED, Directory, EpisodeDirectory
+from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import (
-    DamagedEpisodeError,
-    EpisodeSerializationStrategy,
-    UnknownVersionError,
-)
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy
+from buffers.disk import DAMAGED, DamagedEpisodeError, Directory, UnknownVersionError
 from buffers.fields import Fields
 
-__all__ = ["Durability", "Inspection", "Mode", "Verify", "check_capacity", "report_damage"]
+__all__ = ["Durability", "FORMATS", "Inspection", "Mode", "Verify", "check_capacity", "report_damage"]
 
 Durability = Literal["fsync", "rename"]
 Mode = Literal["a", "r"]
 Verify = Literal["size", "header", "full"]
-_FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)}
+FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompressedSerialization, TorchSerialization)}
 
 
 def report_damage(
@@ -79,7 +76,7 @@ class Inspection:
         self, directory: EpisodeDirectory, seen: Collection[str], strategy: EpisodeSerializationStrategy | None
     ) -> None:
         listing = directory.list(seen)
-        known = [suffix for suffix in _FORMATS if suffix in listing.other_suffixes]
+        known = [suffix for suffix in FORMATS if suffix in listing.other_suffixes]
         if strategy is None and known and not listing.names:
             directory.suffix = known.pop(0)
             listing = directory.list(seen)
@@ -90,7 +87,7 @@ class Inspection:
                 "`directory`."
             )
         self.listing = listing
-        self.strategy = _FORMATS[directory.suffix]() if strategy is None else strategy
+        self.strategy = FORMATS[directory.suffix]() if strategy is None else strategy
         self._directory = directory
         self._errors: dict[str, Exception] = {}
 

@@ -14,17 +14,15 @@ import torch
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.serialization import (
     SCHEMA_KEY,
-    DamagedEpisodeError,
     EpisodeSerializationStrategy,
-    as_damage,
     bytes_of,
     check_fields,
-    parse_json,
     parse_schema,
     read_rows,
     schema_text,
 )
-from buffers.fields import Fields, TensorType
+from buffers.disk import DamagedEpisodeError, as_damage, parse_json, safetensors_type
+from buffers.fields import Fields
 
 __all__ = ["SafetensorsSerialization"]
 
@@ -154,20 +152,10 @@ def _parse_header(header: bytes) -> _Header:
         raise DamagedEpisodeError("holds a tensor without rows")
     offsets, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = _stored_type(fields[name])
+        dtype, shape = safetensors_type(fields[name])
         begin, end = end, end + length * fields[name].nbytes
         expected = {"dtype": dtype, "shape": [length, *shape], "data_offsets": [begin, end]}
         if entry != expected:
             raise DamagedEpisodeError(f"has the tensor `{name}` as {entry!r:.200}, expected {expected}")
         offsets[name] = 8 + len(header) + begin
     return _Header(fields, length, offsets, schema.get("checksum"), schema["info"])
-
-
-def _stored_type(tensor_type: TensorType) -> tuple[str, tuple[int, ...]]:
-    """The dtype, by safetensors' name for it, and the shape in the file."""
-    if tensor_type.dtype.is_complex:
-        return ("F32" if tensor_type.dtype == torch.complex64 else "F64"), (*tensor_type.shape, 2)
-    if tensor_type.dtype == torch.bfloat16:
-        return "BF16", tensor_type.shape
-    dtype = tensor_type.numpy_dtype
-    return "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}", tensor_type.shape

@@ -5,18 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import json
-import math
 import re
-import struct
-import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +18,8 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
-from buffers import fields as field_types
-from buffers.conversion import TO_NUMPY
 from buffers.dataset.episode_info import EpisodeInfo, checked_info, info_text
+from buffers.disk import DamagedEpisodeError, UnknownVersionError, as_damage, described_fields, parse_fields, parse_json
 from buffers.fields import Fields, TensorType, as_tensor
 
 __all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError"]
@@ -34,25 +27,8 @@ __all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersio
 FORMAT_VERSION = 1
 # The key of the schema in a file.
 SCHEMA_KEY = "buffers"
-# What parsers raise for damaged bytes.
-_PARSER_ERRORS = (
-    *(ValueError, LookupError, TypeError, AttributeError, EOFError, NotImplementedError, OSError),
-    *(struct.error, zlib.error, zipfile.BadZipFile),
-)
-_OUT_OF_MEMORY = "Error -4"  # The beginning of zlib's message.
-# Levels of fields; the JSON of a file never nests as deeply.
-_MAX_DEPTH = 100
 # zipfile copies what it reads under the GIL, so a larger piece would stop other threads for longer.
 _PIECE = 2**18
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TO_NUMPY}
-
-
-class DamagedEpisodeError(ValueError):
-    """A file is not the whole episode that its name promises."""
-
-
-class UnknownVersionError(DamagedEpisodeError):
-    """The version of a file's format is not one that this version of the library reads."""
 
 
 class EpisodeSerializationStrategy(ABC):
@@ -155,45 +131,11 @@ class EpisodeSerializationStrategy(ABC):
         return None
 
 
-@contextlib.contextmanager
-def as_damage() -> Iterator[None]:
-    """Turn what parsers raise for damaged bytes into a DamagedEpisodeError. Only for code that parses."""
-    try:
-        yield
-    except DamagedEpisodeError:
-        raise
-    except _PARSER_ERRORS as error:
-        if isinstance(error, zlib.error) and str(error).startswith(_OUT_OF_MEMORY):
-            raise MemoryError(str(error)) from error
-        # zipfile reports a failed read as a bad archive. Seeking to a negative offset (EINVAL) is damage.
-        cause = error.__context__ if isinstance(error, zipfile.BadZipFile) else error
-        if isinstance(cause, OSError) and cause.errno != errno.EINVAL:
-            raise cause from None
-        raise DamagedEpisodeError(f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
-
-
-def parse_json(data: str | bytes) -> Any:
-    """Parse JSON. Text that nests too deeply is damage, unless it is the caller's stack that is too deep."""
-    text = data if isinstance(data, str) else data.decode()
-    try:
-        return json.loads(text)
-    except RecursionError:
-        if max(accumulate((char in "[{") - (char in "]}") for char in text)) <= _MAX_DEPTH:
-            raise
-        raise DamagedEpisodeError("nests too deeply") from None
-
-
 def schema_text(fields: Fields, info: EpisodeInfo | None = None, **more: Any) -> str:
     """The version, the fields and an info as JSON in ASCII; equal ones give equal texts."""
-    if max(map(len, fields.paths)) > _MAX_DEPTH:
-        raise ValueError(f"Files hold fields of at most {_MAX_DEPTH} levels.")
-    described = [
-        {"path": path, "type": _type_name(kind), "dtype": str(kind.dtype).removeprefix("torch."), "shape": kind.shape}
-        for path, kind in zip(fields.paths, fields.values(), strict=True)
-    ]
     if info:
         more |= {"info": info, "info_checksum": _checksum(info)}
-    return json.dumps({"version": FORMAT_VERSION, **more, "fields": described}, separators=(",", ":"))
+    return json.dumps({"version": FORMAT_VERSION, **more, "fields": described_fields(fields)}, separators=(",", ":"))
 
 
 def _checksum(info: EpisodeInfo) -> str:
@@ -213,36 +155,11 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
             raise UnknownVersionError(
                 f"is of version {version!r:.20} of the format; this library knows {FORMAT_VERSION}"
             )
-        tree: dict[str, Any] = {}
-        for described in schema["fields"]:
-            *parents, last = described["path"]
-            if len(parents) >= _MAX_DEPTH:
-                raise DamagedEpisodeError("nests fields too deeply")
-            node = tree
-            for key in parents:
-                node = node.setdefault(key, {})
-            if last in node:
-                raise DamagedEpisodeError(f"names the field {last!r:.60} twice")
-            node[last] = _parse_type(described)
+        fields = parse_fields(schema["fields"])
         schema["info"] = info = checked_info(schema.get("info", {}))
         if info and schema["info_checksum"] != _checksum(info):
             raise DamagedEpisodeError(f"has an info that is not the one it was written with: {info!r:.200}")
-        return Fields(tree), schema
-
-
-def _parse_type(described: Mapping[str, Any]) -> TensorType:
-    name, shape = described["type"], described["shape"]
-    kind = getattr(field_types, name) if name in field_types.__all__ else None
-    if not (isinstance(kind, type) and issubclass(kind, TensorType)):
-        raise DamagedEpisodeError(f"has a field of the unknown type {name!r:.60}")
-    if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or math.prod(shape) >= 2**48:
-        raise DamagedEpisodeError(f"has a field of shape {shape!r:.60}")
-    return kind(tuple(shape), _DTYPES[described["dtype"]])
-
-
-def _type_name(tensor_type: TensorType) -> str:
-    """The nearest class that the library defines: a user's own type is stored as its base."""
-    return next(kind.__name__ for kind in type(tensor_type).__mro__ if kind.__name__ in field_types.__all__)
+        return fields, schema
 
 
 def as_saved(episode: Mapping[str, np.ndarray], fields: Fields, length: int) -> dict[str, torch.Tensor]:

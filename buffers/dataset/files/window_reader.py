@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from buffers.dataset.files.directory import EpisodeDirectory, FileName
-from buffers.dataset.files.serialization import DamagedEpisodeError, EpisodeSerializationStrategy, bytes_of
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, bytes_of
+from buffers.disk import DamagedEpisodeError
 from buffers.fields import Fields
 from buffers.table import Windows
 from buffers.utils import ThreadLock

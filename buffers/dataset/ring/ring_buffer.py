@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -15,11 +15,12 @@ from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.saved_store import Arrays
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.sharing.column import Column, gather_windows
-from buffers.table import EpisodeTable, TableRow, Windows
+from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
 from buffers.utils import Process, format_bytes, usable_device
 
 __all__ = ["RingBufferDataset"]
@@ -151,6 +152,47 @@ class RingBufferDataset(EpisodeDataset):
     def lacks_room(self, start: int, length: int) -> bool:
         """Whether the oldest episode lies where `length` rows from step id `start` on will be written."""
         return self.table.oldest_start < start + length - self.capacity and len(self.table) > 0
+
+    # Saves.
+
+    @property
+    def is_mapped(self) -> bool:  # type: ignore[override]
+        """Whether the rows are in memory of the CPU."""
+        return self.device.type == "cpu"
+
+    def memory_of(self, start: int, num_rows: int) -> Arrays | None:
+        """As `SavedStore.memory_of`."""
+        offset = start % self.capacity
+        found = {name: column.memory(offset, num_rows) for name, column in self._columns.items()}
+        return {name: rows for name, rows in found.items() if rows is not None} or None
+
+    def place_for(self, start: int, num_rows: int) -> Arrays | None:
+        """As `SavedStore.place_for`, with the same step ids."""
+        fits = start % self.capacity + num_rows <= self.capacity and start >= self.table.next_start
+        return self.memory_of(start, num_rows) if fits and not self.lacks_room(start, num_rows) else None
+
+    def adopt(self, episodes: Int64Array, infos: Mapping[int, EpisodeInfo]) -> None:
+        """As `SavedStore.adopt`."""
+        start, end = int(episodes[0, 0]), int(episodes[-1, :2].sum())
+        for row in map(tuple, episodes.tolist()):
+            for sampler in self._listeners or ():
+                sampler.episode_added(row, dict(infos.get(row[2], {})))
+        if self.late.by_name:
+            self.late.fill(start, end - start)
+        self._infos.update(infos)
+        self.table.extend(episodes)
+        for row in episodes.tolist():
+            self._publish(row)
+
+    def describe_store(self) -> dict[str, Any]:
+        """As `SavedStore.describe_store`."""
+        own = {"device": str(self.device), "half_precision": self.half_precision}
+        return {**super().describe_store(), **own}
+
+    @classmethod
+    def made_as(cls, told: Mapping[str, Any], info: EpisodeDatasetInfo) -> RingBufferDataset:
+        """As `SavedStore.made_as`."""
+        return cls(told["capacity"], info, None, told["device"], told["half_precision"])
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         for name, rows in episode.items():

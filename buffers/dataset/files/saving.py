@@ -1,0 +1,160 @@
+"""How a dataset of files is saved, and how it comes back: by links to its files, which never change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from buffers.conversion import as_array
+from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.dataset.episode_info import EpisodeInfo
+from buffers.dataset.files.directory import EpisodeDirectory, FileName
+from buffers.dataset.files.opening import FORMATS
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy
+from buffers.dataset.files.window_reader import WindowReader
+from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.disk import Directory
+from buffers.fields import Fields
+from buffers.saving import Pieces, Snapshot, folder_name
+from buffers.sharing import PublishedTable, SharedArrays
+from buffers.table import EpisodeTable, Int64Array
+
+__all__ = ["LinkedDataset"]
+
+
+class LinkedDataset(EpisodeDataset):
+    """What saves need of a dataset of files."""
+
+    has_files = True
+    serialization_strategy: EpisodeSerializationStrategy
+    durability: str
+    mode: str
+    _directory: EpisodeDirectory
+    _reader: WindowReader
+    _log: PublishedTable | None
+    _is_bound: bool
+
+    @property
+    def is_reader(self) -> bool:
+        """As `EpisodeDataset.is_reader`: with mode="r"."""
+        return self.mode == "r"
+
+    def describe_store(self) -> dict[str, Any]:
+        """As `EpisodeDataset.describe_store`."""
+        own = {"directory": self._directory.path, "suffix": self._directory.suffix, "durability": self.durability}
+        return {**super().describe_store(), **own, "mode": self.mode}
+
+    @classmethod
+    def made_as(cls, told: Mapping[str, Any], info: EpisodeDatasetInfo) -> EpisodeDataset:
+        """As `EpisodeDataset.made_as`, in the directory where it was."""
+        strategy = _strategy(told["suffix"])
+        options = {name: told[name] for name in ("directory", "durability", "mode")}
+        return cls(told["capacity"], info, serialization_strategy=strategy, **options)  # type: ignore[call-arg]
+
+    def begin_links(self, snapshot: Snapshot, store: int, rows: Int64Array) -> Pieces:
+        """Link the files of the episodes `(n, 4)` into a folder of a save."""
+        folders: list[Directory] = []
+
+        def write(number: int) -> None:
+            start, length, episode_id, cut = rows[number].tolist()
+            name = str(self._directory.name_of(start, length, episode_id, cut))
+            if not folders:
+                folder = snapshot.directory.folder(folder_name(snapshot.number, store), create=True)
+                assert folder is not None  # It was created.
+                folders.append(folder)
+            try:
+                self._directory.link(name, folders[0])
+            except FileExistsError:
+                return  # Ctrl-C has cut off a call.
+            except FileNotFoundError:
+                raise RuntimeError(f"The file {name} of episode {episode_id} is gone, so it cannot be saved.") from None
+            if self.durability != "fsync":
+                folders[0].sync_file(name)
+
+        def finish() -> None:
+            for folder in folders:
+                folder.sync()
+
+        snapshot.at_written.append(finish)
+        return snapshot.pieces(np.stack([rows[:, 0], rows[:, 0] + rows[:, 1]], 1), write)
+
+    def takes_links(self, suffix: str) -> bool:
+        """Whether its episodes are in the same format."""
+        return self._directory.suffix == suffix
+
+    def take_links(self, folders: Mapping[int, Directory], rows: Int64Array, number: int) -> None:
+        """Let the directory hold the episodes `(n, 4)`, whose files are in folders by their ids, and no others.
+
+        Files of other episodes are set aside, in a folder of their own: they may be all that is left of a later run.
+        """
+        self.check_writable()
+        directory, names = self._directory, [str(self._directory.name_of(*row)) for row in self.table.rows.tolist()]
+        wanted = {str(directory.name_of(start, n, e, cut)): folders[e] for start, n, e, cut in rows.tolist()}
+        others = {name for name in names if name not in wanted or not directory.is_same(name, wanted[name])}
+        aside = f"after-save-{number:010d}"
+        for name in sorted(others):
+            if not directory.set_aside(name, aside):
+                raise OSError(f"{name} could not be moved to the folder {aside} of {directory.path}.")
+        if others:
+            warnings.warn(
+                f"{len(others)} episodes in {directory.path} are not those of save {number}, from which it is loaded: "
+                f"they were moved to its folder `{aside}`. Nothing was deleted.",
+                stacklevel=2,
+            )
+        for name in sorted(wanted.keys() - ({*names} - others)):
+            wanted[name].link(name, directory)
+        directory.sync()
+        self._replace(rows)
+
+    def _replace(self, rows: Int64Array) -> None:
+        """Take the episodes `(n, 4)`, which are in the directory, for those that live."""
+        self.table.show(EpisodeTable())  # Later episodes may get numbers that were given before.
+        self.table.replace(rows)
+        self._reader.close()
+        self._reader = WindowReader(self._directory)
+        self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * self.capacity + 2)))
+        self._log.add_all(self.table)
+        self._is_bound = self._is_bound or len(rows) > 0
+        self.late.refill(self.table)
+        for row in rows.tolist():
+            self._tell(tuple(row))
+
+    def restored(self, next_id: int, next_start: int, counts: Any) -> None:
+        """As `EpisodeDataset.restored`."""
+        super().restored(next_id, next_start, counts)
+        self._directory.forget_numbers()
+        self._directory.keep_numbers_of(self.table)
+
+    @staticmethod
+    def linked(folders: Mapping[int, Directory], suffix: str) -> tuple[Int64Array, Int64Array]:
+        """The episodes in folders of saves, `(n, 4)` as in a table, and the number of the save that has each."""
+        found = []
+        for number, folder in folders.items():
+            for name in map(FileName.parse, folder.names()):
+                if name is not None and name.suffix == suffix:
+                    found.append((name.start, name.length, name.id, name.cut, number))
+        rows = np.array(sorted(found, key=lambda row: row[2]), np.int64).reshape(-1, 5)
+        return rows[:, :4], rows[:, 4]
+
+    @staticmethod
+    def read_link(
+        folder: Directory, row: list[int], suffix: str, fields: Fields
+    ) -> tuple[dict[str, np.ndarray], EpisodeInfo]:
+        """An episode of such a folder, and its info."""
+        strategy = _strategy(suffix)
+        start, length, episode_id, cut = row
+        name = str(FileName(episode_id, start, length, cut, suffix))
+        rows = folder.read(name, strategy.load, fields, length)
+        return {n: as_array(n, rows[n]) for n in fields}, folder.read(name, strategy.load_info)
+
+
+def _strategy(suffix: str) -> EpisodeSerializationStrategy:
+    if suffix not in FORMATS:
+        raise ValueError(
+            f"The save has episodes in the format `{suffix}`, which only its own strategy can read: pass an "
+            "IndividualFileDataset with that strategy."
+        )
+    return FORMATS[suffix]()

@@ -1,0 +1,195 @@
+"""What a save keeps of a source: the rows of its stores, and the small state of all of it.
+
+A store is a dataset that holds episodes. A mixture has those of its members; an extended dataset has its own, and those
+behind it. Each is saved once, and known by its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from buffers.conversion import as_array
+from buffers.disk import described_fields
+from buffers.fields import Fields, TensorType, Vector
+from buffers.saving import NOWHERE, Pieces, Snapshot, cut_into_pieces, numbers_of, places_of, runs_of
+from buffers.table import EpisodeTable, Int64Array
+from buffers.utils import ThreadLock
+
+if TYPE_CHECKING:
+    from buffers.dataset.episode_dataset import EpisodeDataset
+    from buffers.dataset.saved_source import SavedSource
+
+__all__ = ["SavedBeside", "Unsaved", "begin_source"]
+
+_BYTE = TensorType((), torch.uint8)
+_EPISODE = Vector((4,), torch.int64)
+
+
+class Unsaved(NamedTuple):
+    """What a save has still to write of a store: to be told before rows leave or late values change."""
+
+    rows: Pieces
+    late: Pieces
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # Only the process that saves writes.
+
+    def leaving(self, start: int, length: int) -> None:
+        """Write now what there is to write of the rows from step id `start` on."""
+        self.rows.keep(start, start + length)
+        self.late.keep(start, start + length)
+
+
+class _Store(NamedTuple):
+    """A store at the moment of the call."""
+
+    number: int
+    dataset: EpisodeDataset
+    table: EpisodeTable
+    saved_in: Int64Array  # (E,), the number of the save that has each episode.
+
+
+class SavedBeside(Protocol):
+    """What belongs to the same moment as a source."""
+
+    @property
+    def lock(self) -> ThreadLock:
+        """Held while it puts itself into a snapshot, and while the source does: taken before the locks of that."""
+
+    def begin_save(self, snapshot: Snapshot) -> None:
+        """Put itself into a snapshot."""
+
+
+def begin_source(source: SavedSource, snapshot: Snapshot, others: Sequence[SavedBeside]) -> None:
+    """Put a source, and others, into a snapshot."""
+    with contextlib.ExitStack() as stack:
+        for other in others:
+            stack.enter_context(other.lock)
+        datasets = source.stores
+        for dataset in datasets:
+            stack.enter_context(dataset.lock)
+            if dataset.unsaved is not None:
+                raise RuntimeError("Another save of the same dataset has begun in another thread.")
+        stores = [_shown(number, dataset, snapshot) for number, dataset in enumerate(datasets)]
+        packed = snapshot.files_to_pack(_live_bytes(stores))
+        snapshot.said["stores"] = [_begin_store(store, snapshot, packed) for store in stores]
+        snapshot.said["source"] = source.describe(datasets)
+        for other in others:
+            other.begin_save(snapshot)
+
+
+def _shown(number: int, dataset: EpisodeDataset, snapshot: Snapshot) -> _Store:
+    table = EpisodeTable()
+    if not dataset.is_reader:
+        table.show(dataset.table)
+    return _Store(number, dataset, table, numbers_of(snapshot.places(number), table.ids))
+
+
+def _live_bytes(stores: list[_Store]) -> dict[int, int]:
+    """Of rows that live, by the save whose file has them."""
+    found: dict[int, int] = {}
+    for store in stores:
+        fields = store.dataset.fields
+        if fields is None or store.dataset.has_files:
+            continue
+        for number in np.unique(store.saved_in[store.saved_in != NOWHERE]).tolist():
+            num_rows = int(store.table.lengths[store.saved_in == number].sum())
+            found[number] = found.get(number, 0) + num_rows * fields.nbytes
+    return found
+
+
+def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[str, Any]:
+    number, dataset, table, saved_in = store
+    is_new = saved_in == NOWHERE
+    if not dataset.has_files:
+        is_new |= np.isin(saved_in, [*packed])
+    rows = table.rows[is_new]
+    places = places_of(table.ids, np.where(is_new, snapshot.number, saved_in))
+    fields = dataset.fields
+    if not dataset.is_reader:
+        kept = dataset.begin_links(snapshot, number, rows) if dataset.has_files else _begin_rows(store, snapshot, rows)
+        late = _begin_late(store, snapshot)
+        snapshot.at_end.append(dataset.end_save)
+        dataset.begin_save(Unsaved(kept, late))
+        if state := dataset.evictor.state_dict():
+            snapshot.state(f"evictor{number}", state)
+        if dataset.extension is not None:
+            snapshot.state(f"extension{number}", dataset.extension.state_dict())
+    if not dataset.has_files:
+        snapshot.needs |= {n for _, _, n in places if n != snapshot.number}
+        infos = {episode_id: info for episode_id in rows[:, 2].tolist() if (info := dataset.known_info(episode_id))}
+        text = json.dumps(infos, separators=(",", ":")).encode() if infos else b""
+        snapshot.array(f"{number}/infos", _BYTE, np.frombuffer(text, np.uint8))
+        snapshot.array(f"{number}/episodes", _EPISODE, rows.copy())
+    return {
+        **dataset.describe_store(),
+        "fields": None if fields is None else described_fields(fields),
+        "next": [table.next_id, table.next_start],
+        "counts": [dataset.num_lost, dataset.num_dismissed],
+        "num_steps": table.num_steps,
+        "num_episodes": len(table),
+        "live": runs_of(table.ids).tolist(),
+        "places": places,
+        "is_linked": dataset.has_files,
+        "is_reader": dataset.is_reader,
+    }
+
+
+def _begin_rows(store: _Store, snapshot: Snapshot, rows: Int64Array) -> Pieces:
+    dataset: EpisodeDataset = store.dataset
+    fields: Mapping[str, TensorType] = dataset.fields or {}
+    kinds = {name: dataset.stored_type(kind) if dataset.is_mapped else kind for name, kind in fields.items()}
+    row_bytes, lap = sum(kind.nbytes for kind in kinds.values()), dataset.capacity if dataset.is_mapped else None
+    at = cut_into_pieces(rows[:, 0], rows[:, 1], rows[:, 2], row_bytes, lap)
+    bounds = np.stack([rows[at[:-1], 0], rows[at[1:] - 1, 0] + rows[at[1:] - 1, 1]], 1)[: len(at) - 1]
+    # Without gaps in the step ids, these are as many as rows.
+    num_rows = bounds[:, 1] - bounds[:, 0]
+
+    def read(number: int) -> dict[str, np.ndarray]:
+        memory = dataset.memory_of(int(bounds[number, 0]), int(num_rows[number]))
+        return _read_episodes(dataset, rows[at[number] : at[number + 1], 2]) if memory is None else memory
+
+    # Where reading takes the lock of the dataset, which those who evict hold, it must be the first of the two.
+    lock = None if dataset.reads_beside_writers else dataset.lock
+    return snapshot.rows(f"{store.number}/rows", kinds, bounds, num_rows, read, lock)
+
+
+def _read_episodes(dataset: EpisodeDataset, ids: Int64Array) -> dict[str, np.ndarray]:
+    episodes = []
+    for episode_id in ids.tolist():
+        episode = dataset.arrays_of_id(episode_id)
+        if episode is None:
+            raise RuntimeError(f"Episode {episode_id} was gone before it could be saved. Save again.")
+        episodes.append(episode)
+    names = dataset.fields or ()
+    return {name: np.concatenate([episode[name] for episode in episodes]) for name in names}
+
+
+def _begin_late(store: _Store, snapshot: Snapshot) -> Pieces:
+    """All values of late fields."""
+    dataset, (starts, lengths, ids, _) = store.dataset, store.table.rows.T
+    fields = dict(dataset.late.by_name)
+    kinds = {name: field.kind for name, field in fields.items()}
+    at = cut_into_pieces(starts, lengths, ids, sum(kind.nbytes for kind in kinds.values()))
+    firsts, lasts = at[:-1], at[1:] - 1
+    bounds = np.zeros((0, 2), np.int64)
+    if len(starts):
+        bounds = np.stack([starts[firsts], starts[lasts] + lengths[lasts]], 1)
+
+    def read(number: int) -> dict[str, np.ndarray]:
+        steps = np.arange(*bounds[number].tolist())
+        return {name: as_array(name, field.rows(steps)) for name, field in fields.items()}
+
+    infos = [dataset.late.info_of(name) for name in fields]
+    told = [
+        {**info._asdict(), "kind": described_fields(Fields({info.name: info.kind})), "default": info.default}
+        for info in infos
+    ]
+    snapshot.state(f"late{store.number}", told)
+    return snapshot.rows(f"{store.number}/late", kinds, bounds, bounds[:, 1] - bounds[:, 0], read)

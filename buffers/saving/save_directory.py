@@ -1,0 +1,187 @@
+"""SaveDirectory: the saves of one run.
+
+    save-0000000007.safetensors     save 7: what was new since save 6, the small state, and which other files it needs
+    save-0000000006.safetensors     save 6, or what save 7 needs of it
+    save-0000000007-1.episodes/     links to the files of the episodes that were new in store 1, a dataset of files
+    .tmp-save-0000000008...         is being written
+    .lock                           names the process that saves
+
+A save is there once its file has got its name, which comes last: all that it needs is on the disk by then. Only after
+that, what no save needs any more is removed. Killed, or out of space, anywhere before: the save before stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
+
+from buffers.disk import TEMPORARY, Descriptor, Directory, open_directory, with_advice
+from buffers.disk.lock import take_lock
+from buffers.saving.packed_file import DamagedSaveError
+from buffers.saving.places import Places, ids_in
+from buffers.saving.saved import Save, file_name, save_numbers
+from buffers.saving.snapshot import Snapshot
+from buffers.utils import ThreadLock, integer, progress_bar
+
+__all__ = ["SaveDirectory"]
+
+_FOLDER = re.compile(r"save-([0-9]{10})-[0-9]+\.episodes")
+
+
+class SaveDirectory:
+    """Where a run saves, and what it has saved there.
+
+    Args:
+        path: Of the directory, which the first save makes.
+        save: The save of this directory from which the run goes on.
+        is_same: Whether what was loaded from it is the same by now. If not, all is saved anew.
+    """
+
+    def __init__(self, path: str, save: Save | None = None, is_same: bool = True) -> None:
+        self.path = path
+        self._run = secrets.token_hex(8) if save is None else save.run
+        # Of the last save: where the episodes of each store are, and all files that it needs, with what they say.
+        self._places: list[Places] = [] if save is None else save.places
+        self._stamps: dict[int, str] = {} if save is None else save.stamps
+        self._folders: set[str] = set() if save is None else set(save.folders)
+        # The newest save that is known to be of this run, or was passed over.
+        self._newest = -1 if save is None else save.newest
+        if not is_same:
+            self._places, self._stamps, self._folders = [], {}, set()
+        self._lock = ThreadLock()
+        self._last: Future[str] | None = None
+
+    def save(self, begin: Callable[[Snapshot], None], keep: int, block: bool, progress: bool) -> Future[str]:
+        """Save what `begin` puts into a snapshot; the path of the file, once it is there."""
+        keep = integer("keep", keep, 1)
+        with self._lock:
+            self.wait()
+            future: Future[str] = Future()
+            with contextlib.ExitStack() as stack:
+                try:
+                    snapshot = self._begin(stack, begin, keep, progress)
+                except OSError as error:
+                    raise self._explained(error) from error
+                self._last, left = future, stack.pop_all()
+            if block:
+                self._finish(left, snapshot, future)
+                future.result()
+            else:
+                threading.Thread(target=self._finish, args=(left, snapshot, future, True), name="buffers-save").start()
+            return future
+
+    def wait(self) -> None:
+        """Wait until the last save is written, or has failed."""
+        if self._last is not None:
+            self._last.exception()
+
+    def _begin(
+        self, stack: contextlib.ExitStack, begin: Callable[[Snapshot], None], keep: int, progress: bool
+    ) -> Snapshot:
+        """Do all that belongs to the moment of the call."""
+        descriptor = stack.enter_context(contextlib.closing(Descriptor(open_directory(self.path, True))))
+        directory = Directory(self.path, descriptor, durable=True)
+        stack.enter_context(contextlib.closing(take_lock(self.path, descriptor.number)))
+        names = directory.names()
+        self._check(names)
+        for name in names:
+            if name.startswith(f"{TEMPORARY}save-"):
+                directory.remove(name)
+        taken = [-1, *save_numbers(names), *(int(match[1]) for match in map(_FOLDER.fullmatch, names) if match)]
+        sizes = {number: directory.status(file_name(number)).st_size for number in self._stamps}
+        snapshot = Snapshot(max(taken) + 1, directory, self._places, sizes)
+
+        def settle(error: object, *_: object) -> None:
+            if error is None:
+                self._settle(snapshot, keep)
+
+        stack.callback(snapshot.end)
+        stack.push(settle)
+        file = stack.enter_context(directory.new_file(file_name(snapshot.number)))
+        snapshot.said |= {"run": self._run, "number": snapshot.number, "stamp": secrets.token_hex(8)}
+        begin(snapshot)
+        snapshot.said["files"] = {str(number): self._stamps[number] for number in snapshot.needs}
+        snapshot.prepare(file)
+        snapshot.on_progress = stack.enter_context(progress_bar(progress, snapshot.num_bytes, "saving")).update
+        return snapshot
+
+    def _check(self, names: list[str]) -> None:
+        """RuntimeError if another run saves here. Where files are gone, everything is saved anew."""
+        numbers = save_numbers(names)
+        if numbers and numbers[-1] > self._newest:
+            raise RuntimeError(
+                f"{self.path} holds saves of another run, the newest has the number {numbers[-1]}. Load it, to go on "
+                "with that run, or choose another directory."
+            )
+        if not ({*self._stamps} <= {*numbers} and self._folders <= {*names}):
+            self._places, self._stamps, self._folders = [], {}, set()
+
+    def _finish(
+        self, stack: contextlib.ExitStack, snapshot: Snapshot, future: Future[str], warns: bool = False
+    ) -> None:
+        """Write what is left, and let the file appear."""
+        try:
+            with stack:
+                snapshot.write()
+        except BaseException as error:
+            found = self._explained(error) if isinstance(error, OSError) else error
+            future.set_exception(found)
+            if not isinstance(error, Exception):
+                raise
+            if warns:
+                warnings.warn(f"A save failed: {found}", stacklevel=2)
+        else:
+            future.set_result(f"{self.path}/{file_name(snapshot.number)}")
+
+    def _explained(self, error: OSError) -> OSError:
+        return with_advice(error, self.path, "A save could not be written, those before it are kept")
+
+    def _settle(self, snapshot: Snapshot, keep: int) -> None:
+        """Take note of a save that is there, and remove what none of the `keep` newest needs."""
+        save = Save(snapshot.directory, snapshot.number, snapshot.number)
+        self._places, self._stamps, self._folders = save.places, save.stamps, {*save.folders}
+        self._newest = snapshot.number
+        names = snapshot.directory.names()
+        kept = [save]
+        for number in save_numbers(names)[-keep:-1]:
+            # What cannot be read needs nothing.
+            with contextlib.suppress(DamagedSaveError):
+                kept.append(Save(snapshot.directory, number, snapshot.number))
+        with contextlib.suppress(OSError):
+            _clean(snapshot.directory, names, kept)
+
+
+def _clean(directory: Directory, names: list[str], kept: list[Save]) -> None:
+    needed = {file_name(number) for save in kept for number in save.stamps}
+    # By folder of links, its store and the runs of ids that live in one of the saves.
+    folders: dict[str, list[np.ndarray]] = {}
+    for save in kept:
+        for folder, store in save.folders.items():
+            folders.setdefault(folder, []).append(save.live(store))
+    for name in names:
+        if save_numbers([name]) and name not in needed:
+            directory.remove(name)
+        elif _FOLDER.fullmatch(name) and name not in folders:
+            directory.remove_folder(name)
+    for name, runs in folders.items():
+        links = directory.folder(name)
+        if links is not None:
+            _unlink_dead(links, runs)
+            links.close()
+
+
+def _unlink_dead(folder: Directory, runs: list[np.ndarray]) -> None:
+    names = folder.names()
+    ids = np.array([int(name.partition("-")[0]) for name in names], np.int64)
+    is_live = np.zeros(len(ids), np.bool_)
+    for live in runs:
+        is_live |= ids_in(live, ids)
+    for number in (~is_live).nonzero()[0].tolist():
+        folder.remove(names[number])
