@@ -14,10 +14,12 @@ from benchmarks.claims import claims
 from benchmarks.driver import BEFORE, Driver, say
 from benchmarks.peers import CONTESTANTS
 from benchmarks.picture import draw
+from benchmarks.saving import saving
 
 # Against the peers; distribution and claims are facts, not figures.
 AGAINST_PEERS = (
     *("sampling", "transitions", "adding", "growth", "training", "memory", "disk", "offsets", "priorities"),
+    "saving",
     *("distribution", "claims"),
 )
 # Ours in a process of its own, beside the build from before.
@@ -82,7 +84,7 @@ def _measure(parts: list[str], arguments: argparse.Namespace, rounds: int) -> No
             elif part == "claims":
                 results.record(found, part, claims(driver, found), driver)
             else:
-                rows = driver.run(part)
+                rows = saving(driver) if part == "saving" else driver.run(part)
                 results.save_raw(part, rows)
                 results.record(found, part, rows, driver)
             print(f"\n### {results.TITLES[part]}\n\n{results.section(found, part)}", flush=True)

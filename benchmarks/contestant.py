@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,9 @@ class Contestant(ABC):
         folder: Where files may be written.
         tasks: What it does of "priorities".
         priority_rule: Of `verification.PRIORITY_RULES`, by which it draws.
+        syncs: Whether what `save` has written is on the disk when it returns; if not, "saving" sees to that.
+        saves_in_place: Whether its rows live in the files of its save, below `folder`, so that it never saves all.
+        saves_in_background: Whether it has `save_in_background`.
     """
 
     draws_sequences = True
@@ -47,6 +52,7 @@ class Contestant(ABC):
     folder = "."
     tasks: tuple[str, ...] = (PRIORITIZED, UPDATED, UPDATE)
     priority_rule = ""
+    syncs = saves_in_place = saves_in_background = False
 
     def __init__(self) -> None:
         self.store: Store | None = None
@@ -88,6 +94,22 @@ class Contestant(ABC):
 
     def step_adder(self, envs: TaggedEnvs) -> Callable[[], Any]:
         """A function that adds `envs.rows`, a row of each environment."""
+        raise NotImplementedError
+
+    def save(self, directory: Path) -> None:
+        """Save what is stored into a folder that is empty, or what is new where the save before went there, too."""
+        raise NotImplementedError
+
+    def save_in_background(self, directory: Path) -> Future[Any]:
+        """Begin to save into an empty folder; the future waits for it."""
+        raise NotImplementedError
+
+    def load(self, directory: Path) -> Any:
+        """What the last save stored, in a new store."""
+        raise NotImplementedError
+
+    def rows_of(self, loaded: Any) -> Rows:
+        """All rows of what was loaded, in any order."""
         raise NotImplementedError
 
     @abstractmethod
@@ -142,6 +164,8 @@ class Contestant(ABC):
         """What is timed, by variant."""
         if workload.part == "adding":
             return {"": self._adding(workload.store)}
+        if workload.part == "saving":
+            return {}
         if workload.task == UPDATE:
             return {"": self._updates(workload)} if self.takes(workload) else {}
         return {variant: self._after_adding(draw, workload) for variant, draw in self.drawers(workload).items()}

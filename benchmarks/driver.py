@@ -230,9 +230,9 @@ class Driver:
             small = replace(workload, store=replace(workload.store, num_steps=1_000))
             for name, contestant in self.takers("memory").items():
                 # What a library takes for itself when it is first used is none of the store's.
-                if self._built(contestant, small, 1, row) is None:
+                if self.built(contestant, small, 1, row) is None:
                     continue
-                answer = self._built(contestant, workload, 1, row)
+                answer = self.built(contestant, workload, 1, row)
                 if answer is not None:
                     share = answer["bytes"] / workload.store.num_bytes
                     row.timings[name] = asdict(Timing(share, share, share))
@@ -291,13 +291,13 @@ class Driver:
         row = Row(workload.label, threads, {}, {}, {})
         ready = []
         for name, contestant in self.takers(workload.part, threads).items():
-            if self._built(contestant, workload, threads, row) is None:
+            if self.built(contestant, workload, threads, row) is None:
                 continue
             try:
                 row.crossing[name] = self._verified(contestant, workload)
                 contestant.ask("warm")
             except ContestantError as error:
-                self._leave_out(row, name, str(error))
+                self.leave_out(row, name, str(error))
                 continue
             ready.append(contestant)
         row.measured = self._interleaved(ready, row)
@@ -319,21 +319,22 @@ class Driver:
                         measured.setdefault(f"{name}_{variant}" if variant else name, []).append(taken)
                 except ContestantError as error:
                     contestants.remove(contestant)
-                    self._leave_out(row, name, str(error))
+                    self.leave_out(row, name, str(error))
                 spent[name] += time.perf_counter() - begin
                 time.sleep(_PAUSE)
         return measured
 
-    def _built(self, contestant: Contestant, workload: Workload, threads: int, row: Row) -> dict[str, Any] | None:
+    def built(self, contestant: Contestant, workload: Workload, threads: int, row: Row) -> dict[str, Any] | None:
+        """Have it fill the store; None where it is left out of this row, as it cannot."""
         stored = 0 if workload.store.on_disk else workload.store.num_bytes * contestant.spec.copies
         needed = stored + _SPARE_BYTES
         if needed > memory_available():
-            self._leave_out(row, contestant.name, f"{needed >> 20:,} MiB of memory are not free")
+            self.leave_out(row, contestant.name, f"{needed >> 20:,} MiB of memory are not free")
             return None
         try:
             return contestant.ask("build", workload=workload.to_json(), threads=threads)
         except ContestantError as error:
-            self._leave_out(row, contestant.name, str(error))
+            self.leave_out(row, contestant.name, str(error))
             return None
 
     def _verified(self, contestant: Contestant, workload: Workload) -> str:
@@ -347,7 +348,8 @@ class Driver:
             return ""
         return f"{found['num_crossing']:,} of {found['num_sequences']:,}"
 
-    def _leave_out(self, row: Row, name: str, reason: str) -> None:
+    def leave_out(self, row: Row, name: str, reason: str) -> None:
+        """Note why a contestant has no figures in a row, and say so."""
         row.left_out[name] = reason
         say(f"{row.label}: {CONTESTANTS[name].label} is left out, as {reason}")
 

@@ -35,6 +35,7 @@ TITLES = {
     "priorities": "Drawing by priorities, and by recency; writing priorities",
     "priorities_growth": "An episode of 20 steps added, then state 256 x 8 drawn by priorities, by stored episodes",
     "holding_up": "Adding an episode while another thread samples from compressed files of 100 MB",
+    "saving": "Saving a full store, loading it, and saving it again when a little is new",
 }
 UNITS = "microseconds a call: median (least to most)"
 
@@ -100,6 +101,7 @@ def section(results: dict[str, Any], part: str) -> str:
         "distribution": distribution_table,
         "claims": claims_table,
         "holding_up": holding_up_table,
+        "saving": saving_tables,
     }.get(part, timing_tables)
     return "\n\n".join([body(entry, part), _provenance(entry)])
 
@@ -191,6 +193,26 @@ def holding_up_table(entry: dict[str, Any], part: str) -> str:
         for name, found in entry["found"].items()
     ]
     return table(["contestant", "additions", "batches drawn meanwhile", "median, ms", "slowest, ms"], lines)
+
+
+def saving_tables(entry: dict[str, Any], part: str) -> str:
+    """A table of quantities for each store, and the ratios to the plain copy."""
+    rows, tables = [row for row in entry["found"] if row["timings"]], []
+    for store in dict.fromkeys(row["label"].split(": ")[0] for row in rows):
+        of_store = [row for row in rows if row["label"].startswith(f"{store}: ")]
+        names = _names(of_store)
+        lines = [[row["label"].removeprefix(f"{store}: "), *(_cell(row, name) for name in names)] for row in of_store]
+        tables.append(table([store, *map(label_of, names)], lines))
+    compared = [row for row in rows if any("ratio" in row["timings"][n] for n in row["timings"] if n != "plain")]
+    names = [name for name in _names(compared) if name != "plain"]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        ratio = row["timings"].get(name, {}).get("ratio")
+        return "-" if ratio is None else _short(ratio)
+
+    lines = [[row["label"], *(cell(row, name) for name in names)] for row in compared]
+    ratios = ["Times the plain copy of the same round, median.", table(["", *map(label_of, names)], lines)]
+    return "\n\n".join(["Median (least to most).", *tables, *(ratios if names else []), *_left_out(entry["found"])])
 
 
 def distribution_table(entry: dict[str, Any], part: str) -> str:

@@ -32,6 +32,7 @@ class Server:
         self.functions: dict[str, Callable[[], Any]] = {}
         self.calls: dict[str, int] = {}
         self.workload: Workload | None = None
+        self.steps: Any = None
 
     def hello(self) -> dict[str, Any]:
         """Which versions are measured, and where `buffers` was imported from, if it was."""
@@ -39,7 +40,7 @@ class Server:
 
     def build(self, workload: dict[str, Any], threads: int) -> dict[str, Any]:
         """Fill the store, unless it is there from the workload before; report the bytes that it takes."""
-        self.workload, self.functions = Workload.from_json(workload), {}
+        self.workload, self.functions, self.steps = Workload.from_json(workload), {}, None
         contestant, store = self.contestant, self.workload.store
         before = memory_in_use()
         begin = time.perf_counter()
@@ -91,6 +92,12 @@ class Server:
     def hold_up(self, **options: Any) -> dict[str, Any]:
         """Time additions while a thread reads large files."""
         return importlib.import_module("benchmarks.holding_up").hold_up(self.contestant.folder, **options)
+
+    def saving(self, step: str, **options: Any) -> dict[str, float]:
+        """A step of a round of "saving"."""
+        if self.steps is None:
+            self.steps = importlib.import_module("benchmarks.saving_steps").Steps(self.contestant, self.workload)
+        return getattr(self.steps, step)(**options)
 
     def check(self, module: str, name: str) -> dict[str, Any]:
         """What stands in the table for a claim; "not checked" where there is no check."""

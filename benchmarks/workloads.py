@@ -85,6 +85,7 @@ class Workload:
     offsets          draw B anchors, and read each field at its own rows around them
     priorities, priorities_growth
                      draw B sequences of T rows, or write priorities of B x T rows, as `task` says
+    saving           save the store, load it, and save again what is new
 
     With `adds_episode`, an episode is added before each draw.
     """
@@ -121,6 +122,7 @@ def workloads(part: str, scale: int = 1) -> list[Workload]:
         "offsets": _offsets,
         "priorities": _priorities,
         "priorities_growth": _priorities_growth,
+        "saving": _saving,
     }[part](scale)
 
 
@@ -229,6 +231,15 @@ def _priorities_growth(scale: int) -> list[Workload]:
 def _prioritized(label: str, store: Store, batch: int, length: int, task: str, adds_episode: bool) -> Workload:
     label = f"{label}, {task}{', an episode added' if adds_episode else ''}"
     return Workload("priorities", label, store, batch, length, adds_episode, task)
+
+
+def _saving(scale: int) -> list[Workload]:
+    stores = [Store(kind, NUM_STEPS[kind] // scale) for kind in ("pixels", "state")]
+    stores.append(Store("state", NUM_STEPS["state"] // scale, 10))
+    return [
+        Workload("saving", f"{s.kind}, {s.num_bytes / 1e6:,.0f} MB, {s.num_steps // s.episode_length:,} episodes", s)
+        for s in stores
+    ]
 
 
 def offsets_of(name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.episode_returns import EpisodeReturns
 from buffers.limiter import SamplesPerInsert
-from buffers.saving import Save, Snapshot, open_save
+from buffers.saving import Save, Snapshot
 from buffers.utils import ThreadLock, one_of
 from buffers.writer import EpisodeWriter
 
@@ -156,7 +156,7 @@ class ResumableBuffer:
             ValueError: An argument that a save cannot hold is missing, or another seed is given.
         """
         one_of("open_episodes", open_episodes, _OPEN_EPISODES)
-        save = open_save(os.fspath(directory), newest_whole)
+        save = EpisodeSource.open_save(directory, newest_whole)
         told = save.state("buffer0") if "buffer0" in save.said else {"options": {}, "given": {}, "state": None}
         options = {**told["options"], **options}
         missing = {name: kind for name, kind in told["given"].items() if name not in options}

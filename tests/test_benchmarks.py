@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import driver, environments, holding_up, results
+from benchmarks import driver, environments, holding_up, results, saving
 from benchmarks.checks import common
 from benchmarks.claims import NO_SEQUENCES, NOT_CHECKED, claims
 from benchmarks.driver import ContestantError, Driver, Row
 from benchmarks.environments import NAMES
 from benchmarks.peers import CONTESTANTS
 from benchmarks.peers.limits import BareGather
+from benchmarks.peers.plain_files import PlainFiles, TorchSave
 from benchmarks.peers.sum_tree import SumTree
+from benchmarks.saving_steps import Steps, check_rows
 from benchmarks.verification import LENGTHS, check_priorities, check_sequences, is_crossing, is_misread, rule_of
 from benchmarks.workloads import (
     ALPHA,
@@ -100,6 +102,7 @@ def test_a_workload_crosses_the_pipe_as_it_is():
         "offsets",
         "priorities",
         "priorities_growth",
+        "saving",
     )
     everything = [workload for part in parts for workload in workloads(part)]
     assert [Workload.from_json(json.loads(json.dumps(w.to_json()))) for w in everything] == everything
@@ -272,6 +275,56 @@ def test_additions_are_timed_while_a_thread_reads(tmp_path):
         found = holding_up.hold_up(str(tmp_path), num_added=3, limit=60, large_length=20)
         assert len(found["milliseconds"]) == 3 and min(found["milliseconds"]) > 0
     assert holding_up.hold_up(str(tmp_path), num_added=3, limit=0, large_length=20)["milliseconds"] == []
+
+
+# Saving.
+
+SAVED = Workload("saving", "small", Store("state", 4_000))
+
+
+@pytest.mark.parametrize("contestant_class", [PlainFiles, TorchSave])
+def test_what_was_saved_again_is_loaded_with_what_was_new(contestant_class, tmp_path):
+    contestant = contestant_class()
+    contestant.fill(SAVED.store)
+    steps = Steps(contestant, SAVED)
+    for number in range(2):
+        steps.start(str(tmp_path / str(number)))
+        sizes = [steps.save()["files"], steps.save_new()["files_new"]]
+        num_new = 1 if contestant_class is PlainFiles else 20
+        assert sizes[1] == pytest.approx(sizes[0] * num_new / 20)
+        assert list(steps.load()) == ["load"] and list(steps.load_from_disk()) == ["load_from_disk"]
+        steps.check()
+        assert steps.first == number + 1 and steps.hold_up(check=True) == {}
+
+
+@pytest.mark.parametrize("name", SAVED.store.fields)
+def test_a_row_that_comes_back_changed_is_noticed(name):
+    rows = tagged_rows("state", 3, 20, 200)
+    in_disorder = np.random.default_rng(0).permutation(4_000)
+    check_rows({n: values[in_disorder] for n, values in rows.items()}, SAVED.store, 3)
+    for first in (2, 4):
+        with pytest.raises(AssertionError, match="is not what was stored"):
+            check_rows(rows, SAVED.store, first)
+    rows[name][77] += True
+    with pytest.raises(AssertionError, match="is not what was stored"):
+        check_rows(rows, SAVED.store, 3)
+    rows[name] = rows[name].astype(np.float64)
+    with pytest.raises(AssertionError, match="other fields"):
+        check_rows(rows, SAVED.store, 3)
+
+
+def test_saves_are_measured_in_turn_beside_the_plain_copy(monkeypatch, tmp_path):
+    monkeypatch.setattr(saving, "workloads", lambda part, scale: [SAVED])
+    monkeypatch.setattr(saving, "FOLDER", tmp_path)
+    with Driver(["plain", "torch_save"], rounds=2) as running:
+        rows = {row.label.removeprefix("small: "): row for row in saving.saving(running)}
+        found: dict = {"parts": {}}
+        results.record(found, "saving", list(rows.values()), running)
+    save, held_up = rows["a save, ms"], rows["`block=False` returns after, ms"]
+    assert {name: len(values) for name, values in save.measured.items()} == {"plain": 2, "torch_save": 2}
+    assert save.timings["plain"]["ratio"] == 1 and not held_up.timings and not list(tmp_path.iterdir())
+    page = results.section(found, "saving")
+    assert "| files new or changed with 5 % new, MB |" in " ".join(page.split()) and "Times the plain copy" in page
 
 
 def test_a_peer_whose_python_is_not_there_is_left_out(monkeypatch, tmp_path, capsys):

@@ -44,16 +44,21 @@ _OUR_FILES = ("disk", "holding_up")
 CONTESTANTS = {
     "copy": Spec("memory copy", "limits:MemoryCopy", _LIMITS),
     "gather": Spec("bare gather", "limits:BareGather", tuple(set(_LIMITS) - {"adding"})),
-    "ours": Spec("ours", "ours:Ring", (*_OURS, "padding", "offsets", *_PRIORITIES)),
+    "plain": Spec("plain copy", "plain_files:PlainFiles", ("saving",)),
+    "ours": Spec("ours", "ours:Ring", (*_OURS, "padding", "offsets", "saving", *_PRIORITIES)),
     "ours_workers": Spec("ours, 2 workers", "ours:Ring", ("offsets",), None, {"num_workers": 2}),
     "before": Spec("before", "ours:Ring", _OURS, is_before=True),
     "ours_tensors": Spec("ours, given tensors", "ours:Ring", ("adding",), None, {"tensors": True}),
     "ours_disk": Spec("ours, files", "ours:Files", _OUR_FILES),
     "before_disk": Spec("before, files", "ours:Files", _OUR_FILES, is_before=True),
-    "torchrl": Spec("TorchRL", "torchrl_buffer:TorchRL", _PLAIN, "torchrl"),
+    "torchrl": Spec("TorchRL", "torchrl_buffer:TorchRL", (*_PLAIN, "saving"), "torchrl"),
     "torchrl_cached": Spec("TorchRL, cached", "torchrl_buffer:TorchRL", ("sampling",), "torchrl", {"cached": True}),
     "torchrl_memmap": Spec(
-        "TorchRL, memory-mapped", "torchrl_buffer:TorchRL", ("disk",), "torchrl", {"memmap": True, "cached": True}
+        "TorchRL, memory-mapped",
+        "torchrl_buffer:TorchRL",
+        ("disk", "saving"),
+        "torchrl",
+        {"memmap": True, "cached": True},
     ),
     "torchrl_priorities": Spec("TorchRL", "torchrl_buffer:PrioritizedTorchRL", ("priorities",), "torchrl"),
     "torchrl_priorities_cached": Spec(
@@ -61,7 +66,8 @@ CONTESTANTS = {
     ),
     "cpprb_priorities": Spec("cpprb", "cpprb_buffer:PrioritizedCpprb", ("priorities",), "cpprb"),
     "sum_tree": Spec("sum tree by hand", "sum_tree:SumTree", ("priorities",)),
-    "flashbax": Spec("flashbax", "flashbax_buffer:Flashbax", _ALL, "flashbax", threads_at_start=True),
+    "torch_save": Spec("torch.save", "plain_files:TorchSave", ("saving",)),
+    "flashbax": Spec("flashbax", "flashbax_buffer:Flashbax", (*_ALL, "saving"), "flashbax", threads_at_start=True),
     "cpprb": Spec("cpprb", "cpprb_buffer:Cpprb", _ALL, "cpprb"),
     "sb3": Spec("SB3", "sb3_buffer:SB3", _ALL, "sb3", copies=2),
     "lerobot": Spec("LeRobot, 2 workers", "lerobot_dataset:LeRobot", ("offsets",), "lerobot", {"num_workers": 2}),
@@ -70,8 +76,8 @@ CONTESTANTS = {
     "npz_workers": Spec("npz by hand, 2 workers", "files:NpzFiles", ("disk",), None, {"num_workers": 2}),
 }
 
-#: Those that are no contestants, but what the memory allows.
-LIMITS = ("copy", "gather")
+#: Those that are no contestants, but what the memory and the disk allow.
+LIMITS = ("copy", "gather", "plain")
 
 #: Further columns of a contestant's, by suffix: what its process measures in turn over the same store.
 VARIANTS = {

@@ -33,7 +33,7 @@ _NUM_PLACES = 512
 _MAX_ROWS_TO_WRITE = 30_000
 
 
-class _RawArrays(Contestant):
+class RawArrays(Contestant):
     """Preallocated arrays, written at a cursor. Nothing is drawn by priorities: the memory does not mind them."""
 
     tasks = (UNIFORM, PRIORITIZED, UPDATED, RECENCY, ONLINE)
@@ -75,7 +75,7 @@ class _RawArrays(Contestant):
         torch.set_num_threads(number)
 
 
-class MemoryCopy(_RawArrays):
+class MemoryCopy(RawArrays):
     """As many bytes as a batch, field by field. Nothing is read from what is stored, so little is."""
 
     def make(self, store: Store) -> None:
@@ -106,7 +106,7 @@ class MemoryCopy(_RawArrays):
         raise NotImplementedError("A memory copy draws nothing.")
 
 
-class BareGather(_RawArrays):
+class BareGather(RawArrays):
     """Windows at random places within episodes."""
 
     def drawer(self, batch_size: int, length: int) -> Callable[[], Any]:

@@ -38,13 +38,14 @@ class TorchRL(Contestant):
     def __init__(self, cached: bool = False, memmap: bool = False) -> None:
         super().__init__()
         self._cached, self._memmap = cached, memmap
+        self.saves_in_place = memmap
         self._buffer: Any = None
 
     def make(self, store: Store) -> None:
         self._buffer = None
         ndim = 1 if store.num_envs == 1 else 2
         if self._memmap:
-            directory = Path(self.folder) / "torchrl"
+            directory = self._in(Path(self.folder)) / "storage"
             shutil.rmtree(directory, ignore_errors=True)
             storage: Any = LazyMemmapStorage(store.num_steps, scratch_dir=directory, ndim=ndim)
         else:
@@ -79,6 +80,25 @@ class TorchRL(Contestant):
             truncated_key=None,
             init_key=None,
         )
+
+    def save(self, directory: Path) -> None:
+        self._buffer.dumps(self._in(directory))
+
+    def load(self, directory: Path) -> ReplayBuffer:
+        path, num = self._in(directory), self._made.num_steps
+        storage = LazyMemmapStorage(num, scratch_dir=path / "storage") if self._memmap else LazyTensorStorage(num)
+        loaded = ReplayBuffer(storage=storage)
+        loaded.loads(path)
+        return loaded
+
+    def rows_of(self, loaded: ReplayBuffer) -> Rows:
+        data = loaded[:]
+        return {name: data[name].numpy() for name in self._made.fields}
+
+    @staticmethod
+    def _in(directory: Path) -> Path:
+        """Of a save; `storage` in it is what a memory-mapped storage need not copy to be saved."""
+        return directory / "torchrl"
 
     def arrays(self, batch: Any, batch_size: int, length: int) -> Rows:
         rows = {name: batch[name] for name in (*self._made.fields, *(["next_obs"] if self._made.transitions else []))}

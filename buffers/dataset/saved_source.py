@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from buffers.dataset.episode_reader import EpisodeReader
-from buffers.dataset.saving import SavedBeside, begin_source, load_source
+from buffers.dataset.saving import SavedBeside, begin_source, load_source, verify_save
 from buffers.saving import Save, SaveDirectory, open_save
 
 if TYPE_CHECKING:
@@ -124,8 +124,13 @@ class SavedSource(EpisodeReader):
             RuntimeError: `dataset` holds episodes. A dataset of files may: those that are not of the save are moved
                 into a folder of its directory, with a warning.
         """
-        save = open_save(os.fspath(directory), newest_whole)
+        save = cls.open_save(directory, newest_whole)
         return cls.load_save(save, dataset, progress)
+
+    @classmethod
+    def open_save(cls, directory: str | os.PathLike[str], newest_whole: bool) -> Save:
+        """The save that `load` loads."""
+        return open_save(os.fspath(directory), partial(verify_save, kinds=cls.kinds) if newest_whole else None)
 
     @classmethod
     def load_save(cls, save: Save, dataset: SavedSource | None, progress: bool) -> Any:

@@ -97,9 +97,9 @@ class SavedStore(LabelledSource):
         """Take episodes `(n, 4)`, newer than all others, whose rows have been read to `place_for` them."""
         raise NotImplementedError
 
-    def known_info(self, episode_id: int) -> EpisodeInfo | None:
-        """The info of an episode; None if it has none, or its file has it."""
-        return self._infos.get(episode_id)
+    def known_infos(self, ids: Int64Array) -> dict[int, EpisodeInfo]:
+        """The infos of those of the episodes `(n,)` that have one, and not in their file."""
+        return {n: self._infos[n] for n in ids.tolist() if n in self._infos} if self._infos else {}
 
     def begin_links(self, snapshot: Snapshot, store: int, rows: Int64Array) -> Pieces:
         """Link the files of episodes `(n, 4)` into a folder of a save; only where it `has_files`, as what follows."""

@@ -63,7 +63,11 @@ def take_lock(path: str, directory: int, lock: bool = True) -> Descriptor:
         message = f"The file system cannot lock files ({error.strerror}), so nothing would keep a second writer out"
         advice = "If this process is the only one that writes there, pass lock=False"
         raise OSError(error.errno, f"{message}. {advice}", path) from error
-    sign(found, _capacity(found))
+    try:
+        sign(found, _capacity(found))
+    except BaseException:
+        found.close()
+        raise
     _locks.add(found)
     return found
 

@@ -33,16 +33,17 @@ _PIECES, _SAID = "pieces", "buffers"
 _MAX_HEADER = 64 * 2**20
 _ROW_OF_HEADER = -1
 # Above so many bytes, the sums of columns are checked, at the speed of the memory, in place of every byte.
-_LARGE, _NUM_COLUMNS = 1 << 16, 512
+# A prime number of columns, so that blocks that have changed places do not add up to the same.
+_LARGE, _NUM_COLUMNS = 1 << 16, 509
 _MOST_AT_ONCE = 1 << 24
 
 
-class DamagedSaveError(ValueError):
+class DamagedSaveError(DamagedEpisodeError):
     """A file of a save is not what it was when it was written, or belongs to another save."""
 
 
 def checksum(memory: npt.NDArray[np.uint8]) -> int:
-    """Of contiguous bytes: CRC-32; of many, that of the sums of 512 columns of 64-bit words, and of the rest."""
+    """Of contiguous bytes: CRC-32; of many, that of the sums of 509 columns of 64-bit words, and of the rest."""
     num_words = len(memory) // (8 * _NUM_COLUMNS) * _NUM_COLUMNS
     if len(memory) <= _LARGE:
         return zlib.crc32(memory.data)
@@ -126,6 +127,8 @@ class PackedReader:
                 others = zlib.crc32(bytes_of(pieces[1:]).data, zlib.crc32(header))
                 if pieces[:1].tolist() != [[_ROW_OF_HEADER, 0, 0, others]]:
                     raise DamagedEpisodeError("has a header or checksums that are not those it was written with")
+        except DamagedSaveError:
+            raise
         except DamagedEpisodeError as error:
             raise self.damaged(str(error)) from error
         self._numbers = {name: number for number, name in enumerate(described)}

@@ -26,7 +26,7 @@ from buffers.disk import TEMPORARY, Descriptor, Directory, open_directory, with_
 from buffers.disk.lock import take_lock
 from buffers.saving.packed_file import DamagedSaveError
 from buffers.saving.places import Places, ids_in
-from buffers.saving.saved import Save, file_name, save_numbers
+from buffers.saving.saved import SaidOfSave, Save, file_name, save_numbers
 from buffers.saving.snapshot import Snapshot
 from buffers.utils import ThreadLock, integer, progress_bar
 
@@ -101,7 +101,12 @@ class SaveDirectory:
         def settle(error: object, *_: object) -> None:
             if error is None:
                 self._settle(snapshot, keep)
+            else:
+                with contextlib.suppress(OSError):
+                    _remove_folders(directory, snapshot.number)
 
+        # Before its file can appear, as Ctrl-C may come right behind that.
+        self._newest = snapshot.number
         stack.callback(snapshot.end)
         stack.push(settle)
         file = stack.enter_context(directory.new_file(file_name(snapshot.number)))
@@ -144,18 +149,30 @@ class SaveDirectory:
         return with_advice(error, self.path, "A save could not be written, those before it are kept")
 
     def _settle(self, snapshot: Snapshot, keep: int) -> None:
-        """Take note of a save that is there, and remove what none of the `keep` newest needs."""
-        save = Save(snapshot.directory, snapshot.number, snapshot.number)
-        self._places, self._stamps, self._folders = save.places, save.stamps, {*save.folders}
-        self._newest = snapshot.number
-        names = snapshot.directory.names()
-        kept = [save]
-        for number in save_numbers(names)[-keep:-1]:
-            # What cannot be read needs nothing.
-            with contextlib.suppress(DamagedSaveError):
-                kept.append(Save(snapshot.directory, number, snapshot.number))
+        """Take note of a save that is there, and remove what none of the `keep` newest that are whole needs.
+
+        What cannot be removed now is removed by a later save.
+        """
+        told = SaidOfSave(snapshot.number, snapshot.said)
+        self._places, self._stamps, self._folders = told.places, told.stamps, {*told.folders}
         with contextlib.suppress(OSError):
+            names, kept = snapshot.directory.names(), []
+            for number in reversed(save_numbers(names)):
+                with contextlib.suppress(DamagedSaveError):
+                    save = Save(snapshot.directory, number, snapshot.number)
+                    save.check()
+                    kept.append(save)
+                if len(kept) == keep:
+                    break
             _clean(snapshot.directory, names, kept)
+
+
+def _remove_folders(directory: Directory, number: int) -> None:
+    """Remove the links of a save that has failed, unless its file has appeared before that."""
+    names = directory.names()
+    for name in names if file_name(number) not in names else ():
+        if (match := _FOLDER.fullmatch(name)) and int(match[1]) == number:
+            directory.remove_folder(name)
 
 
 def _clean(directory: Directory, names: list[str], kept: list[Save]) -> None:
@@ -178,7 +195,7 @@ def _clean(directory: Directory, names: list[str], kept: list[Save]) -> None:
 
 
 def _unlink_dead(folder: Directory, runs: list[np.ndarray]) -> None:
-    names = folder.names()
+    names = [name for name in folder.names() if name[:1].isdigit()]
     ids = np.array([int(name.partition("-")[0]) for name in names], np.int64)
     is_live = np.zeros(len(ids), np.bool_)
     for live in runs:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from buffers.disk import Descriptor, Directory, as_damage, open_directory
+from buffers.disk import DamagedEpisodeError, Descriptor, Directory, as_damage, open_directory
 from buffers.fields import TensorType, as_tensor
 from buffers.saving.packed_file import DamagedSaveError, PackedReader
 from buffers.saving.places import Places, ids_in, numbers_of
@@ -84,37 +84,11 @@ class SavedPiece(NamedTuple):
         return {field: self.reader.kinds[f"{self.prefix}/{field}"] for field in self.pieces}
 
 
-class Save:
-    """One save; DamagedSaveError if its file, or one that it needs, is not as it was written.
+class SaidOfSave:
+    """What the file of a save says of itself."""
 
-    Attributes:
-        number: Of the save.
-        newest: Of the newest in its directory.
-        said: What its file says.
-    """
-
-    def __init__(self, directory: Directory, number: int, newest: int) -> None:
-        self.directory, self.number, self.newest = directory, number, newest
-        self._readers: dict[int, PackedReader] = {}
-        reader = self._open(number)
-        self.said, self.reader = reader.said, reader
-        with as_damage():
-            self.run, self._stamp = str(self.said["run"]), str(self.said["stamp"])
-
-    def _open(self, number: int) -> PackedReader:
-        reader = self._readers.get(number)
-        if reader is None:
-            path = f"{self.directory.path}/{file_name(number)}"
-            try:
-                reader = PackedReader(self.directory.open(file_name(number)), path)
-            except FileNotFoundError:
-                needs = f"save {self.number} needs" if self._readers else "was asked for"
-                raise DamagedSaveError(f"{path}, which {needs}, is not there.") from None
-            expected = self.stamps.get(number) if self._readers else None
-            if reader.said.get("number") != number or expected not in (None, reader.said.get("stamp")):
-                raise reader.damaged(f"is not the file that save {self.number} was made with, but one of another save")
-            self._readers[number] = reader
-        return reader
+    def __init__(self, number: int, said: dict[str, Any]) -> None:
+        self.number, self.said = number, said
 
     @property
     def stores(self) -> list[dict[str, Any]]:
@@ -129,7 +103,7 @@ class Save:
     @property
     def stamps(self) -> dict[int, str]:
         """Of the files that it needs, with its own: what they say of themselves."""
-        return {**{int(n): str(stamp) for n, stamp in self.said["files"].items()}, self.number: self._stamp}
+        return {**{int(n): str(stamp) for n, stamp in self.said["files"].items()}, self.number: str(self.said["stamp"])}
 
     @property
     def folders(self) -> dict[str, int]:
@@ -140,6 +114,44 @@ class Save:
             for _, _, number in places
             if self.stores[store]["is_linked"]
         }
+
+
+class Save(SaidOfSave):
+    """One save; DamagedSaveError if its file, or one that it needs, is not as it was written.
+
+    Attributes:
+        number: Of the save.
+        newest: Of the newest in its directory.
+        said: What its file says.
+    """
+
+    def __init__(self, directory: Directory, number: int, newest: int) -> None:
+        self.directory, self.number, self.newest = directory, number, newest
+        self._readers: dict[int, PackedReader] = {}
+        reader = self._open(number)
+        self.said, self.reader = reader.said, reader
+        with as_damage():
+            self.run = str(self.said["run"])
+            self.stamps  # noqa: B018  (it has one)
+
+    def _open(self, number: int) -> PackedReader:
+        reader = self._readers.get(number)
+        if reader is None:
+            path = f"{self.directory.path}/{file_name(number)}"
+            try:
+                reader = PackedReader(self.directory.open(file_name(number)), path)
+            except FileNotFoundError:
+                needs = f"save {self.number} needs" if self._readers else "was asked for"
+                raise DamagedSaveError(f"{path}, which {needs}, is not there.") from None
+            except DamagedSaveError:
+                raise
+            except DamagedEpisodeError as error:
+                raise DamagedSaveError(f"{path} {error}.") from error
+            expected = self.stamps.get(number) if self._readers else None
+            if reader.said.get("number") != number or expected not in (None, reader.said.get("stamp")):
+                raise reader.damaged(f"is not the file that save {self.number} was made with, but one of another save")
+            self._readers[number] = reader
+        return reader
 
     def state(self, name: str) -> Any:
         """What `Snapshot.state` was given."""
@@ -205,12 +217,12 @@ def list_saves(path: str) -> list[tuple[int, str, Callable[[], Save]]]:
     ]
 
 
-def open_save(path: str, newest_whole: bool = False) -> Save:
-    """The newest save of a directory; with `newest_whole`, the newest one of which everything is as it was written.
+def open_save(path: str, verify: Callable[[Save], object] | None = None) -> Save:
+    """The newest save of a directory; with `verify`, the newest for which that raises no DamagedSaveError.
 
     Raises:
         FileNotFoundError: There is none.
-        DamagedSaveError: It, or with `newest_whole` each, is damaged.
+        DamagedSaveError: It, or with `verify` each, is damaged.
     """
     if not is_save_directory(path):
         raise FileNotFoundError(f"{path} holds no save.")
@@ -218,12 +230,11 @@ def open_save(path: str, newest_whole: bool = False) -> Save:
     for number, _, opened in reversed(saves):
         try:
             save = opened()
-            with as_damage():
-                if newest_whole:
-                    save.verify()
-                return save
+            if verify is not None:
+                verify(save)
+            return save
         except DamagedSaveError as error:
-            if not newest_whole or number == saves[0][0]:
+            if verify is None or number == saves[0][0]:
                 raise
             warnings.warn(f"Save {number} is passed over: {error}", stacklevel=4)
     raise AssertionError

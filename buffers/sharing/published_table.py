@@ -110,8 +110,18 @@ class PublishedTable:
 
     def add_all(self, table: EpisodeTable) -> None:
         """Publish all live episodes, before anyone reads."""
-        for row in table.rows.tolist():
-            self.add(row, table)
+        self.add_rows(table.rows, table)
+
+    def add_rows(self, rows: Int64Array, table: EpisodeTable) -> None:
+        """`add` for several rows `(n, 4)`."""
+        head = self._head[0]
+        if head + len(rows) - self._tail[0] >= self._size:
+            for row in rows.tolist():
+                self.add(row, table)
+            return
+        self._rows[(head + np.arange(len(rows))) % self._size] = rows
+        store_fence()
+        self._head[0] = head + len(rows)
 
     def remove(self, episode_id: int, table: EpisodeTable) -> None:
         """Publish that an episode was removed, other than by `retire`."""

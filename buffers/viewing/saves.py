@@ -6,6 +6,8 @@ import os
 import time
 from typing import Any
 
+from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.saving import verify_save
 from buffers.disk import as_damage, parse_fields
 from buffers.saving import DamagedSaveError, Save, list_saves
 from buffers.utils import aligned, format_bytes
@@ -38,7 +40,7 @@ def describe_saves(path: str, verifies: bool) -> tuple[list[str], int]:
 def _check(save: Save, verifies: bool) -> None:
     with as_damage():
         if verifies:
-            save.verify()
+            verify_save(save, EpisodeSource.kinds)
         else:
             save.check()
 

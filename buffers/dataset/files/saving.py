@@ -16,9 +16,9 @@ from buffers.dataset.files.opening import FORMATS
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy
 from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.disk import Directory
+from buffers.disk import DamagedEpisodeError, Directory
 from buffers.fields import Fields
-from buffers.saving import Pieces, Snapshot, folder_name
+from buffers.saving import DamagedSaveError, Pieces, Save, Snapshot, folder_name
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import EpisodeTable, Int64Array
 
@@ -78,7 +78,12 @@ class LinkedDataset(EpisodeDataset):
             for folder in folders:
                 folder.sync()
 
+        def close() -> None:
+            for folder in folders:
+                folder.close()
+
         snapshot.at_written.append(finish)
+        snapshot.at_end.append(close)
         return snapshot.pieces(np.stack([rows[:, 0], rows[:, 0] + rows[:, 1]], 1), write)
 
     def takes_links(self, suffix: str) -> bool:
@@ -129,26 +134,36 @@ class LinkedDataset(EpisodeDataset):
         self._directory.keep_numbers_of(self.table)
 
     @staticmethod
-    def linked(folders: Mapping[int, Directory], suffix: str) -> tuple[Int64Array, Int64Array]:
-        """The episodes in folders of saves, `(n, 4)` as in a table, and the number of the save that has each."""
-        found = []
-        for number, folder in folders.items():
-            for name in map(FileName.parse, folder.names()):
-                if name is not None and name.suffix == suffix:
-                    found.append((name.start, name.length, name.id, name.cut, number))
+    def linked(save: Save, store: int) -> tuple[Int64Array, list[Directory]]:
+        """The episodes of a store whose files a save links, `(n, 4)` as in a table, and the folder of each."""
+        found: list[tuple[int, ...]] = []
+        folders: dict[int, Directory] = {}
+        for number in sorted({number for _, _, number in save.places[store]}):
+            name = folder_name(number, store)
+            if (folder := save.directory.folder(name)) is None:
+                raise save.reader.damaged(f"needs the folder {name}, which is not there")
+            folders[number] = folder
+            for file in map(FileName.parse, folder.names()):
+                if file is not None and file.suffix == save.stores[store]["suffix"]:
+                    found.append((file.start, file.length, file.id, file.cut, number))
         rows = np.array(sorted(found, key=lambda row: row[2]), np.int64).reshape(-1, 5)
-        return rows[:, :4], rows[:, 4]
+        rows = rows[save.is_live(store, rows[:, 2], rows[:, 4])]
+        return rows[:, :4], [folders[number] for number in rows[:, 4].tolist()]
 
     @staticmethod
     def read_link(
         folder: Directory, row: list[int], suffix: str, fields: Fields
     ) -> tuple[dict[str, np.ndarray], EpisodeInfo]:
-        """An episode of such a folder, and its info."""
+        """An episode of such a folder, and its info, after checking all of its file."""
         strategy = _strategy(suffix)
         start, length, episode_id, cut = row
         name = str(FileName(episode_id, start, length, cut, suffix))
-        rows = folder.read(name, strategy.load, fields, length)
-        return {n: as_array(n, rows[n]) for n in fields}, folder.read(name, strategy.load_info)
+        try:
+            folder.read(name, strategy.verify, fields, length)
+            rows = folder.read(name, strategy.load, fields, length)
+            return {n: as_array(n, rows[n]) for n in fields}, folder.read(name, strategy.load_info)
+        except (DamagedEpisodeError, FileNotFoundError) as error:
+            raise DamagedSaveError(f"{folder.path}/{name}, which a save needs, {error}.") from error
 
 
 def _strategy(suffix: str) -> EpisodeSerializationStrategy:

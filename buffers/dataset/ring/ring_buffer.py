@@ -174,15 +174,15 @@ class RingBufferDataset(EpisodeDataset):
     def adopt(self, episodes: Int64Array, infos: Mapping[int, EpisodeInfo]) -> None:
         """As `SavedStore.adopt`."""
         start, end = int(episodes[0, 0]), int(episodes[-1, :2].sum())
-        for row in map(tuple, episodes.tolist()):
-            for sampler in self._listeners or ():
+        for sampler in self._listeners or ():
+            for row in map(tuple, episodes.tolist()):
                 sampler.episode_added(row, dict(infos.get(row[2], {})))
         if self.late.by_name:
             self.late.fill(start, end - start)
         self._infos.update(infos)
         self.table.extend(episodes)
-        for row in episodes.tolist():
-            self._publish(row)
+        if self._published is not None:
+            self._published.add_rows(episodes, self.table)
 
     def describe_store(self) -> dict[str, Any]:
         """As `SavedStore.describe_store`."""

@@ -14,7 +14,7 @@ from buffers.dataset.verification import VerificationMode
 from buffers.disk import Directory, as_damage, parse_fields
 from buffers.fields import as_tensor
 from buffers.late import LateFieldInfo, PriorityField
-from buffers.saving import Save, SavedPiece, folder_name
+from buffers.saving import Save, SavedPiece
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import progress_bar
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from buffers.dataset.episode_dataset import EpisodeDataset
     from buffers.dataset.saved_source import SavedSource
 
-__all__ = ["load_source"]
+__all__ = ["load_source", "verify_save"]
 
 #: The classes of sources, by their names.
 Kinds = Mapping[str, Any]
@@ -39,6 +39,7 @@ def load_source(save: Save, source: SavedSource | None, kinds: Kinds, progress: 
         ValueError: The source is made otherwise, or has other fields, than what was saved.
         RuntimeError: It has episodes already.
     """
+    is_given = source is not None
     if source is None:
         with as_damage():
             source = _make(save, save.said["source"], {}, kinds)
@@ -48,6 +49,10 @@ def load_source(save: Save, source: SavedSource | None, kinds: Kinds, progress: 
         raise ValueError(f"The save is of {saved}, and cannot be loaded into {found}: make it in the same way.")
     for number, store in enumerate(stores):
         _check(save, number, store)
+    if is_given or any(store.has_files for store in stores):
+        # Before anything changes. What was made for this save is dropped if it turns out to be damaged.
+        save.verify()
+    check_links(save, kinds, is_full=any(_copies_links(save, number, store) for number, store in enumerate(stores)))
     num_bytes = sum(piece.num_bytes for number in range(len(stores)) for piece in _pieces(save, number))
     with progress_bar(progress, num_bytes, "loading") as bar:
         for number, store in enumerate(stores):
@@ -57,6 +62,31 @@ def load_source(save: Save, source: SavedSource | None, kinds: Kinds, progress: 
             store.extension.load_state_dict(save.state(f"extension{number}"))
     source.restore(save.said["source"])
     return source, is_same
+
+
+def _copies_links(save: Save, number: int, store: EpisodeDataset) -> bool:
+    """Whether the linked files are read to be stored in another form."""
+    told = save.stores[number]
+    return told["is_linked"] and not (store.has_files and store.takes_links(told["suffix"]))
+
+
+def verify_save(save: Save, kinds: Kinds) -> None:
+    """Read all that a save needs, and compare the checksums; DamagedSaveError if anything is not as it was."""
+    save.verify()
+    check_links(save, kinds, is_full=True)
+
+
+def check_links(save: Save, kinds: Kinds, is_full: bool) -> None:
+    """Check that the linked files of a save are there; `is_full`, and what is in them."""
+    for number, told in enumerate(save.stores):
+        if told["is_linked"] and told["fields"] is not None:
+            rows, folders = kinds["IndividualFileDataset"].linked(save, number)
+            if len(rows) != told["num_episodes"]:
+                raise save.reader.damaged(f"needs {told['num_episodes']} linked episodes, and {len(rows)} are there")
+            if is_full:
+                fields = parse_fields(told["fields"])
+                for row, folder in zip(rows.tolist(), folders, strict=True):
+                    kinds["IndividualFileDataset"].read_link(folder, row, told["suffix"], fields)
 
 
 def _shape(described: Mapping[str, Any]) -> str:
@@ -172,7 +202,7 @@ class _Loading:
         if any(memory[name].dtype != kind.numpy_dtype for name, kind in piece.kinds.items()):
             return False
         piece.read(memory)
-        store.adopt(episodes, {n: infos[n] for n in episodes[:, 2].tolist() if n in infos})
+        store.adopt(episodes, {n: infos[n] for n in episodes[:, 2].tolist() if n in infos} if infos else {})
         return True
 
     def _store_piece(self, piece: SavedPiece, is_wanted: np.ndarray, infos: dict[int, EpisodeInfo]) -> None:
@@ -189,18 +219,10 @@ class _Loading:
     def _load_links(self) -> Int64Array:
         """As `_load_pieces`, of a dataset of files."""
         save, store, suffix = self._save, self._store, self._told["suffix"]
-        folders: dict[int, Directory] = {}
-        for number in sorted({number for _, _, number in save.places[self._number]}):
-            folder = save.directory.folder(folder_name(number, self._number))
-            if folder is None:
-                raise save.reader.damaged(f"needs the folder {folder_name(number, self._number)}, which is not there")
-            folders[number] = folder
-        rows, of_folder = self._files.linked(folders, suffix)
-        is_live = save.is_live(self._number, rows[:, 2], of_folder)
-        rows, of_folder = rows[is_live], of_folder[is_live]
+        rows, folders = self._files.linked(save, self._number)
         stays = rows[:, 2] >= self._first_to_stay(rows)
-        by_id = {n: folders[number] for n, number in zip(rows[:, 2].tolist(), of_folder.tolist(), strict=True)}
-        if store.has_files and store.takes_links(suffix):
+        by_id: dict[int, Directory] = dict(zip(rows[:, 2].tolist(), folders, strict=True))
+        if not _copies_links(save, self._number, store):
             store.take_links(by_id, rows[stays], save.number)
             return rows
         if store.has_files:

@@ -123,7 +123,7 @@ def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[st
             snapshot.state(f"extension{number}", dataset.extension.state_dict())
     if not dataset.has_files:
         snapshot.needs |= {n for _, _, n in places if n != snapshot.number}
-        infos = {episode_id: info for episode_id in rows[:, 2].tolist() if (info := dataset.known_info(episode_id))}
+        infos = dataset.known_infos(rows[:, 2])
         text = json.dumps(infos, separators=(",", ":")).encode() if infos else b""
         snapshot.array(f"{number}/infos", _BYTE, np.frombuffer(text, np.uint8))
         snapshot.array(f"{number}/episodes", _EPISODE, rows.copy())
