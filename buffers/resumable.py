@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ class ResumableBuffer:
         keep: int = 1,
         block: bool = True,
         progress: bool = False,
-        also: Iterable[ResumableBuffer] = (),
+        also: Sequence[ResumableBuffer] = (),
         extra: Mapping[str, Any] | None = None,
     ) -> Future[str]:
         """Save the dataset, open episodes, recorder, samplers, limiter, position and seed: `load` goes on exactly.
@@ -108,8 +107,10 @@ class ResumableBuffer:
                 strings, arrays and tensors, which are copied now. The number of the step, for example, or the states
                 of an agent and its optimizer.
         """
+        if not isinstance(extra, Mapping | None):
+            raise TypeError(f"`extra` must be a dict, found {type(extra).__name__}.")
         self.extra = {} if extra is None else extra
-        buffers = [self, *also]
+        buffers = [self, *self._checked(also)]
         names = ("writer", "buffer")
         beside = [_Beside(buffer, *(f"{name}{number}" for name in names)) for number, buffer in enumerate(buffers)]
         return self.dataset.save_with(beside, directory, keep, block, progress)
@@ -118,8 +119,20 @@ class ResumableBuffer:
         """Put all but the dataset into a snapshot."""
         if self._writer is not None:
             self._writer.begin_save(snapshot, writer_name)
-        snapshot.state(f"extra of {name}", copy.deepcopy(self.extra))
+        snapshot.state(name.replace("buffer", "extra"), self.extra)
         snapshot.state(name, {"options": self._options, "given": self._given, "state": self.state_dict()})
+
+    def _checked(self, also: Sequence[ResumableBuffer]) -> list[ResumableBuffer]:
+        """Other buffers that record into stores of this one's source; TypeError or ValueError for anything else."""
+        if not isinstance(also, (list, tuple)) or not all(isinstance(other, ResumableBuffer) for other in also):
+            raise TypeError(f"`also` must be a list of ReplayBuffers, found {type(also).__name__}.")
+        for other in also:
+            if other is self or not any(other.dataset is store for store in self.dataset.stores):
+                raise ValueError(
+                    "Buffers in `also` must be others that record into members of this one's mixture. To load, make "
+                    "the mixture and them as before, and pass both."
+                )
+        return list(also)
 
     @property
     def lock(self) -> ThreadLock:
@@ -165,24 +178,35 @@ class ResumableBuffer:
                 f"The buffer that was saved had arguments which a save cannot hold: {missing}. Pass them to `load`, "
                 "made as before, or None."
             )
-        num_others = sum(name.startswith("buffer") for name in save.said) - 1
-        if len(also) != max(0, num_others):
-            raise ValueError(f"The save was made with {max(0, num_others)} buffers in `also`, found {len(also)}.")
+        num_others = max(0, sum(name.startswith("buffer") for name in save.said) - 1)
+        if len(also) != num_others:
+            raise ValueError(
+                f"The save was made with {num_others} buffers in `also`, found {len(also)}: those that record into "
+                "members of the mixture. Make them as before, and pass them with the mixture."
+            )
+        if "batch_size" not in options:
+            raise ValueError(
+                "The save is of a dataset without a buffer: pass `batch_size`, and what else the buffer needs."
+            )
         seed = options.pop("seed", None)
         if told["state"] is not None and seed not in (None, saved := told["state"]["loader"]["seed"]):
             raise ValueError(f"The save goes on with `seed`={saved}, found {seed}: leave it out.")
         source = EpisodeSource.load_save(save, dataset, progress)
-        buffer = cls(source, **options, **({} if seed is None else {"seed": seed}))  # type: ignore[call-arg]
-        buffers: list[ResumableBuffer] = [buffer, *also]
-        for number, other in enumerate(buffers):
-            other.go_on(save, f"writer{number}", f"buffer{number}", open_episodes)
+        buffer: Any = cls(source, **options, **({} if seed is None else {"seed": seed}))  # type: ignore[call-arg]
+        is_dropped = {name for name in ("sampler", "limiter") if options.get(name) is None}
+        for number, other in enumerate([buffer, *buffer._checked(also)]):
+            other.go_on(save, number, open_episodes, is_dropped if number == 0 else set())
         return buffer
 
-    def go_on(self, save: Save, writer_name: str, name: str, open_episodes: str) -> None:
-        """Take the state that `begin_save` has put into a save."""
+    def go_on(self, save: Save, number: int, open_episodes: str, dropped: set[str]) -> None:
+        """Take the state that `begin_save` has put into a save, but for samplers or a limiter that are `dropped`."""
+        writer_name, name = f"writer{number}", f"buffer{number}"
         if name in save.said:
-            self.load_state_dict(save.state(name)["state"])
-            self.extra = save.state(f"extra of {name}")
+            state = save.state(name)["state"]
+            if "sampler" in dropped:
+                state["loader"].pop("samplers", None)
+            self.load_state_dict(state | {"limiter": None} if "limiter" in dropped else state)
+            self.extra = save.state(name.replace("buffer", "extra"))
         if self._writer is not None and writer_name in save.said:
             self._writer.restore(save, writer_name, open_episodes)
 

@@ -212,7 +212,7 @@ def test_a_damaged_file_that_both_saves_need_is_refused_by_name(tmp_path, saves,
 
 def test_a_directory_without_saves_is_not_damaged(tmp_path) -> None:
     (tmp_path / ".tmp-save-0000000000.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="holds no save"):
+    with pytest.raises(FileNotFoundError, match="is no directory of saves"):
         RingBufferDataset.load(tmp_path)
 
 

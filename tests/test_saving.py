@@ -189,7 +189,7 @@ def test_with_another_capacity_the_newest_episodes_stay(capacity, folder) -> Non
     ring = filled_ring()
     ring.save(folder)
     other = RingBufferDataset(capacity)
-    RingBufferDataset.load(folder, other)
+    loaded(folder, other)
     lengths = np.array(ring.episode_lengths)
     # A ring may leave rows at its end empty.
     most = int((lengths[::-1].cumsum() <= capacity).sum())
@@ -287,7 +287,7 @@ def test_a_directory_of_another_run_is_refused(folder) -> None:
 
 
 def test_where_there_is_no_save_the_error_says_so(folder) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no save"):
+    with pytest.raises(FileNotFoundError, match="is no directory of saves"):
         RingBufferDataset.load(folder)
 
 

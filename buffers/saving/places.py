@@ -16,8 +16,8 @@ Int64Array = npt.NDArray[np.int64]
 #: Ascending, without overlaps: episodes with ids in [first, end) that live are in the file of the save of this number.
 Places = list[tuple[int, int, int]]
 NOWHERE = -1
-# So many bytes of what is gone may lie beside what is there, before files are packed anew.
-_SPARE_BYTES = 2**26
+# So many bytes of what is gone may lie beside as many as are there, and so many files, before some are packed anew.
+_SPARE_BYTES, _MOST_FILES = 2**24, 256
 
 
 def numbers_of(places: Places, ids: Int64Array) -> Int64Array:
@@ -54,10 +54,14 @@ def ids_in(runs: Int64Array, ids: Int64Array) -> npt.NDArray[np.bool_]:
 
 
 def files_to_pack(file_bytes: Mapping[int, int], live_bytes: Mapping[int, int]) -> set[int]:
-    """The saves whose live rows are to be written anew, so that the others' files have not much more than live rows."""
+    """The saves whose live rows are to be written anew: those that stay shall have not much more, and be not many."""
     dead = {number: size - live_bytes.get(number, 0) for number, size in file_bytes.items()}
     chosen: set[int] = set()
     while sum(dead.values()) > sum(live_bytes.values()) + _SPARE_BYTES:
-        chosen.add(max(dead, key=lambda number: dead[number]))
-        del dead[max(dead, key=lambda number: dead[number])]
+        most = max(dead, key=lambda number: dead[number])
+        del dead[most]
+        chosen.add(most)
+    if len(dead) >= _MOST_FILES:
+        # Half of them, the smallest, so that it is not to be done again soon.
+        chosen |= set(sorted(dead, key=lambda number: live_bytes.get(number, 0))[: len(dead) // 2])
     return chosen

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from buffers.disk import TEMPORARY, Descriptor, Directory, open_directory, with_advice
+from buffers.disk import TEMPORARY, Descriptor, Directory, open_directory
 from buffers.disk.lock import take_lock
 from buffers.saving.packed_file import DamagedSaveError
 from buffers.saving.places import Places, ids_in
@@ -146,7 +146,8 @@ class SaveDirectory:
             future.set_result(f"{self.path}/{file_name(snapshot.number)}")
 
     def _explained(self, error: OSError) -> OSError:
-        return with_advice(error, self.path, "A save could not be written, those before it are kept")
+        what = f"A save could not be written, those before it are kept: {error.strerror or error}"
+        return OSError(error.errno, f"{what}. Make room or permission, and save again", self.path)
 
     def _settle(self, snapshot: Snapshot, keep: int) -> None:
         """Take note of a save that is there, and remove what none of the `keep` newest that are whole needs.

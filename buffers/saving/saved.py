@@ -225,7 +225,7 @@ def open_save(path: str, verify: Callable[[Save], object] | None = None) -> Save
         DamagedSaveError: It, or with `verify` each, is damaged.
     """
     if not is_save_directory(path):
-        raise FileNotFoundError(f"{path} holds no save.")
+        raise FileNotFoundError(f"{os.path.abspath(path)} is no directory of saves: there is no save in it.")
     saves = list_saves(path)
     for number, _, opened in reversed(saves):
         try:

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.conversion import TO_TORCH, as_array
+from buffers.conversion import TO_NUMPY, TO_TORCH, as_array
 from buffers.fields import TensorType
 
 __all__ = ["pack_tree", "unpack_tree"]
 
-_ARRAY, _TENSOR, _ITEMS = _MARKS = "$array", "$tensor", "$items"
+_BFLOAT16 = TO_NUMPY[torch.bfloat16]
+_ARRAY, _TENSOR, _ITEMS, _TUPLE = _MARKS = "$array", "$tensor", "$items", "$tuple"
 
 
 def pack_tree(tree: Any, name: str, arrays: dict[str, tuple[TensorType, np.ndarray]]) -> Any:
-    """The tree as JSON can hold it. Arrays are put into `arrays`, under names that begin with `name`.
+    """The tree as JSON can hold it. Arrays are copied into `arrays`, under names that begin with `name`.
 
     TypeError for a value of another type.
     """
@@ -28,28 +29,36 @@ def pack_tree(tree: Any, name: str, arrays: dict[str, tuple[TensorType, np.ndarr
         # JSON has no other keys. Optimizers number their parameters.
         if all(type(key) in (str, int) for key in packed):
             return {_ITEMS: [[key, value] for key, value in packed.items()]}
-        raise TypeError(f"A state to be saved has keys in `{name}` that are no strings or integers: {[*packed]!r:.80}.")
+        raise TypeError(f"A save cannot hold the keys {[*packed]!r:.80} of `{name}`: they must be strings or integers.")
     if isinstance(tree, (list, tuple)):
-        return [pack_tree(value, f"{name}/{number}", arrays) for number, value in enumerate(tree)]
-    if isinstance(tree, np.generic):
-        return tree.item()
+        items = [pack_tree(value, f"{name}/{number}", arrays) for number, value in enumerate(tree)]
+        return items if isinstance(tree, list) else {_TUPLE: items}
     if isinstance(tree, (np.ndarray, torch.Tensor)):
-        array = as_array(name, tree) if isinstance(tree, torch.Tensor) else tree
+        array: np.ndarray = tree if tree.dtype == _BFLOAT16 else as_array(name, tree)  # type: ignore[assignment]
         # One row, so that arrays without axes are none of their own.
-        arrays[name] = TensorType(array.shape, TO_TORCH[array.dtype]), array[None]
+        arrays[name] = TensorType(array.shape, TO_TORCH[array.dtype]), np.array(array)[None]
         return {_TENSOR if isinstance(tree, torch.Tensor) else _ARRAY: name}
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree
-    raise TypeError(f"A state to be saved has a {type(tree).__name__} in `{name}`: {tree!r:.60}.")
+    value = tree.item() if isinstance(tree, np.generic) else tree
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"A save cannot hold the {type(tree).__name__} in `{name}`: {tree!r:.60}. Pass numbers, strings, arrays, "
+        "tensors, and dicts and lists of them: of a module or an optimizer, its `state_dict()`."
+    )
 
 
 def unpack_tree(tree: Any, read: Callable[[str], torch.Tensor]) -> Any:
-    """The inverse of `pack_tree`; `read` returns the tensor of a name. Tuples have become lists."""
-    if isinstance(tree, dict):
-        if len(tree) == 1 and (_ARRAY in tree or _TENSOR in tree):
-            found = read(next(iter(tree.values())))
-            return found if _TENSOR in tree else as_array("state", found)
-        if _ITEMS in tree:
-            return {key: unpack_tree(value, read) for key, value in tree[_ITEMS]}
-        return {key: unpack_tree(value, read) for key, value in tree.items()}
-    return [unpack_tree(value, read) for value in tree] if isinstance(tree, list) else tree
+    """The inverse of `pack_tree`; `read` returns the tensor of a name."""
+    if isinstance(tree, list):
+        return [unpack_tree(value, read) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    mark = next(iter(tree)) if len(tree) == 1 else None
+    if mark in (_ARRAY, _TENSOR):
+        found = read(tree[mark])
+        return found if mark == _TENSOR else as_array("state", found)
+    if mark == _TUPLE:
+        return tuple(unpack_tree(value, read) for value in tree[mark])
+    if mark == _ITEMS:
+        return {key: unpack_tree(value, read) for key, value in tree[mark]}
+    return {key: unpack_tree(value, read) for key, value in tree.items()}

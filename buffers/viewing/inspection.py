@@ -55,8 +55,8 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
             raise InspectionError("A save has no episode to print or draw before it is loaded.")
         lines, num_damaged = describe_saves(path, verify == "full")
         _print(lines)
-        if verify == "full" and num_damaged:
-            raise InspectionError(f"{num_damaged:,} saves cannot be loaded.")
+        if num_damaged:
+            raise InspectionError(f"The newest {num_damaged:,} cannot be loaded.")
         return
     if output is not None:
         _check_output(path, output)

@@ -16,7 +16,7 @@ __all__ = ["describe_saves"]
 
 
 def describe_saves(path: str, verifies: bool) -> tuple[list[str], int]:
-    """Lines that say which saves a directory has, and what is in the newest that is whole; and how many are damaged.
+    """Lines that say which saves a directory has, and what is in the newest that is whole; how many newer are damaged.
 
     Only headers are read, unless it `verifies`.
     """
@@ -30,8 +30,8 @@ def describe_saves(path: str, verifies: bool) -> tuple[list[str], int]:
             whole = whole or save
         except DamagedSaveError as error:
             # Only needed by later ones, perhaps: what it needs itself may be gone.
-            state = f"cannot be loaded: {error}"
-            num_damaged += 1
+            state = f"cannot be loaded: {str(error).removesuffix('.').split('. Load the')[0]}"
+            num_damaged += whole is None
         rows.append((str(number), made, format_bytes(os.path.getsize(file)), state))
     lines = [path, *aligned(rows)]
     return ([*lines, "", *_describe(whole)] if whole is not None else lines), num_damaged
@@ -54,7 +54,8 @@ def _describe(save: Save) -> list[str]:
         for name in sorted(name for name in save.said if name.startswith("buffer")):
             lines += ["", *_describe_buffer(save, name, name.replace("buffer", "writer"))]
     others = sorted(set(save.stamps) - {save.number})
-    return [*lines, "", f"Needs the files of saves: {others or 'none but its own'}"]
+    named = ", ".join(map(str, others[:9])) + (f" and {len(others) - 9} more" if len(others) > 9 else "")
+    return [*lines, "", f"Needs the files of saves: {named or 'none but its own'}"]
 
 
 def _describe_store(save: Save, number: int, told: dict[str, Any]) -> list[str]:
@@ -85,5 +86,5 @@ def _describe_buffer(save: Save, name: str, writer: str) -> list[str]:
         lengths = save.state(writer)["lengths"]
         if lengths is not None:
             lines.append(f"  {int(lengths.sum()):,} steps in open episodes of {len(lengths)} environments")
-    extra = save.state(f"extra of {name}")
+    extra = save.state(name.replace("buffer", "extra"))
     return [*lines, f"  extra: {', '.join(map(str, extra))}"] if extra else lines

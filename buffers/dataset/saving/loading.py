@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from buffers.dataset.verification import VerificationMode
 from buffers.disk import Directory, as_damage, parse_fields
 from buffers.fields import as_tensor
 from buffers.late import LateFieldInfo, PriorityField
-from buffers.saving import Save, SavedPiece
+from buffers.saving import Save, SavedPiece, runs_of
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import progress_bar
 
@@ -153,6 +154,12 @@ class _Loading:
         """Load it; whether its episodes are as the save says."""
         store, told, none = self._store, self._told, np.zeros((0, 4), np.int64)
         if told["is_reader"]:
+            if store.is_reader and runs_of(store.table.ids).tolist() != told["live"]:
+                warnings.warn(
+                    f"{told['directory']}, which was open for reading, has other episodes than when the save was made: "
+                    "batches will not be those that would have come.",
+                    stacklevel=2,
+                )
             return store.is_reader
         if told["fields"] is not None:
             store.settle_fields(parse_fields(told["fields"]))
@@ -191,6 +198,12 @@ class _Loading:
         if len(live) != self._told["num_episodes"] or (np.diff(live[:, 2]) <= 0).any():
             raise self._save.reader.damaged("does not find all of its episodes")
         stays = live[::-1, 1].cumsum()[::-1] <= self._store.capacity
+        if not stays.all():
+            warnings.warn(
+                f"{int(stays.sum())} of the {len(live)} episodes that were saved, the newest, fit a `capacity` of "
+                f"{self._store.capacity} steps.",
+                stacklevel=2,
+            )
         return int(live[stays][0, 2]) if stays.any() else int(self._told["next"][0])
 
     def _is_in_place(self, piece: SavedPiece, is_wanted: np.ndarray, infos: dict[int, EpisodeInfo]) -> bool:

@@ -86,8 +86,7 @@ def begin_source(source: SavedSource, snapshot: Snapshot, others: Sequence[Saved
 
 def _shown(number: int, dataset: EpisodeDataset, snapshot: Snapshot) -> _Store:
     table = EpisodeTable()
-    if not dataset.is_reader:
-        table.show(dataset.table)
+    table.show(dataset.table)
     return _Store(number, dataset, table, numbers_of(snapshot.places(number), table.ids))
 
 
@@ -107,20 +106,20 @@ def _live_bytes(stores: list[_Store]) -> dict[int, int]:
 def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[str, Any]:
     number, dataset, table, saved_in = store
     is_new = saved_in == NOWHERE
+    if dataset.is_reader:
+        return {**dataset.describe_store(), **_counts(store), "places": [], "is_linked": False, "is_reader": True}
     if not dataset.has_files:
         is_new |= np.isin(saved_in, [*packed])
     rows = table.rows[is_new]
     places = places_of(table.ids, np.where(is_new, snapshot.number, saved_in))
-    fields = dataset.fields
-    if not dataset.is_reader:
-        kept = dataset.begin_links(snapshot, number, rows) if dataset.has_files else _begin_rows(store, snapshot, rows)
-        late = _begin_late(store, snapshot)
-        snapshot.at_end.append(dataset.end_save)
-        dataset.begin_save(Unsaved(kept, late))
-        if state := dataset.evictor.state_dict():
-            snapshot.state(f"evictor{number}", state)
-        if dataset.extension is not None:
-            snapshot.state(f"extension{number}", dataset.extension.state_dict())
+    kept = dataset.begin_links(snapshot, number, rows) if dataset.has_files else _begin_rows(store, snapshot, rows)
+    late = _begin_late(store, snapshot)
+    snapshot.at_end.append(dataset.end_save)
+    dataset.begin_save(Unsaved(kept, late))
+    if state := dataset.evictor.state_dict():
+        snapshot.state(f"evictor{number}", state)
+    if dataset.extension is not None:
+        snapshot.state(f"extension{number}", dataset.extension.state_dict())
     if not dataset.has_files:
         snapshot.needs |= {n for _, _, n in places if n != snapshot.number}
         infos = dataset.known_infos(rows[:, 2])
@@ -129,15 +128,22 @@ def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[st
         snapshot.array(f"{number}/episodes", _EPISODE, rows.copy())
     return {
         **dataset.describe_store(),
-        "fields": None if fields is None else described_fields(fields),
+        **_counts(store),
+        "places": places,
+        "is_linked": dataset.has_files,
+        "is_reader": False,
+    }
+
+
+def _counts(store: _Store) -> dict[str, Any]:
+    _, dataset, table, _ = store
+    return {
+        "fields": None if dataset.fields is None else described_fields(dataset.fields),
         "next": [table.next_id, table.next_start],
         "counts": [dataset.num_lost, dataset.num_dismissed],
         "num_steps": table.num_steps,
         "num_episodes": len(table),
         "live": runs_of(table.ids).tolist(),
-        "places": places,
-        "is_linked": dataset.has_files,
-        "is_reader": dataset.is_reader,
     }
 
 
