@@ -54,6 +54,7 @@ class SavedSource(EpisodeReader):
         """Save all episodes, late fields and what else it takes to go on exactly, in a directory of saves.
 
             >>> import tempfile
+            >>> import numpy as np
             >>> from buffers.dataset import RingBufferDataset
             >>> dataset, directory = RingBufferDataset(capacity=1_000), tempfile.mkdtemp()
             >>> episode_id = dataset.add_episode({"obs": np.zeros((50, 4))})
