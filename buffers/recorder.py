@@ -140,22 +140,17 @@ class Recorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another recorder stood, with environments that do, too.
-
-        ValueError for the state of another mode or `num_envs`.
-        """
-        found = {"autoreset_mode": self.autoreset_mode, "num_envs": None if self._is_single else self.num_envs}
-        saved = {name: state.get(name) for name in found}
-        if saved != found:
+        """Go on where another stood, with environments that do; ValueError for one of another mode or `num_envs`."""
+        found = self.autoreset_mode, None if self._is_single else self.num_envs
+        if (saved := (state["autoreset_mode"], state["num_envs"])) != found:
             advice = '`ReplayBuffer.load(..., open_episodes="truncate")` begins with a new one'
-            raise ValueError(f"The state is of a recorder with {saved}, this one has {found}. {advice}.")
+            raise ValueError(f"The state is of a recorder (mode, `num_envs`) {saved}, this is {found}. {advice}.")
         fields = None if state["obs_fields"] is None else parse_fields(state["obs_fields"])
         self._obs_fields, self._first_row = fields, {}
         self._kept = [np.array(as_array("obs", tensor)) for tensor in state["kept"]]
         self._dtypes = observations.dtypes_of(fields) | observations.dtypes_of(self.writer.fields)
-        masks = [state[name] for name in ("needs_reset", "is_pending", "was_done")]
-        masks = [None if mask is None else np.array(mask, np.bool_) for mask in masks]
-        self._needs_reset, self._is_pending, self._was_done = masks
+        masks = [state["needs_reset"], state["is_pending"], state["was_done"]]
+        self._needs_reset, self._is_pending, self._was_done = [None if m is None else np.array(m) for m in masks]
 
     def reset(self, obs: Any, mask: Any = None) -> None:
         """Take the first observations after a reset of all environments, or of some.
@@ -172,14 +167,15 @@ class Recorder:
         self._check_owner()
         fields, leaves = self._obs_leaves(self._tree("obs", obs))
         is_reset = np.ones(self.num_envs, np.bool_) if mask is None else self._flag("mask", mask)
-        self.writer.truncate(is_reset)
-        if self._obs_fields is None:
-            self._obs_fields, self._kept = fields, [np.zeros_like(leaf) for leaf in leaves]
-            self._dtypes = observations.dtypes_of(fields) | self._dtypes
-        self._keep(leaves, is_reset)
-        self._is_pending = is_reset if self._is_pending is None else self._is_pending | is_reset
-        self._was_done = observations.and_not(self._was_done, is_reset)
-        self._needs_reset = observations.and_not(self._needs_reset, is_reset)
+        with self.writer.moment:
+            self.writer.truncate(is_reset)
+            if self._obs_fields is None:
+                self._obs_fields, self._kept = fields, [np.zeros_like(leaf) for leaf in leaves]
+                self._dtypes = observations.dtypes_of(fields) | self._dtypes
+            self._keep(leaves, is_reset)
+            self._is_pending = is_reset if self._is_pending is None else self._is_pending | is_reset
+            self._was_done = observations.and_not(self._was_done, is_reset)
+            self._needs_reset = observations.and_not(self._needs_reset, is_reset)
         self.writer.check_stored()
 
     def step(
@@ -233,6 +229,12 @@ class Recorder:
             arrived, is_missing = self._with_final_obs(leaves, is_done, final_obs, infos)
         row = self._row(action, arrived, reward, is_terminated, is_truncated, is_missing, extras)
         rows = self.writer.checked(row, {})
+        with self.writer.moment:
+            self._take(rows, row, leaves, is_last)
+        self.writer.check_stored()
+
+    def _take(self, rows: list[np.ndarray], row: dict[str, Any], leaves: list[np.ndarray], is_last: Mask) -> None:
+        """Add the first rows that wait, and the rows of a step."""
         if self._is_pending is not None:
             if not self._first_row:
                 first = {"obs": self._obs_tree(self._kept), "is_first": np.ones(self.num_envs, np.bool_)}
@@ -243,14 +245,13 @@ class Recorder:
             self._is_pending = None
         self.writer.take(rows, None, is_last, None if self._was_done is None else ~self._was_done)
         self._move_on(leaves, is_last)
-        self.writer.check_stored()
 
     def _move_on(self, leaves: list[np.ndarray], is_done: Mask) -> None:
         """Set the states after a step that returned these observations."""
+        is_first = is_done
         if self.autoreset_mode == "disabled":
             self._needs_reset = is_done
             return
-        is_first = is_done
         if self.autoreset_mode == "next_step":
             # An episode may even end on the call that resets: it has no transition, so its first row is not kept.
             is_first = observations.and_not(self._was_done, is_done)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,11 @@ class EpisodeWriter:
         """Steps in open episodes."""
         return 0 if self._accumulator is None else self._accumulator.num_open_rows
 
+    @property
+    def moment(self) -> AbstractContextManager[Any]:
+        """For a block that no save shall see half done; nothing if there is a limiter, which may wait within it."""
+        return self.lock if self._limiter is None else nullcontext()
+
     def begin_save(self, snapshot: Snapshot, name: str) -> None:
         """Put the open episodes, and those that wait for the sink, into a snapshot; the caller holds the lock."""
         recorder = None if self.recorder is None else self.recorder()
@@ -305,6 +311,8 @@ class EpisodeWriter:
             raise RuntimeError("The buffer has taken steps already: load into a new one.")
         if None not in (self.num_envs, told["num_envs"]) and self.num_envs != told["num_envs"]:
             raise ValueError(f"`num_envs`={self.num_envs}, but the save is of {told['num_envs']} environments.")
+        if open_episodes != "drop" and told["lengths"] is not None:
+            self._check_open_episodes(int(max(told["lengths"])))
         self.num_envs, self.overlap = told["num_envs"], max(self.overlap, told["overlap"])
         self._outbox.load_state_dict(told["waiting"])
         if told["lengths"] is not None and fields is not None:
@@ -317,6 +325,14 @@ class EpisodeWriter:
             self.saved_recorder = told["recorder"]
         elif open_episodes == "truncate":
             self._complete(None, truncate=True)
+
+    def _check_open_episodes(self, longest: int) -> None:
+        most = min(self.sink.episode_capacity, self.max_episode_length or longest)
+        if longest > most:
+            raise ValueError(
+                f"An open episode of the save has {longest} steps, more than the {most} that it may have. Raise the "
+                '`capacity` or `max_episode_length`, or load with `open_episodes="drop"`.'
+            )
 
     # The first row.
 

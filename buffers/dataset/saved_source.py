@@ -92,12 +92,14 @@ class SavedSource(EpisodeReader):
         progress: bool,
     ) -> Future[str]:
         """`save`, with what others put into the snapshot at the same moment."""
-        path = os.path.abspath(os.fspath(directory))
+        path = os.path.realpath(os.fspath(directory))
         for store in self.stores:
+            if not store.is_reader:
+                store.check_writable()
             store.wait_for_save()  # To another directory, perhaps.
-        if path not in self._saves:
-            self._saves[path] = SaveDirectory(path)
-        return self._saves[path].save(partial(begin_source, self, others=others), keep, block, progress)
+        return self._saves.setdefault(path, SaveDirectory(path)).save(
+            partial(begin_source, self, others=others), keep, block, progress
+        )
 
     @classmethod
     def load(
@@ -143,7 +145,7 @@ class SavedSource(EpisodeReader):
         elif not isinstance(dataset, SavedSource):
             raise TypeError(f"`dataset` must be an SavedSource, found {type(dataset).__name__}.")
         source, is_same = load_source(save, dataset, cls.kinds, progress)
-        path = save.directory.path
+        path = os.path.realpath(save.directory.path)
         source._saves[path] = SaveDirectory(path, save, is_same)
         return source
 

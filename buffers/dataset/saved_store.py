@@ -115,7 +115,7 @@ class SavedStore(LabelledSource):
 
     def wait_for_save(self) -> None:
         """Wait until no save needs what is here."""
-        while self.unsaved is not None:
+        while self.unsaved is not None and self.unsaved.rows.is_ours:
             time.sleep(_PAUSE)
 
     def begin_save(self, unsaved: Unsaved) -> None:

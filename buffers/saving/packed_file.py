@@ -71,6 +71,8 @@ class PackedWriter:
             for name, (kind, num) in sorted(arrays.items())
         }
         self._header = _header(described, num_pieces + 1, said)
+        if len(self._header) > _MAX_HEADER:
+            raise ValueError(f"The states take {len(self._header):,} bytes besides arrays, more than {_MAX_HEADER:,}.")
         self._places, self.num_bytes = _layout(described, num_pieces + 1, len(self._header))
         self._numbers = {name: number for number, name in enumerate(described)}
         self._pieces = np.empty((num_pieces + 1, 4), np.int64)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from buffers.utils import ThreadLock
+from buffers.utils import Process, ThreadLock
 
 __all__ = ["Pieces", "cut_into_pieces"]
 
@@ -42,7 +42,28 @@ class Pieces:
         self._firsts, self._ends = np.ascontiguousarray(bounds[:, 0]), np.ascontiguousarray(bounds[:, 1])
         self._write, self._lock = write, lock
         self._is_written = np.zeros(len(bounds), np.bool_)
+        self._process, self._is_held = Process.number, True
         self.error: Exception | None = None
+        # Until everything is ready, `keep` waits.
+        lock.acquire()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process writes them, and is not a fork of the one that does."""
+        return Process.number == self._process
+
+    def begin(self) -> None:
+        """Let `keep` write: the file is there."""
+        if self._is_held:
+            self._is_held = False
+            self._lock.release()
+
+    def stop(self, error: Exception) -> None:
+        """Write no more, if not everything is written: the file is about to be closed."""
+        with self._lock:
+            if not self._is_written.all():
+                self.error = self.error or error
+        self.begin()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # Only the process that saves writes.
@@ -57,11 +78,13 @@ class Pieces:
 
     def keep(self, firsts: int | Int64Array, ends: int | Int64Array) -> None:
         """Write the pieces that cover any number in [first, end), of one such span or several."""
-        if self.error is not None or self._is_written.all():
+        if not self.is_ours or self.error is not None or self._is_written.all():
             return
         begin, end = self._ends.searchsorted(firsts, "right"), self._firsts.searchsorted(ends, "left")
         spans = np.unique(np.stack([np.atleast_1d(begin), np.atleast_1d(end)], 1), axis=0)
         with self._lock:
+            if self.error is not None:
+                return
             try:
                 for number in (n for first, last in spans.tolist() for n in range(first, last)):
                     self._write_one(number)
@@ -75,18 +98,25 @@ class Pieces:
 
 
 def cut_into_pieces(
-    starts: Int64Array, lengths: Int64Array, ids: Int64Array, row_bytes: int, lap: int | None = None
+    starts: Int64Array,
+    lengths: Int64Array,
+    ids: Int64Array,
+    row_bytes: int,
+    lap: int | None = None,
+    most: int | None = None,
 ) -> Int64Array:
     """The first of the episodes `(n,)` of each piece, and n behind them.
 
-    A piece is a run of whole episodes, without gaps in their step ids or ids, of some megabytes. It crosses no multiple
-    of `lap`, at which the memory of a ring begins anew.
+    A piece is a run of whole episodes, up to `most`, without gaps in their step ids or ids, of some megabytes. It
+    crosses no multiple of `lap`, at which the memory of a ring begins anew.
     """
     if not len(starts):
         return np.zeros(1, np.int64)
     has_gap = (starts[1:] != starts[:-1] + lengths[:-1]) | (ids[1:] != ids[:-1] + 1)
     if lap is not None:
         has_gap |= starts[1:] // lap != starts[:-1] // lap
+    if most is not None:
+        has_gap |= np.arange(1, len(starts)) % most == 0
     bytes_before = np.concatenate([np.zeros(1, np.int64), (lengths * max(1, row_bytes)).cumsum()[:-1]])
     is_first = has_gap | (np.diff(bytes_before // PIECE_BYTES) > 0)
     return np.concatenate([np.zeros(1, np.int64), is_first.nonzero()[0] + 1, np.full(1, len(starts))])

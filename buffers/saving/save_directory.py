@@ -17,7 +17,7 @@ import re
 import secrets
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -55,6 +55,8 @@ class SaveDirectory:
         self._newest = -1 if save is None else save.newest
         if not is_same:
             self._places, self._stamps, self._folders = [], {}, set()
+        # Of the file of the last save, see `_identity`.
+        self._seen: tuple[int, ...] | None = None
         self._lock = ThreadLock()
         self._last: Future[str] | None = None
 
@@ -64,6 +66,7 @@ class SaveDirectory:
         with self._lock:
             self.wait()
             future: Future[str] = Future()
+            future.set_running_or_notify_cancel()  # Nobody can cancel it.
             with contextlib.ExitStack() as stack:
                 try:
                     snapshot = self._begin(stack, begin, keep, progress)
@@ -73,8 +76,12 @@ class SaveDirectory:
             if block:
                 self._finish(left, snapshot, future)
                 future.result()
-            else:
-                threading.Thread(target=self._finish, args=(left, snapshot, future, True), name="buffers-save").start()
+                return future
+            thread = threading.Thread(target=self._finish, args=(left, snapshot, future, True), name="buffers-save")
+            try:
+                thread.start()
+            except RuntimeError:  # There are too many threads.
+                self._finish(left, snapshot, future)
             return future
 
     def wait(self) -> None:
@@ -90,7 +97,7 @@ class SaveDirectory:
         directory = Directory(self.path, descriptor, durable=True)
         stack.enter_context(contextlib.closing(take_lock(self.path, descriptor.number)))
         names = directory.names()
-        self._check(names)
+        self._check(directory, names)
         for name in names:
             if name.startswith(f"{TEMPORARY}save-"):
                 directory.remove(name)
@@ -110,6 +117,7 @@ class SaveDirectory:
         stack.callback(snapshot.end)
         stack.push(settle)
         file = stack.enter_context(directory.new_file(file_name(snapshot.number)))
+        stack.callback(snapshot.stop)
         snapshot.said |= {"run": self._run, "number": snapshot.number, "stamp": secrets.token_hex(8)}
         begin(snapshot)
         snapshot.said["files"] = {str(number): self._stamps[number] for number in snapshot.needs}
@@ -117,10 +125,15 @@ class SaveDirectory:
         snapshot.on_progress = stack.enter_context(progress_bar(progress, snapshot.num_bytes, "saving")).update
         return snapshot
 
-    def _check(self, names: list[str]) -> None:
+    def _check(self, directory: Directory, names: list[str]) -> None:
         """RuntimeError if another run saves here. Where files are gone, everything is saved anew."""
         numbers = save_numbers(names)
-        if numbers and numbers[-1] > self._newest:
+        is_ours = not numbers or numbers[-1] <= self._newest
+        if numbers and is_ours and _identity(directory, numbers[-1]) != self._seen:
+            with contextlib.suppress(DamagedSaveError):
+                newest = Save(directory, numbers[-1], numbers[-1])
+                is_ours = newest.run == self._run and self._stamps.get(newest.number) in (None, newest.stamp)
+        if not is_ours:
             raise RuntimeError(
                 f"{self.path} holds saves of another run, the newest has the number {numbers[-1]}. Load it, to go on "
                 "with that run, or choose another directory."
@@ -157,15 +170,23 @@ class SaveDirectory:
         told = SaidOfSave(snapshot.number, snapshot.said)
         self._places, self._stamps, self._folders = told.places, told.stamps, {*told.folders}
         with contextlib.suppress(OSError):
-            names, kept = snapshot.directory.names(), []
-            for number in reversed(save_numbers(names)):
-                with contextlib.suppress(DamagedSaveError):
-                    save = Save(snapshot.directory, number, snapshot.number)
-                    save.check()
-                    kept.append(save)
+            self._seen = _identity(snapshot.directory, snapshot.number)
+            names, kept = snapshot.directory.names(), [told]
+            numbers = save_numbers(names)
+            for number in reversed(numbers[:-1]):
                 if len(kept) == keep:
                     break
+                with contextlib.suppress(DamagedSaveError):
+                    save = Save(snapshot.directory, number, snapshot.number)
+                    if {*save.stamps} <= {*numbers} and {*save.folders} <= {*names}:
+                        kept.append(save)
             _clean(snapshot.directory, names, kept)
+
+
+def _identity(directory: Directory, number: int) -> tuple[int, ...]:
+    """What changes if somebody else writes the file of a save."""
+    status = directory.status(file_name(number))
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _remove_folders(directory: Directory, number: int) -> None:
@@ -176,7 +197,7 @@ def _remove_folders(directory: Directory, number: int) -> None:
             directory.remove_folder(name)
 
 
-def _clean(directory: Directory, names: list[str], kept: list[Save]) -> None:
+def _clean(directory: Directory, names: list[str], kept: Sequence[SaidOfSave]) -> None:
     needed = {file_name(number) for save in kept for number in save.stamps}
     # By folder of links, its store and the runs of ids that live in one of the saves.
     folders: dict[str, list[np.ndarray]] = {}

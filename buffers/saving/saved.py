@@ -91,6 +91,11 @@ class SaidOfSave:
         self.number, self.said = number, said
 
     @property
+    def stamp(self) -> str:
+        """What tells its file from all others."""
+        return str(self.said["stamp"])
+
+    @property
     def stores(self) -> list[dict[str, Any]]:
         """What is said of each store."""
         return self.said["stores"]
@@ -103,7 +108,7 @@ class SaidOfSave:
     @property
     def stamps(self) -> dict[int, str]:
         """Of the files that it needs, with its own: what they say of themselves."""
-        return {**{int(n): str(stamp) for n, stamp in self.said["files"].items()}, self.number: str(self.said["stamp"])}
+        return {**{int(n): str(stamp) for n, stamp in self.said["files"].items()}, self.number: self.stamp}
 
     @property
     def folders(self) -> dict[str, int]:
@@ -114,6 +119,14 @@ class SaidOfSave:
             for _, _, number in places
             if self.stores[store]["is_linked"]
         }
+
+    def live(self, store: int) -> Int64Array:
+        """The ids that live, as runs `(n, 2)`."""
+        return np.array(self.stores[store]["live"], np.int64).reshape(-1, 2)
+
+    def is_live(self, store: int, ids: Int64Array, numbers: int | Int64Array) -> npt.NDArray[np.bool_]:
+        """Which of the episodes `(n,)` that the saves of these numbers have brought live."""
+        return ids_in(self.live(store), ids) & (numbers_of(self.places[store], ids) == numbers)
 
 
 class Save(SaidOfSave):
@@ -159,14 +172,6 @@ class Save(SaidOfSave):
 
     def _tensor(self, name: str) -> torch.Tensor:
         return as_tensor(self.reader.read(name).reshape(self.reader.kinds[name].shape), self.reader.kinds[name])
-
-    def live(self, store: int) -> Int64Array:
-        """The ids that live, as runs `(n, 2)`."""
-        return np.array(self.stores[store]["live"], np.int64).reshape(-1, 2)
-
-    def is_live(self, store: int, ids: Int64Array, numbers: int | Int64Array) -> npt.NDArray[np.bool_]:
-        """Which of the episodes `(n,)` that the saves of these numbers have brought live."""
-        return ids_in(self.live(store), ids) & (numbers_of(self.places[store], ids) == numbers)
 
     def pieces(self, store: int) -> list[SavedPiece]:
         """The pieces that hold the episodes of a store, in the order of their ids."""

@@ -117,6 +117,8 @@ class Snapshot:
         arrays = {**self._arrays, **{name: (kind, len(rows)) for name, (kind, rows) in self._whole.items()}}
         self._writer = PackedWriter(arrays, self._num_pieces + len(self._whole), self.said)
         self._writer.begin(file)
+        for part in self._parts:
+            part.begin()
 
     @property
     def num_bytes(self) -> int:
@@ -133,6 +135,11 @@ class Snapshot:
         for name, (_, rows) in self._whole.items():
             self._put(name, 0, rows)
         self._writer.end()
+
+    def stop(self) -> None:
+        """Let nobody write any more: the file is about to be closed."""
+        for part in self._parts:
+            part.stop(RuntimeError("The save has failed."))
 
     def end(self) -> None:
         """Let go of what was saved."""

@@ -18,7 +18,7 @@ _ARRAY, _TENSOR, _ITEMS, _TUPLE = _MARKS = "$array", "$tensor", "$items", "$tupl
 
 
 def pack_tree(tree: Any, name: str, arrays: dict[str, tuple[TensorType, np.ndarray]]) -> Any:
-    """The tree as JSON can hold it. Arrays are copied into `arrays`, under names that begin with `name`.
+    """The tree as JSON can hold it. Arrays are copied into `arrays`; `name` is for errors.
 
     TypeError for a value of another type.
     """
@@ -36,8 +36,9 @@ def pack_tree(tree: Any, name: str, arrays: dict[str, tuple[TensorType, np.ndarr
     if isinstance(tree, (np.ndarray, torch.Tensor)):
         array: np.ndarray = tree if tree.dtype == _BFLOAT16 else as_array(name, tree)  # type: ignore[assignment]
         # One row, so that arrays without axes are none of their own.
-        arrays[name] = TensorType(array.shape, TO_TORCH[array.dtype]), np.array(array)[None]
-        return {_TENSOR if isinstance(tree, torch.Tensor) else _ARRAY: name}
+        key = f"state/{len(arrays)}"
+        arrays[key] = TensorType(array.shape, TO_TORCH[array.dtype]), np.array(array)[None]
+        return {_TENSOR if isinstance(tree, torch.Tensor) else _ARRAY: key}
     value = tree.item() if isinstance(tree, np.generic) else tree
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

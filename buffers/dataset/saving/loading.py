@@ -134,6 +134,12 @@ def _check(save: Save, number: int, store: EpisodeDataset) -> None:
                 f"The fields of the save differ from those of the dataset: {conflict}. The save has {fields}, the "
                 f"dataset {store.fields}."
             )
+    for field in save.state(f"late{number}"):
+        kind = next(iter(parse_fields(field["kind"]).values()))
+        if field["name"] in store.late and field["in_batches"]:
+            store.late.add(
+                field["name"], kind, field["default"], store.table
+            )  # It is there: a ValueError if it differs.
 
 
 def _pieces(save: Save, number: int) -> list[SavedPiece]:

@@ -17,6 +17,7 @@ import torch
 from buffers.conversion import as_array
 from buffers.disk import described_fields
 from buffers.fields import Fields, TensorType, Vector
+from buffers.late import LateField, LateFieldInfo
 from buffers.saving import NOWHERE, Pieces, Snapshot, cut_into_pieces, numbers_of, places_of, runs_of
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import ThreadLock
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SavedBeside", "Unsaved", "begin_source"]
 
+_MOST_EPISODES = 64
 _BYTE = TensorType((), torch.uint8)
 _EPISODE = Vector((4,), torch.int64)
 
@@ -72,9 +74,10 @@ def begin_source(source: SavedSource, snapshot: Snapshot, others: Sequence[Saved
         for other in others:
             stack.enter_context(other.lock)
         datasets = source.stores
-        for dataset in datasets:
+        # In the same order wherever a save takes several.
+        for dataset in sorted(datasets, key=id):
             stack.enter_context(dataset.lock)
-            if dataset.unsaved is not None:
+            if dataset.unsaved is not None and dataset.unsaved.rows.is_ours:
                 raise RuntimeError("Another save of the same dataset has begun in another thread.")
         stores = [_shown(number, dataset, snapshot) for number, dataset in enumerate(datasets)]
         packed = snapshot.files_to_pack(_live_bytes(stores))
@@ -113,9 +116,12 @@ def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[st
     rows = table.rows[is_new]
     places = places_of(table.ids, np.where(is_new, snapshot.number, saved_in))
     kept = dataset.begin_links(snapshot, number, rows) if dataset.has_files else _begin_rows(store, snapshot, rows)
-    late = _begin_late(store, snapshot)
+    fields = dict(dataset.late.by_name)
+    late = _begin_late(store, snapshot, fields)
     snapshot.at_end.append(dataset.end_save)
     dataset.begin_save(Unsaved(kept, late))
+    # From here on, nobody changes a value before it is written.
+    snapshot.state(f"late{number}", [_described(dataset.late.info_of(name)) for name in fields])
     if state := dataset.evictor.state_dict():
         snapshot.state(f"evictor{number}", state)
     if dataset.extension is not None:
@@ -152,7 +158,9 @@ def _begin_rows(store: _Store, snapshot: Snapshot, rows: Int64Array) -> Pieces:
     fields: Mapping[str, TensorType] = dataset.fields or {}
     kinds = {name: dataset.stored_type(kind) if dataset.is_mapped else kind for name, kind in fields.items()}
     row_bytes, lap = sum(kind.nbytes for kind in kinds.values()), dataset.capacity if dataset.is_mapped else None
-    at = cut_into_pieces(rows[:, 0], rows[:, 1], rows[:, 2], row_bytes, lap)
+    # Where episodes are read one by one, who evicts shall not have to wait for many.
+    most = None if dataset.is_mapped else _MOST_EPISODES
+    at = cut_into_pieces(rows[:, 0], rows[:, 1], rows[:, 2], row_bytes, lap, most)
     bounds = np.stack([rows[at[:-1], 0], rows[at[1:] - 1, 0] + rows[at[1:] - 1, 1]], 1)[: len(at) - 1]
     # Without gaps in the step ids, these are as many as rows.
     num_rows = bounds[:, 1] - bounds[:, 0]
@@ -177,10 +185,13 @@ def _read_episodes(dataset: EpisodeDataset, ids: Int64Array) -> dict[str, np.nda
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in names}
 
 
-def _begin_late(store: _Store, snapshot: Snapshot) -> Pieces:
+def _described(info: LateFieldInfo) -> dict[str, Any]:
+    return {**info._asdict(), "kind": described_fields(Fields({info.name: info.kind}))}
+
+
+def _begin_late(store: _Store, snapshot: Snapshot, fields: Mapping[str, LateField]) -> Pieces:
     """All values of late fields."""
-    dataset, (starts, lengths, ids, _) = store.dataset, store.table.rows.T
-    fields = dict(dataset.late.by_name)
+    starts, lengths, ids, _ = store.table.rows.T
     kinds = {name: field.kind for name, field in fields.items()}
     at = cut_into_pieces(starts, lengths, ids, sum(kind.nbytes for kind in kinds.values()))
     firsts, lasts = at[:-1], at[1:] - 1
@@ -192,10 +203,4 @@ def _begin_late(store: _Store, snapshot: Snapshot) -> Pieces:
         steps = np.arange(*bounds[number].tolist())
         return {name: as_array(name, field.rows(steps)) for name, field in fields.items()}
 
-    infos = [dataset.late.info_of(name) for name in fields]
-    told = [
-        {**info._asdict(), "kind": described_fields(Fields({info.name: info.kind})), "default": info.default}
-        for info in infos
-    ]
-    snapshot.state(f"late{store.number}", told)
     return snapshot.rows(f"{store.number}/late", kinds, bounds, bounds[:, 1] - bounds[:, 0], read)
