@@ -25,7 +25,7 @@ from tests import tagged
 from tests.list_dataset import ListDataset
 from tests.saving_helpers import KINDS, close, contents, loaded, make, opened_save, same, writable
 
-PROPERTY = settings(max_examples=25, deadline=None)
+PROPERTY = settings(max_examples=15, deadline=None)
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["add", "add", "add", "update", "evict", "save", "load"]), st.integers(0, 30)),
     min_size=3,

@@ -152,7 +152,7 @@ def test_pickling_ten_gigabytes_of_ring_takes_kilobytes() -> None:
 def test_a_ring_is_not_pickled_unless_a_process_starts(save, hold) -> None:
     ring = reading.tiny_ring(16)
     ring.add_episode(reading.tagged_episode(ring, 5))
-    with pytest.raises(TypeError, match="the rows are lost when this process ends. Keep episodes in an Indi"):
+    with pytest.raises(TypeError, match="the rows are lost when this process ends. `dataset.save\\(directory\\)`"):
         save(hold([ring]))
     for other in (copy.copy(ring), copy.deepcopy(ring)):
         assert other.get_episode(0)["length"].tolist() == [5] * 5

@@ -214,8 +214,11 @@ def _make(path: str) -> None:
     parent = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(parent):
         _make(parent)
-    with contextlib.suppress(FileExistsError):
+    try:
         os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise  # Otherwise, somebody else has made it.
     descriptor = Descriptor(os.open(parent, os.O_RDONLY | os.O_DIRECTORY))
     os.fsync(descriptor.number)
     descriptor.close()
