@@ -7,11 +7,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.saving import SavedBeside
 from buffers.episode_returns import EpisodeReturns
 from buffers.limiter import SamplesPerInsert
 from buffers.saving import Save, Snapshot
@@ -44,11 +46,10 @@ class ResumableBuffer:
         self._options: dict[str, Any] = {}
         self._given: dict[str, str] = {}
         for name, value in given.items():
-            plain = _plain(value)
             if name == "seed":
                 continue  # It is part of the state.
             try:
-                self._options[name] = json.loads(json.dumps(plain))
+                self._options[name] = json.loads(json.dumps(_plain(value)))
             except TypeError:
                 self._given[name] = getattr(value, "__name__", type(value).__name__)
 
@@ -110,17 +111,19 @@ class ResumableBuffer:
         if not isinstance(extra, Mapping | None):
             raise TypeError(f"`extra` must be a dict, found {type(extra).__name__}.")
         self.extra = {} if extra is None else extra
-        buffers = [self, *self._checked(also)]
-        names = ("writer", "buffer")
-        beside = [_Beside(buffer, *(f"{name}{number}" for name in names)) for number, buffer in enumerate(buffers)]
+        beside = [
+            SavedBeside(buffer.lock, partial(buffer.begin_save, number))
+            for number, buffer in enumerate([self, *self._checked(also)])
+        ]
         return self.dataset.save_with(beside, directory, keep, block, progress)
 
-    def begin_save(self, snapshot: Snapshot, writer_name: str, name: str) -> None:
-        """Put all but the dataset into a snapshot."""
+    def begin_save(self, number: int, snapshot: Snapshot) -> None:
+        """Put all but the dataset into a snapshot, as the buffer of this number."""
         if self._writer is not None:
-            self._writer.begin_save(snapshot, writer_name)
-        snapshot.state(name.replace("buffer", "extra"), self.extra)
-        snapshot.state(name, {"options": self._options, "given": self._given, "state": self.state_dict()})
+            self._writer.begin_save(snapshot, f"writer{number}")
+        snapshot.state(f"extra{number}", self.extra)
+        state = {"options": self._options, "given": self._given, "state": self.state_dict()}
+        snapshot.state(f"buffer{number}", state)
 
     def _checked(self, also: Sequence[ResumableBuffer]) -> list[ResumableBuffer]:
         """Other buffers that record into stores of this one's source; TypeError or ValueError for anything else."""
@@ -200,26 +203,14 @@ class ResumableBuffer:
 
     def go_on(self, save: Save, number: int, open_episodes: str, dropped: set[str]) -> None:
         """Take the state that `begin_save` has put into a save, but for samplers or a limiter that are `dropped`."""
-        writer_name, name = f"writer{number}", f"buffer{number}"
-        if name in save.said:
-            state = save.state(name)["state"]
+        if f"buffer{number}" in save.said:
+            state = save.state(f"buffer{number}")["state"]
             if "sampler" in dropped:
                 state["loader"].pop("samplers", None)
             self.load_state_dict(state | {"limiter": None} if "limiter" in dropped else state)
-            self.extra = save.state(name.replace("buffer", "extra"))
-        if self._writer is not None and writer_name in save.said:
-            self._writer.restore(save, writer_name, open_episodes)
-
-
-class _Beside:
-    """A buffer, as `SavedBeside`."""
-
-    def __init__(self, buffer: ResumableBuffer, writer_name: str, name: str) -> None:
-        self._buffer, self._names = buffer, (writer_name, name)
-        self.lock = buffer.lock
-
-    def begin_save(self, snapshot: Snapshot) -> None:
-        self._buffer.begin_save(snapshot, *self._names)
+            self.extra = save.state(f"extra{number}")
+        if self._writer is not None and f"writer{number}" in save.said:
+            self._writer.restore(save, f"writer{number}", open_episodes)
 
 
 def _plain(value: Any) -> Any:

@@ -313,7 +313,7 @@ class EpisodeWriter:
             raise ValueError(f"`num_envs`={self.num_envs}, but the save is of {told['num_envs']} environments.")
         if open_episodes != "drop" and told["lengths"] is not None:
             self._check_open_episodes(int(max(told["lengths"])))
-        self.num_envs, self.overlap = told["num_envs"], max(self.overlap, told["overlap"])
+        self.num_envs, self.overlap = told["num_envs"] or self.num_envs, max(self.overlap, told["overlap"])
         self._outbox.load_state_dict(told["waiting"])
         if told["lengths"] is not None and fields is not None:
             self._settle(fields, tuple(told["leading"]))

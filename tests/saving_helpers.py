@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from buffers.conversion import as_array
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, MixtureDataset, RingBufferDataset
 from buffers.dataset.episode_source import EpisodeSource
 from buffers.saving import Save, open_save
+from tests import tagged
 from tests.list_dataset import ListDataset
 
 KINDS = ("ring", "half", "files", "extended", "mixture", "list")
@@ -79,3 +81,21 @@ def loaded(directory: Path, source: EpisodeSource | None = None, **options: Any)
 
 def opened_save(directory: Path) -> Save:
     return open_save(str(directory))
+
+
+def add(dataset: EpisodeDataset, number: int, length: int = 7) -> None:
+    dataset.add_episode(tagged.episode(length, number), info={"number": number} if number % 3 else None)
+
+
+def hold_the_writer(source: Any, gate: threading.Event) -> None:
+    """Let the thread of a save wait, but not the one that adds, which writes what it is about to overwrite."""
+    begin = type(writable(source)).begin_save
+
+    def held(self: Any, unsaved: Any) -> None:
+        for part in unsaved:
+            write_all = part.write_all
+            part.write_all = lambda write_all=write_all: (gate.wait(), write_all())
+        begin(self, unsaved)
+
+    for store in source.stores:
+        store.begin_save = held.__get__(store)

@@ -440,8 +440,11 @@ def test_stats_are_numbers_for_a_logger(num_workers: int) -> None:
     newest = int(buffer.sample()["t"].max())
     buffer.add_step({"reward": 0.5, "t": 30}, False)
     buffer.add_step({"reward": 0.5, "t": 31}, True)
+    stats = buffer.stats()
+    # A worker that drew ahead while rows were overwritten draws those windows again, and says how many.
+    assert stats.pop("num_rejected_windows") >= 0 if num_workers else stats.pop("num_rejected_windows") == 0
     # None lies over the end of 20 places: the six begin at 0, 6, 12, 20, 26 and 32, and what is before 34 - 20 is gone.
-    assert buffer.stats() == {
+    assert stats == {
         "num_episodes": 3,
         "num_timesteps": 14,
         "reachable": 1.0,
@@ -449,7 +452,6 @@ def test_stats_are_numbers_for_a_logger(num_workers: int) -> None:
         "mean_episode_length": 14 / 3,
         "num_evicted": 3,
         "num_batches": 52,
-        "num_rejected_windows": 0,
         "mean_episode_return": (6 * (0 + 1 + 2 + 3 + 4) + 1) / 6,
         "newest_age": 31 - newest,
     }

@@ -143,7 +143,7 @@ class SavedSource(EpisodeReader):
             if cls.__name__ in cls.kinds and kind != cls.__name__:
                 raise ValueError(f"The save is of a {kind}: call its `load`, or pass a {cls.__name__} to load into.")
         elif not isinstance(dataset, SavedSource):
-            raise TypeError(f"`dataset` must be an SavedSource, found {type(dataset).__name__}.")
+            raise TypeError(f"`dataset` must be an EpisodeSource, found {type(dataset).__name__}.")
         source, is_same = load_source(save, dataset, cls.kinds, progress)
         path = os.path.realpath(save.directory.path)
         source._saves[path] = SaveDirectory(path, save, is_same)

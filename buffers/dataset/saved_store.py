@@ -102,15 +102,15 @@ class SavedStore(LabelledSource):
         return {n: self._infos[n] for n in ids.tolist() if n in self._infos} if self._infos else {}
 
     def begin_links(self, snapshot: Snapshot, store: int, rows: Int64Array) -> Pieces:
-        """Link the files of episodes `(n, 4)` into a folder of a save; only where it `has_files`, as what follows."""
+        """Link the files of episodes `(n, 4)` into a folder of a save; only where it `has_files`."""
         raise NotImplementedError
 
     def takes_links(self, suffix: str) -> bool:
         """Whether its episodes are files with this suffix."""
-        raise NotImplementedError
+        return False
 
     def take_links(self, folders: Mapping[int, Directory], rows: Int64Array, number: int) -> None:
-        """Hold the episodes `(n, 4)`, whose files are in folders by their ids, and no others."""
+        """Hold the episodes `(n, 4)`, whose files are in folders by their ids; only where it `has_files`."""
         raise NotImplementedError
 
     def wait_for_save(self) -> None:

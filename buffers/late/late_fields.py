@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +99,7 @@ class LateFields(Mapping[str, LateField]):
         if name == PRIORITY and (kind.shape, kind.dtype) != ((), torch.float32):
             raise ValueError(f"`{PRIORITY}` is what PrioritizedSampler draws by: it must be a float32 Scalar().")
         if self.in_batches is not None and name in self.in_batches:
-            self._check_same(name, kind, default)
+            self.check_same(name, kind, default)
             return
         if name == PRIORITY:
             self.add_priorities(float(as_array(name, default)), table)
@@ -118,7 +118,8 @@ class LateFields(Mapping[str, LateField]):
             field.initial, field.is_restored = initial, False
         return field
 
-    def _check_same(self, name: str, kind: TensorType, default: Any) -> None:
+    def check_same(self, name: str, kind: TensorType, default: Any) -> None:
+        """ValueError unless a field that is there has this type and default."""
         field = self.by_name[name]
         if isinstance(field, PriorityField):
             known: Any = field.initial
@@ -166,8 +167,7 @@ class LateFields(Mapping[str, LateField]):
             raise RuntimeError(f"Only the process that made the dataset can add a late field, such as `{name}`.")
         field.changed = ChangedBlocks() if self.marks_changes else None
         with self._lock:
-            for begin, end in _spans(table):
-                field.fill(begin, end - begin)
+            _fill([field], table)
             self.by_name = {**self.by_name, name: field}
             self._num_filled = max(self._num_filled, table.next_start)
 
@@ -282,9 +282,7 @@ class LateFields(Mapping[str, LateField]):
     def refill(self, table: EpisodeTable) -> None:
         """Give all rows what new rows hold."""
         with self._lock:
-            for begin, end in _spans(table):
-                for field in self.by_name.values():
-                    field.fill(begin, end - begin)
+            _fill(self.by_name.values(), table)
             self._num_filled = table.next_start
 
     def _write_runs(self, starts: Int64Array, episode_ids: Int64Array, steps: Int64Array, rows: dict[str, Any]) -> None:
@@ -323,6 +321,13 @@ class LateFields(Mapping[str, LateField]):
                 rows = torch.empty(tensor.shape, dtype=tensor.dtype)
                 field.read(windows, rows)
                 tensor.copy_(rows)
+
+
+def _fill(fields: Iterable[LateField], table: EpisodeTable) -> None:
+    """Give the rows of all live episodes what new rows hold."""
+    for begin, end in _spans(table):
+        for field in fields:
+            field.fill(begin, end - begin)
 
 
 def _spans(table: EpisodeTable) -> list[tuple[int, int]]:

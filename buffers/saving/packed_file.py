@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class PackedWriter:
         self._header = _header(described, num_pieces + 1, said)
         if len(self._header) > _MAX_HEADER:
             raise ValueError(f"The states take {len(self._header):,} bytes besides arrays, more than {_MAX_HEADER:,}.")
-        self._places, self.num_bytes = _layout(described, num_pieces + 1, len(self._header))
+        self._places, _ = _layout(described, num_pieces + 1, len(self._header))
         self._numbers = {name: number for number, name in enumerate(described)}
         self._pieces = np.empty((num_pieces + 1, 4), np.int64)
         self._num_pieces = 1
@@ -191,32 +191,33 @@ def _write(descriptor: int, memory: npt.NDArray[np.uint8], offset: int) -> None:
         left, offset = left[num:], offset + num
 
 
-def _entries(described: Mapping[str, Any], num_pieces: int) -> Iterator[tuple[str, TensorType, int]]:
-    """Name, type and rows of all arrays, in the order in which they lie in the file."""
-    found = [(name, TensorType(tuple(shape), DTYPES[dtype]), num) for name, (dtype, shape, num) in described.items()]
-    found.append((_PIECES, TensorType((4,), DTYPES["int64"]), num_pieces))
-    return iter(sorted(found, key=lambda entry: (-TO_NUMPY[entry[1].dtype].itemsize, entry[0])))
+def _entries(described: Mapping[str, Any], num_pieces: int) -> list[tuple[str, TensorType, int, int]]:
+    """Name, type, rows and offset behind the header of all arrays, in the order in which they lie in the file."""
+    kinds = {name: (TensorType(tuple(shape), DTYPES[dtype]), num) for name, (dtype, shape, num) in described.items()}
+    kinds[_PIECES] = TensorType((4,), DTYPES["int64"]), num_pieces
+    entries, offset = [], 0
+    for name, (kind, num) in sorted(kinds.items(), key=lambda item: (-TO_NUMPY[item[1][0].dtype].itemsize, item[0])):
+        entries.append((name, kind, num, offset))
+        offset += kind.nbytes * num
+    return entries
 
 
 def _layout(described: Mapping[str, Any], num_pieces: int, header_bytes: int) -> tuple[dict[str, tuple[int, int]], int]:
     """Where each array begins and the bytes of a row; and the size of the file."""
-    places, offset = {}, header_bytes
-    for name, kind, num in _entries(described, num_pieces):
-        places[name] = offset, kind.nbytes
-        offset += kind.nbytes * num
-    return places, offset
+    entries = _entries(described, num_pieces)
+    places = {name: (header_bytes + offset, kind.nbytes) for name, kind, _, offset in entries}
+    _, kind, num, offset = entries[-1]
+    return places, header_bytes + offset + kind.nbytes * num
 
 
 def _header(described: Mapping[str, Any], num_pieces: int, said: Mapping[str, Any]) -> bytes:
     about = {"version": FORMAT_VERSION, "arrays": described, "num_pieces": num_pieces, "said": said}
-    entries: dict[str, Any] = {"__metadata__": {_SAID: json.dumps(about, separators=(",", ":"))}}
-    offset = 0
-    for name, kind, num in _entries(described, num_pieces):
+    tensors: dict[str, Any] = {"__metadata__": {_SAID: json.dumps(about, separators=(",", ":"))}}
+    for name, kind, num, offset in _entries(described, num_pieces):
         dtype, shape = safetensors_type(kind)
         end = offset + kind.nbytes * num
-        entries[name] = {"dtype": dtype, "shape": [num, *shape], "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+        tensors[name] = {"dtype": dtype, "shape": [num, *shape], "data_offsets": [offset, end]}
+    text = json.dumps(tensors, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -16,13 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from buffers.table import Int64Array
 from buffers.utils import Process, ThreadLock
 
 __all__ = ["Pieces", "cut_into_pieces"]
 
-Int64Array = npt.NDArray[np.int64]
 PIECE_BYTES = 4 * 2**20
 
 
@@ -58,11 +57,11 @@ class Pieces:
             self._is_held = False
             self._lock.release()
 
-    def stop(self, error: Exception) -> None:
+    def stop(self) -> None:
         """Write no more, if not everything is written: the file is about to be closed."""
         with self._lock:
             if not self._is_written.all():
-                self.error = self.error or error
+                self.error = self.error or RuntimeError("The save has failed.")
         self.begin()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,25 +97,24 @@ class Pieces:
 
 
 def cut_into_pieces(
-    starts: Int64Array,
-    lengths: Int64Array,
-    ids: Int64Array,
-    row_bytes: int,
-    lap: int | None = None,
-    most: int | None = None,
-) -> Int64Array:
-    """The first of the episodes `(n,)` of each piece, and n behind them.
+    episodes: Int64Array, row_bytes: int, lap: int | None = None, most: int | None = None
+) -> tuple[Int64Array, Int64Array]:
+    """Cut the episodes `(n, 4)` of a table into pieces.
 
     A piece is a run of whole episodes, up to `most`, without gaps in their step ids or ids, of some megabytes. It
     crosses no multiple of `lap`, at which the memory of a ring begins anew.
+
+    Returns:
+        The first episode of each piece, with n behind them; and its step ids, [first, end), int64 `(pieces, 2)`.
     """
-    if not len(starts):
-        return np.zeros(1, np.int64)
-    has_gap = (starts[1:] != starts[:-1] + lengths[:-1]) | (ids[1:] != ids[:-1] + 1)
+    starts, lengths, ids, _ = episodes.T
+    ends, num_bytes = starts + lengths, lengths * max(1, row_bytes)
+    bytes_before = num_bytes.cumsum() - num_bytes
+    is_first = np.ones(len(episodes), np.bool_)
+    is_first[1:] = (starts[1:] != ends[:-1]) | (np.diff(ids) != 1) | (np.diff(bytes_before // PIECE_BYTES) > 0)
     if lap is not None:
-        has_gap |= starts[1:] // lap != starts[:-1] // lap
+        is_first[1:] |= np.diff(starts // lap) != 0
     if most is not None:
-        has_gap |= np.arange(1, len(starts)) % most == 0
-    bytes_before = np.concatenate([np.zeros(1, np.int64), (lengths * max(1, row_bytes)).cumsum()[:-1]])
-    is_first = has_gap | (np.diff(bytes_before // PIECE_BYTES) > 0)
-    return np.concatenate([np.zeros(1, np.int64), is_first.nonzero()[0] + 1, np.full(1, len(starts))])
+        is_first |= np.arange(len(episodes)) % most == 0
+    at = np.append(is_first.nonzero()[0], len(episodes))
+    return at, np.stack([starts[at[:-1]], ends[at[1:] - 1]], 1)

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from buffers.table import Int64Array
+
 __all__ = ["NOWHERE", "Places", "files_to_pack", "ids_in", "numbers_of", "places_of", "runs_of"]
 
-Int64Array = npt.NDArray[np.int64]
 #: Ascending, without overlaps: episodes with ids in [first, end) that live are in the file of the save of this number.
 Places = list[tuple[int, int, int]]
 NOWHERE = -1
@@ -22,35 +23,36 @@ _SPARE_BYTES, _MOST_FILES = 2**24, 256
 
 def numbers_of(places: Places, ids: Int64Array) -> Int64Array:
     """The number of the save that has each episode `(n,)`, or NOWHERE."""
-    if not places:
-        return np.full(len(ids), NOWHERE)
-    first, end, number = np.array(places, np.int64).T
-    at = np.maximum(first.searchsorted(ids, "right") - 1, 0)
-    return np.where((ids >= first[at]) & (ids < end[at]), number[at], NOWHERE)
+    found = np.array([*places, (0, 0, NOWHERE)], np.int64)
+    return found[_index_in(found[:-1, :2], ids), 2]
 
 
 def places_of(ids: Int64Array, numbers: Int64Array) -> Places:
     """The places of live episodes: ids `(n,)`, ascending, and the number of the save that has each."""
-    if not len(ids):
-        return []
-    begins = np.concatenate([np.zeros(1, np.int64), (np.diff(numbers) != 0).nonzero()[0] + 1])
-    ends = np.append(begins[1:], len(ids)) - 1
-    return list(zip(ids[begins].tolist(), (ids[ends] + 1).tolist(), numbers[begins].tolist(), strict=True))
+    return [(first, end, number) for first, end, number in _runs(ids, numbers).tolist()]
 
 
 def runs_of(ids: Int64Array) -> Int64Array:
     """Ascending ids `(n,)` as runs without gaps, int64 `(m, 2)`: first and end."""
-    begins = np.concatenate([np.zeros(min(len(ids), 1), np.int64), (np.diff(ids) != 1).nonzero()[0] + 1])
-    ends = np.append(begins[1:], len(ids))[: len(begins)] - 1
-    return np.stack([ids[begins], ids[ends] + 1], 1)
+    return _runs(ids, ids - np.arange(len(ids)))[:, :2]
 
 
 def ids_in(runs: Int64Array, ids: Int64Array) -> npt.NDArray[np.bool_]:
-    """Which ids `(n,)` lie in one of the runs."""
-    if not len(runs):
-        return np.zeros(len(ids), np.bool_)
-    at = np.maximum(runs[:, 0].searchsorted(ids, "right") - 1, 0)
-    return (ids >= runs[at, 0]) & (ids < runs[at, 1])
+    """Which ids `(n,)` lie in one of the runs `(m, 2)`."""
+    return _index_in(runs, ids) >= 0
+
+
+def _index_in(spans: Int64Array, ids: Int64Array) -> Int64Array:
+    """The number of the span [first, end), of ascending ones `(m, 2)`, that has each id `(n,)`, or -1."""
+    at = spans[:, 0].searchsorted(ids, "right") - 1
+    return np.where((at >= 0) & (ids < np.append(spans[:, 1], 0)[at]), at, -1)
+
+
+def _runs(ids: Int64Array, values: Int64Array) -> Int64Array:
+    """Runs of equal values `(n,)`, int64 `(m, 3)`: the first of their ids, which ascend, the last plus 1, the value."""
+    is_first = np.diff(values, prepend=values[:1] - 1) != 0
+    is_last = np.diff(values, append=values[-1:] + 1) != 0
+    return np.stack([ids[is_first], ids[is_last] + 1, values[is_first]], 1)
 
 
 def files_to_pack(file_bytes: Mapping[int, int], live_bytes: Mapping[int, int]) -> set[int]:

@@ -13,7 +13,6 @@ that, what no save needs any more is removed. Killed, or out of space, anywhere 
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import threading
 import warnings
@@ -26,13 +25,11 @@ from buffers.disk import TEMPORARY, Descriptor, Directory, open_directory
 from buffers.disk.lock import take_lock
 from buffers.saving.packed_file import DamagedSaveError
 from buffers.saving.places import Places, ids_in
-from buffers.saving.saved import SaidOfSave, Save, file_name, save_numbers
+from buffers.saving.saved import SaidOfSave, Save, file_name, folders_of_links, save_numbers
 from buffers.saving.snapshot import Snapshot
 from buffers.utils import ThreadLock, integer, progress_bar
 
 __all__ = ["SaveDirectory"]
-
-_FOLDER = re.compile(r"save-([0-9]{10})-[0-9]+\.episodes")
 
 
 class SaveDirectory:
@@ -64,7 +61,8 @@ class SaveDirectory:
         """Save what `begin` puts into a snapshot; the path of the file, once it is there."""
         keep = integer("keep", keep, 1)
         with self._lock:
-            self.wait()
+            if self._last is not None:
+                self._last.exception()  # Waits until it is written, or has failed.
             future: Future[str] = Future()
             future.set_running_or_notify_cancel()  # Nobody can cancel it.
             with contextlib.ExitStack() as stack:
@@ -84,11 +82,6 @@ class SaveDirectory:
                 self._finish(left, snapshot, future)
             return future
 
-    def wait(self) -> None:
-        """Wait until the last save is written, or has failed."""
-        if self._last is not None:
-            self._last.exception()
-
     def _begin(
         self, stack: contextlib.ExitStack, begin: Callable[[Snapshot], None], keep: int, progress: bool
     ) -> Snapshot:
@@ -101,7 +94,7 @@ class SaveDirectory:
         for name in names:
             if name.startswith(f"{TEMPORARY}save-"):
                 directory.remove(name)
-        taken = [-1, *save_numbers(names), *(int(match[1]) for match in map(_FOLDER.fullmatch, names) if match)]
+        taken = [-1, *save_numbers(names), *folders_of_links(names).values()]
         sizes = {number: directory.status(file_name(number)).st_size for number in self._stamps}
         snapshot = Snapshot(max(taken) + 1, directory, self._places, sizes)
 
@@ -192,8 +185,8 @@ def _identity(directory: Directory, number: int) -> tuple[int, ...]:
 def _remove_folders(directory: Directory, number: int) -> None:
     """Remove the links of a save that has failed, unless its file has appeared before that."""
     names = directory.names()
-    for name in names if file_name(number) not in names else ():
-        if (match := _FOLDER.fullmatch(name)) and int(match[1]) == number:
+    for name, its_number in folders_of_links(names).items():
+        if its_number == number and file_name(number) not in names:
             directory.remove_folder(name)
 
 
@@ -204,11 +197,10 @@ def _clean(directory: Directory, names: list[str], kept: Sequence[SaidOfSave]) -
     for save in kept:
         for folder, store in save.folders.items():
             folders.setdefault(folder, []).append(save.live(store))
-    for name in names:
-        if save_numbers([name]) and name not in needed:
-            directory.remove(name)
-        elif _FOLDER.fullmatch(name) and name not in folders:
-            directory.remove_folder(name)
+    for name in {*map(file_name, save_numbers(names))} - needed:
+        directory.remove(name)
+    for name in folders_of_links(names).keys() - folders.keys():
+        directory.remove_folder(name)
     for name, runs in folders.items():
         links = directory.folder(name)
         if links is not None:

@@ -19,20 +19,23 @@ from buffers.fields import TensorType, as_tensor
 from buffers.saving.packed_file import DamagedSaveError, PackedReader
 from buffers.saving.places import Places, ids_in, numbers_of
 from buffers.saving.tree import unpack_tree
+from buffers.table import Int64Array
 
 __all__ = [
+    "SaidOfSave",
     "Save",
     "SavedPiece",
     "file_name",
     "folder_name",
+    "folders_of_links",
     "is_save_directory",
     "list_saves",
     "open_save",
     "save_numbers",
 ]
 
-Int64Array = npt.NDArray[np.int64]
 _NAME = re.compile(r"save-([0-9]{10})\.safetensors")
+_FOLDER = re.compile(r"save-([0-9]{10})-[0-9]+\.episodes")
 
 
 def file_name(number: int) -> str:
@@ -48,6 +51,11 @@ def folder_name(number: int, store: int) -> str:
 def save_numbers(names: list[str]) -> list[int]:
     """Of the saves among files, ascending."""
     return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+
+
+def folders_of_links(names: list[str]) -> dict[str, int]:
+    """The folders of links among files, and the save that has made each."""
+    return {name: int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))}
 
 
 def is_save_directory(path: str) -> bool:
@@ -152,14 +160,12 @@ class Save(SaidOfSave):
         if reader is None:
             path = f"{self.directory.path}/{file_name(number)}"
             try:
-                reader = PackedReader(self.directory.open(file_name(number)), path)
+                file = self.directory.open(file_name(number))
             except FileNotFoundError:
-                needs = f"save {self.number} needs" if self._readers else "was asked for"
-                raise DamagedSaveError(f"{path}, which {needs}, is not there.") from None
-            except DamagedSaveError:
-                raise
+                raise DamagedSaveError(f"{path}, which save {self.number} needs, is not there.") from None
             except DamagedEpisodeError as error:
                 raise DamagedSaveError(f"{path} {error}.") from error
+            reader = PackedReader(file, path)
             expected = self.stamps.get(number) if self._readers else None
             if reader.said.get("number") != number or expected not in (None, reader.said.get("stamp")):
                 raise reader.damaged(f"is not the file that save {self.number} was made with, but one of another save")

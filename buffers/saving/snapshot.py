@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from buffers.disk import Directory
 from buffers.fields import TensorType
@@ -15,11 +14,10 @@ from buffers.saving.packed_file import PackedWriter
 from buffers.saving.pieces import Pieces
 from buffers.saving.places import Places, files_to_pack
 from buffers.saving.tree import pack_tree
+from buffers.table import Int64Array
 from buffers.utils import ThreadLock
 
 __all__ = ["Snapshot"]
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class Snapshot:
@@ -33,11 +31,13 @@ class Snapshot:
 
     Attributes:
         needs: The saves before whose files this one needs.
+        num_bytes: Of all arrays, once it is prepared.
     """
 
     def __init__(self, number: int, directory: Directory, places: list[Places], sizes: dict[int, int]) -> None:
         self.number, self.directory, self._places, self._sizes = number, directory, places, sizes
         self.needs: set[int] = set()
+        self.num_bytes = 0
         #: What the file will say.
         self.said: dict[str, Any] = {}
         #: Called once everything is written, or has failed.
@@ -61,7 +61,7 @@ class Snapshot:
         return files_to_pack(self._sizes, live_bytes)
 
     def state(self, name: str, tree: Any) -> None:
-        """Keep a state, which must not change any more, under a name."""
+        """Keep a state under a name; the arrays in it are copied."""
         self.said[name] = pack_tree(tree, name, self._whole)
 
     def rows(
@@ -117,13 +117,9 @@ class Snapshot:
         arrays = {**self._arrays, **{name: (kind, len(rows)) for name, (kind, rows) in self._whole.items()}}
         self._writer = PackedWriter(arrays, self._num_pieces + len(self._whole), self.said)
         self._writer.begin(file)
+        self.num_bytes = sum(kind.nbytes * num for kind, num in arrays.values())
         for part in self._parts:
             part.begin()
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole file."""
-        return 0 if self._writer is None else self._writer.num_bytes
 
     def write(self) -> None:
         """Write all that is left."""
@@ -139,7 +135,7 @@ class Snapshot:
     def stop(self) -> None:
         """Let nobody write any more: the file is about to be closed."""
         for part in self._parts:
-            part.stop(RuntimeError("The save has failed."))
+            part.stop()
 
     def end(self) -> None:
         """Let go of what was saved."""

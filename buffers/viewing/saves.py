@@ -20,7 +20,8 @@ def describe_saves(path: str, verifies: bool) -> tuple[list[str], int]:
 
     Only headers are read, unless it `verifies`.
     """
-    rows, whole, num_damaged = [("save", "made", "bytes", "")], None, 0
+    rows, whole = [("save", "made", "bytes", "")], None
+    damaged: list[str] = []
     for number, file, found in reversed(list_saves(path)):
         made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(os.path.getmtime(file)))
         state = "whole" if verifies else "headers whole"
@@ -29,12 +30,12 @@ def describe_saves(path: str, verifies: bool) -> tuple[list[str], int]:
             _check(save, verifies)
             whole = whole or save
         except DamagedSaveError as error:
-            # Only needed by later ones, perhaps: what it needs itself may be gone.
-            state = f"cannot be loaded: {str(error).removesuffix('.').split('. Load the')[0]}"
-            num_damaged += whole is None
+            # An older one may only be needed by later ones, and what it needs itself be gone.
+            state = "cannot be loaded"
+            damaged += [f"Save {number}: {error}"] if whole is None else []
         rows.append((str(number), made, format_bytes(os.path.getsize(file)), state))
-    lines = [path, *aligned(rows)]
-    return ([*lines, "", *_describe(whole)] if whole is not None else lines), num_damaged
+    lines = [path, *aligned(rows), *damaged]
+    return ([*lines, "", *_describe(whole)] if whole is not None else lines), len(damaged)
 
 
 def _check(save: Save, verifies: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,10 @@ class LinkedDataset(EpisodeDataset):
     _reader: WindowReader
     _log: PublishedTable | None
     _is_bound: bool
+
+    @abstractmethod
+    def sync(self) -> None:
+        """As `IndividualFileDataset.sync`."""
 
     @property
     def is_reader(self) -> bool:
@@ -82,7 +87,7 @@ class LinkedDataset(EpisodeDataset):
             for folder in folders:
                 folder.close()
 
-        snapshot.at_written.append(finish)
+        snapshot.at_written += [finish, self.sync]
         snapshot.at_end.append(close)
         return snapshot.pieces(np.stack([rows[:, 0], rows[:, 0] + rows[:, 1]], 1), write)
 
@@ -135,7 +140,10 @@ class LinkedDataset(EpisodeDataset):
 
     @staticmethod
     def linked(save: Save, store: int) -> tuple[Int64Array, list[Directory]]:
-        """The episodes of a store whose files a save links, `(n, 4)` as in a table, and the folder of each."""
+        """The episodes of a store whose files a save links, `(n, 4)` as in a table, and the folder of each.
+
+        DamagedSaveError if some are missing.
+        """
         found: list[tuple[int, ...]] = []
         folders: dict[int, Directory] = {}
         for number in sorted({number for _, _, number in save.places[store]}):
@@ -148,6 +156,8 @@ class LinkedDataset(EpisodeDataset):
                     found.append((file.start, file.length, file.id, file.cut, number))
         rows = np.array(sorted(found, key=lambda row: row[2]), np.int64).reshape(-1, 5)
         rows = rows[save.is_live(store, rows[:, 2], rows[:, 4])]
+        if len(rows) != (num := save.stores[store]["num_episodes"]):
+            raise save.reader.damaged(f"needs {num} linked episodes, and {len(rows)} are there")
         return rows[:, :4], [folders[number] for number in rows[:, 4].tolist()]
 
     @staticmethod

@@ -53,11 +53,12 @@ def load_source(save: Save, source: SavedSource | None, kinds: Kinds, progress: 
     if is_given or any(store.has_files for store in stores):
         # Before anything changes. What was made for this save is dropped if it turns out to be damaged.
         save.verify()
-    check_links(save, kinds, is_full=any(_copies_links(save, number, store) for number, store in enumerate(stores)))
-    num_bytes = sum(piece.num_bytes for number in range(len(stores)) for piece in _pieces(save, number))
-    with progress_bar(progress, num_bytes, "loading") as bar:
-        for number, store in enumerate(stores):
-            is_same &= _Loading(save, number, store, kinds, bar.update).load()
+    parts = [_Loading(save, number, store, kinds) for number, store in enumerate(stores)]
+    for part in parts:
+        part.check_copied()
+    with progress_bar(progress, sum(part.num_bytes for part in parts), "loading") as bar:
+        for part in parts:
+            is_same &= part.load(bar.update)
     for number, store in enumerate(stores):
         if store.extension is not None:
             store.extension.load_state_dict(save.state(f"extension{number}"))
@@ -65,29 +66,18 @@ def load_source(save: Save, source: SavedSource | None, kinds: Kinds, progress: 
     return source, is_same
 
 
-def _copies_links(save: Save, number: int, store: EpisodeDataset) -> bool:
-    """Whether the linked files are read to be stored in another form."""
-    told = save.stores[number]
-    return told["is_linked"] and not (store.has_files and store.takes_links(told["suffix"]))
-
-
 def verify_save(save: Save, kinds: Kinds) -> None:
     """Read all that a save needs, and compare the checksums; DamagedSaveError if anything is not as it was."""
     save.verify()
-    check_links(save, kinds, is_full=True)
-
-
-def check_links(save: Save, kinds: Kinds, is_full: bool) -> None:
-    """Check that the linked files of a save are there; `is_full`, and what is in them."""
     for number, told in enumerate(save.stores):
         if told["is_linked"] and told["fields"] is not None:
-            rows, folders = kinds["IndividualFileDataset"].linked(save, number)
-            if len(rows) != told["num_episodes"]:
-                raise save.reader.damaged(f"needs {told['num_episodes']} linked episodes, and {len(rows)} are there")
-            if is_full:
-                fields = parse_fields(told["fields"])
-                for row, folder in zip(rows.tolist(), folders, strict=True):
-                    kinds["IndividualFileDataset"].read_link(folder, row, told["suffix"], fields)
+            _verify_links(kinds["IndividualFileDataset"], told, *kinds["IndividualFileDataset"].linked(save, number))
+
+
+def _verify_links(files: Any, told: Mapping[str, Any], rows: Int64Array, folders: list[Directory]) -> None:
+    fields = parse_fields(told["fields"])
+    for row, folder in zip(rows.tolist(), folders, strict=True):
+        files.read_link(folder, row, told["suffix"], fields)
 
 
 def _shape(described: Mapping[str, Any]) -> str:
@@ -134,83 +124,113 @@ def _check(save: Save, number: int, store: EpisodeDataset) -> None:
                 f"The fields of the save differ from those of the dataset: {conflict}. The save has {fields}, the "
                 f"dataset {store.fields}."
             )
-    for field in save.state(f"late{number}"):
-        kind = next(iter(parse_fields(field["kind"]).values()))
-        if field["name"] in store.late and field["in_batches"]:
-            store.late.add(
-                field["name"], kind, field["default"], store.table
-            )  # It is there: a ValueError if it differs.
+    for info in map(_late_info, save.state(f"late{number}")):
+        if info.name in (store.late_fields or ()):
+            store.late.check_same(info.name, info.kind, info.default)
 
 
-def _pieces(save: Save, number: int) -> list[SavedPiece]:
-    told = save.stores[number]
-    return [] if told["is_linked"] or told["fields"] is None else save.pieces(number)
+def _late_info(told: Mapping[str, Any]) -> LateFieldInfo:
+    return LateFieldInfo(**{**told, "kind": next(iter(parse_fields(told["kind"]).values()))})
 
 
 class _Loading:
-    """One store."""
+    """One store; DamagedSaveError if some of its episodes are missing."""
 
-    def __init__(
-        self, save: Save, number: int, store: EpisodeDataset, kinds: Kinds, update: Callable[[int], object]
-    ) -> None:
-        self._save, self._number, self._store, self._update = save, number, store, update
+    def __init__(self, save: Save, number: int, store: EpisodeDataset, kinds: Kinds) -> None:
+        self._save, self._number, self._store = save, number, store
         self._told, self._files = save.stores[number], kinds["IndividualFileDataset"]
+        self._is_empty = self._told["is_reader"] or self._told["fields"] is None
+        self._takes_links = self._told["is_linked"] and store.takes_links(self._told["suffix"])
+        # The live episodes `(n, 4)`, as the save has them, and where they are.
+        self._rows: Int64Array = np.zeros((0, 4), np.int64)
+        self._pieces: list[SavedPiece] = []
+        self._folders: list[Directory] = []
+        if self._is_empty:
+            return
+        if self._told["is_linked"]:
+            self._rows, self._folders = self._files.linked(save, number)
+            return
+        self._pieces = save.pieces(number)
+        self._rows = np.concatenate([self._rows, *(piece.episodes[piece.is_live] for piece in self._pieces)])
+        if len(self._rows) != self._told["num_episodes"] or (np.diff(self._rows[:, 2]) <= 0).any():
+            raise save.reader.damaged("does not find all of its episodes")
 
-    def load(self) -> bool:
+    @property
+    def num_bytes(self) -> int:
+        """To be read of rows, for a bar."""
+        return sum(piece.num_bytes for piece in self._pieces)
+
+    def check_copied(self) -> None:
+        """Check what is in linked files that are to be read, and stored in another form."""
+        if self._folders and not self._takes_links:
+            _verify_links(self._files, self._told, self._rows, self._folders)
+
+    def load(self, update: Callable[[int], object]) -> bool:
         """Load it; whether its episodes are as the save says."""
-        store, told, none = self._store, self._told, np.zeros((0, 4), np.int64)
+        store, told = self._store, self._told
         if told["is_reader"]:
-            if store.is_reader and runs_of(store.table.ids).tolist() != told["live"]:
-                warnings.warn(
-                    f"{told['directory']}, which was open for reading, has other episodes than when the save was made: "
-                    "batches will not be those that would have come.",
-                    stacklevel=2,
-                )
-            return store.is_reader
+            return self._is_same_reader()
         if told["fields"] is not None:
             store.settle_fields(parse_fields(told["fields"]))
-        rows = self._load_links() if told["is_linked"] else self._load_pieces()
+        stays = self._stays()
+        if self._takes_links:
+            by_id = dict(zip(self._rows[:, 2].tolist(), self._folders, strict=True))
+            store.take_links(by_id, self._rows[stays], self._save.number)
+        else:
+            if store.has_files:
+                store.take_links({}, self._rows[:0], self._save.number)
+            self._load_pieces(stays, update)
+            self._copy_links(stays)
         next_id, next_start = told["next"]
         store.restored(next_id, next_start, told["counts"])
-        if told["fields"] is not None:
-            self._load_late(rows)
+        if not self._is_empty:
+            self._load_late()
         if (name := f"evictor{self._number}") in self._save.said:
             store.evictor.load_state_dict(self._save.state(name))
-        return told["is_linked"] == store.has_files and np.array_equal(store.table.rows, rows if len(rows) else none)
+        return told["is_linked"] == store.has_files and np.array_equal(store.table.rows, self._rows)
+
+    def _is_same_reader(self) -> bool:
+        store, told = self._store, self._told
+        if store.is_reader and runs_of(store.table.ids).tolist() != told["live"]:
+            warnings.warn(
+                f"{told['directory']}, which was open for reading, has other episodes than when the save was made: "
+                "batches will not be those that would have come.",
+                stacklevel=2,
+            )
+        return store.is_reader
 
     # Rows.
 
-    def _load_pieces(self) -> Int64Array:
-        """The rows of live episodes `(n, 4)`, as the save has them."""
-        store, pieces = self._store, _pieces(self._save, self._number)
-        if store.has_files:
-            store.take_links({}, np.zeros((0, 4), np.int64), self._save.number)
-        live = np.concatenate([piece.episodes[piece.is_live] for piece in pieces] or [np.zeros((0, 4), np.int64)])
-        first_id = self._first_to_stay(live)
-        infos: dict[int, EpisodeInfo] = {}
-        for reader in {id(piece.reader): piece.reader for piece in pieces}.values():
-            with as_damage():
-                found = json.loads(reader.read(f"{self._number}/infos").tobytes() or b"{}")
-                infos |= {int(episode_id): checked_info(info) for episode_id, info in found.items()}
-        for piece in pieces:
-            is_wanted = piece.is_live & (piece.episodes[:, 2] >= first_id)
-            if is_wanted.any() and not self._is_in_place(piece, is_wanted, infos):
-                self._store_piece(piece, is_wanted, infos)
-            self._update(piece.num_bytes)
-        return live
-
-    def _first_to_stay(self, live: Int64Array) -> int:
-        """The id of the oldest of the episodes `(n, 4)` that fit: the newest stay."""
-        if len(live) != self._told["num_episodes"] or (np.diff(live[:, 2]) <= 0).any():
-            raise self._save.reader.damaged("does not find all of its episodes")
-        stays = live[::-1, 1].cumsum()[::-1] <= self._store.capacity
+    def _stays(self) -> np.ndarray:
+        """Which of the episodes fit, bool `(n,)`: the newest stay."""
+        stays = self._rows[::-1, 1].cumsum()[::-1] <= self._store.capacity
         if not stays.all():
             warnings.warn(
-                f"{int(stays.sum())} of the {len(live)} episodes that were saved, the newest, fit a `capacity` of "
+                f"{int(stays.sum())} of the {len(stays)} episodes that were saved, the newest, fit a `capacity` of "
                 f"{self._store.capacity} steps.",
                 stacklevel=2,
             )
-        return int(live[stays][0, 2]) if stays.any() else int(self._told["next"][0])
+        return stays
+
+    def _load_pieces(self, stays: np.ndarray, update: Callable[[int], object]) -> None:
+        first_id = self._rows[stays, 2].min(initial=self._told["next"][0])
+        infos: dict[int, EpisodeInfo] = {}
+        for reader in {id(piece.reader): piece.reader for piece in self._pieces}.values():
+            with as_damage():
+                found = json.loads(reader.read(f"{self._number}/infos").tobytes() or b"{}")
+                infos |= {int(episode_id): checked_info(info) for episode_id, info in found.items()}
+        for piece in self._pieces:
+            is_wanted = piece.is_live & (piece.episodes[:, 2] >= first_id)
+            if is_wanted.any() and not self._is_in_place(piece, is_wanted, infos):
+                self._store_piece(piece, is_wanted, infos)
+            update(piece.num_bytes)
+
+    def _copy_links(self, stays: np.ndarray) -> None:
+        for at in stays.nonzero()[0].tolist() if self._folders else ():
+            row = self._rows[at].tolist()
+            episode, info = self._files.read_link(self._folders[at], row, self._told["suffix"], self._store.fields)
+            self._store.table.skip_to(row[2], row[0])
+            self._store.store(episode, row[3], info)
 
     def _is_in_place(self, piece: SavedPiece, is_wanted: np.ndarray, infos: dict[int, EpisodeInfo]) -> bool:
         """Read straight to where the rows lie, if they can lie as they did; False if not."""
@@ -235,34 +255,14 @@ class _Loading:
             store.table.skip_to(episode_id, start)
             store.store(episode, cut, infos.get(episode_id))
 
-    def _load_links(self) -> Int64Array:
-        """As `_load_pieces`, of a dataset of files."""
-        save, store, suffix = self._save, self._store, self._told["suffix"]
-        rows, folders = self._files.linked(save, self._number)
-        stays = rows[:, 2] >= self._first_to_stay(rows)
-        by_id: dict[int, Directory] = dict(zip(rows[:, 2].tolist(), folders, strict=True))
-        if not _copies_links(save, self._number, store):
-            store.take_links(by_id, rows[stays], save.number)
-            return rows
-        if store.has_files:
-            store.take_links({}, rows[:0], save.number)
-        for row in rows[stays].tolist():
-            episode, info = self._files.read_link(by_id[row[2]], row, suffix, store.fields)
-            store.table.skip_to(row[2], row[0])
-            store.store(episode, row[3], info)
-        return rows
-
     # Late values.
 
-    def _load_late(self, rows: Int64Array) -> None:
-        """Those of the episodes in `rows` `(n, 4)`, as the save has them, that stay."""
-        reader, late, ends = self._save.reader, self._store.late, rows[:, 1].cumsum()
-        for told in self._save.state(f"late{self._number}"):
-            kind = next(iter(parse_fields(told["kind"]).values()))
-            info = LateFieldInfo(**{**told, "kind": kind})
-            field = late.by_name.get(info.name) or late.restore(info, self._store.table)
-            if (field.kind.shape, field.kind.dtype) != (kind.shape, kind.dtype):
-                raise ValueError(f"Late field `{info.name}` is {kind} in the save, and {field.kind} in the dataset.")
+    def _load_late(self) -> None:
+        """Those of the episodes that stay."""
+        reader, late, rows = self._save.reader, self._store.late, self._rows
+        ends = rows[:, 1].cumsum()
+        for info in map(_late_info, self._save.state(f"late{self._number}")):
+            field, kind = late.by_name.get(info.name) or late.restore(info, self._store.table), info.kind
             name, begin = f"{self._number}/late/{info.name}", 0
             for piece in reader.pieces(name):
                 values = reader.read_piece(name, piece)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,15 +57,11 @@ class _Store(NamedTuple):
     saved_in: Int64Array  # (E,), the number of the save that has each episode.
 
 
-class SavedBeside(Protocol):
+class SavedBeside(NamedTuple):
     """What belongs to the same moment as a source."""
 
-    @property
-    def lock(self) -> ThreadLock:
-        """Held while it puts itself into a snapshot, and while the source does: taken before the locks of that."""
-
-    def begin_save(self, snapshot: Snapshot) -> None:
-        """Put itself into a snapshot."""
+    lock: ThreadLock  # Held while the source and this put themselves into a snapshot; taken before the source's locks.
+    begin: Callable[[Snapshot], object]  # Puts it into a snapshot.
 
 
 def begin_source(source: SavedSource, snapshot: Snapshot, others: Sequence[SavedBeside]) -> None:
@@ -84,7 +80,7 @@ def begin_source(source: SavedSource, snapshot: Snapshot, others: Sequence[Saved
         snapshot.said["stores"] = [_begin_store(store, snapshot, packed) for store in stores]
         snapshot.said["source"] = source.describe(datasets)
         for other in others:
-            other.begin_save(snapshot)
+            other.begin(snapshot)
 
 
 def _shown(number: int, dataset: EpisodeDataset, snapshot: Snapshot) -> _Store:
@@ -108,9 +104,9 @@ def _live_bytes(stores: list[_Store]) -> dict[int, int]:
 
 def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[str, Any]:
     number, dataset, table, saved_in = store
-    is_new = saved_in == NOWHERE
     if dataset.is_reader:
         return {**dataset.describe_store(), **_counts(store), "places": [], "is_linked": False, "is_reader": True}
+    is_new = saved_in == NOWHERE
     if not dataset.has_files:
         is_new |= np.isin(saved_in, [*packed])
     rows = table.rows[is_new]
@@ -131,7 +127,7 @@ def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[st
         infos = dataset.known_infos(rows[:, 2])
         text = json.dumps(infos, separators=(",", ":")).encode() if infos else b""
         snapshot.array(f"{number}/infos", _BYTE, np.frombuffer(text, np.uint8))
-        snapshot.array(f"{number}/episodes", _EPISODE, rows.copy())
+        snapshot.array(f"{number}/episodes", _EPISODE, rows)
     return {
         **dataset.describe_store(),
         **_counts(store),
@@ -160,8 +156,7 @@ def _begin_rows(store: _Store, snapshot: Snapshot, rows: Int64Array) -> Pieces:
     row_bytes, lap = sum(kind.nbytes for kind in kinds.values()), dataset.capacity if dataset.is_mapped else None
     # Where episodes are read one by one, who evicts shall not have to wait for many.
     most = None if dataset.is_mapped else _MOST_EPISODES
-    at = cut_into_pieces(rows[:, 0], rows[:, 1], rows[:, 2], row_bytes, lap, most)
-    bounds = np.stack([rows[at[:-1], 0], rows[at[1:] - 1, 0] + rows[at[1:] - 1, 1]], 1)[: len(at) - 1]
+    at, bounds = cut_into_pieces(rows, row_bytes, lap, most)
     # Without gaps in the step ids, these are as many as rows.
     num_rows = bounds[:, 1] - bounds[:, 0]
 
@@ -191,13 +186,8 @@ def _described(info: LateFieldInfo) -> dict[str, Any]:
 
 def _begin_late(store: _Store, snapshot: Snapshot, fields: Mapping[str, LateField]) -> Pieces:
     """All values of late fields."""
-    starts, lengths, ids, _ = store.table.rows.T
     kinds = {name: field.kind for name, field in fields.items()}
-    at = cut_into_pieces(starts, lengths, ids, sum(kind.nbytes for kind in kinds.values()))
-    firsts, lasts = at[:-1], at[1:] - 1
-    bounds = np.zeros((0, 2), np.int64)
-    if len(starts):
-        bounds = np.stack([starts[firsts], starts[lasts] + lengths[lasts]], 1)
+    _, bounds = cut_into_pieces(store.table.rows, sum(kind.nbytes for kind in kinds.values()))
 
     def read(number: int) -> dict[str, np.ndarray]:
         steps = np.arange(*bounds[number].tolist())
