@@ -1,4 +1,4 @@
-"""`python -m buffers demo` and `python -m buffers inspect DIRECTORY`."""
+"""`python -m buffers demo | inspect DIRECTORY | import FORMAT SOURCE DIRECTORY | export FORMAT DIRECTORY TARGET`."""
 
 import sys
 

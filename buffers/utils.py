@@ -25,14 +25,14 @@ def how_to_install(extra: str) -> str:
     return f"`pip install '.[{extra}]'` in a checkout, or `pip install 'episode-buffers[{extra}]'` once it is on PyPI"
 
 
-def progress_bar(is_shown: bool, total: int, what: str) -> Any:
-    """A bar of tqdm over bytes, for a `with` block; without `is_shown`, one that shows nothing.
+def progress_bar(is_shown: bool, total: int | None, what: str, unit: str = "B", initial: int = 0) -> Any:
+    """A bar of tqdm over bytes, or others, for a `with` block; without `is_shown`, one that shows nothing.
 
     ImportError if tqdm is missing.
     """
     if not is_shown:
         return nullcontext(_NoBar())
-    return tqdm_class()(total=total, desc=what, unit="B", unit_scale=True)
+    return tqdm_class()(total=total, desc=what, unit=unit, unit_scale=unit == "B", initial=initial)
 
 
 class _NoBar:

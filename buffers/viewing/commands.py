@@ -1,12 +1,15 @@
-"""The commands `python -m buffers demo` and `python -m buffers inspect DIRECTORY`."""
+"""The commands `python -m buffers demo | inspect | import | export`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from buffers.interop import FORMATS, Summary, export_episodes, import_episodes
 from buffers.utils import how_to_install
 
 __all__ = ["main"]
@@ -16,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        status = _demo(options) if options.command == "demo" else _inspect(options)
+        status = {"demo": _demo, "inspect": _inspect, "import": _import, "export": _export}[options.command](options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -58,7 +61,74 @@ def _parser() -> argparse.ArgumentParser:
         default="size",
         help="read each file and check all of its content; otherwise, only its size is checked",
     )
+    importer = commands.add_parser(
+        "import",
+        help="bring a dataset of another format into a directory of episodes",
+        description="Bring a dataset of another format into a new directory of episodes, which IndividualFileDataset "
+        "opens. If it is killed, the same command goes on where it was.",
+    )
+    importer.add_argument("format", metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
+    importer.add_argument("source", metavar="SOURCE", help="a file, a directory, or a name that the format knows")
+    importer.add_argument("directory", metavar="DIRECTORY", help="what to make")
+    exporter = commands.add_parser(
+        "export",
+        help="write a directory of episodes in another format",
+        description="Write a directory of episodes in another format. The target appears when all of it is written.",
+    )
+    exporter.add_argument("format", metavar="FORMAT", help="one of hdf5, lerobot, minari, npz")
+    exporter.add_argument("directory", metavar="DIRECTORY", help="of episodes")
+    exporter.add_argument("target", metavar="TARGET", help="what to make")
+    for command in (importer, exporter):
+        command.add_argument("--fields", nargs="+", metavar="FIELD", help="only these; `obs` stands for all below it")
+        command.add_argument("--limit", type=int, metavar="N", help="only the first N episodes")
+        command.add_argument(
+            "--option",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="of the format's `read` or `write`, see docs/formats.md; `dtypes.reward=float32` stores another dtype",
+        )
     return parser
+
+
+def _import(options: argparse.Namespace) -> int:
+    return _transfer(import_episodes, options.format, options.source, options.directory, options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    return _transfer(export_episodes, options.format, options.directory, options.target, options)
+
+
+def _transfer(
+    function: Callable[..., Summary], format: str, source: str, target: str, options: argparse.Namespace
+) -> int:
+    """Import or export; what is wrong with the source or the arguments is one line, without a traceback."""
+    try:
+        chosen = _options_of(options.option)
+        print(function(format, source, target, fields=options.fields, limit=options.limit, progress=True, **chosen))
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` as keyword arguments; a name with a dot is a key of a dict, true and false and numbers are such."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, is_given, value = text.partition("=")
+        if not is_given:
+            raise ValueError(f"--option takes NAME=VALUE, found {text!r:.60}.")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        root, has_key, key = name.partition(".")
+        if has_key:
+            found.setdefault(root, {})[key] = parsed
+        else:
+            found[root] = parsed
+    return found
 
 
 def _demo(options: argparse.Namespace) -> int:

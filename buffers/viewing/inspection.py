@@ -20,6 +20,8 @@ from buffers.dataset.files.opening import Verify
 from buffers.dataset.printing import fields_table
 from buffers.disk import DAMAGED, NO_SURPRISES
 from buffers.disk.lock import LOCK
+from buffers.interop import FormatError
+from buffers.interop.origin import read_origin
 from buffers.saving import is_save_directory
 from buffers.utils import aligned, format_bytes
 from buffers.viewing.saves import describe_saves
@@ -69,6 +71,7 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
         if episode_id is None:
             findings = _find_other_files(path, dataset)
             state = [f"Format: {dataset.serialization_strategy.suffix}", f"Writer: {_describe_writer(path)}"]
+            state += _describe_origin(path)
             verified = [f"Verified: {dataset.num_episodes:,} whole episodes"] if verify == "full" else []
             _print([path, *_describe_dataset(dataset), "", *state, *verified, *_describe_findings(findings)])
             if verify == "full" and findings.damaged:
@@ -108,6 +111,18 @@ def _describe_dataset(dataset: IndividualFileDataset) -> list[str]:
     late = [f"{name}: {field.kind}" for name, field in dataset.late.items()]
     named = ["", f"Late fields: {', '.join(late)}"] if late else []
     return [head, "", fields_table(dataset), *named, "", *_histogram(lengths)]
+
+
+def _describe_origin(path: str) -> list[str]:
+    """Where an imported directory came from."""
+    try:
+        origin = read_origin(path)
+    except FormatError as error:
+        return [str(error)]
+    if origin is None:
+        return []
+    state = "Imported from" if origin.is_finished else "Part of an unfinished import from"
+    return [f"{state}: {origin.source} ({origin.format})", *(f"- {text}" for text in origin.lost)]
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:

@@ -1,0 +1,172 @@
+"""What the readers of all formats share: episodes one at a time, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from buffers.conversion import TO_NUMPY, torch_dtype
+from buffers.dataset.episode_info import EpisodeInfo
+from buffers.fields import Fields
+from buffers.utils import how_to_install, integer
+
+__all__ = ["Episode", "FormatError", "FormatReader", "Notes", "library"]
+
+
+class Episode(NamedTuple):
+    """An episode of another format, as `dataset.add_episode(*episode)` takes it."""
+
+    rows: dict[str, Any]  # field -> (L, *shape), which may be nested; aligned on arrival, see `alignment`.
+    info: EpisodeInfo
+
+
+class FormatError(ValueError):
+    """A file or directory is not what its format says. Names the path, what was found, and what to do."""
+
+    def __init__(self, path: str, found: str, advice: str) -> None:
+        super().__init__(f"{path}: {found}. {advice}")
+        self.path, self.found, self.advice = path, found, advice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FormatError, (self.path, self.found, self.advice)
+
+
+class Notes:
+    """What a format does not have, or could not be kept: each said once, in order."""
+
+    def __init__(self, texts: Sequence[str] = ()) -> None:
+        self.texts = list(texts)
+
+    def add(self, text: str) -> None:
+        """Say it, unless it was said."""
+        if text not in self.texts:
+            self.texts.append(text)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def library(name: str, extra: str) -> ModuleType:
+    """Import a library that an extra brings; the ImportError names the extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"This format needs {name} ({error}): {how_to_install(extra)}.") from None
+
+
+class FormatReader(ABC):
+    """Episodes of a file or directory in another format, one at a time, always in the same order.
+
+    A format implements `read_from`. Its constructor looks at the source as closely as it can without reading rows, and
+    raises a FormatError for what is no whole source of its kind.
+
+    Args:
+        path: Of the source, or its name where the format has names.
+        fields: The fields to read, where "obs" stands for all below it; None for all.
+        dtypes: `field -> dtype` for fields that are to be stored as another one; only where no value changes, except
+            that floats lose precision.
+
+    Attributes:
+        path: As given.
+        num_episodes: How many there are; None if only reading tells.
+        num_steps: Rows of all episodes as they are stored here (T + 1 for T transitions); None if only reading tells.
+        metadata: What the source says of itself as a whole, as JSON can hold it.
+        notes: What the source does not have, or is not read. It grows while episodes are read.
+    """
+
+    #: The name by which the format is asked for.
+    format: ClassVar[str]
+
+    def __init__(self, path: str, fields: Sequence[str] | None = None, dtypes: Mapping[str, Any] | None = None) -> None:
+        if isinstance(fields, str) or not all(isinstance(name, str) for name in fields or ()):
+            raise TypeError(f"`fields` must be a sequence of names, found {fields!r:.60}.")
+        self.path = path
+        self.fields = None if fields is None else tuple(fields)
+        self.dtypes = {name: TO_NUMPY[torch_dtype(dtype)] for name, dtype in (dtypes or {}).items()}
+        self.num_episodes: int | None = None
+        self.num_steps: int | None = None
+        self.metadata: dict[str, Any] = {}
+        self.notes = Notes()
+
+    @abstractmethod
+    def read_from(self, number: int) -> Iterator[Episode]:
+        """The episodes from this number on, 0 being the first; earlier ones are not read.
+
+        It may leave out fields that are not in `fields` (ask `wants`); those that it yields are dropped.
+
+        Raises:
+            FormatError: The source is damaged.
+        """
+
+    def close(self) -> None:  # noqa: B027  # Most formats keep nothing open.
+        """Close what is open. Iterating opens it again."""
+
+    def wants(self, name: str) -> bool:
+        """Whether a field, or one below it, is to be read."""
+        chosen = self.fields
+        return chosen is None or any(f"{name}/".startswith(f"{n}/") or f"{n}/".startswith(f"{name}/") for n in chosen)
+
+    def damaged(self, found: str, advice: str = "Get a whole copy of it") -> FormatError:
+        """The error to raise for what was found at the path."""
+        return FormatError(self.path, found, advice)
+
+    def episodes(self, first: int = 0) -> Iterator[Episode]:
+        """The episodes from a number on, with the chosen fields and dtypes.
+
+        Raises:
+            FormatError: As `read_from`.
+            ValueError: There is no such field; a dtype that cannot hold the values.
+        """
+        for number, episode in enumerate(self.read_from(integer("first", first, 0)), first):
+            rows = episode.rows if self.fields is None and not self.dtypes else self._chosen(episode.rows, number)
+            yield Episode(rows, episode.info)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return self.episodes()
+
+    def __enter__(self) -> FormatReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        counts = "episodes" if self.num_episodes is None else f"{self.num_episodes:,} episodes"
+        return f"{type(self).__name__}({self.path!r}: {counts})"
+
+    def _chosen(self, rows: dict[str, Any], number: int) -> dict[str, Any]:
+        fields = Fields.from_episode(rows)
+        missing = [name for name in (*(self.fields or ()), *self.dtypes) if not fields.below(name)]
+        if missing:
+            raise ValueError(f"{self.path} has no fields {missing}. It has {list(fields)}.")
+        chosen = (
+            fields if self.fields is None else fields.select({n for name in self.fields for n in fields.below(name)})
+        )
+        leaves = dict(zip(fields.names, fields.flatten(rows), strict=True))
+        for name in chosen:
+            dtype = next((self.dtypes[n] for n in self.dtypes if name in fields.below(n)), None)
+            if dtype is not None:
+                leaves[name] = self._cast(name, np.asarray(leaves[name]), dtype, number)
+        return chosen.unflatten(leaves)
+
+    def _cast(self, name: str, values: np.ndarray, dtype: np.dtype, number: int) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            found = values.astype(dtype)
+        if values.dtype.kind == found.dtype.kind == "f":
+            is_kept = bool((np.isfinite(values) == np.isfinite(found)).all())
+        else:
+            is_kept = np.array_equal(found.astype(values.dtype), values)
+        if not is_kept:
+            raise ValueError(
+                f"`{name}` of episode {number} of {self.path} has values that {dtype} cannot hold. Leave it out of "
+                "`dtypes`."
+            )
+        return found
