@@ -25,7 +25,7 @@ AGAINST_PEERS = (
 # Ours in a process of its own, beside the build from before.
 OURS = ("samplers", "wrapping", "padding", "priorities_growth", "holding_up")
 # Ours alone.
-ALONE = ("recording", "workers", "filing", "composing", "learning")
+ALONE = ("recording", "workers", "filing", "composing", "learning", "interop")
 QUICK_SCALE, QUICK_ROUNDS = 10, 5
 
 
@@ -106,6 +106,10 @@ def _alone(part: str) -> Callable[[int], None]:
         from benchmarks.composing import composing
 
         return composing
+    if part == "interop":
+        from benchmarks.interop import interop
+
+        return interop
     if part == "learning":
         from benchmarks.learning import learning
 

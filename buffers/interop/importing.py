@@ -64,6 +64,10 @@ def import_episodes(
     where = os.fspath(source)
     with module_of(format).read(where, fields=fields, **options) as reader:
         request = {"fields": reader.fields, "limit": most, **{name: str(value) for name, value in options.items()}}
+        # So that a source that has changed is not mixed with what was imported before.
+        request |= {"episodes": reader.num_episodes, "steps": reader.num_steps}
+        if os.path.isfile(where):
+            request["modified"] = os.stat(where).st_mtime_ns
         place = os.path.abspath(where) if os.path.exists(where) else where
         origin = Origin(format, place, request, lost=list(reader.notes), metadata=reader.metadata)
         if not _is_finished(target, origin):

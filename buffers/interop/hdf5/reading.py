@@ -1,0 +1,114 @@
+"""Reading the episodes of an HDF5 file: one at a time, or windows of them where they lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import numpy as np
+
+from buffers.fields import Fields
+from buffers.interop.base import Episode, FormatReader
+from buffers.interop.hdf5.detection import layout_of
+from buffers.interop.hdf5.file import HDF5File
+from buffers.interop.hdf5.layout import Layout, unflattened
+from buffers.interop.in_place import InPlaceDataset
+
+__all__ = ["HDF5Dataset", "HDF5Reader"]
+
+_SHIFTED = (
+    "Next observations are not always the observation of the following row: rows are those of the observations, and "
+    "only the final one is a next observation."
+)
+_REPEATED = (
+    "The final observation of some episodes is equal to the one before. robomimic's converter writes it so for D4RL, "
+    "where it does not know the final observation."
+)
+
+
+@final
+class HDF5Reader(FormatReader):
+    """Episodes of an HDF5 file; see `read`."""
+
+    format: ClassVar[str] = "hdf5"
+
+    def __init__(
+        self,
+        path: str,
+        layout: str | None = None,
+        mask: str | None = None,
+        max_episode_steps: int | None = None,
+        fields: Sequence[str] | None = None,
+        dtypes: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(path, fields, dtypes)
+        with HDF5File(path) as file:
+            self.layout = layout_of(file, self.wants, layout, mask, max_episode_steps)
+        self.metadata, self.notes = self.layout.metadata, self.layout.notes
+        self.num_episodes = len(self.layout.lengths)
+        self.num_steps = int(self.layout.lengths.sum()) + self.num_episodes
+
+    def read_from(self, number: int) -> Iterator[Episode]:
+        """As `FormatReader.read_from`."""
+        names = [name for name in self.layout.types if self.wants(name)]
+        with HDF5File(self.path, self.layout.version) as file:
+            for episode in range(number, len(self.layout.lengths)):
+                num_rows = int(self.layout.lengths[episode]) + 1
+                rows: dict[str, np.ndarray] = {}
+                for name in names:
+                    dtype, shape = self.layout.types[name]
+                    rows[name] = np.empty((num_rows, *shape), dtype)
+                    file.copy(self.layout.pieces(episode, name), 0, num_rows, rows[name])
+                self._check_next(file, episode, rows)
+                yield Episode(unflattened(rows), self.layout.infos.get(episode, {}))
+
+    def _check_next(self, file: HDF5File, episode: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Compare a next observation, of which only the last is read, with the observation that follows."""
+        columns = self.layout.columns(episode)
+        names = [name for name in rows if name in columns and columns[name].has_next]
+        for name in names:
+            *_, (_, stored, last, _) = self.layout.pieces(episode, name)
+            assert stored is not None  # It has next observations.
+            if len(rows[name]) > 2:
+                found = np.empty_like(rows[name][:1])
+                file.read(stored, last - 1, found)
+                if not _are_same(found[0], rows[name][-2]):
+                    self.notes.add(_SHIFTED)
+        if names and all(_are_same(rows[name][-1], rows[name][-2]) for name in names):
+            self.notes.add(_REPEATED)
+
+
+@final
+class HDF5Dataset(InPlaceDataset):
+    """Episodes of an HDF5 file where they lie; see `open`."""
+
+    def __init__(
+        self,
+        path: str,
+        layout: str | None = None,
+        mask: str | None = None,
+        max_episode_steps: int | None = None,
+        fields: Sequence[str] | None = None,
+    ) -> None:
+        reader = HDF5Reader(os.path.abspath(path), layout, mask, max_episode_steps, fields)
+        self.layout: Layout = reader.layout
+        #: What the file does not have, or is not read.
+        self.notes, self.metadata = reader.notes, reader.metadata
+        known = self.layout.fields
+        if missing := [name for name in reader.fields or () if not known.below(name)]:
+            raise ValueError(f"{path} has no fields {missing}. It has {list(known)}.")
+        chosen: Fields = known.select([name for name in known if reader.wants(name)])
+        super().__init__(reader.path, chosen, (self.layout.lengths + 1).tolist(), self.layout.infos)
+
+    def _open_file(self) -> HDF5File:
+        return HDF5File(self.path, self.layout.version)
+
+    def _read_rows(self, file: HDF5File, episode: int, start: int, stop: int, out: Mapping[str, np.ndarray]) -> None:
+        for name, rows in out.items():
+            file.copy(self.layout.pieces(episode, name), start, stop, rows)
+
+
+def _are_same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Bit by bit, so that NaN equals itself."""
+    return one.tobytes() == other.tobytes()
