@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import multiprocessing
+import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from buffers.interop import FORMATS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,15 +28,40 @@ BLOCKS = [
 ]
 
 
+# Forks of one process that has imported torch: a process that imports it takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "buffers", "buffers.interop"])
+
+
 @pytest.mark.parametrize(("code", "is_run"), BLOCKS)
 def test_code_runs_as_printed(code: str, is_run: bool, tmp_path: Path) -> None:
     compile(code, "block", "exec")
     if is_run:
         # As a script, which processes that it starts can import.
         (tmp_path / "block.py").write_text(code)
-        command = [sys.executable, "-W", "error", "block.py"]
-        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert found.returncode == 0, found.stderr
+        process = FORKS.Process(target=run_block, args=(tmp_path,))
+        process.start()
+        process.join(120)
+        process.kill()
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "stderr").read_text()
+
+
+def run_block(folder: Path) -> None:
+    """Run `block.py` of a folder as `python -W error block.py` in it does."""
+    os.chdir(folder)
+    os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv, sys.path[0] = ["block.py"], str(folder)
+    warnings.resetwarnings()
+    warnings.simplefilter("error")
+    runpy.run_path("block.py", run_name="__main__")
+
+
+def test_a_block_that_fails_or_warns_would_be_found(tmp_path: Path) -> None:
+    for number, code in enumerate(["import nothing", "import warnings; warnings.warn('x')", "raise SystemExit(3)"]):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(AssertionError, match=["nothing", "UserWarning: x", ""][number]):
+            test_code_runs_as_printed(code, True, tmp_path / str(number))
 
 
 def test_links_between_pages_are_not_broken() -> None:
@@ -54,8 +86,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 PUBLIC = """
 buffers buffers.dataset buffers.dataset.fields buffers.dataset.individual_file buffers.dataset.info
-buffers.dataset.verification buffers.evictor buffers.loading buffers.sampler buffers.transforms buffers.utils
-buffers.visualization buffers.wrappers
+buffers.dataset.verification buffers.evictor buffers.interop buffers.loading buffers.sampler buffers.transforms
+buffers.utils buffers.visualization buffers.wrappers
 """
 
 
@@ -76,6 +108,15 @@ def imported(path: str) -> object:
     except ImportError:
         module, _, name = path.rpartition(".")
         return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_page_of_formats_draws_what_their_docstrings_draw(name: str) -> None:
+    page = (ROOT / "docs" / "formats.md").read_text()
+    assert f"\n## {name}\n" in page and f"[{name}](#{name})" in page
+    doc = inspect.getdoc(importlib.import_module(f"buffers.interop.{name}").read) or ""
+    drawn = [line for line in doc.partition("\nArgs:")[0].split("\n") if line.startswith("    ")]
+    assert drawn and not [line for line in drawn if line not in page.split("\n")]
 
 
 def test_the_readme_has_the_two_commands_of_ci() -> None:

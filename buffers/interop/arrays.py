@@ -219,6 +219,8 @@ def tree_of(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
+        if "" in (*parents, last):
+            raise FormatError(path, f"The array {name!r} has an empty name between slashes", "Rename it")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})

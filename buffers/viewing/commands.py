@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         default="size",
         help="read each file and check all of its content; otherwise, only its size is checked",
     )
+    _add_transfers(commands)
+    return parser
+
+
+def _add_transfers(commands: Any) -> None:
     importer = commands.add_parser(
         "import",
         help="bring a dataset of another format into a directory of episodes",
@@ -88,7 +93,6 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME=VALUE",
             help="of the format's `read` or `write`, see docs/formats.md; `dtypes.reward=float32` stores another dtype",
         )
-    return parser
 
 
 def _import(options: argparse.Namespace) -> int:

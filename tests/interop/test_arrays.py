@@ -232,7 +232,7 @@ def test_flags_are_zeros_and_ones(tmp_path: Path):
 
 def test_names_with_slashes_become_nested_dicts_unless_they_clash():
     assert tree_of("p", {"a/b": 1, "a/c": 2, "d": 3}) == {"a": {"b": 1, "c": 2}, "d": 3}
-    for names in (["a", "a/b"], ["a/b", "a"], ["a/b/c", "a/b"]):
+    for names in (["a", "a/b"], ["a/b", "a"], ["a/b/c", "a/b"], ["/a"], ["a//b"], ["a/"]):
         with pytest.raises(FormatError, match="Rename"):
             tree_of("p", dict.fromkeys(names, 1))
 

@@ -387,7 +387,7 @@ def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkey
         ({"episode_ends": [9.5, 23.0]}, "expected integers"),
         ({"episode_starts": [1, 5]}, "are the first rows of episodes"),
         ({"episode_starts": np.arange(23) == 3}, "are the first rows of episodes"),
-        ({"episode_starts": [0, 6], "episode_ends": [5, 23]}, "do not fit"),
+        ({"episode_starts": [0, 6], "episode_ends": [5, 23]}, "`episode_starts` 0, 6 do not fit `episode_ends` 5, 23"),
         ({"episode_starts": [0, 6]}, "`terminated` is set in row 4, within an episode"),
         ({name: np.zeros((0, 2)) for name in ("observations", "actions")}, "`rewards` has 23 rows, observations 0"),
     ],

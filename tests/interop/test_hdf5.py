@@ -242,6 +242,22 @@ def test_d4rls_final_observations_are_next_observations(changed: Changed) -> Non
         assert not any("inal observation" in text for text in reader.notes)
 
 
+def test_observations_of_d4rl_may_be_a_group_whose_final_ones_are_all_known_or_missing(changed: Changed) -> None:
+    def group(file: Any) -> None:
+        values = file.pop("observations")[()]
+        file["observations/a"] = values
+        file["observations/b"] = -values
+        with_next(file)
+        file.move("next_observations", "next_observations_a")
+        file.move("next_observations_a", "next_observations/a")
+
+    for (found, _), expected, known in zip(
+        hdf5.read(changed("d4rl", group)), d4rl_log(), d4rl_log(has_next=True), strict=True
+    ):
+        assert_same({**found, "obs": 0}, {**expected, "obs": 0})
+        assert_same(found["obs"], {"a": known["obs"], "b": -expected["obs"]})
+
+
 def test_d4rl_without_timeouts_asks_for_the_rule(changed: Changed) -> None:
     def drop(file: Any) -> None:
         del file["timeouts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HDF5File, "read", read)
 
 
+def test_headers_that_point_beyond_their_rows_are_refused(files: Path, tmp_path: Path) -> None:
+    content, path = (files / "d4rl.hdf5").read_bytes(), tmp_path / "patched.hdf5"
+    with h5py.File(files / "d4rl.hdf5") as file:
+        place, size = file["actions"].id.get_offset(), file["actions"].id.get_storage_size()
+    header, shape = struct.pack("<QQ", place, size), struct.pack("<QQ", 17, 2)
+    assert content.count(header) == 1 and shape in content
+    for old, new in [
+        (header, struct.pack("<QQ", place, size - 8)),  # Fewer bytes than the shape needs, which HDF5 does not mind.
+        (header, struct.pack("<QQ", place + 10**6, size)),
+        (header, struct.pack("<QQ", len(content) - 8, size)),
+        (shape, struct.pack("<QQ", 1700, 2)),
+    ]:
+        path.write_bytes(content.replace(old, new))
+        assert_refused(path, "patched.hdf5: `.*(and 128 are there|cannot be read)")
+
+
 def test_rows_that_were_not_written_yet_are_not_read_as_zeros(changed: Changed, no_reads: None) -> None:
     def half(file: Any) -> None:
         values = file.pop("observations")[()]
@@ -206,6 +223,16 @@ def test_rows_in_other_files_are_not_read(changed: Changed, files: Path, tmp_pat
     for change in (external, virtual):
         path = changed("robomimic", change)
         assert_refused(path, "`data/demo_1/actions` has its rows in other files, which are not opened")
+
+
+def test_a_block_before_the_file_changes_nothing(files: Path, tmp_path: Path) -> None:
+    # h5py then gives an offset also for a dataset that has no bytes.
+    path = tmp_path / "block.hdf5"
+    with h5py.File(path, "w", userblock_size=512) as target, h5py.File(files / "d4rl.hdf5") as source:
+        for name in [name for name in source if name != "actions"]:
+            source.copy(name, target)
+        target.create_dataset("actions", (17, 2), np.float32)
+    assert_refused(path, "`actions` says that it has the shape .* 136 bytes, and 0 are there")
 
 
 def test_other_filters_are_not_loaded(changed: Changed) -> None:

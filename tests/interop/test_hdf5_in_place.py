@@ -149,14 +149,12 @@ def test_uncompressed_arrays_are_read_past_h5py(files: Path, monkeypatch: pytest
     assert_equal(batches(opened, sequence_length=2), expected)
 
 
-def test_a_block_before_the_file_is_skipped(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["robomimic", "isaaclab"])
+def test_a_block_before_the_file_is_skipped(name: str, opened: Any, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "block.hdf5"
-    with h5py.File(path, "w", userblock_size=1024) as target, h5py.File(files / "robomimic.hdf5") as source:
+    with h5py.File(path, "w", userblock_size=1024) as target, h5py.File(files / f"{name}.hdf5") as source:
         source.copy("data", target)
-        source.copy("mask", target)
-    assert_equal(
-        batches(hdf5.open(path), sequence_length=2), batches(hdf5.open(files / "robomimic.hdf5"), sequence_length=2)
-    )
+    assert_equal(batches(hdf5.open(path), sequence_length=2), batches(opened, sequence_length=2))
 
 
 def test_a_file_that_changed_since_is_refused(files: Path, tmp_path: Path) -> None:

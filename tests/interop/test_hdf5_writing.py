@@ -59,8 +59,9 @@ def test_a_recording_comes_back_from_robomimics_layout(is_dict: bool, compressio
     assert_gives(tmp_path / "a.hdf5", rows)
     with h5py.File(tmp_path / "a.hdf5") as file:
         assert file["data"].attrs["total"] == 17 and file["data/demo_2"].attrs["num_samples"] == 6
+        ends = [file[f"data/demo_{number}/dones"][-1] for number in range(6)]
+        assert ends == [1, 1, 1, 1, 1, 0]  # Terminated, truncated, both, terminated, truncated, cut.
         assert file["data/demo_2/dones"][()].tolist() == [0, 0, 0, 0, 0, 1]
-        assert file["data/demo_5/dones"][()].tolist() == [0, 0]  # Cut: it has no end.
         array = file["data/demo_2/actions"]
         assert (array.compression, array.chunks is None) == (compression, compression is None)
 
@@ -93,6 +94,9 @@ def test_a_missing_final_observation_stays_missing(tmp_path: Path) -> None:
     summary = hdf5.write(ring_of(rows), tmp_path / "a.hdf5")
     assert "the last row of `next_obs` repeats the observation before" in str(summary)
     assert_gives(tmp_path / "a.hdf5", rows)
+    with hdf5.read(tmp_path / "a.hdf5") as reader:
+        list(reader)
+        assert not any("is equal to the one before" in text for text in reader.notes)
 
 
 def test_without_next_observations_the_final_ones_are_left_out(tmp_path: Path) -> None:

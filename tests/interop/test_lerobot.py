@@ -209,6 +209,14 @@ def test_video_can_be_left_out_and_need_not_be_there(tmp_path: Path) -> None:
         lerobot.read(path, video="no")
 
 
+def test_video_of_depths_is_left_out_because_its_values_are_codes(tmp_path: Path) -> None:
+    path = unpacked("video", tmp_path)
+    change_feature(path, "observation.images.cam", info={"is_depth_map": True})
+    assert "`obs/images/cam` is video of depths, and is left out." in [*lerobot.read(path).notes]
+    assert "obs/images/cam" not in episodes_of(path)[0][0]
+    assert "obs/images/cam/timestamp" in episodes_of(path, video="reference")[0][0]
+
+
 def test_frames_of_an_episode_within_a_file_are_its_own(tmp_path: Path) -> None:
     # Frames are gray by episode and frame; the codec is off by a few.
     for number, (rows, _) in enumerate(episodes_of(unpacked("video", tmp_path))):
@@ -388,6 +396,12 @@ def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkey
             check_equal(rows["action"], as_arrived(logged["action"]))
             assert "reward" not in rows
             assert dataset.episode_info(number)["task"] == [OPEN, CLOSE, OPEN][number]
+
+
+def test_whole_numbers_that_pandas_made_floats_are_read(tmp_path: Path) -> None:
+    path = unpacked("images", tmp_path)
+    change_table(path, EPISODES, lambda table: with_column(table, "data/chunk_index", pa.array([0.0] * 4)))
+    assert len(episodes_of(path)) == 4
 
 
 def test_version_2_0_is_read_too(tmp_path: Path) -> None:

@@ -387,6 +387,45 @@ def test_video_that_is_damaged_or_of_another_size_is_refused(tmp_path: Path) -> 
         lerobot.read(path)
 
 
+def test_video_that_names_other_files_is_refused(tmp_path: Path) -> None:
+    path = unpacked("video", tmp_path)
+    name = "videos/observation.images.cam/chunk-000/file-000.mp4"
+    os.rename(path / name, path / "other.mp4")
+    (path / name).write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{path}/other.mp4\n#EXT-X-ENDLIST\n")
+    refused(path, "cannot be decoded", name)
+    (path / name).write_text(f"ffconcat version 1.0\nfile {path}/other.mp4\n")
+    refused(path, "cannot be decoded", name)
+
+
+def test_room_is_made_only_for_frames_of_the_declared_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enormous = 10**8
+    path = unpacked("video", tmp_path)
+    change_feature(path, "observation.images.cam", shape=[enormous, enormous, 3])
+    with pytest.raises(FormatError, match="has the feature|has frames of 64 x 64"):
+        [*lerobot.read(path)]
+    path = unpacked("images", tmp_path)
+    change_feature(path, "observation.state", shape=[enormous])
+    for call in (lerobot.read, lerobot.open):
+        with pytest.raises(FormatError, match="has rows of another shape"):
+            call(path)
+
+
+def test_two_episodes_in_the_same_rows_are_refused(tmp_path: Path) -> None:
+    path = unpacked("v21", tmp_path)
+    name = "data/chunk-000/episode_000000.parquet"
+    change_info(path, data_path=name)
+    with pytest.raises(FormatError, match="is the file of two episodes at once"):
+        lerobot.read(path)
+
+
+@pytest.mark.parametrize("dtype", [[], {}, None, 3, "complex64", "language", "string"])
+def test_features_of_other_types_are_named_and_not_read(dtype: Any, path: Path) -> None:
+    change_feature(path, "aux", dtype=dtype)
+    with lerobot.read(path) as reader:
+        assert all("aux" not in rows for rows, _ in reader)
+    assert any(note.startswith("`aux` is ") for note in reader.notes)
+
+
 def test_video_that_ends_early_or_has_other_times_is_refused(tmp_path: Path) -> None:
     path = unpacked("video", tmp_path)
     name = "videos/observation.images.cam/chunk-000/file-000.mp4"
@@ -414,11 +453,11 @@ def test_an_image_is_compared_before_it_is_decoded(monkeypatch: pytest.MonkeyPat
     decoder = ImageDecoder()
     decoder.decode("p", "n", png(4, 3, good), out)
     assert out.tobytes() == content[:36]
-    enormous = png(2**30, 2**30, good)
-    assert image_type("p", "n", enormous).shape == (2**30, 2**30, 3)
     monkeypatch.setattr(ImageDecoder, "_decode_png", None)
-    with pytest.raises(FormatError, match="has an image of uint8 .1073741824, 1073741824, 3., where others have"):
-        decoder.decode("p", "n", enormous, out)
+    with pytest.raises(FormatError, match="has an image of uint8 .5, 4, 3., where others have uint8 .3, 4, 3."):
+        decoder.decode("p", "n", png(4, 5, good), out)
+    with pytest.raises(FormatError, match="bytes that says it has the shape .1073741824, 1073741824, 3."):
+        image_type("p", "n", png(2**30, 2**30, good))
 
 
 def test_no_image_is_decoded_to_something_else_after_a_change() -> None:

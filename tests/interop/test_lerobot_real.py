@@ -165,13 +165,19 @@ def test_lerobot_merges_datasets(tmp_path: Path) -> None:
 def test_lerobot_records_on(tmp_path: Path) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    lerobot.write(dataset_of(*LENGTHS), tmp_path / "ours", fps=FPS, fields=["obs/state", "obs/speed", "action"])
+    lerobot.write(
+        dataset_of(*LENGTHS),
+        tmp_path / "ours",
+        fps=FPS,
+        fields=["obs/state", "obs/speed", "obs/images/top", "obs/images/wrist", "action"],
+    )
     dataset = LeRobotDataset.resume("local/ours", root=tmp_path / "ours")
     for frame in range(2):
         steps = steps_of(3, 2)
         row = {
             "observation.state": steps["obs"]["state"][frame],
             "observation.speed": steps["obs"]["speed"][frame : frame + 1],
+            **{f"observation.images.{name}": steps["obs"]["images"][name][frame] for name in ("top", "wrist")},
         }
         dataset.add_frame({**row, "action": steps["action"][frame], "task": CLOSE})
     dataset.save_episode()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,12 @@ def test_a_path_that_is_not_there(tmp_path: Path):
     refused(tmp_path / "nothing", "is not there. Give the directory that holds `data/`")
 
 
-@pytest.mark.parametrize("name", ["../outside-v0", "/etc/passwd-v0", "a/../b-v0", "a-v0\n", "", "x.y-v1"])
+@pytest.mark.parametrize(
+    "name", ["../outside-v0", "/etc/passwd-v0", "a/../b-v0", "a-v0/../../b", "a-v0\n", "", "x.y-v1"]
+)
 def test_names_never_lead_out_of_the_store(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(minari.reading, "read_json", lambda path: pytest.fail(f"{path} was opened"))
-    with pytest.raises(FormatError, match="is not there"):
+    with pytest.raises(FormatError, match="is not there. Give the directory that holds"):
         minari.read(name)
 
 
@@ -172,6 +175,8 @@ def test_numbers_with_a_gap(data_format: str, tmp_path: Path):
     else:
         shutil.rmtree(path / "data" / "1")
     refused(path, "holds 2 episodes, 0 to 2, and metadata.json counts 3")
+    change_json(path / "data" / "metadata.json", total_episodes=2)
+    refused(path, "holds 2 episodes, 0 to 2, and metadata.json counts 2")
 
 
 @each_format
@@ -215,9 +220,16 @@ def replace(group: h5py.Group, name: str, **how: Any) -> None:
     group.create_dataset(name, **how)
 
 
+def empty(group: h5py.Group) -> None:
+    for name in list(group):
+        replace(group, name, data=group[name][:0])
+    group.attrs["total_steps"] = 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (empty, r"Episode 1 has 0 steps, and \[0\] rows of observations, expected 1"),
         (lambda group: group.pop("rewards"), "its total_steps is 3"),
         (lambda group: group.pop("observations"), "Episode 1 has no observations"),
         (lambda group: group.pop("terminations"), "Episode 1 has no terminations"),
@@ -410,19 +422,54 @@ def _lying(honest: Callable[..., None]) -> Callable[..., None]:
     return opened
 
 
-def jpeg(size: tuple[int, int], mode: str = "RGB") -> bytes:
+def test_arrow_lists_that_are_too_short(tmp_path: Path):
+    path = two(tmp_path / "short", "arrow")
+    content = file_of(path, "arrow").read_bytes()
+    # Lengths and numbers of nulls of the observations of 4 rows, and of their 8 numbers.
+    nodes = struct.pack("<4q", 4, 0, 8, 0)
+    assert content.count(nodes) == 1
+    file_of(path, "arrow").write_bytes(content.replace(nodes, struct.pack("<4q", 4, 0, 7, 0)))
+    refused(path, r"cannot be read \(ArrowInvalid: .*Values length \(7\) is less")
+
+
+def split(path: Path, change: Callable[[int, pa.RecordBatch], pa.RecordBatch] = lambda _, batch: batch) -> None:
+    """Put each row of episode 1 into a file of its own."""
+    file = file_of(path, "arrow")
+    whole = pa.ipc.open_file(io.BytesIO(file.read_bytes())).get_batch(0)
+    for row in range(whole.num_rows):
+        batch = change(row, whole.slice(row, 1))
+        name = str(file.with_name(f"part-{row}.arrow"))
+        with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
+
+def test_files_of_one_episode_are_read_in_the_order_of_their_numbers(tmp_path: Path):
+    path = create(tmp_path / "parts", [buffer(0, 1), buffer(1, 12)], "arrow")
+    split(path)
+    _, (rows, _) = minari.read(str(path))
+    assert_same(rows, expected(1, 12))
+
+
+def test_files_of_one_episode_have_the_same_columns(tmp_path: Path):
+    path = create(tmp_path / "parts", [buffer(0, 1), buffer(1, 3)], "arrow")
+    split(path, lambda row, batch: batch.drop_columns(["rewards"]) if row == 2 else batch)
+    refused(path, "1: has files with different columns")
+
+
+def encoded(size: tuple[int, int], mode: str = "RGB", kind: str = "JPEG") -> bytes:
     file = io.BytesIO()
-    Image.new(mode, size).save(file, "JPEG")
+    Image.new(mode, size).save(file, kind)
     return file.getvalue()
 
 
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (jpeg((40, 33)), r"a frame of 33 x 40 \(RGB\), expected \(32, 40, 3\)"),
-        (jpeg((40, 32), "L"), r"a frame of 32 x 40 \(L\)"),
-        (jpeg((40, 32))[:-200], "no whole JPEG image"),
-        (b"GIF89a" + bytes(1_000), "no whole JPEG image"),
+        (encoded((40, 33)), r"a frame of 33 x 40 \(RGB\), expected \(32, 40, 3\)"),
+        (encoded((40, 32), "L"), r"a frame of 32 x 40 \(L\)"),
+        (encoded((40, 32))[:-200], "no whole JPEG image"),
+        (b"\xff\xd8\xff" + bytes(1_000), "no whole JPEG image"),
+        (encoded((40, 32), kind="PNG"), "no whole JPEG image"),
         (b"", r"0 bytes for 2 images of shape \(32, 40, 3\)"),
     ],
 )
@@ -443,7 +490,7 @@ def test_images_that_are_none(data_format: str, frame: bytes, message: str, tmp_
 def test_large_images_are_not_allocated_for_a_few_bytes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(images.np, "empty", lambda *_: pytest.fail("allocated"))
     with pytest.raises(FormatError, match="bytes for 2 images"):
-        images.decoded("path", "obs", [jpeg((32, 32))] * 2, (2**20, 2**20, 3))
+        images.decoded("path", "obs", [encoded((32, 32))] * 2, (2**20, 2**20, 3))
 
 
 def test_metadata_are_not_read_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -190,9 +190,7 @@ def test_names_of_no_library_are_refused_with_what_rows_would_mean(tmp_path: Pat
     for text in ("episode7.npz", "Say `layout=`", "taken there", "led to its observation", "rows as they are"):
         assert text in str(error.value)
     assert next(iter(npz.read(tmp_path, layout="dreamer"))).rows["action"].tolist() == [0, 1, 2, 3]
-    assert list(next(iter(npz.read(tmp_path, layout="original"))).rows) == [
-        *("action", "reward", "is_first", "image", "is_last", "is_terminal")
-    ]
+    assert list(next(iter(npz.read(tmp_path, layout="original"))).rows) == [*dreamer_episode()]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +309,25 @@ def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkey
             for number, log in enumerate(logs):
                 wanted = log if "obs/image" in log else aligned(log)
                 assert_rows(dataset.get_episode(number), {name: wanted[name] for name in ("action", "truncated")})
+
+
+def test_names_of_fields_that_are_made_of_others_are_refused(tmp_path: Path):
+    saved(tmp_path / "a", dreamer_episode(terminated=np.zeros(4)))
+    assert "terminated" in next(iter(npz.read(tmp_path / "a"))).rows["obs"]
+    with pytest.raises(FormatError, match=r"\['terminated'\] have the names of fields that are made of others"):
+        npz.read(tmp_path / "a", obs="image")
+    arrays = {"observation": np.zeros((4, 2)), "action": np.zeros(4), "obs/a": np.zeros(4)}
+    saved(tmp_path / "b", arrays, names=["episode_000000_3"])
+    with pytest.raises(FormatError, match=r"\['obs/a'\] have the names"):
+        npz.read(tmp_path / "b")
+
+
+def test_names_of_arrays_are_no_paths(tmp_path: Path):
+    saved(tmp_path / "in", {"../../evil": np.arange(3), "a/../evil": np.arange(3)}, names=["1_3_20230930-120000"])
+    import_episodes("npz", tmp_path / "in", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    with IndividualFileDataset(directory=tmp_path / "out", mode="r") as dataset:
+        assert sorted(dataset.fields or ()) == ["../../evil", "a/../evil"]
 
 
 # What is no such directory
@@ -542,6 +559,7 @@ def test_an_observation_that_is_one_array_is_named_and_said(tmp_path: Path):
         ("exorl", {"obs": {"a": 0}}, r"no nested fields there: leave \['obs/a'\]"),
         ("dreamer", {"obs": 0, "action": {"a": 0}}, r"no nested fields there: leave \['action/a'\]"),
         ("dreamer", {"obs": {"is_last": 0}}, r"names of its own: leave \['obs/is_last'\]"),
+        ("dreamer", {"obs": {"a": 0}, "is_last": 0}, r"names of its own: leave \['is_last'\]"),
         ("dreamer", {"obs": {"a": 0}, "a": 0}, r"one name twice: leave \['obs/a', 'a'\]"),
         ("exorl", {"obs": 0, "observation": 0}, r"names of its own: leave \['observation'\]|one name twice"),
     ],
@@ -555,6 +573,27 @@ def test_fields_that_would_be_confused_are_refused(tmp_path: Path, layout: str, 
     with pytest.raises(ValueError, match=found):
         npz.write(ring, tmp_path / "out", layout=layout)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_layout_changes_or_lacks_is_said(tmp_path: Path):
+    ring = RingBufferDataset(100)
+    flags = {"terminated": np.zeros(3, np.uint8), "done": np.zeros(3, bool), "truncated": np.zeros(3, bool)}
+    ring.add_episode({"obs": np.zeros(3), "obstacle": np.zeros(3), "reward": np.zeros((3, 1)), **flags})
+    lost = npz.write(ring, tmp_path / "a", layout="exorl", fields=["obs", "reward", "done", "truncated"]).lost
+    assert lost == [
+        "`reward` of shape (1,) is read back as a scalar.",
+        "`terminated` is missing, so files do not say why an episode ends: ['truncated', 'done'] are left out.",
+    ]
+    assert list(next(iter(npz.read(tmp_path / "a", layout="original"))).rows) == ["observation", "reward"]
+    lost = npz.write(ring, tmp_path / "b", fields=["obs", "obstacle", "terminated", "done"]).lost
+    assert lost[1:] == [
+        "['obstacle'] are read back as observations, unless `obs=` names those.",
+        "There are no rewards.",
+        "`done` is left out.",
+        "There is no `is_last`, as `truncated` is missing.",
+    ]
+    lost = npz.write(ring, tmp_path / "c", fields=["obs", "reward", "done", "truncated"]).lost
+    assert lost[1:] == ["`truncated` is left out, as `terminated` is missing."]
 
 
 def test_a_target_that_exists_is_left_alone(tmp_path: Path):

@@ -265,10 +265,10 @@ def rows_of(path: Path, number: int = 0, **options: Any) -> dict[str, Any]:
     return [*rlds.read(path, **options)][number].rows
 
 
-def png(pixels: np.ndarray, mode: str | None = None) -> bytes:
+def png(pixels: np.ndarray, mode: str | None = None, format: str = "PNG") -> bytes:
     content = io.BytesIO()
     image = Image.fromarray(pixels)
-    (image if mode is None else image.convert(mode)).save(content, "PNG")
+    (image if mode is None else image.convert(mode)).save(content, format)
     return content.getvalue()
 
 
@@ -576,9 +576,13 @@ BROKEN_RECORDS = {
     "packed to more": (of_kind(PACKED, [zlib.compress(bytes(9))] * 2), "arrays of [5] bytes, expected 4"),
     "not packed": (of_kind(PACKED, [b"1234"] * 2), "`steps/more` cannot be read (Error -3"),
     "values for fewer steps": (of_kind(PACKED, [zlib.compress(bytes(4))]), "1 values for 2 steps"),
-    "no image": (of_image(b"no image", 2, 3, 1), "`steps/more` cannot be read (cannot identify image file"),
+    "no image": (of_image(b"no image", 2, 3, 1), "`steps/more` cannot be read (an image that is neither PNG nor JPEG)"),
     "half an image": (of_image(GRAY[:-25], 2, 3, 1), "`steps/more` cannot be read ("),
-    "a GIF": (of_image(b"GIF89a\2\0\3\0" + GRAY, 2, 3, 1), "cannot identify image file"),
+    "a bitmap": (of_image(png(np.zeros((2, 3), np.uint8), format="BMP"), 2, 3, 1), "that is neither PNG nor JPEG"),
+    "an image and nothing": (
+        of_kind({"image": {"shape": {"dimensions": ["-1", "-1", "1"]}}}, [png(np.zeros((999, 999), np.uint8)), b""]),
+        "2 images of 998001 bytes are in ",
+    ),
     "an image of another size": (of_image(GRAY, 3, 2, 1), "image 0 has (2, 3) pixels, expected (3, 2)"),
     "colors for gray": (
         of_image(png(np.zeros((2, 3, 3), np.uint8)), 2, 3, 1),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["CONVENTIONS", "Bounds", "Convention", "UnfitError", "few", "find_bounds", "flags_of_episodes"]
+__all__ = ["Bounds", "CONVENTIONS", "Convention", "UnfitError", "few", "find_bounds", "flags_of_episodes"]
 
 
 class Convention(NamedTuple):

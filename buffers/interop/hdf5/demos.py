@@ -15,7 +15,7 @@ from buffers.interop.alignment import FINAL_MISSING
 from buffers.interop.hdf5.file import HDF5File, Piece, Stored
 from buffers.interop.hdf5.layout import Column, Layout, listed
 
-__all__ = ["HINTS", "STEPS", "DemoLayout", "Hints", "IsaacLabLayout", "RobomimicLayout", "numbered_demos"]
+__all__ = ["DemoLayout", "HINTS", "Hints", "IsaacLabLayout", "RobomimicLayout", "STEPS", "numbered_demos"]
 
 _DEMO = re.compile(r"demo_(\d{1,18})", re.ASCII)
 #: Names in a demo, and those of the fields.
@@ -103,7 +103,7 @@ class DemoLayout(Layout):
         found = self._attributes(file, "data")
         hints, environment = _parsed(found.pop(HINTS, None)), found.pop("env_args", None)
         hints = hints if isinstance(hints, dict) else {}
-        self._hints = Hints(*(hints.get(name) is True for name in Hints._fields))
+        self._hints = Hints(*(hints.get(name) is True for name in Hints()._asdict()))
         if environment is not None:
             parsed = _parsed(environment)
             self.metadata["env_args"] = environment if parsed is None else parsed

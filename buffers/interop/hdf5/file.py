@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from buffers.conversion import TO_TORCH
+from buffers.disk import Descriptor
 from buffers.interop.base import FormatError, library
 
 __all__ = ["HDF5File", "Piece", "Stored"]
@@ -71,16 +72,15 @@ class HDF5File:
         self._h5py: Any = library("h5py", "hdf5")
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._descriptor = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FormatError(path, "is not there", "Check the path") from error
-        found = os.fstat(self._descriptor)
+        found = os.fstat(self._descriptor.number)
         self.size = found.st_size
         #: Changes with the file.
         self.version = (found.st_ino, found.st_size, found.st_mtime_ns)
         self._claimed = 0
         self._kinds: dict[np.dtype, Any] = {}
-        self._no_offset: int | None = None
         self._handle: Any = None
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -93,9 +93,7 @@ class HDF5File:
 
     def close(self) -> None:
         """Close it."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor != -1:
-            os.close(descriptor)
+        self._descriptor.close()
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.close()
@@ -129,9 +127,6 @@ class HDF5File:
             except OSError as error:
                 found = f"cannot be opened as HDF5 ({str(error)[:200]})"
                 raise self.damaged(found, f"It is no HDF5 file, was cut off, or is being written. {_WHOLE}") from error
-            # The library adds the size of a block before the file also to -1, which means that there is no offset.
-            block = self._handle.userblock_size
-            self._no_offset = block - 1 if block else None
         return self._handle
 
     def members(self, group: str) -> dict[str, bool]:
@@ -201,9 +196,8 @@ class HDF5File:
     def _check_storage(self, name: str, dataset: Any, shape: Sequence[int], size: int) -> int | None:
         """Where the rows begin, if they lie one after another; FormatError if they are not all in the file."""
         stored, expected = dataset.get_storage_size(), math.prod(shape) * size
+        # None for what does not lie in this file in one piece.
         offset = dataset.get_offset()
-        if offset == self._no_offset:
-            offset = None
         if offset is not None:
             is_there = stored >= expected and offset <= self.size - expected
         else:
@@ -287,10 +281,10 @@ class HDF5File:
     def _read_plain(self, stored: Stored, first: int, out: np.ndarray) -> None:
         assert stored.offset is not None  # As the caller has seen.
         offset, left = stored.offset + first * stored.row_bytes, out.nbytes
-        num = os.preadv(self._descriptor, [out.data], offset)
+        num = os.preadv(self._descriptor.number, [out.data], offset)
         while num < left:
             rest = out.reshape(-1).view(np.uint8)[num:]
-            more = os.preadv(self._descriptor, [rest.data], offset + num)
+            more = os.preadv(self._descriptor.number, [rest.data], offset + num)
             if not more:
                 raise self.damaged(f"`{stored.name}` ends before row {first + len(out)}", "The file was cut off")
             num += more

@@ -75,7 +75,8 @@ class HDF5Reader(FormatReader):
                 file.read(stored, last - 1, found)
                 if not _are_same(found[0], rows[name][-2]):
                     self.notes.add(_SHIFTED)
-        if names and all(_are_same(rows[name][-1], rows[name][-2]) for name in names):
+        is_known = bool(names) and not self.layout.is_final_missing(episode)
+        if is_known and all(_are_same(rows[name][-1], rows[name][-2]) for name in names):
             self.notes.add(_REPEATED)
 
 

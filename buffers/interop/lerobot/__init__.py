@@ -46,12 +46,12 @@ def read(
         is_first              x     -     -          -       -
         final_obs_missing     -     -     -          -       x
 
-    `observation.images.top` is the field `obs/images/top`, `next.reward` is `reward`, and so are `next.done`,
-    `next.success`, `next.truncated` and `next.terminated` (`done` is not `terminated`: it does not say why an episode
-    ended). Other features keep their names, and belong to the transition of their frame, as the action does. dtypes and
-    shapes are those that `meta/info.json` declares, read from Parquet as they are: float64 stays float64, `(1,)` stays
-    `(1,)`, but for the features `next.*`, which become scalars. Images are uint8 of the declared shape, depths uint16
-    or float32.
+    `observation.images.top` is the field `obs/images/top`. `next.reward` is `reward`; `next.done`, `next.success`,
+    `next.truncated` and `next.terminated` lose their `next.`, too (`done` is not `terminated`: it does not say why an
+    episode ended). Other features keep their names, and belong to the transition of their frame, as the action does.
+    dtypes and shapes are those that `meta/info.json` declares, read from Parquet as they are: float64 stays float64,
+    `(1,)` stays `(1,)`, but for the five features of `next.`, which become scalars. Images are uint8 of the declared
+    shape, depths uint16 or float32.
 
     `index`, `episode_index` and `frame_index` are compared with what `meta/episodes` says, and are no fields.
     `timestamp` is one only where some time is not `frame_index / fps`, `task_index` only where a task changes within an

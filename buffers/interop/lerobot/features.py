@@ -24,10 +24,10 @@ from buffers.conversion import TO_TORCH
 from buffers.interop.base import FormatError
 
 __all__ = [
+    "Feature",
     "INDEXES",
     "MARK",
     "NEXT",
-    "Feature",
     "default_paths",
     "is_channel_first",
     "is_next_scalar",
@@ -86,7 +86,7 @@ def parse_features(path: str, described: Any) -> tuple[list[Feature], dict[str, 
         if name in INDEXES:
             continue
         kind = value.get("dtype")
-        if kind not in _NUMBERS and kind not in ("image", "video"):
+        if kind not in (*_NUMBERS, "image", "video"):
             unread[name] = "text" if kind == "string" else f"of the type {kind!r:.40}"
             continue
         mark = value.get(MARK, {})

@@ -23,6 +23,7 @@ __all__ = ["FrameReader", "Source", "arranged", "find_source", "is_of_frames", "
 
 #: Columns that become fields only where they say something; they belong to a frame's own time.
 _OF_FRAMES = ("timestamp", "task_index")
+_MANY_BYTES = 1 << 16
 
 
 def nested(values: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
@@ -136,6 +137,8 @@ def _note_missing(features: list[Feature], notes: Notes) -> None:
 
 def _looked_at(reader: FrameReader, feature: Feature) -> Feature:
     """With the dtype of the first image, which must have the declared shape; of video, the channels are compared."""
+    if feature.kind == "numbers" and feature.nbytes > _MANY_BYTES:
+        reader.numbers(feature, reader.layout.episodes[0], 0, 1)  # Before room is made for rows of that shape.
     if feature.kind not in ("image", "video"):
         return feature
     height, width, channels = feature.shape[1:] + feature.shape[:1] if feature.is_channel_first else feature.shape

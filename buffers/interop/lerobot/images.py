@@ -6,6 +6,7 @@ PNG, which LeRobot writes, is decoded by PyAV, 2 to 3 times as fast as by Pillow
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KINDS = {(8, 0): 1, (8, 2): 3, (8, 6): 4, (16, 0): 1}
 _BY_CHANNELS = {1: "gray", 3: "rgb24", 4: "rgba"}
 _DEPTH = "gray16be"
+# Deflate makes at most 1,032 bytes of one.
+_MOST_EXPANSION = 1100
 # By Pillow's mode.
 _MODES = {"L": (1, np.uint8), "RGB": (3, np.uint8), "RGBA": (4, np.uint8), "F": (1, np.float32)}
 _MODES |= {mode: (1, np.uint16) for mode in ("I;16", "I;16B", "I;16L")}
@@ -43,6 +46,9 @@ def image_type(path: str, name: str, data: Any) -> ImageType:
     if found is None:
         with _pillow_image(path, name, data) as image:
             found = _pillow_type(path, name, image)
+    elif math.prod(found.shape) > _MOST_EXPANSION * len(data):
+        text = f"`{name}` has an image of {len(data)} bytes that says it has the shape {found.shape}"
+        raise FormatError(path, text, "Get a whole copy of it")
     return found
 
 
@@ -87,11 +93,12 @@ class ImageDecoder:
 
     def decode(self, path: str, name: str, data: Any, out: np.ndarray) -> None:
         """Decode an image into `out`, (H, W, C), which it must fit. FormatError if it does not."""
-        found = image_type(path, name, data)
+        png = _png_type(data)
+        found = image_type(path, name, data) if png is None else png
         if found != (out.shape, out.dtype):
             text = f"`{name}` has an image of {found.dtype} {found.shape}, where others have {out.dtype} {out.shape}"
             raise FormatError(path, text, "All images of a feature are alike")
-        if _png_type(data) is None or not self._decode_png(path, name, data, out):
+        if png is None or not self._decode_png(path, name, data, out):
             with _pillow_image(path, name, data) as image:
                 out[...] = np.asarray(image).reshape(out.shape)
 

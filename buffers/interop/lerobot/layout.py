@@ -22,7 +22,7 @@ from buffers.interop.base import FormatError
 from buffers.interop.lerobot.features import Feature, parse_features
 from buffers.interop.lerobot.parquet import UNFINISHED, checked_file, has_footer, table_of
 
-__all__ = ["INFOS", "EpisodeEntry", "Layout", "Video", "read_layout"]
+__all__ = ["EpisodeEntry", "INFOS", "Layout", "Video", "read_layout"]
 
 #: Where `write` keeps the infos of episodes, a line each. LeRobot ignores it.
 INFOS = "meta/episode_infos.jsonl"
@@ -30,6 +30,7 @@ _MOST_JSON_BYTES = 1 << 28
 _INFO = "info.json"
 _PLACE = re.compile(r"\{(\w+)(?::(0?\d?)d)?\}")
 _NUMBER = (int, float)
+_PLAIN = (bool, int, float, str)
 # Columns of meta/episodes that are no info of an episode.
 _KNOWN = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
 _KNOWN_BEGINNINGS = ("data/", "videos/", "meta/")
@@ -146,6 +147,8 @@ def _json_lines(path: str) -> list[dict[str, Any]]:
 
 def _integer(path: str, value: Mapping[str, Any], key: str) -> int:
     number = value.get(key)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)  # As pandas makes it of a column that lacked values for a time.
     if type(number) is not int or not 0 <= number < 2**62:
         raise FormatError(path, f"has {number!r:.40} as `{key}`", "Get a whole copy of it")
     return number
@@ -226,7 +229,7 @@ def _info_of(row: Mapping[str, Any], unread: dict[str, str]) -> dict[str, Any]:
     for key, value in row.items():
         if key in _KNOWN or key.startswith(_KNOWN_BEGINNINGS) or value is None:
             continue
-        if isinstance(value, (bool, int, float, str)):
+        if isinstance(value, _PLAIN):
             found[key] = value
         else:
             unread[f"{key} of meta/episodes"] = "no number or text"
@@ -246,11 +249,11 @@ def _episodes_v3(
     found = _from_file_starts(path, _in_order(os.path.join(path, "meta", "episodes"), entries))
     where = os.path.join(path, INFOS)
     if os.path.lexists(where):
-        # LeRobot may have recorded on, but it never leaves out episodes in place.
-        more = [_info_of(value, unread) for value in _json_lines(where)[: len(found)]]
-        found[: len(more)] = [
-            entry._replace(info={**entry.info, **info}) for entry, info in zip(found, more, strict=False)
-        ]
+        # There are fewer where LeRobot has recorded on. It does not remove episodes from a dataset that is there.
+        for number, info in enumerate(_json_lines(where)[: len(found)]):
+            if not all(isinstance(value, _PLAIN) for value in info.values()):
+                raise FormatError(where, f"has the info {info!r:.60}", "Remove the file: LeRobot does not need it")
+            found[number] = found[number]._replace(info={**found[number].info, **info})
     where = os.path.join(path, "meta", "tasks.parquet")
     return found, _tasks(where, table_of(where, leave_out="stats/").to_pylist())
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from buffers.interop.base import FormatError, library
 
-__all__ = ["EXTRA", "UNFINISHED", "ParquetFiles", "checked_file", "has_footer", "opened", "reading", "table_of"]
+__all__ = ["EXTRA", "ParquetFiles", "UNFINISHED", "checked_file", "has_footer", "opened", "reading", "table_of"]
 
 EXTRA = "lerobot"
 _MAGIC = b"PAR1"

@@ -94,8 +94,8 @@ def planned(
         is_first = is_first and encoding != "numbers"
         more = {"known": known.get(feature, {})}
         found.append(Planned(feature, path, encoding, kind.shape, kind.numpy_dtype, is_first, **more))
-    flags = [name for name in ("terminated", "truncated") if name in fields and fields[name].shape == ()]
-    if flags and _DONE not in {feature.name for feature in found}:
+    flags = [fields[name].shape for name in ("terminated", "truncated") if name in fields]
+    if flags and not any(flags) and _DONE not in {feature.name for feature in found}:
         found.append(Planned(_DONE, (), "numbers", (), np.dtype(bool), mark={"is_derived": True}))
     return _marked(found)
 

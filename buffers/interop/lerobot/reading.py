@@ -64,10 +64,9 @@ class LeRobotReader(FormatReader):
         times = place.begin + self._frames.times(entry, not self.source.has_times)
         if feature.kind == "times":
             return times
-        out = np.empty((entry.length, *feature.shape), feature.dtype)
-        last = out.transpose(0, 2, 3, 1) if feature.is_channel_first else out
-        self._videos[feature.name].read(place.file, times, self.source.layout.fps, last)
-        return out
+        shape = (*feature.shape[1:], feature.shape[0]) if feature.is_channel_first else feature.shape
+        out = self._videos[feature.name].read(place.file, times, self.source.layout.fps, shape)
+        return np.ascontiguousarray(out.transpose(0, 3, 1, 2)) if feature.is_channel_first else out
 
     def close(self) -> None:
         """As `FormatReader.close`."""

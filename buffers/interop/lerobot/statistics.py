@@ -1,4 +1,4 @@
-"""Statistics of features as LeRobot has them, of each episode and of all: `min`, `max`, `mean`, `std`, `count`, quantiles.
+"""Statistics of features as LeRobot has them, of episodes and of all: `min`, `max`, `mean`, `std`, `count`, quantiles.
 
 Those of all are made of those of episodes. Quantiles are then only means of the episodes' quantiles, as LeRobot's are.
 """

@@ -65,7 +65,10 @@ class _File:
         self.numbers = np.array([entry.number for entry in entries])
         self.starts = np.array([entry.start for entry in entries])
         self.firsts = np.array([-1 if entry.first_index is None else entry.first_index for entry in entries])
-        self.num_rows = entries[-1].start + entries[-1].length
+        lengths = np.array([entry.length for entry in entries])
+        self.num_rows = int(lengths.sum())
+        if (self.starts != lengths.cumsum() - lengths).any():
+            raise FormatError(path, "is the file of two episodes at once", "Get a whole copy of the dataset")
 
     def read(self) -> None:
         """Look at all rows, some at a time."""

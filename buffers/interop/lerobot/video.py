@@ -28,15 +28,15 @@ class VideoReader:
         self._frames: Iterator[Any] = iter(())
         self._time = 0.0  # Of the last frame that was decoded.
 
-    def read(self, name: str, times: np.ndarray, fps: float, out: np.ndarray) -> None:
-        """Decode the frames nearest to ascending times into `out`, uint8 (T, H, W, 3).
+    def read(self, name: str, times: np.ndarray, fps: float, shape: tuple[int, ...]) -> np.ndarray:
+        """The frames nearest to ascending times, uint8 (T, H, W, 3), for frames of the shape (H, W, 3).
 
         FormatError if there is none within half a frame of a time, or frames of another size.
         """
         where = os.path.join(self.path, name)
         with self._errors(where):
-            self._go_to(where, name, float(times[0]), out.shape[1:])
-            row = 0
+            self._go_to(where, name, float(times[0]), shape)
+            out, row = np.empty((len(times), *shape), np.uint8), 0
             for frame in self._frames:
                 self._time = float(frame.time)
                 if self._time < times[row] - 0.5 / fps:
@@ -46,14 +46,15 @@ class VideoReader:
                 out[row] = frame.to_ndarray(format="rgb24")
                 row += 1
                 if row == len(times):
-                    return
+                    return out
         found = f"has no frame at {times[row]:.4f} s, which is frame {row} of an episode"
         raise FormatError(where, found, "Get a whole copy, or leave video out with `video='skip'`")
 
     def _go_to(self, where: str, name: str, time: float, shape: tuple[int, ...]) -> None:
         if self._container is None or name != self._name:
             self.close()
-            self._container = library("av", EXTRA).open(checked_file(where))
+            # With the format: a list of other files would be followed, whatever the name of the file.
+            self._container = library("av", EXTRA).open(checked_file(where), format="mp4")
             self._name, self._time = name, -np.inf
             for stream in self._container.streams.video:
                 if stream.codec_context is not None:

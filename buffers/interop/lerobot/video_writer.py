@@ -52,6 +52,7 @@ class VideoWriter:
                 self._container.mux(self._stream.encode(frame))
                 self._num_frames += 1
         except (av.FFmpegError, ValueError) as error:
+            self._num_frames = 0  # Nothing that could be ended.
             raise self._refused(frames, error) from error
         chunk, index = divmod(self._number, self.files_a_chunk)
         found = {"chunk_index": chunk, "file_index": index, "from_timestamp": begin}

@@ -60,8 +60,8 @@ def write(
     `observation.state`, or `observation.image`. What the name does not tell is kept in the feature, under the key
     `buffers`, so that `read` gives the same fields. uint8 images (H, W, C) or (C, H, W) with 1, 3 or 4 channels are
     written as images, without loss; other arrays as numbers, of up to five axes. If there are flags, `next.done` is
-    `terminated` or `truncated`, which LeRobot's own buffer reads. What else an episode's info has is in a file that only
-    `read` knows.
+    `terminated` or `truncated`, which LeRobot's own buffer reads. What else an episode's info has is in a file that
+    only `read` knows.
 
     Args:
         dataset: With `obs`, aligned on arrival.
@@ -105,6 +105,7 @@ class _Writing:
         self.task_names: Mapping[str, str] = known.get("tasks", {})
         self.tasks, self.num_frames, self.num_episodes = Tasks(), 0, 0
         self.episodes = EpisodesWriter(path)
+        stack.callback(self.episodes.close)
         sizes = {"files_a_chunk": _FILES_A_CHUNK}
         kept = [feature for feature in self.features if feature.kind != "video"]
         self.data = DataWriter(path, kept, _DATA_MB * _MB, **sizes)
@@ -113,7 +114,6 @@ class _Writing:
             for feature in self.features
             if feature.kind == "video"
         }
-        stack.callback(self.episodes.close)
         stack.callback(self.data.close)
         for writer in self.videos.values():
             stack.callback(writer.close)

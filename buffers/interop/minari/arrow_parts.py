@@ -14,7 +14,7 @@ from buffers.interop.minari.columns import Column, Path, column, field_of
 from buffers.interop.minari.images import decoded
 from buffers.interop.minari.spaces import Space, shape_of, subspaces_of
 
-__all__ = ["IpcPart", "ParquetPart", "Part", "columns_without_space", "columns_of_space", "values_of"]
+__all__ = ["IpcPart", "ParquetPart", "Part", "columns_of_space", "columns_without_space", "values_of"]
 
 _ADVICE = "Get a whole copy of the dataset"
 _BATCH_ROWS = 4096
@@ -109,7 +109,7 @@ def columns_of_space(source: str, path: Path, kind: Any, space: Space) -> Iterat
         return
     is_list = types.is_fixed_size_list(kind)
     dtype = _dtype_of(kind.value_type if is_list else kind)
-    if dtype is None or (kind.list_size if is_list else 1) != math.prod(shape) or (shape and not is_list):
+    if dtype is None or (kind.list_size if is_list else 1) != math.prod(shape):
         found = (
             f"`{field_of(path)}` has the Arrow type {kind!s:.60}, expected that of a {space['type']} of shape {shape}"
         )

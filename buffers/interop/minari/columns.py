@@ -10,7 +10,7 @@ import numpy as np
 
 from buffers.conversion import TO_TORCH
 
-__all__ = ["ROOTS", "Column", "Path", "Storage", "StoredEpisode", "column", "field_of"]
+__all__ = ["Column", "Path", "ROOTS", "Storage", "StoredEpisode", "column", "field_of"]
 
 #: The names on the way to a column, such as ("observations", "camera").
 Path = tuple[str, ...]

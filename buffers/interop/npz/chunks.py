@@ -10,13 +10,14 @@ import numpy as np
 
 from buffers.interop.arrays import Archive, as_flags, in_order, note_unread, tree_of
 from buffers.interop.base import Episode, FormatError, FormatReader
-from buffers.interop.npz.episodes import is_observation
+from buffers.interop.npz.episodes import check_observations, check_reserved, is_observation
 from buffers.interop.npz.layouts import LAYOUTS
 
 __all__ = ["ChunkReader"]
 
 # Of the storage, not of the environment.
 _STORAGE = ("id", "stepid", "reset", "consec", "seed")
+_FLAGS = ("is_first", "is_last", "is_terminal")
 
 
 class _Chunk(NamedTuple):
@@ -63,9 +64,9 @@ class ChunkReader(FormatReader):
         super().__init__(path, fields, dtypes)
         self.observations = observations
         self._chunks = self._newest([_chunk(directory, stem) for stem in stems])
+        self.arrays: dict[str, Any] | None = None
         first = self._opened(min(self._chunks.values(), key=lambda chunk: (chunk.time, chunk.uuid)))
-        first.close()
-        self.arrays = {name: (column.dtype, column.shape[1:]) for name, column in first.columns.items()}
+        self.arrays = _kinds(first)
         self._pieces: list[list[_Piece]] = []  # Of each episode.
         for stream in self._streams():
             self._split(stream)
@@ -100,18 +101,17 @@ class ChunkReader(FormatReader):
         return streams
 
     def _opened(self, chunk: _Chunk) -> Archive:
-        """A chunk, whose rows may be more than its name says: what is behind them was never written."""
+        """A chunk, whose arrays may have more rows than its name says: those behind were never written."""
         archive = Archive(chunk.path)
         short = {name: len(column) for name, column in archive.columns.items() if len(column) < chunk.length}
-        found = {name: (column.dtype, column.shape[1:]) for name, column in archive.columns.items()}
+        found, expected = _kinds(archive), self.arrays or _kinds(archive)
+        archive.close()
         if short or not chunk.length:
-            archive.close()
             text = f"Its name says {chunk.length} rows, its arrays have {short}"
             raise FormatError(chunk.path, text, "Get a whole copy of it")
-        if getattr(self, "arrays", found) != found:
-            archive.close()
-            name = sorted(n for n in {*found, *self.arrays} if found.get(n) != self.arrays.get(n))[0]
-            text = f"`{name}` is {found.get(name)}, in other chunks of {self.path} {self.arrays.get(name)}"
+        if found != expected:
+            name = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
+            text = f"`{name}` is {found.get(name)}, in other chunks of {self.path} {expected.get(name)}"
             raise FormatError(chunk.path, text, "All chunks must have the same arrays")
         return archive
 
@@ -146,17 +146,16 @@ class ChunkReader(FormatReader):
         return as_flags(archive.path, name, column.rows(0, length))
 
     def _note(self) -> None:
-        missing = sorted({*(self.observations or ())} - {*self.arrays})
-        if missing:
-            raise self.damaged(f"It has no arrays {missing}, but {sorted(self.arrays)}", "Name others in `obs=`")
-        if not any(self._is_observation(name) for name in self.arrays):
-            raise self.damaged(f"None of its arrays {sorted(self.arrays)} is an observation", "Name some in `obs=`")
-        for name in sorted({*self.arrays} & {*_STORAGE}):
+        arrays = {*(self.arrays or ())}
+        observations = [name for name in arrays if self._is_observation(name)]
+        check_observations(self, arrays, observations)
+        check_reserved(self, arrays - {*observations})
+        for name in sorted(arrays & {*_STORAGE}):
             if not self._is_observation(name):
                 self.notes.add(f"`{name}` is of Dreamer's storage, and is not read.")
-        if "reward" not in self.arrays:
+        if "reward" not in arrays:
             self.notes.add("There are no rewards.")
-        if "is_terminal" not in self.arrays:
+        if "is_terminal" not in arrays:
             self.notes.add("Why an episode ends is not said.")
 
     def _is_observation(self, name: str) -> bool:
@@ -166,10 +165,10 @@ class ChunkReader(FormatReader):
 
     def read_from(self, number: int) -> Iterator[Episode]:
         """As `FormatReader.read_from`."""
-        archive = None
+        archive: Archive | None = None
         try:
             for pieces in self._pieces[number:]:
-                parts: list[dict[str, np.ndarray]] = []
+                parts = []
                 for piece in pieces:
                     if archive is None or archive.path != piece.chunk.path:
                         if archive is not None:
@@ -184,22 +183,16 @@ class ChunkReader(FormatReader):
 
     def _part(self, archive: Archive, piece: _Piece) -> dict[str, np.ndarray]:
         """The arrays of a piece that are wanted."""
-        flags = {"is_first", "is_last", "is_terminal"}
-        names = [
-            name
-            for name in archive.columns
-            if name in flags
-            or (name not in _STORAGE or self._is_observation(name))
-            and self.wants(f"obs/{name}" if self._is_observation(name) else name)
-        ]
-        return {name: archive.columns[name].rows(piece.start, piece.stop) for name in names}
+        found = {}
+        for name, column in archive.columns.items():
+            is_obs = self._is_observation(name)
+            is_unread = name in _STORAGE and not is_obs
+            if name in _FLAGS or (not is_unread and self.wants(f"obs/{name}" if is_obs else name)):
+                found[name] = column.rows(piece.start, piece.stop)
+        return found
 
     def _rows(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        flags = {
-            name: as_flags(self.path, name, arrays.pop(name))
-            for name in ("is_first", "is_last", "is_terminal")
-            if name in arrays
-        }
+        flags = {name: as_flags(self.path, name, arrays.pop(name)) for name in _FLAGS if name in arrays}
         rows: dict[str, Any] = {"is_first": flags["is_first"]}
         obs = {name: arrays.pop(name) for name in [*arrays] if self._is_observation(name)}
         if obs:
@@ -215,3 +208,8 @@ class ChunkReader(FormatReader):
         elif "is_last" in flags:
             rows["done"] = flags["is_last"]
         return in_order(rows | tree_of(self.path, arrays))
+
+
+def _kinds(archive: Archive) -> dict[str, Any]:
+    """Type and shape of the rows of each array."""
+    return {name: (column.dtype, column.shape[1:]) for name, column in archive.columns.items()}

@@ -13,10 +13,11 @@ from buffers.interop.arrays import Archive, as_flags, in_order, note_unread, tre
 from buffers.interop.base import Episode, FormatError, FormatReader
 from buffers.interop.npz.layouts import natural_order
 
-__all__ = ["NpzReader", "is_observation"]
+__all__ = ["NpzReader", "check_observations", "check_reserved", "is_observation"]
 
 #: Arrays of Dreamer that are no observations.
 _DREAMER = ("action", "reward", "discount", "is_first", "is_last", "is_terminal", FINAL_MISSING)
+_RESERVED = ("obs", "terminated", "truncated", "done")
 _FINISHED = (
     "`terminated` is where `discount` is 0. Files hold finished episodes, so the last row of others is `truncated`."
 )
@@ -29,6 +30,23 @@ def is_observation(name: str, observations: Collection[str] | None) -> bool:
     if observations is not None:
         return name in observations
     return name not in _DREAMER and not name.startswith("log_")
+
+
+def check_observations(reader: Any, arrays: Collection[str], observations: Collection[str]) -> None:
+    """FormatError if names of observations are not there, or there are none."""
+    missing = sorted({*(reader.observations or ())} - {*arrays})
+    if missing:
+        raise reader.damaged(f"It has no arrays {missing}, but {sorted(arrays)}", "Name others in `obs=`")
+    if not observations:
+        raise reader.damaged(f"None of its arrays {sorted(arrays)} is an observation", "Name some in `obs=`")
+
+
+def check_reserved(reader: FormatReader, arrays: Collection[str]) -> None:
+    """FormatError for arrays with the names of fields that are made of others."""
+    clashing = sorted(name for name in arrays if name.split("/")[0] in _RESERVED)
+    if clashing:
+        found = f"Its arrays {clashing} have the names of fields that are made of others here"
+        raise reader.damaged(found, "Try another layout, or rename them")
 
 
 class NpzReader(FormatReader):
@@ -80,11 +98,13 @@ class NpzReader(FormatReader):
         return next(iter(lengths.values()))
 
     def _check_roles(self) -> None:
-        missing = sorted({*(self.observations or ())} - {*self.arrays})
-        if missing:
-            raise self.damaged(f"It has no arrays {missing}, but {sorted(self.arrays)}", "Name others in `obs=`")
-        if self.layout == "dreamer" and not any(is_observation(name, self.observations) for name in self.arrays):
-            raise self.damaged(f"None of its arrays {sorted(self.arrays)} is an observation", "Name some in `obs=`")
+        if self.layout == "original":
+            return
+        observations = [name for name in self.arrays if is_observation(name, self.observations)]
+        if self.layout == "dreamer":
+            check_observations(self, self.arrays, observations)
+        own = observations if self.layout == "dreamer" else []
+        check_reserved(self, [name for name in self.arrays if name not in own])
 
     def _note(self) -> None:
         if self.layout == "original":
@@ -110,7 +130,7 @@ class NpzReader(FormatReader):
         for position in range(number, len(self.paths)):
             archive = Archive(self.paths[position])
             try:
-                yield Episode(in_order(build(archive)), {"file": os.path.basename(self.paths[position])})
+                yield Episode(build(archive), {"file": os.path.basename(self.paths[position])})
             finally:
                 archive.close()
 
@@ -141,7 +161,8 @@ class NpzReader(FormatReader):
         if is_missing is not None:
             rows[FINAL_MISSING] = is_missing
         others = [name for name in archive.columns if name not in {*names, *flags}]
-        return rows | tree_of(archive.path, {n: archive.columns[n].all() for n in others if self.wants(n)})
+        rows |= tree_of(archive.path, {name: archive.columns[name].all() for name in others if self.wants(name)})
+        return in_order(rows)
 
     def _exorl(self, archive: Archive) -> dict[str, Any]:
         length = len(archive.columns["observation"])
@@ -157,7 +178,7 @@ class NpzReader(FormatReader):
             rows[FINAL_MISSING] = as_flags(archive.path, FINAL_MISSING, rows[FINAL_MISSING])
         if "discount" in archive.columns:
             rows |= self._by_discount(archive, True)
-        return tree_of(archive.path, rows)
+        return in_order(tree_of(archive.path, rows))
 
     def _flags(self, archive: Archive, name: str) -> np.ndarray | None:
         column = archive.columns.get(name)

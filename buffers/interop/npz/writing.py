@@ -23,6 +23,7 @@ __all__ = ["write"]
 _DREAMER = ("action", "reward", "discount", "is_first", "is_last", "is_terminal", FINAL_MISSING)
 _EXORL = ("observation", "action", "reward", "discount", FINAL_MISSING)
 _FLAGS = ("terminated", "truncated", "done", "is_first")
+_KEPT = ("action", "reward", "discount", FINAL_MISSING)
 
 
 def write(
@@ -99,7 +100,7 @@ def _array_names(exporter: Exporter, layout: str) -> dict[str, str]:
         else:
             found[name] = name.removeprefix("obs/") if layout == "dreamer" else name
     own = {*(_DREAMER if layout == "dreamer" else _EXORL)}
-    clashing = [name for name, array in found.items() if array in own and name not in ("obs", array)]
+    clashing = [name for name, array in found.items() if array in own and name not in ("obs", *_KEPT)]
     twice = [name for name, array in found.items() if [*found.values()].count(array) > 1]
     parents = ("action/", "reward/") if layout == "dreamer" else ("action/", "reward/", "obs/")
     nested = [name for name in found if name.startswith(parents)]
@@ -108,7 +109,7 @@ def _array_names(exporter: Exporter, layout: str) -> dict[str, str]:
             raise ValueError(
                 f"The layout {layout!r} has {what}: leave {names} out by `fields=`, or use another layout."
             )
-    _note_fields(exporter, layout, [name for name in found if not name.startswith("obs") and name not in own])
+    _note_fields(exporter, layout, [name for name in found if name.split("/")[0] != "obs" and name not in own])
     return found
 
 
@@ -119,6 +120,9 @@ def _note_fields(exporter: Exporter, layout: str, others: list[str]) -> None:
         notes.add(f"{others} are read back as observations, unless `obs=` names those.")
     if "reward" not in fields:
         notes.add("There are no rewards.")
+    for name in ("reward", "discount"):
+        if layout == "exorl" and name in fields and fields[name].shape == (1,):
+            notes.add(f"`{name}` of shape (1,) is read back as a scalar.")
     if "terminated" in fields:
         if "done" in fields:
             notes.add("`done` is left out.")

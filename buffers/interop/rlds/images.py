@@ -54,6 +54,8 @@ def _opened(content: memoryview) -> Any:
     module = library("PIL.Image", "rlds")
     try:
         return module.open(io.BytesIO(content), formats=_FORMATS)
+    except module.UnidentifiedImageError:
+        raise ValueError("an image that is neither PNG nor JPEG") from None
     except module.DecompressionBombError as error:
         raise ValueError(str(error)) from None
 
@@ -66,7 +68,7 @@ def _check_all(encoded: Sequence[memoryview], nbytes: int) -> None:
 
 def _pixels(image: Any, channels: int, dtype: np.dtype) -> np.ndarray:
     if dtype == np.uint16:
-        if image.mode not in ("I;16", "I;16B"):
+        if image.mode not in ("I;16", "I;16B", "I"):  # Older versions of Pillow have "I".
             raise ValueError(f"an image of the mode {image.mode!r} where features.json has uint16")
         return np.asarray(image).astype(np.uint16)
     mode = _MODES[channels]

@@ -158,7 +158,7 @@ class Source:
         for key, value in known.items():
             # Not `str.format`, in which a template may ask for more than values.
             name = name.replace("{" + key + "}", value)
-        if os.path.isabs(name) or {"", ".", ".."} & {*name.split("/")} or "{" in name or "\0" in name:
+        if {"", ".", ".."} & {*name.split("/")} or "{" in name or "\0" in name:
             raise DamagedEpisodeError(f"names the file {name!r:.100}")
         return name
 

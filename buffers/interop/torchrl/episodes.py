@@ -68,14 +68,14 @@ def episode_table(
 
     An episode ends at a row with `next/done`, and before one with `is_init`.
     """
-    rows = _ordered(columns, stored, options, bool(pairs))
     ends = _ends(columns)
+    rows = _ordered(columns, stored, options, bool(pairs))
+    if not len(rows.order):
+        raise FormatError(columns.source, "It has no rows", "Import a source with rows")
     _check_rows(columns, rows.order, ends)
     is_init = columns.columns.get(("is_init",))
     firsts = None if is_init is None else flags_of(columns, is_init)
     rows = _without_repeats(columns, rows, ends, firsts, options, notes)
-    if not len(rows.order):
-        raise FormatError(columns.source, "It has no rows", "Import a source with rows")
     begins = ~rows.goes_on() | np.concatenate([[True], ends[rows.order[:-1]]])
     if firsts is not None:
         begins |= firsts[rows.order]

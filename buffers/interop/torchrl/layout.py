@@ -13,7 +13,7 @@ from buffers.interop.base import FormatError
 from buffers.interop.torchrl.memmaps import META, Column, Key, MemoryMapped, read_json
 from buffers.utils import integer, one_of
 
-__all__ = ["MASK_KEY", "TRAJ_KEY", "Located", "Options", "StoredRows", "by_row", "flags_of", "key_of", "locate"]
+__all__ = ["Located", "MASK_KEY", "Options", "StoredRows", "TRAJ_KEY", "by_row", "flags_of", "key_of", "locate"]
 
 TRAJ_KEY, MASK_KEY = "collector/traj_ids", "collector/mask"
 _STORAGE_META, _WRITER_META = "storage_metadata.json", "metadata.json"
@@ -53,8 +53,7 @@ def key_of(name: str) -> Key:
 
 def flags_of(columns: MemoryMapped, column: Column) -> np.ndarray:
     """Flags by flat row, from bools or numbers of the shape of the batch, or with one more axis of size 1."""
-    values = by_row(columns, column)
-    return values.view(np.uint8) != 0 if values.dtype == bool else values != 0
+    return by_row(columns, column) != 0
 
 
 def by_row(columns: MemoryMapped, column: Column) -> np.ndarray:
@@ -169,8 +168,6 @@ def _of_storage(columns: MemoryMapped, located: Located, options: Options) -> St
     for name, value in numbers:
         if type(value) is not int or value < 0:
             raise FormatError(source, f"`{name}` is {value!r:.40}", _WHOLE)
-    if total == 0:
-        raise FormatError(source, "It has no rows", "Import a source with rows")
     ndim, num_rows = _axes(columns, total, cursor, written, options.ndim)
     metadata = {"capacity": list(columns.batch), **writer}
     if num_rows < size:

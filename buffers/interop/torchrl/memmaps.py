@@ -180,8 +180,6 @@ def _check_key(source: str, name: str, key: str) -> None:
         key.encode()
     except UnicodeEncodeError:
         raise FormatError(source, f"The key {name!r:.60} is no text", _ADVICE) from None
-    if not key:
-        raise FormatError(source, f"There is an empty key in {name!r:.60}", "Rename it before it is saved")
 
 
 def _child(path: str, key: str, suffix: str) -> str:

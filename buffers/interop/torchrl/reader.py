@@ -103,9 +103,12 @@ class TorchRLReader(FormatReader):
 
     def _note_missing(self, arrays: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items():
-            is_obs = name == "obs" or name.startswith("obs/")
-            if is_obs and array.dtype.kind == "f" and array[-1].size and np.isnan(array[-1]).all():
-                self.notes.add(f"`{name}` is NaN in the last row of some episodes, where the environment gave none.")
+            last = array[-1] if name.startswith("obs") and array.dtype.kind == "f" else None
+            if last is not None and last.size > 1 and (np.isnan(last).all() or not last.any()):
+                self.notes.add(
+                    f"`{name}` is NaN, or all zeros, in the last row of some episodes, as TorchRL writes it where the "
+                    "environment gave none."
+                )
 
 
 class TorchRLDataset(InPlaceDataset):

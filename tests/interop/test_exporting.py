@@ -1,0 +1,109 @@
+"""An export is there whole, or not at all, and says what it could not write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from buffers import ReplayBuffer
+from buffers.dataset import IndividualFileDataset, RingBufferDataset
+from buffers.interop import FORMATS, export_episodes, import_episodes, npz
+from buffers.interop.exporting import Exporter, new_target
+from buffers.interop.formats import module_of
+from buffers.viewing.commands import main
+from tests.interop.made_up import length_of, rows_of
+from tests.tagged import assert_same_episode
+
+NUM = 5
+
+
+@pytest.fixture
+def episodes(tmp_path: Path) -> Path:
+    with IndividualFileDataset(1_000, directory=tmp_path / "episodes") as dataset:
+        for number in range(NUM):
+            dataset.add_episode(rows_of(number), {"number": number})
+    return tmp_path / "episodes"
+
+
+def test_an_export_is_imported_again_as_it_was(episodes: Path, tmp_path: Path) -> None:
+    summary = export_episodes("npz", episodes, tmp_path / "out", limit=3)
+    assert (summary.num_episodes, summary.num_steps) == (3, sum(length_of(number) + 1 for number in range(3)))
+    import_episodes("npz", tmp_path / "out", tmp_path / "again", layout="dreamer", fields=["action", "reward"])
+    with IndividualFileDataset(directory=tmp_path / "again", mode="r") as dataset:
+        for number, found in enumerate(dataset.episodes()):
+            assert_same_episode(found, {name: rows_of(number)[name] for name in ("action", "reward")})
+    assert sorted(os.listdir(tmp_path)) == ["again", "episodes", "out"]
+
+
+def test_the_command_exports(episodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "npz", str(episodes), str(tmp_path / "out"), "--limit", "2", "--option", "layout=exorl"]
+    assert main(arguments) == 0
+    assert "2 episodes" in capsys.readouterr().out and len(os.listdir(tmp_path / "out")) == 2
+    assert main(arguments) == 1
+    assert "exists. Choose another path" in capsys.readouterr().err
+    assert main(["export", "npz", str(tmp_path / "nothing"), str(tmp_path / "else")]) == 1
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_after_an_error_or_ctrl_c_nothing_is_left_and_a_killed_one_is_written_anew(tmp_path: Path) -> None:
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), new_target(tmp_path / "out") as work:
+            os.makedirs(work)
+            Path(work, "part").touch()
+            raise error
+        assert os.listdir(tmp_path) == []
+    (tmp_path / "out.exporting").mkdir()
+    (tmp_path / "out.exporting" / "part").touch()  # Left by a kill.
+    with new_target(tmp_path / "out") as work:
+        os.makedirs(work)
+        Path(work, "whole").touch()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["whole"]
+
+
+def test_a_target_that_exists_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="exists. Choose another path"), new_target(tmp_path / "out"):
+        raise AssertionError("not reached")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_what_is_asked_for_must_be_there(episodes: Path, tmp_path: Path) -> None:
+    with IndividualFileDataset(directory=episodes, mode="r") as dataset:
+        with pytest.raises(ValueError, match=r"has no fields \['state'\]"):
+            npz.write(dataset, tmp_path / "out", fields=["state"])
+    with pytest.raises(ValueError, match="There is no episode to write"):
+        npz.write(RingBufferDataset(10), tmp_path / "out")
+    ring = RingBufferDataset(10)
+    ring.add_episode({"state": np.zeros(3)})
+    with pytest.raises(ValueError, match="Formats need the field `obs`"):
+        npz.write(ring, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_formats_that_can_be_written_are_offered(episodes: Path, tmp_path: Path) -> None:
+    writable = [name for name in FORMATS if hasattr(module_of(name), "write")]
+    for name in FORMATS:
+        if name not in writable:
+            with pytest.raises(ValueError, match=f"is only read. Write {', '.join(writable[:-1])} or {writable[-1]}"):
+                export_episodes(name, episodes, tmp_path / "out")
+
+
+def test_what_is_left_out_is_said() -> None:
+    ring = RingBufferDataset(100)
+    ring.add_episode({"obs": np.zeros(1), "action": np.zeros(1)})
+    ring.add_episode({"obs": np.arange(3.0), "action": np.array([7.0, 1.0, 2.0])})
+    exporter = Exporter(ring, "npz", "out")
+    (found,) = exporter
+    assert found.number == 0 and found.transitions.steps["action"].tolist() == [1, 2]
+    assert [note.partition(",")[0] for note in exporter.notes] == ["Episodes of one row", "`action` of first rows"]
+    assert exporter.summary().num_episodes == 1
+
+
+def test_pieces_of_a_stream_are_said() -> None:
+    buffer = ReplayBuffer(RingBufferDataset(100), batch_size=1, num_envs=1, max_episode_length=4, overlap=1)
+    for step in range(9):
+        buffer.add_step({"obs": float(step), "action": 0.0}, False)
+    assert "Pieces that `max_episode_length` cut" in Exporter(buffer.dataset, "npz", "out").notes.texts[0]
