@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+
 from buffers.dataset import EpisodeDataset, IndividualFileDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.interop.alignment import Transitions, transitions_of
@@ -62,6 +64,10 @@ class Exporter:
         known = dataset.fields
         if missing := [name for name in fields or () if not known.below(name)]:
             raise ValueError(f"The dataset has no fields {missing}. It has {list(known)}.")
+        if opaque := [
+            name for name, kind in known.items() if kind.dtype == torch.bfloat16 and name in (fields or known)
+        ]:
+            raise ValueError(f"{opaque} are bfloat16, which other formats do not have. Leave them out of `fields`.")
         chosen = None if fields is None else {n for name in fields for n in known.below(name)}
         self.dataset, self.fields = dataset, known if chosen is None else known.select(chosen)
         self.format, self.path = format, os.path.abspath(os.fspath(path))

@@ -10,6 +10,7 @@ from buffers.utils import one_of
 __all__ = ["FORMATS", "module_of"]
 
 FORMATS = ("d3rlpy", "flat", "hdf5", "lerobot", "minari", "npz", "ogbench", "rlds", "torchrl")
+"""The names of the formats."""
 
 
 def module_of(format: str) -> ModuleType:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from buffers import ReplayBuffer
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
@@ -71,14 +72,18 @@ def test_a_target_that_exists_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_what_is_asked_for_must_be_there(episodes: Path, tmp_path: Path) -> None:
-    with IndividualFileDataset(directory=episodes, mode="r") as dataset:
-        with pytest.raises(ValueError, match=r"has no fields \['state'\]"):
-            npz.write(dataset, tmp_path / "out", fields=["state"])
+    dataset = IndividualFileDataset(directory=episodes, mode="r")
+    with dataset, pytest.raises(ValueError, match=r"has no fields \['state'\]"):
+        npz.write(dataset, tmp_path / "out", fields=["state"])
     with pytest.raises(ValueError, match="There is no episode to write"):
         npz.write(RingBufferDataset(10), tmp_path / "out")
     ring = RingBufferDataset(10)
     ring.add_episode({"state": np.zeros(3)})
     with pytest.raises(ValueError, match="Formats need the field `obs`"):
+        npz.write(ring, tmp_path / "out")
+    ring = RingBufferDataset(10)
+    ring.add_episode({"obs": torch.zeros(3, dtype=torch.bfloat16), "action": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"\['obs'\] are bfloat16, which other formats do not have"):
         npz.write(ring, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
