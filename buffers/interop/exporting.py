@@ -64,12 +64,10 @@ class Exporter:
         known = dataset.fields
         if missing := [name for name in fields or () if not known.below(name)]:
             raise ValueError(f"The dataset has no fields {missing}. It has {list(known)}.")
-        if opaque := [
-            name for name, kind in known.items() if kind.dtype == torch.bfloat16 and name in (fields or known)
-        ]:
+        chosen = known.select({n for name in fields or known for n in known.below(name)})
+        if opaque := [name for name, kind in chosen.items() if kind.dtype == torch.bfloat16]:
             raise ValueError(f"{opaque} are bfloat16, which other formats do not have. Leave them out of `fields`.")
-        chosen = None if fields is None else {n for name in fields for n in known.below(name)}
-        self.dataset, self.fields = dataset, known if chosen is None else known.select(chosen)
+        self.dataset, self.fields = dataset, chosen
         self.format, self.path = format, os.path.abspath(os.fspath(path))
         self.notes, self._progress = Notes(), progress
         most = dataset.num_episodes if limit is None else min(integer("limit", limit, 0), dataset.num_episodes)
