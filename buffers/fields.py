@@ -6,7 +6,7 @@ A step may nest dicts; a field is one leaf of it, and its name is the path to it
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,7 @@ class Fields(Mapping[str, TensorType]):
                 raise ValueError(f"Field `{name}` has shape {array.shape}, expected {expected}.")
             return TensorType.infer(array.shape[num_leading_axes:], TO_TORCH[array.dtype])
 
-        return cls(_unwalk((path, infer("/".join(path), leaf)) for path, leaf in _walk(rows)))
+        return cls(nested((path, infer("/".join(path), leaf)) for path, leaf in _walk(rows)))
 
     @classmethod
     def from_episode(cls, episode: Mapping[str, Any]) -> Fields:
@@ -210,7 +210,7 @@ class Fields(Mapping[str, TensorType]):
 
     def unflatten(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The nested dict for `name -> leaf`; the inverse of `flatten`."""
-        return _unwalk((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
+        return nested((path, leaves[name]) for path, name in zip(self.paths, self.names, strict=True))
 
     def below(self, name: str) -> list[str]:
         """The fields that a name stands for: the one that has it, or all below it, as "obs" for "obs/image"."""
@@ -219,7 +219,7 @@ class Fields(Mapping[str, TensorType]):
     def select(self, names: Collection[str]) -> Fields:
         """The fields of these names, in their order here."""
         pairs = zip(self.paths, self.items(), strict=True)
-        return Fields(_unwalk((path, leaf) for path, (name, leaf) in pairs if name in names))
+        return Fields(nested((path, leaf) for path, (name, leaf) in pairs if name in names))
 
     def with_others(self, others: Fields) -> Fields:
         """These fields, and others behind them; ValueError if two have one name."""
@@ -227,7 +227,7 @@ class Fields(Mapping[str, TensorType]):
         twice = self.roots & others.roots
         if twice:
             raise ValueError(f"Late fields have the names of fields of the steps: {sorted(twice)}. Rename one of them.")
-        return Fields(_unwalk(pairs))
+        return Fields(nested(pairs))
 
     def conflict_with(self, other: Fields) -> str | None:
         """Describe what differs from `other` in names, shapes or dtypes; None if data of one fits the other."""
@@ -272,7 +272,8 @@ def _walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
         yield from _walk(value, (*path, key))
 
 
-def _unwalk(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+def nested(leaves: Iterable[tuple[Sequence[str], Any]]) -> dict[str, Any]:
+    """The nested dicts for (path, leaf) of each leaf."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves:
         node = tree

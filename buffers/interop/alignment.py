@@ -64,8 +64,12 @@ def rows_on_arrival(
         ValueError: Arrays of other lengths; names the field.
     """
     leaves = [*arrays_in(steps)]
-    first_leaf = next(arrays_in(observations, "obs"))[1]
-    num_steps = len(leaves[0][1]) if leaves else len(first_leaf) - (not final_missing)
+    observed_leaves = [*arrays_in(observations, "obs")]
+    if not observed_leaves:
+        raise ValueError("`obs` is empty: an episode needs observations.")
+    if twice := {"obs", *_OF_ROWS} & {*steps, *(more or {})} | {*steps} & {*(more or {})}:
+        raise ValueError(f"{sorted(twice)} would be fields twice. Name what belongs to transitions otherwise.")
+    num_steps = len(leaves[0][1]) if leaves else len(observed_leaves[0][1]) - (not final_missing)
     expected = num_steps + (not final_missing)
 
     def observed(name: str, value: Any) -> np.ndarray:

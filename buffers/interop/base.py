@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 
 from buffers.conversion import TO_NUMPY, torch_dtype
 from buffers.dataset.episode_info import EpisodeInfo
@@ -90,6 +91,8 @@ class FormatReader(ABC):
             raise TypeError(f"`fields` must be a sequence of names, found {fields!r:.60}.")
         self.path = path
         self.fields = None if fields is None else tuple(fields)
+        if torch.bfloat16 in map(torch_dtype, (dtypes or {}).values()):
+            raise TypeError("`dtypes` cannot ask for bfloat16: numpy, in which formats are read, does not have it.")
         self.dtypes = {name: TO_NUMPY[torch_dtype(dtype)] for name, dtype in (dtypes or {}).items()}
         self.num_episodes: int | None = None
         self.num_steps: int | None = None

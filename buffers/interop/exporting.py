@@ -12,6 +12,8 @@ import torch
 
 from buffers.dataset import EpisodeDataset, IndividualFileDataset
 from buffers.dataset.episode_info import EpisodeInfo
+from buffers.disk import Descriptor, open_directory
+from buffers.disk.lock import LOCK, take_lock
 from buffers.interop.alignment import Transitions, transitions_of
 from buffers.interop.base import Notes
 from buffers.interop.formats import module_of
@@ -21,6 +23,8 @@ from buffers.utils import integer, progress_bar
 __all__ = ["Exported", "Exporter", "export_episodes", "new_target"]
 
 _SUFFIX = ".exporting"
+# In the folder of an export.
+_CONTENT = "content"
 
 
 class Exported(NamedTuple):
@@ -59,6 +63,8 @@ class Exporter:
         limit: int | None = None,
         progress: bool = False,
     ) -> None:
+        if isinstance(fields, str):
+            raise TypeError(f"`fields` must be a sequence of names, found {fields!r:.60}.")
         if dataset.fields is None or dataset.is_empty:
             raise ValueError("There is no episode to write.")
         known = dataset.fields
@@ -82,7 +88,7 @@ class Exporter:
 
     def __iter__(self) -> Iterator[Exported]:
         """The episodes; those with no transition are left out, which the summary says."""
-        number = 0
+        number, self._counts = 0, [0, 0]
         with progress_bar(self._progress, len(self.ids), "export", "episode") as bar:
             for episode_id in self.ids:
                 rows = self.dataset.arrays_of_id(episode_id)
@@ -138,26 +144,33 @@ def export_episodes(
 
 @contextmanager
 def new_target(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A path beside the target, which is renamed to it at the end of the block, and removed after an error.
+    """A path in a folder beside the target, which is renamed to it at the end of the block, and removed after an error.
 
-    ValueError if the target exists.
+    Raises:
+        ValueError: The target exists, or something else has the name of the folder.
+        RuntimeError: Another process is writing the same target.
     """
     target = os.path.abspath(os.fspath(path))
     if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
         raise ValueError(f"{target} exists. Choose another path, or move it away.")
-    work = target + _SUFFIX
-    _remove(work)  # Of an export that was killed.
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    folder = target + _SUFFIX
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or {*os.listdir(folder)} - {LOCK, _CONTENT}):
+        raise ValueError(f"{folder} exists and is no export. Move it away.")
+    os.makedirs(folder, exist_ok=True)
+    directory = Descriptor(open_directory(folder, False))
+    lock, work = take_lock(folder, directory.number), os.path.join(folder, _CONTENT)
     try:
+        _remove(work)  # Of an export that was killed.
         yield work
         os.sync()
-        if os.path.isdir(target):
+        if os.path.isdir(target) and not os.path.isdir(work):
             os.rmdir(target)
         os.rename(work, target)
         sync_directory(os.path.dirname(target))
-    except BaseException:
-        _remove(work)
-        raise
+    finally:
+        _remove(folder)
+        lock.close()
+        directory.close()
 
 
 def _remove(path: str) -> None:

@@ -6,18 +6,24 @@ DIRECTORY/                  the same folder, renamed when all of it is there
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from buffers.dataset import IndividualFileDataset
+from buffers.dataset.files.directory import FileName
+from buffers.disk import DAMAGED, TEMPORARY
+from buffers.disk.lock import LOCK
 from buffers.interop.alignment import arrays_in
-from buffers.interop.base import Episode, FormatError, FormatReader, Notes
+from buffers.interop.base import Episode, FormatError, FormatReader
 from buffers.interop.formats import module_of
-from buffers.interop.origin import Origin, Summary, described, read_origin, sync_directory, write_origin
+from buffers.interop.origin import ORIGIN, Origin, Summary, described, read_origin, sync_directory, write_origin
 from buffers.utils import integer, progress_bar
 
 __all__ = ["import_episodes"]
@@ -60,14 +66,17 @@ def import_episodes(
         ImportError: The library of an extra is missing; names the extra.
         OSError: The directory cannot be written. What is imported stays, for the same call to go on.
     """
-    target, most = os.path.abspath(os.fspath(directory)), None if limit is None else integer("limit", limit, 0)
+    # A link to an empty directory is a place for the import, too.
+    target, most = os.path.realpath(os.fspath(directory)), None if limit is None else integer("limit", limit, 0)
     where = os.fspath(source)
     with module_of(format).read(where, fields=fields, **options) as reader:
-        request = {"fields": reader.fields, "limit": most, **{name: str(value) for name, value in options.items()}}
+        request = {"fields": _plain(reader.fields), "limit": most}
         # So that a source that has changed is not mixed with what was imported before.
         request |= {"episodes": reader.num_episodes, "steps": reader.num_steps}
         if os.path.isfile(where):
             request["modified"] = os.stat(where).st_mtime_ns
+        given = {name: value for name, value in options.items() if name != "dtypes"}
+        request |= {"dtypes": _plain(reader.dtypes), **{name: _plain(value) for name, value in given.items()}}
         place = os.path.abspath(where) if os.path.exists(where) else where
         origin = Origin(format, place, request, lost=list(reader.notes), metadata=reader.metadata)
         if not _is_finished(target, origin):
@@ -75,6 +84,21 @@ def import_episodes(
     found = read_origin(target)
     assert found is not None  # It was written, or found.
     return _summary(target, found)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it; arrays by their content, because one asks for the same by the same values."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return f"{value.dtype} {value.shape} {content}"
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+# The place.
 
 
 def _is_finished(target: str, origin: Origin) -> bool:
@@ -85,95 +109,122 @@ def _is_finished(target: str, origin: Origin) -> bool:
     if found is None:
         raise ValueError(f"{target} exists and was not imported. Choose another directory.")
     _check_same(target, found, origin)
+    if not found.is_finished:
+        raise ValueError(f"{target} is a part of an import: rename it to {target}{_SUFFIX}, then it goes on.")
     return True
 
 
 def _check_same(path: str, found: Origin, origin: Origin) -> None:
-    asked = (origin.format, origin.source, _plain(origin.request))
-    if (found.format, found.source, _plain(found.request)) != asked:
+    if (found.format, found.source, found.request) != (origin.format, origin.source, origin.request):
         raise ValueError(
             f"{path} holds an import of {found.source} ({found.format}) with {found.request}, not of {origin.source} "
-            f"({origin.format}) with {origin.request}. Ask for the same, or choose another directory."
+            f"({origin.format}) with {origin.request}. Ask for the same of a source that has not changed, or choose "
+            "another directory."
         )
 
 
-def _plain(request: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in request.items()}
+def _strangers(work: str) -> list[str]:
+    """What is in the folder of an import that no import puts there."""
+    own = {LOCK, ORIGIN, DAMAGED, "late"}
+    names = os.listdir(work) if os.path.isdir(work) else []
+    kept = [name for name in names if name not in own and not name.startswith(TEMPORARY) and ".next" not in name]
+    return sorted(name for name in kept if FileName.parse(name) is None)
+
+
+def _remove(work: str) -> None:
+    """Remove the folder of an import; what tells whose it is goes last, so that a removal that is cut off goes on."""
+    if not _strangers(work):
+        for name in sorted(os.listdir(work), key=lambda name: name == ORIGIN):
+            path = os.path.join(work, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+        os.rmdir(work)
+
+
+def _earlier_part(work: str, origin: Origin) -> int:
+    """The steps of an import that was cut off and is to go on, 0 if there are none; `origin` gets what it knows."""
+    if strangers := _strangers(work):
+        raise ValueError(f"{work} holds {strangers[0]}, which no import has put there. Move it away.")
+    found = read_origin(work)
+    if found is None:
+        if os.path.isdir(work) and any(FileName.parse(name) for name in os.listdir(work)):
+            raise ValueError(f"{work} exists and is no import. Move it away.")
+        return 0
+    _check_same(work, found, origin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Of damaged files.
+        with IndividualFileDataset(directory=work, mode="r", verify="full") as dataset:
+            is_whole = dataset.table.ids.tolist() == [*range(dataset.table.next_id)]
+            num_steps = dataset.num_timesteps
+    if not is_whole:
+        _remove(work)  # After a loss of power, so it begins anew.
+        return 0
+    origin.lost = list(dict.fromkeys([*found.lost, *origin.lost]))
+    origin.metadata = {**found.metadata, **origin.metadata}
+    return num_steps
+
+
+# The import.
 
 
 def _import(reader: FormatReader, target: str, origin: Origin, limit: int | None, progress: bool) -> None:
     work = target + _SUFFIX
-    if os.path.isdir(work) and os.listdir(work):
-        found = read_origin(work)
-        if found is None:
-            raise ValueError(f"{work} exists and is no import. Move it away.")
-        _check_same(work, found, origin)
-        if not _is_contiguous(work):
-            shutil.rmtree(work)  # After a loss of power.
-        origin.lost = list(dict.fromkeys([*found.lost, *origin.lost]))
+    num_steps = _earlier_part(work, origin)
     os.makedirs(work, exist_ok=True)
-    write_origin(work, origin)
-    reader.notes = Notes(origin.lost)
+    store = _Store(work, max(_LEAST_CAPACITY, reader.num_steps or 0, num_steps))
     try:
-        _add_all(reader, work, origin, limit, progress)
-    except (ValueError, TypeError):
-        shutil.rmtree(work)
+        write_origin(work, origin)
+        reader.notes.texts[:] = origin.lost
+        _add_all(reader, store, origin, limit, progress)
+        origin.lost, origin.is_finished = list(reader.notes), True
+        origin.metadata = {**origin.metadata, **reader.metadata}
+        write_origin(work, origin)
+    except (ValueError, TypeError, LookupError):
+        store.dataset.close()
+        _remove(work)
         raise
-    origin.is_finished = True
-    write_origin(work, origin)
+    finally:
+        store.dataset.close()
     # Once for all files, because one fsync a file takes most of the time of small episodes.
     os.sync()
-    if os.path.isdir(target):
-        os.rmdir(target)
     os.rename(work, target)
     sync_directory(os.path.dirname(target))
 
 
-def _is_contiguous(work: str) -> bool:
-    """Whether the first episodes are there, whole, without a gap."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Of damaged files.
-        with IndividualFileDataset(directory=work, mode="r", verify="full") as dataset:
-            return dataset.table.ids.tolist() == [*range(dataset.table.next_id)]
+def _add_all(reader: FormatReader, store: _Store, origin: Origin, limit: int | None, progress: bool) -> None:
+    """Store what is missing."""
+    first = store.dataset.table.next_id
+    total = reader.num_episodes if limit is None else min(limit, reader.num_episodes or limit)
+    with progress_bar(progress, total, "import", "episode", first) as bar:
+        episodes = reader.episodes(first) if limit is None else islice(reader.episodes(first), max(0, limit - first))
+        for number, episode in enumerate(episodes, first):
+            if len(reader.notes) > len(origin.lost):
+                # Before the episode is stored, so that a later call need not read it again to know.
+                origin.lost = list(reader.notes)
+                origin.metadata = {**origin.metadata, **reader.metadata}
+                write_origin(store.work, origin)
+            try:
+                store.add(episode)
+            except (ValueError, TypeError) as error:
+                advice = f"`limit={number}` (--limit {number}) imports the episodes before it"
+                raise FormatError(reader.path, f"Episode {number} cannot be stored: {error}", advice) from error
+            bar.update(1)
 
 
-def _add_all(reader: FormatReader, work: str, origin: Origin, limit: int | None, progress: bool) -> None:
-    dataset = _opened(work, max(_LEAST_CAPACITY, reader.num_steps or 0))
-    try:
-        first = dataset.table.next_id
-        total = reader.num_episodes if limit is None else min(limit, reader.num_episodes or limit)
-        with progress_bar(progress, total, "import", "episode", first) as bar:
-            episodes = reader.episodes(first) if limit is None else islice(reader.episodes(first), limit - first)
-            for number, episode in enumerate(episodes, first):
-                if len(reader.notes) > len(origin.lost):
-                    # Before the episode is stored, so that a later call need not read it again to know.
-                    origin.lost = list(reader.notes)
-                    write_origin(work, origin)
-                dataset = _add(dataset, episode, number, reader, work)
-                bar.update(1)
-    finally:
-        dataset.close()
+class _Store:
+    """The folder of an import, from which nothing is evicted: it is opened with twice the capacity instead."""
 
+    def __init__(self, work: str, capacity: int) -> None:
+        self.work = work
+        self.dataset = IndividualFileDataset(capacity, directory=work, durability="rename")
 
-def _opened(work: str, capacity: int) -> IndividualFileDataset:
-    return IndividualFileDataset(capacity, directory=work, durability="rename")
-
-
-def _add(
-    dataset: IndividualFileDataset, episode: Episode, number: int, reader: FormatReader, work: str
-) -> IndividualFileDataset:
-    """Store an episode. Nothing is evicted: if there is no room, the directory is opened with twice the capacity."""
-    try:
-        length = len(next(arrays_in(episode.rows))[1])
+    def add(self, episode: Episode) -> None:
+        """As `add_episode`."""
+        dataset, length = self.dataset, len(next(arrays_in(episode.rows))[1])
         if dataset.num_timesteps + length > dataset.capacity:
             dataset.close()
-            dataset = _opened(work, 2 * dataset.capacity + length)
-        dataset.add_episode(*episode)
-    except (ValueError, TypeError) as error:
-        advice = f"`limit={number}` (--limit {number}) imports the episodes before it"
-        raise FormatError(reader.path, f"Episode {number} cannot be stored: {error}", advice) from error
-    return dataset
+            capacity = 2 * dataset.capacity + length
+            self.dataset = IndividualFileDataset(capacity, directory=self.work, durability="rename")
+        self.dataset.add_episode(*episode)
 
 
 def _summary(target: str, origin: Origin) -> Summary:

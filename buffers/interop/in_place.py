@@ -37,7 +37,7 @@ class InPlaceDataset(EpisodeDataset):
     def __init__(
         self, path: str, fields: Fields, lengths: Sequence[int], infos: Mapping[int, EpisodeInfo] | None = None
     ) -> None:
-        self.path = path
+        self.path = os.path.abspath(path)
         self._file: Any = None
         self._opened_by = -1
         num_rows = np.asarray(lengths, np.int64)
@@ -68,7 +68,7 @@ class InPlaceDataset(EpisodeDataset):
 
     def describe_store(self) -> dict[str, Any]:
         """As `EpisodeDataset.describe_store`."""
-        return {**super().describe_store(), "directory": os.path.abspath(self.path)}
+        return {**super().describe_store(), "directory": self.path}
 
     def check_writable(self) -> None:
         """As `EpisodeDataset.check_writable`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BufferedWriter
 from typing import Any
 
-from buffers.disk import Descriptor, Directory, as_damage, open_directory, parse_json
+from buffers.disk import NO_SURPRISES, Descriptor, Directory, as_damage, open_directory, parse_json
 from buffers.interop.base import FormatError
 from buffers.utils import aligned, format_bytes
 
@@ -66,10 +67,13 @@ class Origin:
 def read_origin(path: str) -> Origin | None:
     """That of a directory; None if it was not imported. FormatError if the file is not what was written."""
     try:
-        with open(os.path.join(path, ORIGIN), "rb") as file:
-            content = file.read(_MOST_BYTES)
+        descriptor = Descriptor(os.open(os.path.join(path, ORIGIN), os.O_RDONLY | NO_SURPRISES))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if not stat.S_ISREG(os.fstat(descriptor.number).st_mode):
+        raise FormatError(os.path.join(path, ORIGIN), "is no file", "The episodes are whole without it: move it away")
+    with open(os.dup(descriptor.number), "rb") as file:
+        content = file.read(_MOST_BYTES)
     try:
         with as_damage():
             found = parse_json(content)
@@ -87,6 +91,10 @@ def read_origin(path: str) -> Origin | None:
 def write_origin(path: str, origin: Origin) -> None:
     """Replace that of a directory; an error leaves the old one."""
     text = json.dumps(asdict(origin), indent=1).encode()
+    if len(text) > _MOST_BYTES:
+        origin.metadata = {}
+        origin.lost.append("What the source says of itself as a whole is too long, and is left out.")
+        text = json.dumps(asdict(origin), indent=1).encode()
     directory = Directory(path, Descriptor(open_directory(path, False)), durable=True)
     try:
         directory.commit(ORIGIN, partial(_write, text), replaces=True)

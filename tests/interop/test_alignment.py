@@ -78,6 +78,15 @@ def test_arrays_of_other_lengths_are_refused(num_rows: int) -> None:
         rows_on_arrival(np.zeros((0, 2)), {"action": np.zeros(0)}, final_missing=True)
 
 
+def test_no_field_replaces_another() -> None:
+    with pytest.raises(ValueError, match=r"\['is_first'\] would be fields twice"):
+        rows_on_arrival(np.zeros(3), {"action": np.zeros(2), "is_first": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"\['x'\] would be fields twice"):
+        rows_on_arrival(np.zeros(3), {"x": np.zeros(2)}, more={"x": np.zeros(3)})
+    with pytest.raises(ValueError, match="`obs` is empty"):
+        rows_on_arrival({}, {"action": np.zeros(2)})
+
+
 def test_what_is_not_aligned_on_arrival_is_refused_or_said() -> None:
     with pytest.raises(ValueError, match="Formats need the field `obs`"):
         transitions_of({"state": np.zeros(3)})

@@ -56,8 +56,9 @@ def test_after_an_error_or_ctrl_c_nothing_is_left_and_a_killed_one_is_written_an
             Path(work, "part").touch()
             raise error
         assert os.listdir(tmp_path) == []
-    (tmp_path / "out.exporting").mkdir()
-    (tmp_path / "out.exporting" / "part").touch()  # Left by a kill.
+    (tmp_path / "out.exporting" / "content").mkdir(parents=True)
+    (tmp_path / "out.exporting" / "content" / "part").touch()  # Left by a kill.
+    (tmp_path / "out.exporting" / ".lock").touch()
     with new_target(tmp_path / "out") as work:
         os.makedirs(work)
         Path(work, "whole").touch()
@@ -71,10 +72,28 @@ def test_a_target_that_exists_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_what_has_the_name_of_the_folder_of_an_export_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "out.exporting").mkdir()
+    (tmp_path / "out.exporting" / "thesis").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is no export. Move it away"), new_target(tmp_path / "out"):
+        raise AssertionError("not reached")
+    assert (tmp_path / "out.exporting" / "thesis").read_text() == "mine"
+
+
+def test_two_exports_to_one_target_do_not_meet(tmp_path: Path) -> None:
+    with new_target(tmp_path / "out") as work:
+        Path(work).write_text("first")
+        with pytest.raises(RuntimeError, match="is being written to by"), new_target(tmp_path / "out"):
+            raise AssertionError("not reached")
+    assert (tmp_path / "out").read_text() == "first" and os.listdir(tmp_path) == ["out"]
+
+
 def test_what_is_asked_for_must_be_there(episodes: Path, tmp_path: Path) -> None:
     dataset = IndividualFileDataset(directory=episodes, mode="r")
     with dataset, pytest.raises(ValueError, match=r"has no fields \['state'\]"):
         npz.write(dataset, tmp_path / "out", fields=["state"])
+    with pytest.raises(TypeError, match="`fields` must be a sequence of names"):
+        npz.write(dataset, tmp_path / "out", fields="obs")
     with pytest.raises(ValueError, match="There is no episode to write"):
         npz.write(RingBufferDataset(10), tmp_path / "out")
     ring = RingBufferDataset(10)
@@ -105,6 +124,7 @@ def test_what_is_left_out_is_said() -> None:
     assert found.number == 0 and found.transitions.steps["action"].tolist() == [1, 2]
     assert [note.partition(",")[0] for note in exporter.notes] == ["Episodes of one row", "`action` of first rows"]
     assert exporter.summary().num_episodes == 1
+    assert len([*exporter]) == 1 and exporter.summary().num_episodes == 1
 
 
 def test_pieces_of_a_stream_are_said() -> None:

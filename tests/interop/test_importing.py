@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from buffers.dataset import IndividualFileDataset
 from buffers.interop import Episode, FormatError, import_episodes, importing
@@ -164,7 +165,7 @@ def test_the_same_import_again_does_nothing_and_another_is_refused(
     assert import_episodes("flat", "source", tmp_path / "a") == expected
     with pytest.raises(ValueError, match="holds an import of source .flat. with .*, not of other"):
         import_episodes("flat", "other", tmp_path / "a")
-    with pytest.raises(ValueError, match="Ask for the same, or choose another directory"):
+    with pytest.raises(ValueError, match="Ask for the same of a source that has not changed"):
         import_episodes("flat", "source", tmp_path / "a", limit=3)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "a").iterdir()) == before
 
@@ -184,13 +185,114 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_was_imported(
         import_episodes("flat", source, tmp_path / "a", num=8)
 
 
+def test_a_long_import_of_unknown_size_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importing, "_LEAST_CAPACITY", 4)
+    monkeypatch.setattr(Reader, "num_steps", property(lambda self: None, lambda self, value: None), raising=False)
+    monkeypatch.setattr(Reader, "fails_at", 6)
+    with pytest.raises(KeyboardInterrupt):
+        import_episodes("flat", "source", tmp_path / "a")
+    monkeypatch.setattr(Reader, "fails_at", -1)
+    import_episodes("flat", "source", tmp_path / "a")
+    assert numbers(tmp_path / "a") == [*range(9)]
+
+
+def test_a_kill_while_the_folder_is_made_or_removed_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "a.importing").mkdir()
+    (tmp_path / "a.importing" / ".tmp-origin.json").write_text("{")
+    (tmp_path / "a.importing" / ".lock").touch()
+    import_episodes("flat", "source", tmp_path / "a")
+    assert numbers(tmp_path / "a") == [*range(9)] and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [ValueError("torn"), KeyError("torn")])
+def test_a_file_that_was_put_into_the_folder_is_not_removed(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reader, "fails_at", 5)
+    monkeypatch.setattr(Reader, "error", error)
+    read_from = Reader.read_from
+
+    def read(self: Reader, number: int) -> Any:
+        for episode in read_from(self, number):
+            (tmp_path / "a.importing" / "thesis.txt").write_text("mine")
+            yield episode
+
+    monkeypatch.setattr(Reader, "read_from", read)
+    with pytest.raises(type(error)):
+        import_episodes("flat", "source", tmp_path / "a")
+    assert (tmp_path / "a.importing" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="holds thesis.txt, which no import has put there"):
+        import_episodes("flat", "source", tmp_path / "a")
+
+
+def test_what_is_found_while_reading_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_from = Reader.read_from
+
+    def read(self: Reader, number: int) -> Any:
+        notes = self.notes
+        for position, episode in enumerate(read_from(self, number), number):
+            if position == 1:
+                notes.add("Seen at 1.")
+                self.metadata["seen"] = 1
+            yield episode
+        notes.add("Seen at the end.")
+
+    monkeypatch.setattr(Reader, "read_from", read)
+    monkeypatch.setattr(Reader, "fails_at", 5)
+    with pytest.raises(KeyboardInterrupt):
+        import_episodes("flat", "source", tmp_path / "a")
+    monkeypatch.setattr(Reader, "fails_at", -1)
+    found = import_episodes("flat", "source", tmp_path / "a")
+    assert found.lost == ["There is no seed.", "Seen at 1.", "Episode 4 is odd.", "Seen at the end."]
+    origin = read_origin(str(tmp_path / "a"))
+    assert origin is not None and origin.metadata == {"made": "up", "seen": 1}
+
+
+def test_a_link_to_an_empty_directory_is_a_place(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "disk")
+    import_episodes("flat", "source", tmp_path / "a")
+    assert numbers(tmp_path / "disk") == [*range(9)] and sorted(os.listdir(tmp_path)) == ["a", "disk"]
+
+
+def test_the_same_options_are_told_by_their_values(tmp_path: Path) -> None:
+    import_episodes("flat", "source", tmp_path / "a", dtypes={"reward": np.float32})
+    import_episodes("flat", "source", tmp_path / "a", dtypes={"reward": "float32"})
+    one, other = np.zeros(2_000), np.zeros(2_000)
+    other[1_000] = 1
+    plain = [importing._plain({"x": values}) for values in ((one, 1), (other, 1), [other, 1])]
+    assert plain[0] != plain[1] == plain[2]
+
+
+def test_a_part_that_was_renamed_by_hand_is_no_finished_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reader, "fails_at", 5)
+    with pytest.raises(KeyboardInterrupt):
+        import_episodes("flat", "source", tmp_path / "a")
+    os.rename(tmp_path / "a.importing", tmp_path / "a")
+    with pytest.raises(ValueError, match="is a part of an import: rename it to"):
+        import_episodes("flat", "source", tmp_path / "a")
+
+
+def test_too_much_metadata_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("buffers.interop.origin._MOST_BYTES", 2_000)
+    init = Reader.__init__
+
+    def more(self: Reader, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        self.metadata["text"] = "x" * 2_000
+
+    monkeypatch.setattr(Reader, "__init__", more)
+    assert "too long, and is left out" in import_episodes("flat", "source", tmp_path / "a").lost[-1]
+    assert import_episodes("flat", "source", tmp_path / "a").num_episodes == 9
+
+
 def test_what_is_not_ours_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b.importing"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and was not imported"):
         import_episodes("flat", "source", tmp_path / "a")
-    with pytest.raises(ValueError, match="exists and is no import"):
+    with pytest.raises(ValueError, match="holds notes.txt, which no import has put there"):
         import_episodes("flat", "source", tmp_path / "b")
     (tmp_path / "c").mkdir()  # Empty: it is taken.
     import_episodes("flat", "source", tmp_path / "c")
@@ -208,6 +310,8 @@ def test_fields_limit_and_dtypes_are_as_asked(tmp_path: Path) -> None:
         import_episodes("flat", "source", tmp_path / "b", dtypes={"action": "uint8"})
     with pytest.raises(ValueError, match="`format` must be one of"):
         import_episodes("pickle", "source", tmp_path / "b")
+    with pytest.raises(TypeError, match="`dtypes` cannot ask for bfloat16"):
+        import_episodes("flat", "source", tmp_path / "b", dtypes={"reward": torch.bfloat16})
     with pytest.raises(TypeError, match="`fields` must be a sequence of names"):
         import_episodes("flat", "source", tmp_path / "b", fields="obs")
     assert os.listdir(tmp_path) == ["a"]

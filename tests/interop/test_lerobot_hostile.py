@@ -21,6 +21,7 @@ from buffers.interop.lerobot.images import ImageDecoder, image_type
 from tests.interop.lerobot_helpers import (
     EPISODES,
     INFO,
+    LENGTHS,
     ROWS,
     change_feature,
     change_info,
@@ -39,15 +40,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, match: str, where: str | Path | None = None, **options: Any) -> str:
-    """Reading raises a FormatError that names the path; an import leaves nothing."""
+    """Reading raises a FormatError that names the path."""
     with pytest.raises(FormatError, match=match) as caught, lerobot.read(path, **options) as reader:
         for _ in reader:
             pass
     assert str(caught.value.path) == str(path if where is None else path / where)
-    target = path.parent / "imported"
-    with pytest.raises(FormatError):
-        import_episodes("lerobot", path, target, **options)
-    assert not [*path.parent.glob("imported*")]
     return str(caught.value)
 
 
@@ -55,6 +52,15 @@ def test_a_recording_that_was_not_finalized_is_told(tmp_path: Path) -> None:
     path = unpacked("open", tmp_path)
     text = refused(path, "was not finalized: meta/info.json counts 4 episodes, and meta/episodes is not there")
     assert "file-000.parquet has no footer" in text and "finalize()" in text
+
+
+def test_nothing_is_left_of_an_import_that_fails_in_its_middle(path: Path) -> None:
+    change_table(path, ROWS, changed(TOP, 9, {"bytes": b"hello", "path": None}))
+    with pytest.raises(FormatError, match="has an image that cannot be read"):
+        import_episodes("lerobot", path, path.parent / "imported")
+    assert not [*path.parent.glob("imported*")]
+    # But what precedes it can be imported.
+    assert import_episodes("lerobot", path, path.parent / "imported", limit=2).num_episodes == 2
 
 
 def test_metadata_without_footer_is_told(path: Path) -> None:
@@ -89,7 +95,7 @@ def test_every_file_is_needed(version: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["images", "video", "v21"])
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.95])
+@pytest.mark.parametrize("share", [0, 0.6, 0.95])
 def test_a_file_that_is_cut_is_an_error_wherever(version: str, share: float, tmp_path: Path) -> None:
     path = unpacked(version, tmp_path)
     whole = [rows["obs"]["images"].get("cam") for rows, _ in lerobot.read(path)]
@@ -109,7 +115,7 @@ def test_changed_bytes_of_rows_are_an_error_or_other_values_but_no_crash(path: P
     content = (path / ROWS).read_bytes()
     rng = np.random.default_rng(0)
     num_errors = 0
-    for position in rng.integers(4, len(content) - 8, 25):
+    for position in rng.integers(4, len(content) - 8, 15):
         changed = bytearray(content)
         changed[position] ^= 0x41
         (path / ROWS).write_bytes(bytes(changed))
@@ -117,7 +123,7 @@ def test_changed_bytes_of_rows_are_an_error_or_other_values_but_no_crash(path: P
             [*lerobot.read(path)]
         except FormatError:
             num_errors += 1
-    assert num_errors > 3
+    assert num_errors > 1
 
 
 def test_other_directories_and_files_are_refused(tmp_path: Path) -> None:
@@ -390,10 +396,8 @@ def test_video_that_is_damaged_or_of_another_size_is_refused(tmp_path: Path) -> 
 def test_video_that_names_other_files_is_refused(tmp_path: Path) -> None:
     path = unpacked("video", tmp_path)
     name = "videos/observation.images.cam/chunk-000/file-000.mp4"
-    os.rename(path / name, path / "other.mp4")
-    (path / name).write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{path}/other.mp4\n#EXT-X-ENDLIST\n")
-    refused(path, "cannot be decoded", name)
-    (path / name).write_text(f"ffconcat version 1.0\nfile {path}/other.mp4\n")
+    os.rename(path / name, (path / name).with_name("other.mp4"))
+    (path / name).write_text("ffconcat version 1.0\nfile other.mp4\n")
     refused(path, "cannot be decoded", name)
 
 
@@ -432,6 +436,11 @@ def test_video_that_ends_early_or_has_other_times_is_refused(tmp_path: Path) -> 
     begin = "videos/observation.images.cam/from_timestamp"
     change_table(path, EPISODES, changed(begin, 3, 1.9))
     refused(path, "has no frame at 2.1000 s, which is frame 2 of an episode", name)
+    change_table(path, EPISODES, changed(begin, 3, 1.6))
+    change_info(path, fps=20)
+    times = np.concatenate([np.arange(length) / 20 for length in LENGTHS]).astype(np.float32)
+    change_table(path, ROWS, lambda table: with_column(table, "timestamp", pa.array(times)))
+    refused(path, "has no frame at 0.0500 s, which is frame 1 of an episode", name)
     change_table(path, EPISODES, changed(begin, 3, -1.0))
     refused(path, "as the time at which `observation.images.cam` begins", EPISODES)
     change_table(path, EPISODES, changed(begin, 3, float("nan")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The local store of Minari."""
     path = tmp_path / "store"
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(path))
+    monkeypatch.setattr(os, "sync", lambda: None)  # It waits for what all other programs write.
     return path
 
 

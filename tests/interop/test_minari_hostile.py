@@ -31,6 +31,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The local store of Minari."""
     path = tmp_path / "store"
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(path))
+    monkeypatch.setattr(os, "sync", lambda: None)  # It waits for what all other programs write.
     return path
 
 
@@ -107,7 +108,7 @@ def test_metadata_that_are_none(content: str, message: str, tmp_path: Path):
         '{"type": "Tuple", "subspaces": [1]}',
         '{"type": "MultiDiscrete", "dtype": "int64", "nvec": [[1], [2, 3]]}',
         '{"type": "MultiBinary", "n": "x"}',
-        '{"type": "Dict", "subspaces": {"a": ' * 40 + "1" + "}}" * 40,
+        '{"type": "Dict", "subspaces": {"a": ' * 40 + '{"type": "Text"}' + "}}" * 40,
     ],
 )
 def test_spaces_that_are_none(space: str, tmp_path: Path):

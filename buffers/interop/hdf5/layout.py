@@ -10,7 +10,7 @@ import numpy as np
 
 from buffers.conversion import TO_TORCH
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.fields import Fields, TensorType
+from buffers.fields import Fields, TensorType, nested
 from buffers.interop.alignment import FINAL_MISSING
 from buffers.interop.base import Notes
 from buffers.interop.hdf5.file import HDF5File, Piece, Stored
@@ -29,14 +29,7 @@ def listed(names: Iterable[str]) -> str:
 
 def unflattened(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts for names joined by "/"."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
+    return nested((name.split("/"), leaf) for name, leaf in leaves.items())
 
 
 class Column(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo, checked_info
+from buffers.fields import nested
 from buffers.interop.alignment import rows_on_arrival
 from buffers.interop.base import FormatError, Notes
 from buffers.interop.lerobot.columns import array_of, encoded_images
@@ -19,22 +20,11 @@ from buffers.interop.lerobot.layout import EpisodeEntry, Layout, read_layout
 from buffers.interop.lerobot.parquet import ParquetFiles
 from buffers.interop.lerobot.survey import Survey, survey
 
-__all__ = ["FrameReader", "Source", "arranged", "find_source", "is_of_frames", "nested"]
+__all__ = ["FrameReader", "Source", "arranged", "find_source", "is_of_frames"]
 
 #: Columns that become fields only where they say something; they belong to a frame's own time.
 _OF_FRAMES = ("timestamp", "task_index")
 _MANY_BYTES = 1 << 16
-
-
-def nested(values: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """A tree of dicts from (path, leaf)."""
-    tree: dict[str, Any] = {}
-    for (*parents, last), leaf in values:
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo, checked_info, info_text
+from buffers.fields import nested
 from buffers.interop.base import Notes
 
 __all__ = ["info_of", "metadata_of"]
@@ -71,7 +72,7 @@ def metadata_of(info: EpisodeInfo, number: int, is_nested: bool, notes: Notes) -
             kept[key] = int(value)
         elif key not in _OWN:
             kept[key] = value
-    return _nested(kept) if is_nested else kept
+    return nested((key.split("/"), value) for key, value in kept.items()) if is_nested else kept
 
 
 def _problem(key: str, value: Any, info: EpisodeInfo) -> str | None:
@@ -94,14 +95,3 @@ def _is_seed(value: Any) -> bool:
         return type(value) is int and value in _UINT64
     is_number = value.isascii() and value.isdecimal() and len(value) <= 20
     return is_number and int(value) in _UINT64 and int(value) not in _INT64
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, last = key.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo
+from buffers.fields import nested
 from buffers.interop.alignment import rows_on_arrival
 from buffers.interop.base import Episode, FormatError, FormatReader
 from buffers.interop.minari.arrow_storage import ArrowStorage
@@ -182,7 +183,7 @@ class MinariReader(FormatReader):
 
     def _aligned(self, known: _Known, arrays: Mapping[Path, np.ndarray]) -> dict[str, Any]:
         padded = {path: _with_first(values, known.num_steps) for path, values in arrays.items() if path[0] == "infos"}
-        trees = _trees({**arrays, **padded})
+        trees = nested({**arrays, **padded}.items())
         infos = {root: trees.pop(root) for root in ("infos",) if root in trees}
         # If no observation is wanted, an empty one tells the number of rows. It is left out in the end.
         num_observations = known.num_steps + (not known.final_missing)
@@ -202,15 +203,3 @@ def _with_first(values: np.ndarray, num_steps: int) -> np.ndarray:
     if len(values) > num_steps:
         return values
     return np.concatenate([np.zeros((1, *values.shape[1:]), values.dtype), values])
-
-
-def _trees(arrays: Mapping[Path, np.ndarray]) -> dict[str, Any]:
-    """`root -> array or nested dict`."""
-    trees: dict[str, Any] = {}
-    for path, values in arrays.items():
-        *parents, last = path
-        node = trees
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = values
-    return trees

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo, info_text
+from buffers.fields import nested
 from buffers.interop.alignment import FINAL_MISSING, arrays_in, rows_on_arrival
 from buffers.interop.base import Episode, FormatError, FormatReader, library
 from buffers.interop.rlds.example import Feature, parse_example
@@ -139,15 +140,10 @@ class RldsReader(FormatReader):
 
     def _tree(self, record: Record, features: Mapping[str, Feature], num_steps: int) -> dict[str, Any]:
         """The wanted features of steps, nested."""
-        tree: dict[str, Any] = {}
-        for name, leaf in self._leaves.items():
-            if name in _FLAGS or not self.wants(_field_of(leaf)):
-                continue
-            node = tree
-            for part in leaf.path[:-1]:
-                node = node.setdefault(part, {})
-            node[leaf.path[-1]] = self._values(record, features, name, num_steps)
-        return tree
+        wanted = [
+            (name, leaf) for name, leaf in self._leaves.items() if name not in _FLAGS and self.wants(_field_of(leaf))
+        ]
+        return nested((leaf.path, self._values(record, features, name, num_steps)) for name, leaf in wanted)
 
     def _values(self, record: Record, features: Mapping[str, Feature], name: str, num_steps: int) -> np.ndarray:
         leaf = self._leaves[name]
