@@ -16,6 +16,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minari.namespace import list_local_namespaces
 
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
 from buffers.interop import export_episodes, import_episodes, minari
@@ -240,19 +241,19 @@ def test_spaces_are_made_of_fields_and_that_is_said(tmp_path: Path):
     assert "The space of `action` was made of dtypes and shapes. State `action_space` for another one." in summary.lost
 
 
-@pytest.mark.parametrize("stated", [spaces.Discrete(500), '{"type": "Discrete", "n": 500, "start": 0}'])
+@pytest.mark.parametrize("stated", [spaces.Discrete(405), '{"type": "Discrete", "n": 405, "start": 0}'])
 def test_spaces_are_those_that_are_stated(stated: Any, tmp_path: Path):
     box = spaces.Box(-9, 99, (2,), np.float32)
     summary = minari.write(played(), tmp_path / "out", action_space=stated, observation_space=box)
     found = opened(tmp_path / "out")
-    assert (found.action_space, found.observation_space) == (spaces.Discrete(500), box)
+    assert (found.action_space, found.observation_space) == (spaces.Discrete(405), box)
     assert summary.lost == []
 
 
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        ({"action_space": spaces.Discrete(400)}, "`action` has values that its Discrete space does not have"),
+        ({"action_space": spaces.Discrete(404)}, "`action` has values that its Discrete space does not have"),
         ({"action_space": spaces.Discrete(500, start=1)}, "`action` has values that its Discrete space does not have"),
         ({"action_space": spaces.Box(0, 1, (2,))}, r"`action` is int64 \(\), and its space is a Box of float32 \(2,\)"),
         ({"observation_space": spaces.Discrete(3)}, r"`obs` is float32 \(2,\), and its space is a Discrete"),
@@ -273,6 +274,26 @@ def test_stated_spaces_must_fit(stated: dict[str, Any], message: str, tmp_path: 
     with pytest.raises(ValueError, match=message):
         minari.write(played(), tmp_path / "out", **stated)
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
+
+
+def test_floats_are_no_discrete_actions(tmp_path: Path):
+    dataset = played(action=lambda _, length: np.zeros(length + 1))
+    with pytest.raises(ValueError, match=r"`action` is float64 \(\), and its space is a Discrete"):
+        minari.write(dataset, tmp_path / "out", action_space=spaces.Discrete(3))
+
+
+def test_wider_floats_keep_the_bounds(tmp_path: Path):
+    """A policy may give float64 where the space has float32: Minari only warns, and HDF5 keeps float64."""
+    action = lambda number, length: expected(number, length)["action"] / 1000  # noqa: E731
+    box = spaces.Box(-1, 1, (), np.float32)
+    for data_format in FORMATS:
+        path = tmp_path / data_format
+        assert not any(
+            "action" in text
+            for text in minari.write(played(action=action), path, data_format=data_format, action_space=box).lost
+        )
+        assert opened(path).action_space == spaces.Box(-1, 1, (), np.float64)
+        assert opened(path)[0].actions.dtype == np.float64
 
 
 def test_spaces_of_fields_that_are_left_out_are_left_out(tmp_path: Path):
@@ -400,6 +421,7 @@ def test_an_id_is_written_to_the_local_store(store: Path, tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Minari warns of datasets that are not where their id says.
         listed = library.list_local_datasets()
+    assert "games" in list_local_namespaces()
     assert listed["games/scripted-v2"]["author"] == ["me"]
     assert listed["games/scripted-v2"]["requirements"] == ["numpy>=1"]
     with pytest.raises(ValueError, match="exists"):
