@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,23 @@ def test_video_is_written_on_request(tmp_path: Path) -> None:
         for name in ("obs/cam", "obs/chw"):
             assert np.abs(rows[name].mean((1, 2, 3))[:-1] - values[:-1]).max() < 2
         check_equal(rows["obs/small"][:-1, 0, 0, 0], values[:-1].astype(np.uint8))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux only")
+def test_encoding_leaves_the_priority_of_the_process_alone(tmp_path: Path) -> None:
+    # As root, the encoder makes the thread that calls it a real-time one. Others cannot see the difference.
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    lerobot.write(dataset_of_images(), tmp_path / "target", fps=FPS, task="see", video=True)
+    try:
+        assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
+def dataset_of_images() -> RingBufferDataset:
+    dataset = RingBufferDataset(10)
+    dataset.add_episode({"obs": {"cam": np.zeros((3, 64, 64, 3), np.uint8)}, "action": np.arange(3)})
+    return dataset
 
 
 def test_what_the_codec_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -17,6 +19,23 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 # What LeRobot encodes by.
 _CODEC, _PIXELS = "libsvtav1", "yuv420p"
 _OPTIONS = {"g": "2", "crf": "30", "preset": "12"}
+
+
+@contextmanager
+def _priority_kept() -> Iterator[None]:
+    """The encoder makes the thread that calls it a real-time one where it may (as root), and leaves it so.
+
+    Processes that are started later, such as workers, would inherit that, and keep the processors to themselves.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield  # Only Linux has it.
+        return
+    before, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != before:
+            os.sched_setscheduler(0, before, parameters)
 
 
 class VideoWriter:
@@ -49,7 +68,8 @@ class VideoWriter:
             for image in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 frame.pts = self._num_frames
-                self._container.mux(self._stream.encode(frame))
+                with _priority_kept():
+                    self._container.mux(self._stream.encode(frame))
                 self._num_frames += 1
         except (av.FFmpegError, ValueError) as error:
             self._num_frames = 0  # Nothing that could be ended.
