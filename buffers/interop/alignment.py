@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from buffers.conversion import as_array
+from buffers.fields import nested
 
-__all__ = ["FINAL_MISSING", "Transitions", "arrays_in", "mapped", "rows_on_arrival", "transitions_of"]
+__all__ = ["FINAL_MISSING", "Transitions", "arrays_in", "mapped", "rows_on_arrival", "transitions_of", "unflattened"]
 
 FINAL_MISSING = "final_obs_missing"
 _OF_ROWS = ("is_first", FINAL_MISSING)
@@ -41,6 +42,11 @@ def arrays_in(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
             yield from arrays_in(value, f"{path}/{key}" if path else key)
     else:
         yield path, as_array(path, tree)
+
+
+def unflattened(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts for names joined by "/"."""
+    return nested((name.split("/"), leaf) for name, leaf in leaves.items())
 
 
 def rows_on_arrival(

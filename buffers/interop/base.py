@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +17,7 @@ from buffers.dataset.episode_info import EpisodeInfo
 from buffers.fields import Fields
 from buffers.utils import how_to_install, integer
 
-__all__ = ["Episode", "FormatError", "FormatReader", "Notes", "library"]
+__all__ = ["Episode", "FormatError", "FormatReader", "Notes", "chosen_fields", "fill", "library", "note_absence"]
 
 
 class Episode(NamedTuple):
@@ -55,12 +56,39 @@ class Notes:
         return len(self.texts)
 
 
+def fill(descriptor: int, values: np.ndarray, offset: int) -> bool:
+    """Fill a contiguous array with the bytes of an open file from an offset on; False if the file ends before."""
+    memory = values.reshape(-1).view(np.uint8).data
+    # One call reads at most 2 GB.
+    while memory:
+        num = os.preadv(descriptor, [memory], offset)
+        if not num:
+            return False
+        memory, offset = memory[num:], offset + num
+    return True
+
+
 def library(name: str, extra: str) -> ModuleType:
     """Import a library that an extra brings; the ImportError names the extra."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"This format needs {name} ({error}): {how_to_install(extra)}.") from None
+
+
+def chosen_fields(where: str, known: Fields, names: Sequence[str] | None) -> Fields:
+    """The fields that names stand for, or all; ValueError, which says where, if there is no such field."""
+    if missing := [name for name in names or () if not known.below(name)]:
+        raise ValueError(f"{where} has no fields {missing}. It has {list(known)}.")
+    return known if names is None else known.select({field for name in names for field in known.below(name)})
+
+
+def note_absence(notes: Notes, known: Collection[str]) -> None:
+    """Say which of rewards and flags are not among the fields."""
+    if "reward" not in known:
+        notes.add("There are no rewards.")
+    if missing := [name for name in ("terminated", "truncated") if name not in known]:
+        notes.add(f"There is no {' and no '.join(f'`{name}`' for name in missing)}.")
 
 
 class FormatReader(ABC):
@@ -147,12 +175,8 @@ class FormatReader(ABC):
 
     def _chosen(self, rows: dict[str, Any], number: int) -> dict[str, Any]:
         fields = Fields.from_episode(rows)
-        missing = [name for name in (*(self.fields or ()), *self.dtypes) if not fields.below(name)]
-        if missing:
-            raise ValueError(f"{self.path} has no fields {missing}. It has {list(fields)}.")
-        chosen = (
-            fields if self.fields is None else fields.select({n for name in self.fields for n in fields.below(name)})
-        )
+        chosen_fields(self.path, fields, (*(self.fields or ()), *self.dtypes))
+        chosen = chosen_fields(self.path, fields, self.fields)
         leaves = dict(zip(fields.names, fields.flatten(rows), strict=True))
         for name in chosen:
             dtype = next((self.dtypes[n] for n in self.dtypes if name in fields.below(n)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from buffers.dataset.episode_info import EpisodeInfo
 from buffers.disk import Descriptor, open_directory
 from buffers.disk.lock import LOCK, take_lock
 from buffers.interop.alignment import Transitions, transitions_of
-from buffers.interop.base import Notes
+from buffers.interop.base import Notes, chosen_fields
 from buffers.interop.formats import module_of
 from buffers.interop.origin import Summary, described, read_origin, sync_directory
 from buffers.utils import integer, progress_bar
@@ -47,6 +47,7 @@ class Exporter:
         progress: Whether to show a bar (of tqdm).
 
     Attributes:
+        keeps_first: The fields of which the format holds first rows, too; those of others are left out with a note.
         notes: What the format cannot hold.
         metadata: What the dataset was imported with, if it was imported from the same format, else {}.
 
@@ -67,15 +68,13 @@ class Exporter:
             raise TypeError(f"`fields` must be a sequence of names, found {fields!r:.60}.")
         if dataset.fields is None or dataset.is_empty:
             raise ValueError("There is no episode to write.")
-        known = dataset.fields
-        if missing := [name for name in fields or () if not known.below(name)]:
-            raise ValueError(f"The dataset has no fields {missing}. It has {list(known)}.")
-        chosen = known.select({n for name in fields or known for n in known.below(name)})
+        chosen = chosen_fields("The dataset", dataset.fields, fields)
         if opaque := [name for name, kind in chosen.items() if kind.dtype == torch.bfloat16]:
             raise ValueError(f"{opaque} are bfloat16, which other formats do not have. Leave them out of `fields`.")
         self.dataset, self.fields = dataset, chosen
         self.format, self.path = format, os.path.abspath(os.fspath(path))
         self.notes, self._progress = Notes(), progress
+        self.keeps_first: Collection[str] = ()
         most = dataset.num_episodes if limit is None else min(integer("limit", limit, 0), dataset.num_episodes)
         self.ids: list[int] = dataset.table.ids[:most].tolist()
         self._counts = [0, 0]
@@ -106,7 +105,9 @@ class Exporter:
 
     def _note(self, found: Transitions) -> None:
         for name in found.losses():
-            self.notes.add(f"`{name}` of first rows, which belong to no transition, is left out where it is not zero.")
+            if name not in self.keeps_first:
+                text = f"`{name}` of first rows, which belong to no transition, is left out where it is not zero."
+                self.notes.add(text)
 
     def summary(self) -> Summary:
         """What was written."""

@@ -12,7 +12,7 @@ import numpy as np
 from buffers.fields import Fields
 from buffers.interop.alignment import rows_on_arrival
 from buffers.interop.arrays import Archive, as_flags, in_order, note_unread
-from buffers.interop.base import Episode, FormatError, FormatReader
+from buffers.interop.base import Episode, FormatError, FormatReader, fill
 from buffers.interop.in_place import InPlaceDataset
 from buffers.interop.npy import Header, reading
 
@@ -283,12 +283,7 @@ class OGBenchDataset(InPlaceDataset):
         row_bytes = header.values_bytes // header.shape[0]
         direct = header.dtype.isnative and out.flags.c_contiguous
         values = out if direct else np.empty(out.shape, header.dtype)
-        view, position = values.reshape(-1).view(np.uint8).data, offset + row * row_bytes
-        filled = 0
-        while filled < len(view):
-            count = os.preadv(file.fileno(), [view[filled:]], position + filled)
-            if not count:
-                raise FormatError(self.path, f"It has become shorter: `{name}` ends early", "Get a whole copy of it")
-            filled += count
+        if not fill(file.fileno(), values, offset + row * row_bytes):
+            raise FormatError(self.path, f"It has become shorter: `{name}` ends early", "Get a whole copy of it")
         if not direct:
             out[...] = values

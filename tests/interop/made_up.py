@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pytest
 
 from buffers.interop import Episode, FormatReader
 from buffers.interop.alignment import rows_on_arrival
@@ -25,6 +28,21 @@ def log(number: int, num_steps: int) -> dict[str, np.ndarray]:
 
 def length_of(number: int) -> int:
     return 1 + number * 5 % 7
+
+
+@contextmanager
+def killed_before(number: int) -> Iterator[None]:
+    """For an import of any format in the block, which is cut off before the episode with this number."""
+    whole = FormatReader.episodes
+
+    def killed(self: FormatReader, first: int = 0) -> Iterator[Episode]:
+        for position, episode in enumerate(whole(self, first), first):
+            if position == number:
+                raise KeyboardInterrupt
+            yield episode
+
+    with mock.patch.object(FormatReader, "episodes", killed), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 class Reader(FormatReader):

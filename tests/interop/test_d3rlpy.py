@@ -15,6 +15,7 @@ import pytest
 from buffers.dataset import IndividualFileDataset
 from buffers.interop import FormatError, d3rlpy, import_episodes
 from tests.interop.logged import on_arrival
+from tests.interop.made_up import killed_before
 from tests.tagged import assert_same_episode, flatten
 
 h5py = pytest.importorskip("h5py")
@@ -105,18 +106,9 @@ def test_only_chosen_fields_are_read(fields: list[str], monkeypatch: pytest.Monk
     assert names == {"terminated"}.union(*(asked.get(name, set()) for name in fields))
 
 
-def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = d3rlpy.D3rlpyReader._rows
-
-    def fails(self: Any, file: Any, episode: int) -> Any:
-        if episode == 3:
-            raise KeyboardInterrupt
-        return original(self, file, episode)
-
-    monkeypatch.setattr(d3rlpy.D3rlpyReader, "_rows", fails)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    with killed_before(3):
         import_episodes("d3rlpy", DATA / "collected.h5", tmp_path / "a")
-    monkeypatch.setattr(d3rlpy.D3rlpyReader, "_rows", original)
     summary = import_episodes("d3rlpy", DATA / "collected.h5", tmp_path / "a")
     assert (summary.num_episodes, summary.num_steps) == (5, 31) and len(summary.lost) == 2
     with IndividualFileDataset(directory=tmp_path / "a", mode="r") as dataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from buffers.interop import FormatError, flat, import_episodes
 from buffers.interop.alignment import arrays_in
 from buffers.interop.npy import FileColumn
 from tests.interop.logged import PLAYED, on_arrival, play
+from tests.interop.made_up import killed_before
 from tests.interop.npy_files import npy, npz, pickled_objects
 
 FLAGS = ("terminated", "truncated")
@@ -345,22 +345,12 @@ def test_fields_that_are_not_wanted_are_not_read(tmp_path: Path, monkeypatch: py
     assert {*read} == {"rewards"}
 
 
-def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path):
     source = tmp_path / "a.npz"
     np.savez_compressed(source, **flat_of(play(), "next_action"))
     options = {"fields": ["obs", "action", "terminated"], "limit": 5, "convention": "next_action"}
-    with monkeypatch.context() as patch:
-        read_from = flat.FlatReader.read_from
-
-        def stops(self: Any, number: int) -> Iterator[Any]:
-            for count, episode in enumerate(read_from(self, number)):
-                if count == 3:
-                    raise KeyboardInterrupt
-                yield episode
-
-        patch.setattr(flat.FlatReader, "read_from", stops)
-        with pytest.raises(KeyboardInterrupt):
-            import_episodes("flat", source, tmp_path / "out", **options)
+    with killed_before(3):
+        import_episodes("flat", source, tmp_path / "out", **options)
     summary = import_episodes("flat", source, tmp_path / "out", **options)
     assert summary.num_episodes == 5 and any("belongs to no transition" in text for text in summary.lost)
     with IndividualFileDataset(directory=tmp_path / "out", mode="r") as dataset:

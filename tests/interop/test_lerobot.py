@@ -34,6 +34,7 @@ from tests.interop.lerobot_helpers import (
     with_column,
     written,
 )
+from tests.interop.made_up import killed_before
 
 # feature -> (field, how its frames become rows, whether (1,) becomes a scalar)
 OBSERVED, ARRIVED = as_observed, as_arrived
@@ -373,19 +374,10 @@ def test_images_may_be_jpeg_or_gray(version: str, tmp_path: Path) -> None:
     check_equal(found, np.stack(expected))
 
 
-def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     path, target = unpacked("images", tmp_path), tmp_path / "imported"
-    numbers = FrameReader.numbers
-
-    def killed(self: FrameReader, feature: Any, entry: Any, *rest: Any) -> np.ndarray:
-        if entry.number == 2:
-            raise KeyboardInterrupt
-        return numbers(self, feature, entry, *rest)
-
-    monkeypatch.setattr(FrameReader, "numbers", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_before(2):
         import_episodes("lerobot", path, target, fields=["obs", "action"], limit=3)
-    monkeypatch.setattr(FrameReader, "numbers", numbers)
     summary = import_episodes("lerobot", path, target, fields=["obs", "action"], limit=3)
     assert summary.num_episodes == 3 and summary.fields["obs/images/wrist"] == "uint8 (3, 4, 6)"
     with IndividualFileDataset(directory=target, mode="r") as dataset:

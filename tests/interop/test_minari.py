@@ -15,6 +15,7 @@ from gymnasium import spaces
 from buffers.dataset import IndividualFileDataset
 from buffers.interop import FormatError, import_episodes, minari
 from buffers.interop.minari.hdf5_storage import Hdf5Storage
+from tests.interop.made_up import killed_before
 from tests.interop.minari_files import (
     ENDS,
     FORMATS,
@@ -422,22 +423,12 @@ def test_import_gives_the_rows(data_format: str, tmp_path: Path):
 
 
 @each_format
-def test_an_import_that_was_killed_goes_on(data_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_import_that_was_killed_goes_on(data_format: str, tmp_path: Path):
     path = create(tmp_path / "all", [buffer(i, *end) for i, end in enumerate(ENDS)], data_format)
-    whole = minari.MinariReader.read_from
-
-    def killed(self: Any, number: int) -> Any:
-        for count, episode in enumerate(whole(self, number)):
-            if count == 2:
-                raise KeyboardInterrupt
-            yield episode
-
-    monkeypatch.setattr(minari.MinariReader, "read_from", killed)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+    for number in (2, 4):
+        with killed_before(number):
             import_episodes("minari", path, tmp_path / "whole")
         assert not (tmp_path / "whole").exists()
-    monkeypatch.setattr(minari.MinariReader, "read_from", whole)
     assert import_episodes("minari", path, tmp_path / "whole").num_episodes == 5
     with IndividualFileDataset(directory=tmp_path / "whole", mode="r") as dataset:
         for number, episode in enumerate(dataset.episodes()):

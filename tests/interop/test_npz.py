@@ -27,6 +27,7 @@ from buffers.interop import FormatError, import_episodes, npz
 from buffers.interop.alignment import arrays_in, rows_on_arrival
 from buffers.interop.npy import FileColumn
 from tests.interop.logged import PLAYED, on_arrival, play
+from tests.interop.made_up import killed_before
 from tests.interop.npy_files import npy, pickled_objects
 from tests.interop.npy_files import npz as archive_of
 
@@ -287,21 +288,10 @@ def test_arrays_that_are_not_wanted_are_not_read(monkeypatch: pytest.MonkeyPatch
     assert not {"image", "vector", "observation", "physics", "action"} & {*read}
 
 
-def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path):
     for source, logs in (("drqv2_replay", play(FINISHED)[:4]), ("dreamerv3_replay", logs_of_streams()[:4])):
-        reader = npz.ChunkReader if source == "dreamerv3_replay" else npz.NpzReader
-        with monkeypatch.context() as patch:
-            read_from = reader.read_from
-
-            def stops(self: Any, number: int, read_from: Any = read_from) -> Iterator[Any]:
-                for count, episode in enumerate(read_from(self, number)):
-                    if count == 2:
-                        raise KeyboardInterrupt
-                    yield episode
-
-            patch.setattr(reader, "read_from", stops)
-            with pytest.raises(KeyboardInterrupt):
-                import_episodes("npz", DATA / source, tmp_path / source, fields=["action", "truncated"], limit=4)
+        with killed_before(2):
+            import_episodes("npz", DATA / source, tmp_path / source, fields=["action", "truncated"], limit=4)
         summary = import_episodes("npz", DATA / source, tmp_path / source, fields=["action", "truncated"], limit=4)
         assert summary.num_episodes == 4 and summary.lost
         with IndividualFileDataset(directory=tmp_path / source, mode="r") as dataset:

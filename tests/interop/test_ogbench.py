@@ -16,6 +16,7 @@ from buffers import ReplayBuffer
 from buffers.dataset import IndividualFileDataset
 from buffers.interop import FormatError, import_episodes, ogbench
 from tests.interop.logged import PLAYED, on_arrival, play
+from tests.interop.made_up import killed_before
 from tests.interop.npy_files import npy, npz
 
 DATA = Path(__file__).parent.parent / "data" / "interop" / "ogbench"
@@ -115,19 +116,10 @@ def test_fields_that_are_not_wanted_are_not_read(monkeypatch: pytest.MonkeyPatch
         assert_rows(rows, {"action": wanted["action"], "qpos": wanted["qpos"].astype(np.float64)})
 
 
-def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path):
     source = DATA / "raw.npz"
-    with monkeypatch.context() as patch:
-        rows_of = ogbench.OGBenchReader._rows
-
-        def stops(self: Any, episode: int) -> Any:
-            if episode == 3:
-                raise KeyboardInterrupt
-            return rows_of(self, episode)
-
-        patch.setattr(ogbench.OGBenchReader, "_rows", stops)
-        with pytest.raises(KeyboardInterrupt):
-            import_episodes("ogbench", source, tmp_path / "out", fields=["obs", "action"], limit=5)
+    with killed_before(3):
+        import_episodes("ogbench", source, tmp_path / "out", fields=["obs", "action"], limit=5)
     summary = import_episodes("ogbench", source, tmp_path / "out", fields=["obs", "action"], limit=5)
     assert summary.num_episodes == 5 and any("not why" in text for text in summary.lost)
     with IndividualFileDataset(directory=tmp_path / "out", mode="r") as dataset:

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from buffers.dataset import IndividualFileDataset
 from buffers.interop import FormatError, import_episodes, rlds
-from buffers.interop.rlds import reader as reader_module
 from buffers.interop.rlds.crc32c import masked_crc32c
 from buffers.interop.rlds.example import parse_example
 from tests.interop.logged import PLAYED, play
+from tests.interop.made_up import killed_before
 from tests.interop.written_rlds import FLAGS, PLAIN, example, feature, field, steps, tfrecord, write
 from tests.tagged import assert_same_episode, flatten
 
@@ -220,21 +220,10 @@ def test_only_chosen_fields_are_decoded(fields: list[str], arm: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", GAMES)
-def test_an_import_gives_the_log_and_goes_on_after_a_kill(
-    name: str, datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, original = datasets / name / "game" / "1.0.0", reader_module.RldsReader._episode
-    counts = iter(range(4))
-
-    def fails(self: Any, *args: Any) -> Any:
-        if next(counts) == 3:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    monkeypatch.setattr(reader_module.RldsReader, "_episode", fails)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_import_gives_the_log_and_goes_on_after_a_kill(name: str, datasets: Path, tmp_path: Path) -> None:
+    path = datasets / name / "game" / "1.0.0"
+    with killed_before(3):
         import_episodes("rlds", path, tmp_path / "a")
-    monkeypatch.setattr(reader_module.RldsReader, "_episode", original)
     summary = import_episodes("rlds", path, tmp_path / "a")
     assert summary.num_episodes == 7 and summary.lost == []
     with IndividualFileDataset(directory=tmp_path / "a", mode="r") as dataset:

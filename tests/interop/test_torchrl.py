@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from buffers.dataset import IndividualFileDataset
 from buffers.interop import Episode, FormatError, import_episodes
 from buffers.interop.torchrl import TorchRLReader, open, read
+from tests.interop.made_up import killed_before
 from tests.interop.torchrl_log import NUM_ROWS, Arrays, arrived, later, log
 
 MADE = Path(__file__).parents[1] / "data" / "interop" / "torchrl" / "cases.tar.xz"
@@ -768,15 +769,7 @@ def test_an_import_that_was_killed_goes_on_where_it_was(
 ) -> None:
     whole = TorchRLReader.read_from
     asked = []
-
-    def killed(self: TorchRLReader, number: int) -> Iterator[Episode]:
-        for position, episode in enumerate(whole(self, number), number):
-            if position == 7:
-                raise KeyboardInterrupt
-            yield episode
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(TorchRLReader, "read_from", killed)
+    with killed_before(7):
         import_episodes("torchrl", cases / "ndim2", tmp_path / "target")
 
     def counted(self: TorchRLReader, number: int) -> Iterator[Episode]:

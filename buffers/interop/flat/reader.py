@@ -9,7 +9,7 @@ import numpy as np
 
 from buffers.interop.alignment import rows_on_arrival
 from buffers.interop.arrays import ArrayFile, in_order, note_unread, tree_of
-from buffers.interop.base import Episode, FormatReader
+from buffers.interop.base import Episode, FormatReader, note_absence
 from buffers.interop.flat.conventions import CONVENTIONS, UnfitError, few, find_bounds, flags_of_episodes
 from buffers.interop.flat.roles import Roles
 
@@ -113,11 +113,7 @@ class FlatReader(FormatReader):
         roles, add = self._roles, self.notes.add
         if "action" not in roles.trees:
             add("There are no actions.")
-        if "reward" not in roles.trees:
-            add("There are no rewards.")
-        missing = [name for name in ("terminated", "truncated") if name not in roles.flags]
-        if missing:
-            add(f"There is no {' and no '.join(f'`{name}`' for name in missing)}.")
+        note_absence(self.notes, {*roles.trees, *roles.flags})
         if "done" in roles.flags:
             add(f"`{roles.arrays_of_flags['done']}` does not say why an episode ends: it is `done`.")
         if self.convention == "transitions" and "next_obs" not in roles.trees:

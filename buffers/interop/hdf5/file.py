@@ -13,7 +13,7 @@ import numpy as np
 
 from buffers.conversion import TO_TORCH
 from buffers.disk import Descriptor
-from buffers.interop.base import FormatError, library
+from buffers.interop.base import FormatError, fill, library
 
 __all__ = ["HDF5File", "Piece", "Stored"]
 
@@ -280,14 +280,9 @@ class HDF5File:
 
     def _read_plain(self, stored: Stored, first: int, out: np.ndarray) -> None:
         assert stored.offset is not None  # As the caller has seen.
-        offset, left = stored.offset + first * stored.row_bytes, out.nbytes
-        num = os.preadv(self._descriptor.number, [out.data], offset)
-        while num < left:
-            rest = out.reshape(-1).view(np.uint8)[num:]
-            more = os.preadv(self._descriptor.number, [rest.data], offset + num)
-            if not more:
-                raise self.damaged(f"`{stored.name}` ends before row {first + len(out)}", "The file was cut off")
-            num += more
+        offset = stored.offset + first * stored.row_bytes
+        if not fill(self._descriptor.number, out, offset):
+            raise self.damaged(f"`{stored.name}` ends before row {first + len(out)}", "The file was cut off")
 
     def _read_by_h5py(self, stored: Stored, first: int, out: np.ndarray) -> None:
         with self._reading(stored.name):

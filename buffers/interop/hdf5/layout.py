@@ -10,12 +10,12 @@ import numpy as np
 
 from buffers.conversion import TO_TORCH
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.fields import Fields, TensorType, nested
-from buffers.interop.alignment import FINAL_MISSING
-from buffers.interop.base import Notes
+from buffers.fields import Fields, TensorType
+from buffers.interop.alignment import FINAL_MISSING, unflattened
+from buffers.interop.base import Notes, note_absence
 from buffers.interop.hdf5.file import HDF5File, Piece, Stored
 
-__all__ = ["Column", "Layout", "listed", "unflattened"]
+__all__ = ["Column", "Layout", "listed"]
 
 _FIRST = ("action", "reward", "terminated", "truncated", "is_first", FINAL_MISSING)
 
@@ -25,11 +25,6 @@ def listed(names: Iterable[str]) -> str:
     found = list(names)
     more = f" and {len(found) - 10} others" if len(found) > 10 else ""
     return ", ".join(f"`{name}`" for name in found[:10]) + more
-
-
-def unflattened(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts for names joined by "/"."""
-    return nested((name.split("/"), leaf) for name, leaf in leaves.items())
 
 
 class Column(NamedTuple):
@@ -135,9 +130,6 @@ class Layout(ABC):
 
     def note_absence(self) -> None:
         """Say which of rewards and flags are missing."""
-        if "reward" not in self.types:
-            self.notes.add("There are no rewards.")
-        if missing := [name for name in ("terminated", "truncated") if name not in self.types]:
-            self.notes.add(f"There is no {' and no '.join(f'`{name}`' for name in missing)}.")
+        note_absence(self.notes, self.types)
         if FINAL_MISSING in self.types:
             self.notes.add("Final observations are missing: the last row repeats the one before, and says so.")

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 
-from buffers.fields import Fields
-from buffers.interop.base import Episode, FormatReader
+from buffers.interop.alignment import unflattened
+from buffers.interop.base import Episode, FormatReader, chosen_fields
 from buffers.interop.hdf5.detection import layout_of
 from buffers.interop.hdf5.file import HDF5File
-from buffers.interop.hdf5.layout import Layout, unflattened
+from buffers.interop.hdf5.layout import Layout
 from buffers.interop.in_place import InPlaceDataset
 
 __all__ = ["HDF5Dataset", "HDF5Reader"]
@@ -96,10 +96,7 @@ class HDF5Dataset(InPlaceDataset):
         self.layout: Layout = reader.layout
         #: What the file does not have, or is not read.
         self.notes, self.metadata = reader.notes, reader.metadata
-        known = self.layout.fields
-        if missing := [name for name in reader.fields or () if not known.below(name)]:
-            raise ValueError(f"{path} has no fields {missing}. It has {list(known)}.")
-        chosen: Fields = known.select([name for name in known if reader.wants(name)])
+        chosen = chosen_fields(path, self.layout.fields, reader.fields)
         super().__init__(reader.path, chosen, (self.layout.lengths + 1).tolist(), self.layout.infos)
 
     def _open_file(self) -> HDF5File:

@@ -8,7 +8,7 @@ from typing import final
 import numpy as np
 
 from buffers.fields import Fields
-from buffers.interop.base import FormatError
+from buffers.interop.base import FormatError, chosen_fields
 from buffers.interop.in_place import InPlaceDataset
 from buffers.interop.lerobot.features import Feature
 from buffers.interop.lerobot.frames import FrameReader, Source, arranged, is_of_frames
@@ -39,8 +39,7 @@ class LeRobotInPlaceDataset(InPlaceDataset):
                 advice = "Import it, or open it with `video='reference'` or `video='skip'`"
                 raise FormatError(path, f"has video, {names}, which is not read in place", advice)
             self.notes, self.metadata = list(reader.notes), reader.metadata
-            found = _fields_of(self._source)
-            chosen = _chosen(path, found, fields)
+            chosen = chosen_fields(path, _fields_of(self._source), fields)
         super().__init__(path, chosen, self._source.lengths, dict(enumerate(self._source.infos)))
         self._features = {feature.field: feature for feature in self._source.features}
 
@@ -69,14 +68,6 @@ def _fields_of(source: Source) -> Fields:
     """The fields of what `read` yields, from an episode of one frame of zeros."""
     values = [np.zeros((1, *feature.shape), feature.dtype) for feature in source.features]
     return Fields.from_episode(arranged(source.features, values, 1))
-
-
-def _chosen(path: str, found: Fields, names: Sequence[str] | None) -> Fields:
-    if names is None:
-        return found
-    if missing := [name for name in names if not found.below(name)]:
-        raise ValueError(f"{path} has no fields {missing}. It has {list(found)}.")
-    return found.select({name for chosen in names for name in found.below(chosen)})
 
 
 class _Opened:

@@ -101,6 +101,7 @@ class _Writing:
         known = exporter.metadata
         # Of an imported dataset, these two are no fields of ours.
         self.of_frames = [name for name in _OF_FRAMES if _is_of_frames(name, exporter)]
+        exporter.keeps_first = self.of_frames
         self.features = planned(exporter.fields, self.of_frames, video, known.get("features", {}), exporter.notes)
         self.task_names: Mapping[str, str] = known.get("tasks", {})
         self.tasks, self.num_frames, self.num_episodes = Tasks(), 0, 0
@@ -124,10 +125,6 @@ class _Writing:
             self._add(exported)
         if not self.num_episodes:
             raise ValueError("There is no episode with a transition.")
-        for name in self.of_frames:
-            text = f"`{name}` of first rows, which belong to no transition, is left out where it is not zero."
-            if text in self.exporter.notes.texts:
-                self.exporter.notes.texts.remove(text)  # It belongs to the frame, and is written.
         self.stack.close()
         self.tasks.write(self.path)
         write_info(self.path, self._info(), self.episodes.statistics)

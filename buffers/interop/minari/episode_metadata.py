@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo, checked_info, info_text
-from buffers.fields import nested
+from buffers.interop.alignment import unflattened
 from buffers.interop.base import Notes
 
 __all__ = ["info_of", "metadata_of"]
@@ -72,7 +72,7 @@ def metadata_of(info: EpisodeInfo, number: int, is_nested: bool, notes: Notes) -
             kept[key] = int(value)
         elif key not in _OWN:
             kept[key] = value
-    return nested((key.split("/"), value) for key, value in kept.items()) if is_nested else kept
+    return unflattened(kept) if is_nested else kept
 
 
 def _problem(key: str, value: Any, info: EpisodeInfo) -> str | None:

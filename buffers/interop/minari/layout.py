@@ -38,6 +38,8 @@ class Layout:
     def __init__(self, exporter: Exporter, data_format: str, stated: Mapping[str, Any]) -> None:
         self._exporter, self._data_format, self._stated = exporter, data_format, stated
         self._fields = exporter.fields.unflatten(exporter.fields)
+        # Unlike what else belongs to transitions.
+        exporter.keeps_first = [name for name in exporter.fields if name.startswith("infos/")]
         self._check_names()
         self._check_fields()
         self._check_lengths()
@@ -67,9 +69,6 @@ class Layout:
                 notes.add("Minari cannot say that a final observation is missing: the one before is there again.")
             metadata.append(metadata_of(exported.info, exported.number, self._data_format != "hdf5", notes))
             yield self._buffer(exported)
-        # Infos have a value for first rows, unlike what else an exporter takes for transitions.
-        kept = [f"`{name}` of first rows" for name in self._exporter.fields if name.startswith("infos/")]
-        notes.texts = [text for text in notes.texts if not text.startswith(tuple(kept) or "\0")]
 
     def _buffer(self, exported: Exported) -> Any:
         found = exported.transitions

@@ -60,7 +60,8 @@ def write(
         ValueError: The target exists; fields that the layout would confuse.
     """
     layout = one_of("layout", layout, ["dreamer", "exorl"])
-    exporter = _RowExporter(dataset, "npz", path, fields, limit, progress)
+    exporter = Exporter(dataset, "npz", path, fields, limit, progress)
+    exporter.keeps_first = exporter.fields
     names = _array_names(exporter, layout)
     convert = _dreamer if layout == "dreamer" else _exorl
     now = datetime.datetime.now().strftime("%Y%m%dT%H%M%S")
@@ -76,13 +77,6 @@ def write(
             if info:
                 exporter.notes.add("Infos of episodes are left out.")
     return exporter.summary()
-
-
-class _RowExporter(Exporter):
-    """For layouts that hold first rows, too."""
-
-    def _note(self, found: Transitions) -> None:
-        pass
 
 
 def _array_names(exporter: Exporter, layout: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo, info_text
 from buffers.fields import nested
-from buffers.interop.alignment import FINAL_MISSING, arrays_in, rows_on_arrival
+from buffers.interop.alignment import FINAL_MISSING, arrays_in, mapped, rows_on_arrival
 from buffers.interop.base import Episode, FormatError, FormatReader, library
 from buffers.interop.rlds.example import Feature, parse_example
 from buffers.interop.rlds.schema import Leaf
@@ -107,11 +107,11 @@ class RldsReader(FormatReader):
         steps = {name: found.pop(name) for name in _TRANSITIONS if name in found}
         if not is_missing:
             self._note_dropped(steps)
-            steps = {name: _map(value, lambda array: array[:num_transitions]) for name, value in steps.items()}
+            steps = {name: mapped(value, lambda _, array: array[:num_transitions]) for name, value in steps.items()}
         steps |= self._ends(flags, num_transitions)
         observations = found.pop("observation", None)
         if is_missing:
-            found = {name: _map(value, _with_last_repeated) for name, value in found.items()}
+            found = {name: mapped(value, _with_last_repeated) for name, value in found.items()}
         placeholder = np.zeros(num_steps) if observations is None else observations
         rows = rows_on_arrival(placeholder, steps, more=found, final_missing=is_missing)
         if observations is None:
@@ -236,9 +236,5 @@ def _field_of(leaf: Leaf) -> str:
     return "/".join(["obs" if leaf.path[0] == "observation" else leaf.path[0], *leaf.path[1:]])
 
 
-def _map(tree: Any, function: Any) -> Any:
-    return {key: _map(value, function) for key, value in tree.items()} if isinstance(tree, Mapping) else function(tree)
-
-
-def _with_last_repeated(values: np.ndarray) -> np.ndarray:
+def _with_last_repeated(_: str, values: np.ndarray) -> np.ndarray:
     return np.concatenate([values, values[-1:]])

@@ -10,7 +10,7 @@ import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.fields import Fields, as_tensor
-from buffers.interop.base import Episode, FormatReader, Notes
+from buffers.interop.base import Episode, FormatReader, Notes, chosen_fields
 from buffers.interop.in_place import InPlaceDataset
 from buffers.interop.torchrl.episodes import EpisodeTable, episode_table, first_gap
 from buffers.interop.torchrl.layout import Options, StoredRows, locate
@@ -41,11 +41,7 @@ class _Source:
 
     def chosen(self, names: Sequence[str] | None) -> Fields:
         """The fields that are read; ValueError if one is not there."""
-        known = self.plan.fields
-        missing = [name for name in names or () if not known.below(name)]
-        if missing:
-            raise ValueError(f"{self.path} has no fields {missing}. It has {list(known)}.")
-        return known if names is None else known.select({field for name in names for field in known.below(name)})
+        return chosen_fields(self.path, self.plan.fields, names)
 
     def info(self, episode: int) -> EpisodeInfo:
         """The trajectory or environment of an episode, if there are several."""
