@@ -51,10 +51,12 @@ def run_block(folder: Path) -> None:
     """Run `block.py` of a folder as `python -W error block.py` in it does."""
     os.chdir(folder)
     os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
+    multiprocessing.set_start_method(None, force=True)  # the default one, not how this process was started
     sys.argv, sys.path[0] = ["block.py"], str(folder)
     warnings.resetwarnings()
     warnings.simplefilter("error")
-    runpy.run_path("block.py", run_name="__main__")
+    # By its whole path: processes that the block spawns run it again from another folder.
+    runpy.run_path(str(folder / "block.py"), run_name="__main__")
 
 
 def test_a_block_that_fails_or_warns_would_be_found(tmp_path: Path) -> None:
