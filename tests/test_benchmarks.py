@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import driver, environments, holding_up, results, saving
+from benchmarks import composing, driver, environments, holding_up, results, saving
 from benchmarks.checks import common
 from benchmarks.claims import NO_SEQUENCES, NOT_CHECKED, claims
 from benchmarks.driver import ContestantError, Driver, Row
@@ -325,6 +325,15 @@ def test_saves_are_measured_in_turn_beside_the_plain_copy(monkeypatch, tmp_path)
     assert save.timings["plain"]["ratio"] == 1 and not held_up.timings and not list(tmp_path.iterdir())
     page = results.section(found, "saving")
     assert "| files new or changed with 5 % new, MB |" in " ".join(page.split()) and "Times the plain copy" in page
+
+
+def test_datasets_are_drawn_from_in_turn_while_recording(monkeypatch, capsys):
+    monkeypatch.setattr(composing, "CAPACITIES", {"state": 1_000})
+    monkeypatch.setattr(composing, "SIZES", (("state", 8, 4),))
+    composing.composing(1)
+    (row,) = [line for line in capsys.readouterr().out.split("\n") if "state 8 x 4" in line]
+    rates = [float(cell.replace(",", "")) for cell in row.split("|")[2:5]]
+    assert len(rates) == 3 and min(rates) > 0
 
 
 def test_a_peer_whose_python_is_not_there_is_left_out(monkeypatch, tmp_path, capsys):
