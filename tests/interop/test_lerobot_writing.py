@@ -11,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
+from buffers.dataset.fields import ColorImage, Fields, Scalar, TensorType
+from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.interop import export_episodes, import_episodes, lerobot
 from buffers.interop.alignment import FINAL_MISSING
 from buffers.interop.lerobot import data_writer, meta_writer, video_writer, writing
@@ -280,6 +283,18 @@ def test_many_episodes_have_their_statistics_in_many_groups(tmp_path: Path, monk
     table = pq.read_table(path / EPISODES, partitioning=None)
     assert table["stats/action/count"].to_pylist() == [[2], [1], [3], [1], [2]]
     assert len(read_again(path)) == 5
+
+
+def test_images_are_images_however_their_field_is_declared(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), np.uint8)
+    for number, kind in enumerate((TensorType((8, 8, 3), torch.uint8), ColorImage((8, 8, 3)))):
+        dataset = RingBufferDataset(100, EpisodeDatasetInfo(Fields(obs=kind, action=Scalar())))
+        dataset.add_episode({"obs": images, "action": np.zeros(4, np.float32)})
+        lerobot.write(dataset, tmp_path / str(number), fps=FPS, task="see")
+        features = json.loads((tmp_path / str(number) / INFO).read_text())["features"]
+        assert features["observation.image"]["dtype"] == "image"
+        (rows,) = read_again(tmp_path / str(number))
+        check_equal(rows["obs"][:-1], images[:-1])
 
 
 def test_video_is_written_on_request(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def planned(
 
 
 def _encoding(kind: TensorType, channels: int, video: bool) -> str:
-    if kind.numpy_dtype == np.uint8 and isinstance(kind, ColorImage) and len(kind.shape) == 3:
+    # By what it is like: a field may be declared as a plain TensorType.
+    looks_like = TensorType.infer(kind.shape, kind.dtype)
+    if kind.numpy_dtype == np.uint8 and isinstance(looks_like, ColorImage):
         return "video" if video and channels == 3 else "image"
     is_depth = kind.numpy_dtype == np.uint16 and len(kind.shape) == 3 and channels == 1
     return "image" if is_depth else "numbers"
