@@ -232,7 +232,6 @@ def test_a_state_of_another_loader_is_refused_and_changes_nothing() -> None:
         state = ring.get_loader(4, 3, epochs=1, seed=0).state_dict()
         others: list[dict[str, Any]] = [
             {"batch_size": 8},
-            {"world_size": 2},
             {"shuffle": False},
             {"sequence_length": 2},
         ]

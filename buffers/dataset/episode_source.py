@@ -185,7 +185,7 @@ class EpisodeSource(SavedSource):
             **options: See `buffers.loading.StreamOptions` for what they mean, and `docs/windows.md`. Defaults are:
                 sampler=UniformSampler(), transform=None, include=(), seed=None, output_device=None; pad_before=0,
                 pad_after=0, pad="zero", offsets=None, pack=None, split=None; epochs=None and, with it, shuffle=True,
-                drop_last=False, stride=1; rank=0, world_size=1. Of torch's `DataLoader`: prefetch_factor,
+                drop_last=False, stride=1; rank, world_size: see there. Of torch's `DataLoader`: prefetch_factor,
                 persistent_workers, multiprocessing_context, worker_init_fn, timeout, collate_fn, generator.
 
         Raises:

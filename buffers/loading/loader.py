@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from buffers.loading.options import check_names
 from buffers.loading.randomness import BatchRandom
+from buffers.loading.ranks import this_rank
 from buffers.loading.slots import forget
 from buffers.loading.stream import SequenceStream
 from buffers.utils import integer, usable_device
@@ -121,7 +122,8 @@ class SequenceLoader(DataLoader):
     def state_dict(self) -> dict[str, Any]:
         """`seed`, and `position`, the number of batches taken; with `epochs`, also `pass`: which these are.
 
-        `samplers` has the state of the sampler for each dataset, where it has one.
+        `samplers` has the state of the sampler for each dataset, where it has one. `rank`, `world_size` and `offset`
+        say which batches of one stream these were, where several ranks have shared them out.
 
         RuntimeError if another DataLoader has taken some.
         """
@@ -131,14 +133,21 @@ class SequenceLoader(DataLoader):
                 "ahead of what it has delivered. Iterate this loader itself, without `prepare`; or count the batches, "
                 f"and load {{'seed': {self.stream.random.seed}, 'position': their number}}."
             )
-        state: dict[str, Any] = {"seed": self.stream.random.seed, "position": self.stream.position}
+        stream = self.stream
+        state: dict[str, Any] = {"seed": stream.random.seed, "position": stream.position}
+        if stream.world_size > 1 or stream.offset:
+            state |= {"rank": stream.rank, "world_size": stream.world_size, "offset": stream.offset}
         if samplers := self.stream.drawer.state(self.stream.position):
             state["samplers"] = samplers
         one_pass = self.stream.one_pass
         return state if one_pass is None else {**state, "pass": one_pass.state.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader stood, from the next iteration on."""
+        """Go on where another loader stood, from the next iteration on.
+
+        There may have been another number of ranks, all at this position. Together, the ranks go on with what those
+        have not drawn.
+        """
         one_pass = self.stream.one_pass
         names = ["position", "seed"] if one_pass is None else ["pass", "position", "seed"]
         if not state.keys() >= {*names} or (one_pass is None and "pass" in state):
@@ -148,15 +157,17 @@ class SequenceLoader(DataLoader):
         random, position = BatchRandom(integer("seed", state["seed"], 0)), integer("position", state["position"], 0)
         if one_pass is not None:
             one_pass.check(state["pass"])
+        rank, world_size = this_rank(state.get("rank", 0), state.get("world_size", 1), False)
+        offset = integer("offset", state.get("offset", 0), -position * world_size)
         first = np.int64(position)  # Before anything changes, as it may be too large.
         if "samplers" in state:
             self.stream.drawer.load(state["samplers"])
         self.stream.counters["first"][0], self.stream.counters["uncounted"][0] = first, 0
         if one_pass is not None:
-            one_pass.state[:] = state["pass"]
-            one_pass.forget()
+            one_pass.load(state["pass"], position, rank, world_size)
         self.end_workers()
         self.stream.random, self.stream.position = random, position
+        self.stream.offset = offset + position * (world_size - self.stream.world_size)
 
 
 def _as_it_is(batch: Any) -> Any:

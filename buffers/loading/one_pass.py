@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOST_DURING_A_PASS", "OnePass"]
 
-_POSITION, _NUMBER, _NUM_WINDOWS, _CHECKSUM, _BOUNDS = range(5)
+_POSITION, _NUMBER, _NUM_WINDOWS, _CHECKSUM, _DONE, _EPOCHS, _BOUNDS = range(7)
 _ALL = 2**63 - 1
 _SECONDS_TO_WAIT, _PAUSE = 3.0, 0.05
 LOST_DURING_A_PASS = "Raise the `capacity`, or add nothing during a pass; find damage by opening with verify='full'."
@@ -31,9 +31,10 @@ class OnePass:
     """The batches of an iteration, which has `epochs` passes. Rank r of W makes batches r, r + W, r + 2W, ... of each.
 
     Attributes:
-        state: int64 `(4 + datasets,)`, shared with workers: the position of the iteration's first batch, the number of
+        state: int64 `(6 + datasets,)`, shared with workers: the position of the iteration's first batch, the number of
             its first pass, the windows of each pass (0 before the first), a checksum of what follows from arguments,
-            and for each dataset the id of the first episode that is too new.
+            how many batches of the first pass other numbers of ranks have made, the number of passes, and for each
+            dataset the id of the first episode that is too new.
     """
 
     def __init__(
@@ -53,8 +54,11 @@ class OnePass:
         self._epochs, self._shuffle, self._drop_last = epochs, shuffle, drop_last
         self._rank, self._world_size = rank, world_size
         self.state = np.zeros(_BOUNDS + len(source.leaves), np.int64)
-        arguments = batch_size, length, selection, epochs, shuffle, drop_last, world_size
+        arguments = batch_size, length, selection, epochs, shuffle, drop_last
         self.state[_CHECKSUM] = zlib.crc32(repr(arguments).encode())
+        self.state[_EPOCHS] = epochs
+        # Whether the next iteration is the rest of one of other ranks, even if this rank has no batch of it.
+        self._is_rest = False
         self.forget()
 
     def forget(self) -> None:
@@ -71,11 +75,12 @@ class OnePass:
         """Before an iteration from `position` on: go on with the last one, or begin another."""
         self._source.check_drawable()
         if self._goes_on_at(position):
+            self._is_rest = False
             try:
                 return self._open()
             except RuntimeError:
                 # The next iteration begins another.
-                self.state[_NUMBER] += self._epochs
+                self.state[_NUMBER] += self.state[_EPOCHS]
                 self.state[_NUM_WINDOWS] = 0
                 raise
         num_windows = self._look([_ALL] * len(self._source.leaves), is_urgent=True)
@@ -83,18 +88,20 @@ class OnePass:
             longest = max(self._tables, key=lambda table: table.lengths.max(initial=0))
             is_part = self._selection.split is not None and not len(longest)
             raise RuntimeError(EMPTY_PART if is_part else longest.no_window_message(self._length))
-        number = self.state[_NUMBER] + (self._epochs if self.state[_NUM_WINDOWS] else 0)
+        number = self.state[_NUMBER] + (self.state[_EPOCHS] if self.state[_NUM_WINDOWS] else 0)
         bounds = [table.next_id for table in self._tables]
         # At once, so that no error leaves half a change.
-        self.state[:] = position, number, num_windows, self.state[_CHECKSUM], *bounds
+        self.state[:] = position, number, num_windows, self.state[_CHECKSUM], 0, self._epochs, *bounds
 
     def _goes_on_at(self, position: int) -> bool:
-        return self.state[_NUM_WINDOWS] > 0 and position < self.end
+        return self.state[_NUM_WINDOWS] > 0 and (self._is_rest or position < self.end)
 
     @property
     def end(self) -> int:
         """The position after the last batch of the iteration."""
-        return int(self.state[_POSITION]) + self._epochs * self._num_batches(int(self.state[_NUM_WINDOWS]))
+        num_windows, done, epochs = (int(self.state[word]) for word in (_NUM_WINDOWS, _DONE, _EPOCHS))
+        rest = self._num_batches(num_windows, done) + (epochs - 1) * self._num_batches(num_windows) if epochs else 0
+        return int(self.state[_POSITION]) + rest
 
     def num_batches_from(self, position: int) -> int:
         """The batches of the iteration that goes on, or will begin, at `position`."""
@@ -109,14 +116,33 @@ class OnePass:
             raise ValueError(
                 "The state is of a loader of other windows, or in another order: give it the same arguments "
                 "(`sequence_length`, padding, `offsets`, `split`, `stride`, `epochs`, `shuffle`, `drop_last`, "
-                "`batch_size`, `world_size`) and as many datasets."
+                "`batch_size`) and as many datasets."
             )
 
-    def _num_batches(self, num_windows: int) -> int:
-        """Of this rank, in one pass."""
+    def load(self, state: list[int], position: int, rank: int, world_size: int) -> None:
+        """Go on at a position of rank `rank` of `world_size`: at what all of these have not made."""
+        self.state[:] = state
+        self.forget()
+        self._is_rest = False
+        if world_size == self._world_size or not self.state[_NUM_WINDOWS]:
+            return
+        num_windows, done = int(self.state[_NUM_WINDOWS]), int(self.state[_DONE])
+        taken, epoch = position - int(self.state[_POSITION]), 0
+        while epoch < self.state[_EPOCHS] and taken >= (num := self._num_batches(num_windows, done, rank, world_size)):
+            taken, epoch, done = taken - num, epoch + 1, 0
+        self.state[_POSITION], self.state[_DONE] = position, done + taken * world_size
+        self.state[_NUMBER] += epoch
+        self.state[_EPOCHS] -= epoch
+        self._is_rest = bool(self.state[_EPOCHS])
+
+    def _num_batches(
+        self, num_windows: int, done: int = 0, rank: int | None = None, world_size: int | None = None
+    ) -> int:
+        """Of a rank, this one by default, in a pass of which all ranks have made `done` batches."""
+        rank, world_size = (self._rank, self._world_size) if world_size is None else (rank or 0, world_size)
         if self._drop_last:
-            return num_windows // (self._batch_size * self._world_size)
-        return max(0, -(-(-(-num_windows // self._batch_size) - self._rank) // self._world_size))
+            return max(0, num_windows // self._batch_size - done) // world_size
+        return max(0, -(-(-(-num_windows // self._batch_size) - done - rank) // world_size))
 
     def _open(self, seconds: float = 0.0) -> None:
         """Find the episodes of the iteration; RuntimeError if some are not there, and do not come for so long."""
@@ -149,9 +175,13 @@ class OnePass:
         if not self._tables:
             # Another process may see later what the trainer has seen.
             self._open(_SECONDS_TO_WAIT)
-        first, number, num_windows = self.state[:_CHECKSUM].tolist()
-        epoch, k = divmod(position - first, self._num_batches(num_windows))
-        begin = (k * self._world_size + self._rank) * self._batch_size
+        first, number, num_windows, _, done, _ = self.state[:_BOUNDS].tolist()
+        epoch, k = 0, position - first
+        num_in_first = self._num_batches(num_windows, done)
+        if k >= num_in_first:
+            epoch, k = divmod(k - num_in_first, self._num_batches(num_windows))
+            epoch, done = epoch + 1, 0
+        begin = (done + k * self._world_size + self._rank) * self._batch_size
         r = np.arange(begin, min(begin + self._batch_size, num_windows))
         if self._shuffle:
             r = self._order_of(number + epoch, random)[r].astype(np.int64)

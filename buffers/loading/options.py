@@ -45,8 +45,9 @@ class StreamOptions(TypedDict, total=False):
         shuffle: With `epochs`: whether each pass has a random order of its own; True by default.
         drop_last: With `epochs`: leave out the last batches, so that all are full and all ranks have equally many.
         stride: With `epochs`: s, only every s-th window of each episode.
-        rank: The number of this process, from 0. It gets the batches rank, rank + `world_size`, ...
-        world_size: How many processes share out the batches; they must give the same `seed`.
+        rank: The number of this process, from 0. It gets the batches rank, rank + `world_size`, ... By default that of
+            `torch.distributed`, if that is initialized and there is a `seed`, or `epochs`.
+        world_size: How many processes share out the batches; they must give the same `seed`. By default as `rank`.
     """
 
     sampler: Sampler | None
@@ -63,8 +64,8 @@ class StreamOptions(TypedDict, total=False):
     shuffle: bool | None
     drop_last: bool
     stride: int
-    rank: int
-    world_size: int
+    rank: int | None
+    world_size: int | None
 
 
 class LoaderOptions(StreamOptions, total=False):

@@ -24,6 +24,7 @@ from buffers.loading.lifetime import end_with
 from buffers.loading.one_pass import LOST_DURING_A_PASS, OnePass
 from buffers.loading.options import rows_to_draw
 from buffers.loading.randomness import BatchRandom
+from buffers.loading.ranks import this_rank
 from buffers.loading.slots import Slots
 from buffers.sampler import Sampler, UniformSampler
 from buffers.sharing import SharedArrays
@@ -66,8 +67,8 @@ class SequenceStream(IterableDataset):
         transform: Callable[[dict[str, Any]], Any] | None = None,
         include: Iterable[str] = (),
         seed: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         epochs: int | None = None,
         shuffle: bool | None = None,
         drop_last: bool = False,
@@ -89,7 +90,10 @@ class SequenceStream(IterableDataset):
         self.random = BatchRandom(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
         #: The number n of the next batch.
         self.position = 0
-        self.world_size, self.rank = integer("world_size", world_size, 1), integer("rank", rank, 0)
+        self.rank, self.world_size = this_rank(rank, world_size, self.is_seeded or epochs is not None)
+        #: Batch n of all ranks is at position `(n - offset - rank) / world_size`; not 0 after loading the state of
+        #: another number of ranks.
+        self.offset = 0
         self._check(shuffle)
         #: Says where an iteration ends; None if it does not.
         self.one_pass = self._make_pass(epochs, shuffle, drop_last)
@@ -127,8 +131,6 @@ class SequenceStream(IterableDataset):
             self.check_fields(source.batch_fields)
         if selection.split is not None and any(leaf.extension is not None for leaf in source.leaves):
             raise ValueError("Episodes that come back from `extend` have new ids: take `split` of the larger dataset.")
-        if self.rank >= self.world_size:
-            raise ValueError(f"`rank` must be less than `world_size`={self.world_size}, found {self.rank}.")
         if self.world_size > 1 and shuffle is not False and not self.is_seeded:
             raise ValueError("Ranks share out what follows from the `seed`: give the same to all.")
 
@@ -169,7 +171,7 @@ class SequenceStream(IterableDataset):
         Raises:
             RuntimeError: No episode is long enough, or episodes leave faster than they can be read.
         """
-        n = position * self.world_size + self.rank
+        n = self.offset + position * self.world_size + self.rank
         if self.one_pass is None:
             windows = self.drawer.draw(n, position, self.num_windows, self.random, self.counters)
         else:

@@ -296,7 +296,7 @@ def _chain(dataset: EpisodeDataset) -> Iterator[EpisodeDataset]:
 
 
 def _episode_loader(other: EpisodeDataset, batch_size: int, num_workers: int, seed: int | None) -> SequenceLoader:
-    stream = SequenceStream(other, min(batch_size, _EPISODES_PER_ITEM), None, seed=seed)
+    stream = SequenceStream(other, min(batch_size, _EPISODES_PER_ITEM), None, seed=seed, rank=0, world_size=1)
     stream.assemble = _what_was_drawn
     if num_workers == 0:
         return SequenceLoader(stream)
