@@ -80,11 +80,10 @@ class SharedArrays(dict[str, np.ndarray]):
         state: dict[str, Any] = {"layout": self._layout, "num_bytes": self.num_bytes, "token": self._token}
         if sys.platform != "linux":
             return {**state, "tensor": self._tensor}
-        if self._descriptor < 0:
-            raise RuntimeError("Shared memory can only be passed on by the process that made it.")
         # A forked process has the memory under the same descriptor.
         assert self._handle is not None
-        return {**state, "handle": (os.getpid(), *self._handle[1:]), "offset": self._offset}
+        handle = os.getpid(), self.descriptor, *self._handle[2:]
+        return {**state, "handle": handle, "offset": self._offset}
 
     @staticmethod
     def opened(state: dict[str, Any]) -> SharedArrays:
@@ -112,6 +111,22 @@ class SharedArrays(dict[str, np.ndarray]):
             raise RuntimeError(message) from None
         shared._lay_out(memory)
         return shared
+
+    @staticmethod
+    def received(state: dict[str, Any], descriptor: int) -> SharedArrays:
+        """As `opened`, by a descriptor of this process, which it keeps; so it can be passed on."""
+        status = os.fstat(descriptor)
+        handle = os.getpid(), descriptor, status.st_dev, status.st_ino
+        shared = SharedArrays.opened({**state, "handle": handle})
+        shared._descriptor, shared._offset = descriptor, state["offset"]
+        return shared
+
+    @property
+    def descriptor(self) -> int:
+        """Of the memory, in this process; RuntimeError if it has none."""
+        if self._descriptor < 0:
+            raise RuntimeError("Shared memory can only be passed on by the process that made it.")
+        return self._descriptor
 
     def huge_pages(self, name: str) -> HugePages | None:
         """The pages of an array; None if it is empty or sparse, or this process did not make the memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
@@ -20,6 +21,7 @@ from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.sharing.column import Column, gather_windows
+from buffers.sharing.handover import Door, Owner, enter
 from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
 from buffers.utils import Process, format_bytes, usable_device
 
@@ -88,6 +90,9 @@ class RingBufferDataset(EpisodeDataset):
         self._first_info_id = 0
         # The process that adds episodes; in others, this dataset reads what that one publishes.
         self._writer = Process.number
+        # Where other processes attach; and in those, who shares it.
+        self._door: Door | None = None
+        self._owner: Owner | None = None
         super().__init__(capacity, info, evictor)
 
     def _allocate(self, fields: Fields) -> None:
@@ -256,12 +261,63 @@ class RingBufferDataset(EpisodeDataset):
         is_whole = windows.first_steps >= oldest_step
         return None if is_whole.all() else is_whole
 
+    # Other processes of this host.
+
+    def share(self, name: str) -> None:
+        """Let other processes of this user and host `attach` to the ring, for as long as it exists.
+
+        Args:
+            name: 1 to 64 letters, digits, '.', '_' or '-'. It is a socket in a folder that only this user can enter:
+                `$XDG_RUNTIME_DIR/buffers`, or `buffers-UID` in the folder for temporary files.
+
+        Raises:
+            ValueError: Another name, or a ring on a GPU.
+            RuntimeError: Another ring is shared under the name, or this one under another; this is not the process that
+                made the ring, or not Linux.
+        """
+        self.check_writable()
+        self.check_workers()
+        if self._door is not None and self._door.name != name:
+            raise RuntimeError(f"The ring is shared already, as `{self._door.name}`.")
+        ring = weakref.ref(self)
+        self._door = self._door or Door(name, lambda: None if (alive := ring()) is None else alive._handed_over())
+
+    @classmethod
+    def attach(cls, name: str, timeout: float = 10.0) -> RingBufferDataset:
+        """The live ring that another process shares under a name: torchrun's ranks, an evaluation.
+
+        It draws what that process adds, without a copy; `num_workers` are its own. It cannot add, evict, update late
+        fields, or draw by priorities. Once the other process has ended, or has given the ring up, drawing is a
+        RuntimeError. Late fields that are added after this call are not seen.
+
+        Args:
+            name: As given to `share`.
+            timeout: Seconds to wait for a ring of that name, and its first episode or fields.
+
+        Raises:
+            ValueError: A name that `share` would not take.
+            RuntimeError: There is no such ring in time; or this is not Linux.
+        """
+        state, owner = enter(name, timeout)
+        ring = cls.__new__(cls)
+        ring.__setstate__({**state, "_owner": owner})
+        return ring
+
+    def _handed_over(self) -> dict[str, Any] | None:
+        """What another process needs to attach; None while there are no fields."""
+        with self._lock:
+            if self._published is None or self._fields is None:
+                return None
+            return {**self.__getstate__(), "extension": None, "unsaved": None}
+
     def check_workers(self) -> None:
         """ValueError if the ring is on a GPU."""
         if self.device.type != "cpu":
             raise ValueError(f"A ring on {self.device} makes its batches there: workers cannot. Use `num_workers`=0.")
 
     def _refresh(self) -> None:
+        if self._owner is not None:
+            self._owner.check()
         if Process.number != self._writer and self._published is not None:
             self._published.follow(self.table)
 
@@ -273,6 +329,7 @@ class RingBufferDataset(EpisodeDataset):
         """A handle of a few kilobytes for a process that is being started; on a GPU, the data itself."""
         state = self.__dict__.copy()
         state.pop("_item_gathers", None)
+        state["_door"] = None
         columns = state.pop("_columns", {})
         if self._published is None:
             state["tensors"] = {name: column.tensor for name, column in columns.items()}

@@ -1,0 +1,28 @@
+"""The examples run as their docstrings say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_two_ranks_train_on_one_ring() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = subprocess.run(
+        [*command, "examples/ddp.py", "--steps", "100"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    losses = {
+        int(rank): (float(a), float(b)) for rank, a, b in re.findall(r"rank (\d): loss (\S+) -> (\S+)", found.stdout)
+    }
+    assert losses.keys() == {0, 1} and all(end < begin / 5 for begin, end in losses.values()), found.stdout
