@@ -25,7 +25,7 @@ AGAINST_PEERS = (
 # Ours in a process of its own, beside the build from before.
 OURS = ("samplers", "wrapping", "padding", "priorities_growth", "holding_up")
 # Ours alone.
-ALONE = ("recording", "workers", "filing", "composing", "learning", "interop")
+ALONE = ("recording", "workers", "attaching", "filing", "composing", "learning", "interop")
 QUICK_SCALE, QUICK_ROUNDS = 10, 5
 
 
@@ -102,6 +102,10 @@ def _alone(part: str) -> Callable[[int], None]:
         from benchmarks.workers import workers
 
         return workers
+    if part == "attaching":
+        from benchmarks.attaching import attaching
+
+        return attaching
     if part == "composing":
         from benchmarks.composing import composing
 

@@ -4,7 +4,7 @@
 
     1. listens under a name                        2. connects; each asks the kernel who the other is
     3. sends what its object is made of, with      4. maps the memory
-       the descriptors of its memory               5. before each use, asks the kernel whether the owner lives
+       the descriptors of its memory               5. while it draws, asks the kernel whether the owner lives
 
 The name is a Unix socket in a folder that only the user can enter. After a SIGKILL the socket is left, and the next
 process that shares a ring, or finds none, removes it. The memory goes with the last process that maps it.
@@ -38,6 +38,8 @@ _HEADER = struct.Struct("=Q")
 _CREDENTIALS = struct.Struct("=3i")
 _MOST_DESCRIPTORS = 253  # That one message can carry.
 _SECONDS_TO_ANSWER, _PAUSE = 5.0, 0.02
+# Asking the kernel takes as long as a small part of a batch.
+_SECONDS_BETWEEN_LOOKS = 0.05
 # The owner's end. A forked child must not keep it open when the owner has ended.
 _own_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -211,6 +213,7 @@ class Owner:
     def __init__(self, name: str, pid: int, connection: socket.socket | None = None) -> None:
         self._name, self._pid, self._connection = name, pid, connection
         self._process: int | None = None
+        self._next_look = 0.0
         with contextlib.suppress(OSError):  # It has ended.
             self._process = os.pidfd_open(pid)
             weakref.finalize(self, os.close, self._process)
@@ -221,7 +224,10 @@ class Owner:
         return Owner, (self._name, self._pid)
 
     def check(self) -> None:
-        """RuntimeError if it has ended, or shares no more."""
+        """RuntimeError if it has ended, or shares no more; known after a twentieth of a second at the latest."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
         # A new one each time: threads cannot poll the same one at a time.
         poll = select.poll()
         if self._process is not None:
@@ -233,6 +239,7 @@ class Owner:
                 f"The process {self._pid}, which shared a ring as `{self._name}`, has ended or has given the ring up. "
                 "Attach again once there is another."
             )
+        self._next_look = now + _SECONDS_BETWEEN_LOOKS
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:
