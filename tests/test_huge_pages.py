@@ -14,6 +14,7 @@ import pytest
 from buffers.dataset import RingBufferDataset
 from buffers.sharing import SharedArrays
 from buffers.sharing.huge_pages import HUGE_PAGE, HugePages
+from tests import reading
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is torch's own here")
 
@@ -56,6 +57,15 @@ def test_rows_are_as_they_were_added_whatever_the_kernel_does(num_granted, copy_
             # Its rows were not written in order, so pages are made where there are some already.
             ring = copy.deepcopy(ring)
     assert num_granted is None or len(kernel.asked) == num_granted + 1, "one that refuses is not asked again"
+
+
+def test_huge_pages_are_huge_in_other_processes_too() -> None:
+    ring = RingBufferDataset(CAPACITY)
+    ring.add_episode(episode(0, 30_000))
+    own = ring._columns["x"].tensor.data_ptr()
+    # Another mapping could come in between.
+    readers = [reading.reader_of(ring) for _ in range(3)]
+    assert any((reader._columns["x"].tensor.data_ptr() - own) % HUGE_PAGE == 0 for reader in readers)
 
 
 def test_pages_are_made_just_ahead_of_rows() -> None:

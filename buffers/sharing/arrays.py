@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.sharing.huge_pages import HugePages, map_file
+from buffers.sharing.huge_pages import HugePages, map_file, map_file_again
 from buffers.utils import format_bytes
 
 __all__ = ["SharedArrays"]
@@ -99,10 +99,8 @@ class SharedArrays(dict[str, np.ndarray]):
         try:
             if shared.is_orphaned:
                 raise FileNotFoundError(_path(shared._handle))
-            # Unlike Python's mmap, this keeps no descriptor.
             size = state["offset"] + shared.num_bytes
-            path, uint8 = _path(shared._handle), torch.uint8
-            memory = torch.from_file(path, shared=True, size=size, dtype=uint8, device="cpu").numpy()[state["offset"] :]
+            memory = map_file_again(_path(shared._handle), size).numpy()[state["offset"] :]
             # On another machine, the same numbers may be those of other memory.
             if memory[-_TOKEN_BYTES:].tobytes() != shared._token:
                 raise FileNotFoundError(_path(shared._handle))

@@ -15,8 +15,9 @@ import mmap
 import os
 
 import numpy as np
+import torch
 
-__all__ = ["HUGE_PAGE", "HugePages", "map_file"]
+__all__ = ["HUGE_PAGE", "HugePages", "map_file", "map_file_again"]
 
 HUGE_PAGE = 1 << 21
 _MADV_COLLAPSE = 25  # Python knows its name from 3.14 on.
@@ -26,9 +27,22 @@ def map_file(descriptor: int, num_bytes: int) -> tuple[mmap.mmap, int]:
     """Map `num_bytes` of a new file; returns the mapping and its offset in the file, below `HUGE_PAGE`."""
     # The file's huge pages can be huge here only if addresses and offsets in the file are equal modulo `HUGE_PAGE`.
     # A first mapping tells the address.
-    os.ftruncate(descriptor, num_bytes + HUGE_PAGE)
+    # Another process may map more of it, see below.
+    os.ftruncate(descriptor, num_bytes + 2 * HUGE_PAGE)
     offset = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8).ctypes.data % HUGE_PAGE
     return mmap.mmap(descriptor, num_bytes, offset=offset), offset
+
+
+def map_file_again(path: str, num_bytes: int) -> torch.Tensor:
+    """Map the first `num_bytes` of such a file in another process, uint8; keeps no descriptor, unlike Python's mmap."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        address = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8).ctypes.data
+    finally:
+        os.close(descriptor)
+    # The kernel puts mappings below others: one that is so much longer begins at the address of a huge page.
+    size = num_bytes + address % HUGE_PAGE
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8, device="cpu")[:num_bytes]
 
 
 class HugePages:
