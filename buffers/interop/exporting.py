@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -198,8 +199,9 @@ def new_target(path: str | os.PathLike[str]) -> Iterator[str]:
     lock, work = take_lock(folder, directory.number), os.path.join(folder, _CONTENT)
     try:
         _remove(work)  # Of an export that was killed.
-        yield work
-        os.sync()
+        with _room_advised(target):
+            yield work
+            os.sync()
         if os.path.isdir(target) and not os.path.isdir(work):
             os.rmdir(target)
         os.rename(work, target)
@@ -208,6 +210,18 @@ def new_target(path: str | os.PathLike[str]) -> Iterator[str]:
         _remove(folder)
         lock.close()
         directory.close()
+
+
+@contextmanager
+def _room_advised(target: str) -> Iterator[None]:
+    """Say of a full disk what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        text = f"{error.strerror}: nothing of the export was kept. Make room, or choose another place, and export again"
+        raise OSError(error.errno, text, target) from error
 
 
 def _remove(path: str) -> None:

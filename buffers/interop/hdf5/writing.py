@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from buffers.interop.base import library
 from buffers.interop.exporting import Exported, Exporter, new_target
 from buffers.interop.hdf5.demos import HINTS, STEPS, Hints
 from buffers.interop.origin import Summary
+from buffers.interop.output_file import OutputFile
 from buffers.utils import integer, one_of
 
 __all__ = ["write_demos"]
@@ -56,8 +57,8 @@ def write_demos(
     if "action" not in exporter.fields:
         raise ValueError(f"Demos need the field `action`, one array. The dataset has {list(exporter.fields)}.")
     with new_target(path) as work:
-        with h5py.File(work, "w") as file:
-            _Writer(file, exporter, layout, next_obs, compression).write(env_args, format_version)
+        with OutputFile(work) as output, h5py.File(output, "w") as file:
+            _Writer(file, exporter, layout, next_obs, compression).write(env_args, format_version, output.check)
         # Only now are the counts known.
         if not exporter.summary().num_episodes:
             raise ValueError("There is no episode with a transition to write.")
@@ -75,7 +76,9 @@ class _Writer:
         self._masks: dict[str, list[str]] = {}
         self._hints = Hints()
 
-    def write(self, env_args: Mapping[str, Any] | None, format_version: int | None) -> None:
+    def write(
+        self, env_args: Mapping[str, Any] | None, format_version: int | None, check_disk: Callable[[], None]
+    ) -> None:
         data = self._file.create_group("data")
         total = 0
         for episode in self._exporter:
@@ -83,6 +86,7 @@ class _Writer:
             self._write_demo(data.create_group(name), episode)
             self._write_info(data[name], episode)
             total += episode.transitions.num_steps
+            check_disk()
         for key, names in self._masks.items():
             self._file.create_dataset(_MASK + key, data=np.array(names, "S"))
         data.attrs["total"] = total
