@@ -100,7 +100,7 @@ def test_what_is_asked_for_must_be_there(episodes: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="There is no episode to write"):
         npz.write(RingBufferDataset(10), tmp_path / "out")
     ring = RingBufferDataset(10)
-    ring.add_episode({"state": np.zeros(3)})
+    ring.add_episode({"state": np.zeros(3), "action": np.zeros(3)})
     with pytest.raises(ValueError, match="Formats need the field `obs`"):
         npz.write(ring, tmp_path / "out")
     ring = RingBufferDataset(10)
