@@ -111,9 +111,8 @@ class Exporter:
                     self._counts[1] += found.num_steps + 1
                 bar.update(1)
         if num_gone:
-            self.notes.add(
-                f"{num_gone} episodes could not be read any more, and are left out: evicted, lost or damaged."
-            )
+            of_all = f"{num_gone} of {len(self.ids)} episodes"
+            self.notes.add(f"{of_all} could not be read any more (evicted, lost or damaged), and are left out.")
 
     def _transitions(self, episode_id: int, context: int) -> Transitions | None:
         """Those of an episode that begins with `context` rows of the piece before it; None if it is gone."""

@@ -551,6 +551,7 @@ def test_an_observation_that_is_one_array_is_named_and_said(tmp_path: Path):
         ("dreamer", {"obs": {"is_last": 0}}, r"names of its own: leave \['obs/is_last'\]"),
         ("dreamer", {"obs": {"a": 0}, "is_last": 0}, r"names of its own: leave \['is_last'\]"),
         ("dreamer", {"obs": {"a": 0}, "a": 0}, r"one name twice: leave \['obs/a', 'a'\]"),
+        ("dreamer", {"obs": {"a\0b": 0}, "action": 0}, "no names with a NUL"),
         ("exorl", {"obs": 0, "observation": 0}, r"names of its own: leave \['observation'\]|one name twice"),
     ],
 )

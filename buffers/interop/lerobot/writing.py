@@ -72,7 +72,8 @@ def write(
         fps: Frames a second; None for those of the LeRobot dataset that was imported.
         task: What episodes do that have no `task` in their info; None for the empty text.
         robot_type: As LeRobot has it; None for that of the LeRobot dataset that was imported.
-        video: Whether to write images of three channels as video (AV1), which loses detail.
+        video: Whether to write images of three channels as video (AV1), which loses detail. LeRobot finds its frames by
+            `timestamp`, which is then `frame_index / fps` even if there is a field of that name.
 
     Raises:
         ValueError: There is no `fps`, or no episode with a transition; the target exists; there is no `obs`.

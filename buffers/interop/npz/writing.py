@@ -98,7 +98,9 @@ def _array_names(exporter: Exporter, layout: str) -> dict[str, str]:
     twice = [name for name, array in found.items() if [*found.values()].count(array) > 1]
     parents = ("action/", "reward/") if layout == "dreamer" else ("action/", "reward/", "obs/")
     nested = [name for name in found if name.startswith(parents)]
-    for names, what in [(clashing, "names of its own"), (twice, "one name twice"), (nested, "no nested fields there")]:
+    nul = [name for name in found if "\0" in name]
+    problems = [(clashing, "names of its own"), (twice, "one name twice"), (nested, "no nested fields there")]
+    for names, what in [*problems, (nul, "no names with a NUL")]:
         if names:
             raise ValueError(
                 f"The layout {layout!r} has {what}: leave {names} out by `fields=`, or use another layout."
