@@ -16,6 +16,7 @@ EXCEPTIONS = {
     "_at_fork_reinit": "threading.RLock: a forked child must not wait for a thread that it does not have",
     "_asdict": "typing.NamedTuple: its values by their names",
     "_replace": "typing.NamedTuple: a copy with some values replaced",
+    "_file_path": "Minari's HDF5Storage: the file that it writes, so that errors of the disk are seen",
     "_workers": "torch's DataLoader: which of its processes live",
 }
 

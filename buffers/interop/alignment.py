@@ -22,10 +22,20 @@ import numpy as np
 from buffers.conversion import as_array
 from buffers.fields import nested
 
-__all__ = ["FINAL_MISSING", "Transitions", "arrays_in", "mapped", "rows_on_arrival", "transitions_of", "unflattened"]
+__all__ = [
+    "FINAL_MISSING",
+    "MARKS",
+    "Transitions",
+    "arrays_in",
+    "mapped",
+    "rows_on_arrival",
+    "transitions_of",
+    "unflattened",
+]
 
 FINAL_MISSING = "final_obs_missing"
-_OF_ROWS = ("is_first", FINAL_MISSING)
+#: Fields that say what a row is.
+MARKS = ("is_first", FINAL_MISSING)
 
 
 def mapped(tree: Any, function: Any, path: str = "") -> Any:
@@ -73,7 +83,7 @@ def rows_on_arrival(
     observed_leaves = [*arrays_in(observations, "obs")]
     if not observed_leaves:
         raise ValueError("`obs` is empty: an episode needs observations.")
-    if twice := {"obs", *_OF_ROWS} & {*steps, *(more or {})} | {*steps} & {*(more or {})}:
+    if twice := {"obs", *MARKS} & {*steps, *(more or {})} | {*steps} & {*(more or {})}:
         raise ValueError(f"{sorted(twice)} would be fields twice. Name what belongs to transitions otherwise.")
     num_steps = len(leaves[0][1]) if leaves else len(observed_leaves[0][1]) - (not final_missing)
     expected = num_steps + (not final_missing)
@@ -152,7 +162,7 @@ def transitions_of(rows: Mapping[str, Any]) -> Transitions:
     arrays = mapped(rows, as_array)
     if np.any(arrays.get("is_first", np.zeros(1))[1:]):
         raise ValueError("A row behind row 0 has `is_first`. Export episodes, each of which begins with its first row.")
-    steps = {name: value for name, value in arrays.items() if name != "obs" and name not in _OF_ROWS}
+    steps = {name: value for name, value in arrays.items() if name != "obs" and name not in MARKS}
     return Transitions(
         arrays["obs"],
         mapped(steps, lambda _, value: value[1:]),

@@ -187,13 +187,30 @@ class FormatReader(ABC):
     def _cast(self, name: str, values: np.ndarray, dtype: np.dtype, number: int) -> np.ndarray:
         with np.errstate(all="ignore"):
             found = values.astype(dtype)
-        if values.dtype.kind == found.dtype.kind == "f":
-            is_kept = bool((np.isfinite(values) == np.isfinite(found)).all())
-        else:
-            is_kept = np.array_equal(found.astype(values.dtype), values)
+            is_kept = _is_kept(values, found)
         if not is_kept:
             raise ValueError(
                 f"`{name}` of episode {number} of {self.path} has values that {dtype} cannot hold. Leave it out of "
                 "`dtypes`."
             )
         return found
+
+
+def _is_kept(values: np.ndarray, found: np.ndarray) -> bool:
+    """Whether values were cast without a change, but that floats may lose precision."""
+    kinds = values.dtype.kind, found.dtype.kind
+    if kinds == ("f", "f"):
+        return bool((np.isfinite(values) == np.isfinite(found)).all())
+    if not (_is_within(values, found.dtype) and _is_within(found, values.dtype)):
+        return False
+    return np.array_equal(found.astype(values.dtype), values)
+
+
+def _is_within(values: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether values lie in the range of a dtype, if that is one of integers: casting wraps those that do not."""
+    if dtype.kind not in "iu" or not values.size or values.dtype.kind not in "iuf":
+        return True
+    bounds = np.iinfo(dtype)
+    least, most = values.min().item(), values.max().item()
+    # As Python's numbers, which compare exactly. A NaN compares as False.
+    return bool(bounds.min <= least <= most <= bounds.max)

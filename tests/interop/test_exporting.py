@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from buffers import ReplayBuffer
-from buffers.dataset import IndividualFileDataset, RingBufferDataset
+from buffers.dataset import IndividualFileDataset, MixtureDataset, RingBufferDataset
+from buffers.fields import Scalar
 from buffers.interop import FORMATS, export_episodes, import_episodes, npz
+from buffers.interop.alignment import FINAL_MISSING
 from buffers.interop.exporting import Exporter, new_target
 from buffers.interop.formats import module_of
 from buffers.viewing.commands import main
@@ -97,7 +100,7 @@ def test_what_is_asked_for_must_be_there(episodes: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="There is no episode to write"):
         npz.write(RingBufferDataset(10), tmp_path / "out")
     ring = RingBufferDataset(10)
-    ring.add_episode({"state": np.zeros(3)})
+    ring.add_episode({"state": np.zeros(3), "action": np.zeros(3)})
     with pytest.raises(ValueError, match="Formats need the field `obs`"):
         npz.write(ring, tmp_path / "out")
     ring = RingBufferDataset(10)
@@ -132,3 +135,77 @@ def test_pieces_of_a_stream_are_said() -> None:
     for step in range(9):
         buffer.add_step({"obs": float(step), "action": 0.0}, False)
     assert "Pieces that `max_episode_length` cut" in Exporter(buffer.dataset, "npz", "out").notes.texts[0]
+
+
+def test_each_transition_of_overlapping_pieces_is_written_once() -> None:
+    for overlap in (1, 2, 3):
+        buffer = ReplayBuffer(RingBufferDataset(100), batch_size=1, num_envs=1, max_episode_length=5, overlap=overlap)
+        for step in range(12):
+            buffer.add_step({"obs": float(step), "action": step}, step == 11)
+        exporter = Exporter(buffer.dataset, "hdf5", "out")
+        found = [episode.transitions for episode in exporter]
+        assert len(found) > 2
+        assert np.concatenate([one.steps["action"] for one in found]).tolist() == [*range(1, 12)]
+        for one in found:
+            assert one.observations[1:].tolist() == one.steps["action"].tolist()
+            assert (one.observations[:-1] + 1).tolist() == one.steps["action"].tolist()
+        assert any("are written once" in note for note in exporter.notes) == (overlap > 1)
+        assert not any("first rows" in note for note in exporter.notes)
+        assert exporter.summary().num_steps == 11 + len(found)
+
+
+def test_marks_are_read_whatever_is_chosen() -> None:
+    ring = RingBufferDataset(100)
+    is_last = np.arange(4) == 3
+    ring.add_episode({"obs": np.zeros(4), "action": np.arange(4), "is_first": is_last[::-1], FINAL_MISSING: is_last})
+    (found,) = Exporter(ring, "npz", "out", fields=["obs", "action"])
+    assert found.transitions.final_missing
+    ring.add_episode({"obs": np.zeros(4), "action": np.arange(4), "is_first": is_last, FINAL_MISSING: is_last})
+    with pytest.raises(ValueError, match="A row behind row 0 has `is_first`"):
+        list(Exporter(ring, "npz", "out", fields=["obs", "action"]))
+
+
+def test_a_missing_final_observation_stays_missing_without_its_mark_in_fields(tmp_path: Path) -> None:
+    with IndividualFileDataset(100, directory=tmp_path / "episodes") as dataset:
+        rows = rows_of(3)
+        rows[FINAL_MISSING] = np.arange(len(rows["obs"])) == len(rows["obs"]) - 1
+        dataset.add_episode(rows)
+    for format, name in (("npz", "out"), ("hdf5", "out.hdf5")):
+        export_episodes(format, tmp_path / "episodes", tmp_path / name, fields=["obs", "action", "reward"])
+        with module_of(format).read(tmp_path / name) as reader:
+            (found,) = reader
+        assert found.rows[FINAL_MISSING].tolist() == rows[FINAL_MISSING].tolist()
+
+
+def test_episodes_that_are_gone_are_counted(episodes: Path, tmp_path: Path) -> None:
+    with IndividualFileDataset(directory=episodes, mode="r") as dataset:
+        _, gone, damaged, *_ = sorted(episodes.glob("*.safetensors"))
+        gone.unlink()
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+        with pytest.warns(UserWarning, match="are no whole episodes"):
+            summary = npz.write(dataset, tmp_path / "out")
+    assert summary.num_episodes == NUM - 2
+    assert any(text.startswith("2 of 5 episodes could not be read any more") for text in summary.lost)
+
+
+def test_late_fields_are_said_to_be_left_out(episodes: Path, tmp_path: Path) -> None:
+    with IndividualFileDataset(1_000, directory=episodes) as dataset:
+        dataset.add_late_field("value", Scalar(), default=2.0)
+    assert "The late fields ['value'] are left out." in export_episodes("npz", episodes, tmp_path / "out").lost
+    with pytest.raises(ValueError, match=r"The late fields \['value'\] cannot be written"):
+        export_episodes("npz", episodes, tmp_path / "other", fields=["obs", "value"])
+
+
+def test_a_mixture_is_refused(episodes: Path, tmp_path: Path) -> None:
+    with IndividualFileDataset(directory=episodes, mode="r") as dataset:
+        mixture: Any = MixtureDataset([dataset, dataset], weights=[0.5, 0.5])
+        with pytest.raises(TypeError, match="found a MixtureDataset. Write its members"):
+            npz.write(mixture, tmp_path / "out")
+
+
+def test_a_link_to_an_empty_directory_is_a_place_for_an_export(episodes: Path, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    export_episodes("npz", episodes, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(os.listdir(tmp_path / "place")) == NUM
+    assert sorted(os.listdir(tmp_path)) == ["episodes", "link", "place"]

@@ -381,16 +381,21 @@ def test_attributes_of_other_types_are_said_and_not_read(changed: Changed) -> No
         file["data/demo_0"].attrs["number"] = np.float32(0.5)
         file["data/demo_0"].attrs["one"] = np.array([3])
         file["data/demo_0"].attrs["huge"] = np.uint64(2**63)
+        file["data/demo_0"].attrs["longer"] = "as long as an attribute that fits"
         file["data/demo_0"].attrs["reference"] = file["data"].ref
         file["data/extra"] = 1
 
     with hdf5.read(changed("robomimic", add)) as reader:
         assert reader.metadata["env_args"] == "{no JSON" and "list" not in reader.metadata["data_attributes"]
         info = next(iter(reader)).info
-        assert info["number"] == 0.5 and info["one"] == 3 and "huge" not in info
+        assert info["number"] == 0.5 and info["one"] == 3
+        assert info["huge"] == str(2**63) and info["longer"] == "as long as an attribute that fits"
         text = " ".join(reader.notes)
         assert "The attributes `list`, `pair` are not read." in text and "`empty`, `reference` are not read" in text
-        assert "The attribute `huge` of demos does not fit" in text and "`data/extra`: no demos, and not read." in text
+        assert (
+            "The attribute `huge` of demos is beyond int64 in some" in text and "`huge` of demos does not" not in text
+        )
+        assert "`data/extra`: no demos, and not read." in text
 
 
 def test_counts_that_differ_are_said(changed: Changed) -> None:

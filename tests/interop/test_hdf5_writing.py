@@ -306,3 +306,43 @@ def test_a_directory_that_was_exported_and_imported_is_equal(tmp_path: Path) -> 
         for found, expected in zip(dataset.episodes(), rows, strict=True):
             assert_same({k: v.numpy() for k, v in flattened_tensors(found).items()}, flattened(expected))
         assert dataset.episode_info(0) == {"task": "x", "demo": "demo_0"}
+
+
+def test_infos_that_are_read_back_otherwise_are_said(tmp_path: Path) -> None:
+    infos: list[dict[str, Any]] = [
+        {"demo": "open", "mask/train": True, "mask/x": 3, "mask/a": True, "mask/a/b": True, "mask/": True},
+        {"mask/train": False, "mask/\ud800": True, "mask/a": False},
+        {"mask/a": True},
+    ]
+    summary = hdf5.write(ring_of(played()[:3], infos), tmp_path / "a.hdf5")
+    left_out = [text.split("`")[1] for text in summary.lost if "cannot be a list of demos" in text]
+    assert left_out == ["mask/x", "mask/a/b", "mask/", "mask/\ud800"]
+    assert "`demo` of infos is left out: it is the name of the demo, `demo_0` for the first." in summary.lost
+    assert [text for text in summary.lost if "is read back as False" in text] == [
+        "`mask/train` is read back as False for episodes whose info does not have it."
+    ]
+    expected = [(True, True), (False, False), (False, True)]
+    assert [episode.info for episode in hdf5.read(tmp_path / "a.hdf5")] == [
+        {"demo": f"demo_{number}", "mask/a": is_a, "mask/train": is_trained}
+        for number, (is_trained, is_a) in enumerate(expected)
+    ]
+
+
+def test_rewards_of_one_value_are_said_to_be_scalars(tmp_path: Path) -> None:
+    rows = played()[:2]
+    for episode in rows:
+        episode["reward"] = episode["reward"][:, None]
+    assert "`reward` of shape (1,) is read back as a scalar." in hdf5.write(ring_of(rows), tmp_path / "a.hdf5").lost
+    assert next(iter(hdf5.read(tmp_path / "a.hdf5"))).rows["reward"].ndim == 1
+
+
+def test_last_states_that_robomimic_does_not_have_are_said(files: Path, tmp_path: Path) -> None:
+    episodes = [*hdf5.read(files / "robomimic.hdf5")]
+    assert "states" in episodes[0].rows
+    summary = hdf5.write(ring_of([rows for rows, _ in episodes]), tmp_path / "a.hdf5", layout="isaaclab")
+    assert any("The last `states` of some episodes repeat those before" in text for text in summary.lost)
+    recorded = played(lambda log: log["obs"])[1:3]
+    for rows in recorded:
+        rows["states"] = np.arange(len(rows["action"]))[:, None]
+    summary = hdf5.write(ring_of(recorded), tmp_path / "b.hdf5", layout="isaaclab")
+    assert not any("The last `states`" in text for text in summary.lost)

@@ -317,6 +317,41 @@ def test_fields_limit_and_dtypes_are_as_asked(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("values", "dtype", "is_held"),
+    [
+        (np.array([200], np.uint8), "int8", False),
+        (np.array([100], np.uint8), "int8", True),
+        (np.array([2**63 + 5], np.uint64), "int64", False),
+        (np.array([-1], np.int64), "uint64", False),
+        (np.array([-1], np.int8), "uint8", False),
+        (np.array([2], np.int64), "bool", False),
+        (np.array([0, 1], np.int64), "bool", True),
+        (np.array([True]), "int8", True),
+        (np.array([2**53 + 1], np.int64), "float64", False),
+        (np.array([2**63 - 1], np.int64), "float64", False),
+        (np.array([2**64 - 1], np.uint64), "float64", False),
+        (np.array([2.0**63]), "int64", False),
+        (np.array([2.0**64]), "uint64", False),
+        (np.array([np.nan]), "int64", False),
+        (np.array([1.5]), "int64", False),
+        (np.array([1e300, np.inf]), "float32", False),
+        (np.array([0.1, np.nan, np.inf]), "float32", True),
+    ],
+)
+def test_numbers_that_another_dtype_cannot_hold_are_refused(
+    values: np.ndarray, dtype: str, is_held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.interop.made_up.rows_of", lambda number: {"obs": values})
+    reader = Reader("source", dtypes={"obs": dtype})
+    if is_held:
+        found = next(iter(reader)).rows["obs"]
+        np.testing.assert_array_equal(found, values.astype(dtype), strict=True)
+    else:
+        with pytest.raises(ValueError, match=f"has values that {dtype} cannot hold"):
+            next(iter(reader))
+
+
 def test_an_origin_that_is_damaged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import_episodes("flat", "source", tmp_path / "a", limit=2)
     (tmp_path / "a" / "origin.json").write_text(json.dumps({"format": "flat"}))

@@ -502,6 +502,19 @@ def test_modes_of_images_that_are_no_colors_are_refused(path: Path) -> None:
     refused(path, "has an image of Pillow's mode 'P'. Convert the images to RGB", ROWS)
 
 
+def test_numbers_beyond_the_declared_dtype_are_refused(path: Path) -> None:
+    values = np.full((21, 2), 0.1)
+    values[0] = np.inf, np.nan
+    for largest in (0.1, 1e300):
+        values[7, 1] = largest
+        column = pa.array(values.tolist(), pa.list_(pa.float64()))
+        change_table(path, ROWS, lambda table: with_column(table, "action", column))  # noqa: B023
+        if largest < 1:
+            assert next(iter(lerobot.read(path))).rows["action"].dtype == np.float32
+        else:
+            refused(path, "`action` has numbers beyond the declared float32", ROWS)
+
+
 def test_a_missing_library_names_the_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     for call in (lambda: lerobot.read(path), lambda: lerobot.open(path)):

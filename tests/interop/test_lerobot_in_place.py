@@ -133,6 +133,16 @@ def test_it_can_be_sent_to_another_process_and_opened_again(tmp_path: Path) -> N
     check_batches(opened, ring, 2, sequence_length=2)
 
 
+def test_it_reads_the_same_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    ring = imported(written(tmp_path / "here", 3, 1, 4))
+    monkeypatch.chdir(tmp_path / "here")
+    opened = lerobot.open("written")
+    monkeypatch.chdir(tmp_path / "there")
+    check_batches(opened, ring, 2, sequence_length=2)
+
+
 def test_a_choice_of_fields_is_made_as_for_read(tmp_path: Path) -> None:
     path = unpacked("images", tmp_path)
     opened = lerobot.open(path, fields=["obs/images", "reward"])

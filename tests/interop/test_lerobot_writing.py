@@ -31,6 +31,7 @@ from tests.interop.lerobot_helpers import (
     ROWS,
     as_arrived,
     as_observed,
+    change_feature,
     change_table,
     check_equal,
     dataset_of,
@@ -108,6 +109,69 @@ FIELD = st.tuples(
     st.sampled_from(["float32", "float64", "float16", "int8", "uint8", "int64", "uint16", "bool"]),
     st.sampled_from([(), (1,), (3,), (2, 3), (1, 1), (4, 5, 3), (3, 4, 5), (2, 3, 2, 2)]),
 )
+
+
+def test_frames_of_video_are_found_although_the_times_were_irregular(tmp_path: Path) -> None:
+    dataset = RingBufferDataset(100)
+    for episode in range(2):
+        image = np.zeros((7, 64, 64, 3), np.uint8)
+        image[..., 0], image[..., 1] = 30 * np.arange(7)[:, None, None], 100 * episode
+        dataset.add_episode({"obs": {"cam": image}, "action": np.arange(7)}, {"task": OPEN})
+    lerobot.write(dataset, tmp_path / "images", fps=FPS)
+    times = np.concatenate([np.arange(6) / 5, np.arange(6) / 5]).astype(np.float32)  # Half as many as `fps` says.
+    change_table(tmp_path / "images", ROWS, lambda table: with_column(table, "timestamp", pa.array(times)))
+    import_episodes("lerobot", tmp_path / "images", tmp_path / "ours")
+    summary = export_episodes("lerobot", tmp_path / "ours", tmp_path / "video", video=True)
+    assert any("`timestamp` is `frame_index / fps`, and not the field" in text for text in summary.lost)
+    for rows, expected in zip(read_again(tmp_path / "video"), read_again(tmp_path / "images"), strict=True):
+        difference = rows["obs/cam"].astype(int) - expected["obs/cam"]
+        assert np.abs(difference.mean((1, 2))).max() < 9
+        assert "timestamp" not in rows
+
+
+def test_times_that_float32_changes_are_said(tmp_path: Path) -> None:
+    path = unpacked("images", tmp_path)
+    times = pa.array(1.7e9 + np.arange(21) * 0.1)
+    change_table(path, ROWS, lambda table: with_column(table, "timestamp", times))
+    change_feature(path, "timestamp", dtype="float64")
+    import_episodes("lerobot", path, tmp_path / "ours")
+    summary = export_episodes("lerobot", tmp_path / "ours", tmp_path / "again")
+    assert summary.lost == ["`timestamp` is float32 in LeRobot, which has changed some."]
+
+
+def test_tasks_keep_their_numbers(tmp_path: Path) -> None:
+    dataset = dataset_of(2)
+    dataset.add_episode(rows_of(1, 3), {"task": CLOSE})
+    lerobot.write(dataset, tmp_path / "first", fps=FPS)
+    indexes = pa.array([1, 1, 1, 0, 0])
+    change_table(tmp_path / "first", ROWS, lambda table: with_column(table, "task_index", indexes))
+    import_episodes("lerobot", tmp_path / "first", tmp_path / "ours")
+    assert export_episodes("lerobot", tmp_path / "ours", tmp_path / "again").lost == []
+    assert pq.read_table(tmp_path / "again" / ROWS, partitioning=None)["task_index"].to_pylist() == indexes.to_pylist()
+    assert lerobot.read(tmp_path / "again").metadata["tasks"] == {"0": OPEN, "1": CLOSE}
+
+
+def test_numbers_of_tasks_that_are_not_kept_are_said(tmp_path: Path) -> None:
+    dataset = dataset_of(2)
+    dataset.add_episode(rows_of(1, 3), {"task": CLOSE})
+    lerobot.write(dataset, tmp_path / "first", fps=FPS)
+    indexes = pa.array([7, 7, 7, 0, 0])
+    change_table(tmp_path / "first", ROWS, lambda table: with_column(table, "task_index", indexes))
+    change_table(
+        tmp_path / "first", "meta/tasks.parquet", lambda table: with_column(table, "task_index", pa.array([0, 7]))
+    )
+    import_episodes("lerobot", tmp_path / "first", tmp_path / "ours")
+    summary = export_episodes("lerobot", tmp_path / "ours", tmp_path / "again")
+    assert summary.lost == ["Tasks get other numbers: `task_index` changes, and not their texts."]
+
+
+def test_a_task_that_is_a_number_becomes_text(tmp_path: Path) -> None:
+    dataset = dataset_of(2, task=None)
+    dataset.add_episode(rows_of(1, 2), {"task": 3})
+    assert any("that is a number becomes text" in text for text in lerobot.write(dataset, tmp_path / "a", fps=1).lost)
+    assert [info["task"] for _, info in lerobot.read(tmp_path / "a")] == ["", "3"]
+
+
 PATHS = ["obs", "action", "reward", "done", "timestamp", "task_index", "index", "next.x", "x.y", "a/b", "observation.z"]
 
 

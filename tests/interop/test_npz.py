@@ -551,6 +551,7 @@ def test_an_observation_that_is_one_array_is_named_and_said(tmp_path: Path):
         ("dreamer", {"obs": {"is_last": 0}}, r"names of its own: leave \['obs/is_last'\]"),
         ("dreamer", {"obs": {"a": 0}, "is_last": 0}, r"names of its own: leave \['is_last'\]"),
         ("dreamer", {"obs": {"a": 0}, "a": 0}, r"one name twice: leave \['obs/a', 'a'\]"),
+        ("dreamer", {"obs": {"a\0b": 0}, "action": 0}, "no names with a NUL"),
         ("exorl", {"obs": 0, "observation": 0}, r"names of its own: leave \['observation'\]|one name twice"),
     ],
 )
@@ -568,22 +569,48 @@ def test_fields_that_would_be_confused_are_refused(tmp_path: Path, layout: str, 
 def test_what_a_layout_changes_or_lacks_is_said(tmp_path: Path):
     ring = RingBufferDataset(100)
     flags = {"terminated": np.zeros(3, np.uint8), "done": np.zeros(3, bool), "truncated": np.zeros(3, bool)}
-    ring.add_episode({"obs": np.zeros(3), "obstacle": np.zeros(3), "reward": np.zeros((3, 1)), **flags})
-    lost = npz.write(ring, tmp_path / "a", layout="exorl", fields=["obs", "reward", "done", "truncated"]).lost
+    steps = {"action": np.zeros(3), "reward": np.zeros((3, 1))}
+    ring.add_episode({"obs": np.zeros(3), "obstacle": np.zeros(3), **steps, **flags})
+    lost = npz.write(ring, tmp_path / "a", layout="exorl", fields=["obs", *steps, "done", "truncated"]).lost
     assert lost == [
         "`reward` of shape (1,) is read back as a scalar.",
         "`terminated` is missing, so files do not say why an episode ends: ['truncated', 'done'] are left out.",
     ]
-    assert list(next(iter(npz.read(tmp_path / "a", layout="original"))).rows) == ["observation", "reward"]
-    lost = npz.write(ring, tmp_path / "b", fields=["obs", "obstacle", "terminated", "done"]).lost
+    assert list(next(iter(npz.read(tmp_path / "a", layout="original"))).rows) == ["observation", *steps]
+    lost = npz.write(ring, tmp_path / "b", fields=["obs", "obstacle", "action", "terminated", "done"]).lost
     assert lost[1:] == [
         "['obstacle'] are read back as observations, unless `obs=` names those.",
         "There are no rewards.",
+        "['terminated'] are read back as one bool for each row.",
         "`done` is left out.",
         "There is no `is_last`, as `truncated` is missing.",
     ]
-    lost = npz.write(ring, tmp_path / "c", fields=["obs", "reward", "done", "truncated"]).lost
+    lost = npz.write(ring, tmp_path / "c", fields=["obs", *steps, "done", "truncated"]).lost
     assert lost[1:] == ["`truncated` is left out, as `terminated` is missing."]
+
+
+@pytest.mark.parametrize("layout", ["dreamer", "exorl"])
+def test_what_is_read_back_otherwise_is_said(layout: str, tmp_path: Path):
+    ring = RingBufferDataset(100)
+    flags = {"terminated": np.zeros(4, bool), "truncated": np.array([0, 1, 0, 1], bool)}
+    obs = {"x": np.arange(4), "log_x": np.arange(4)} if layout == "dreamer" else np.arange(4)
+    ring.add_episode({"obs": obs, "action": np.arange(4), **flags})
+    lost = npz.write(ring, tmp_path / "out", layout=layout).lost
+    assert "`truncated` is left out where it is True before the last row." in lost
+    said = "['obs/log_x'] are read back without `obs/`, unless `obs=` names all observations."
+    assert (said in lost) == (layout == "dreamer")
+    rows = next(iter(npz.read(tmp_path / "out"))).rows
+    assert rows["truncated"].tolist() == [False, False, False, True]
+    assert ("log_x" in rows) == (layout == "dreamer")
+
+
+@pytest.mark.parametrize("layout", ["dreamer", "exorl"])
+def test_what_could_not_be_read_without_actions_is_refused(layout: str, tmp_path: Path):
+    ring = RingBufferDataset(100)
+    ring.add_episode({"obs": np.arange(4), "action": np.arange(4)})
+    with pytest.raises(ValueError, match=r"needs the field `action`, found \['obs'\]"):
+        npz.write(ring, tmp_path / "out", layout=layout, fields=["obs"])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_target_that_exists_is_left_alone(tmp_path: Path):

@@ -730,6 +730,16 @@ def test_windows_in_place_are_those_of_the_episodes(cases: Path, case: str) -> N
             np.testing.assert_array_equal(found[name], values, name)
 
 
+def test_it_reads_the_same_from_another_directory(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cases)
+    with open("blocks") as dataset:
+        expected = dataset.get_episode(3)
+        dataset.close()
+        monkeypatch.chdir(tmp_path)
+        for one in (dataset, pickle.loads(pickle.dumps(dataset))):
+            assert torch.equal(one.get_episode(3)["action"], expected["action"])
+
+
 def test_batches_are_drawn_in_place(cases: Path) -> None:
     with open(cases / "blocks") as dataset:
         assert dataset.num_episodes == 15 and dataset.is_reader

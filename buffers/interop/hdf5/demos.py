@@ -15,14 +15,16 @@ from buffers.interop.alignment import FINAL_MISSING
 from buffers.interop.hdf5.file import HDF5File, Piece, Stored
 from buffers.interop.hdf5.layout import Column, Layout, listed
 
-__all__ = ["DemoLayout", "HINTS", "Hints", "IsaacLabLayout", "RobomimicLayout", "STEPS", "numbered_demos"]
+__all__ = ["DemoLayout", "HINTS", "Hints", "IsaacLabLayout", "RobomimicLayout", "SCALARS", "STEPS", "numbered_demos"]
 
 _DEMO = re.compile(r"demo_(\d{1,18})", re.ASCII)
 #: Names in a demo, and those of the fields.
 STEPS = {"actions": "action", "rewards": "reward", "dones": "done"}
-_SCALARS = ("reward", "done", "terminated", "truncated")
-_KNOWN = ("obs", "states", "action", *_SCALARS)
+#: Fields that are scalars, although files may have them as (T, 1).
+SCALARS = ("reward", "done", "terminated", "truncated")
+_KNOWN = ("obs", "states", "action", *SCALARS)
 _OWN = (*STEPS.values(), "is_first", FINAL_MISSING)
+_INT64 = range(-(2**63), 2**63)
 #: An attribute of `data` that `write` leaves, JSON of `Hints`.
 HINTS = "buffers"
 
@@ -178,6 +180,9 @@ class DemoLayout(Layout):
     def _info(self, name: str, attributes: dict[str, Any]) -> EpisodeInfo:
         masks = {f"mask/{key}": name in members for key, members in self._masks.items()}
         found = {**attributes, "demo": name, **masks}
+        for key in [key for key, value in found.items() if isinstance(value, int) and value not in _INT64]:
+            found[key] = str(found[key])
+            self.notes.add(f"The attribute `{key}` of demos is beyond int64 in some, and is text there.")
         # The largest leave first: robomimic's `model_file`, the XML of a scene, for example.
         for key in sorted(found, key=lambda key: len(str(found[key])), reverse=True):
             try:
@@ -193,7 +198,7 @@ class DemoLayout(Layout):
         self._lacks_final = [demo.lacks_final for demo in demos]
         self.infos = {number: demo.info for number, demo in enumerate(demos) if demo.info}
         flags = [FINAL_MISSING] if any(self._lacks_final) or self._has_final_flag else []
-        self.settle_types(self._columns[0], flags, _SCALARS)
+        self.settle_types(self._columns[0], flags, SCALARS)
         if self._unread:
             self.notes.add(f"{listed(self._unread)}: no numbers, or not a row for each action; not read.")
         if "done" in self.types:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from buffers.dataset import EpisodeDataset
 from buffers.interop.alignment import FINAL_MISSING, Transitions, arrays_in
 from buffers.interop.base import library
 from buffers.interop.exporting import Exported, Exporter, new_target
-from buffers.interop.hdf5.demos import HINTS, STEPS, Hints
+from buffers.interop.hdf5.demos import HINTS, SCALARS, STEPS, Hints
 from buffers.interop.origin import Summary
+from buffers.interop.output_file import OutputFile
 from buffers.utils import integer, one_of
 
 __all__ = ["write_demos"]
@@ -56,8 +57,8 @@ def write_demos(
     if "action" not in exporter.fields:
         raise ValueError(f"Demos need the field `action`, one array. The dataset has {list(exporter.fields)}.")
     with new_target(path) as work:
-        with h5py.File(work, "w") as file:
-            _Writer(file, exporter, layout, next_obs, compression).write(env_args, format_version)
+        with OutputFile(work) as output, h5py.File(output, "w") as file:
+            _Writer(file, exporter, layout, next_obs, compression).write(env_args, format_version, output.check)
         # Only now are the counts known.
         if not exporter.summary().num_episodes:
             raise ValueError("There is no episode with a transition to write.")
@@ -72,10 +73,14 @@ class _Writer:
         self._compression = compression
         self._origin = exporter.metadata if exporter.metadata.get("layout") in _LAYOUTS else {}
         self._tells_final = FINAL_MISSING in exporter.fields
-        self._masks: dict[str, list[str]] = {}
+        self._masks: dict[str, dict[str, bool]] = {}  # Key -> demo -> whether it is on the list.
         self._hints = Hints()
+        for name in (name for name in SCALARS if name in exporter.fields and exporter.fields[name].shape == (1,)):
+            self._notes.add(f"`{name}` of shape (1,) is read back as a scalar.")
 
-    def write(self, env_args: Mapping[str, Any] | None, format_version: int | None) -> None:
+    def write(
+        self, env_args: Mapping[str, Any] | None, format_version: int | None, check_disk: Callable[[], None]
+    ) -> None:
         data = self._file.create_group("data")
         total = 0
         for episode in self._exporter:
@@ -83,8 +88,12 @@ class _Writer:
             self._write_demo(data.create_group(name), episode)
             self._write_info(data[name], episode)
             total += episode.transitions.num_steps
-        for key, names in self._masks.items():
+            check_disk()
+        for key, members in self._masks.items():
+            names = [name for name, is_member in members.items() if is_member]
             self._file.create_dataset(_MASK + key, data=np.array(names, "S"))
+            if len(members) < len(data):
+                self._notes.add(f"`{_MASK}{key}` is read back as False for episodes whose info does not have it.")
         data.attrs["total"] = total
         self._write_file_attributes(data, env_args, format_version)
 
@@ -155,10 +164,15 @@ class _Writer:
     def _write_states(self, demo: Any, behind: Any, first: Any) -> None:
         """`behind` is a tree of the states behind each action, `first` one of those before the first."""
         pairs = list(zip(arrays_in(behind), arrays_in(first), strict=True))
-        if not self._is_robomimic and self._origin.get("layout") == "robomimic":
+        origin = self._origin.get("layout")
+        if not self._is_robomimic and origin is None and all(_ends_twice(rows, row) for (_, rows), (_, row) in pairs):
+            self._notes.add(
+                "The last `states` of some episodes repeat those before: robomimic lacks them, and its reader does so."
+            )
+        if not self._is_robomimic and origin == "robomimic":
             self._notes.add("`states` of robomimic lack the one behind the last action, and are left out.")
             return
-        if self._is_robomimic and self._origin.get("layout") != "robomimic":
+        if self._is_robomimic and origin != "robomimic":
             self._notes.add("The states behind the last actions are left out.")
         for (name, rows), (_, row) in pairs:
             path = f"states/{name}" if name else "states"
@@ -180,19 +194,30 @@ class _Writer:
             self._write_array(demo, name, rows)
 
     def _write_array(self, demo: Any, path: str, rows: np.ndarray) -> None:
-        if any(part in ("", ".") or "\0" in part for part in path.split("/")):
+        if not _is_path(path):
             raise ValueError(f"HDF5 cannot hold a field named {path!r}. Leave it out of `fields`.")
         compression = self._compression if rows.size else None
         demo.create_dataset(path, data=np.ascontiguousarray(rows), compression=compression)
 
     def _write_info(self, demo: Any, episode: Exported) -> None:
-        info = dict(episode.info)
-        info.pop("demo", None)
+        info, name = dict(episode.info), f"demo_{episode.number}"
+        if not str(info.pop("demo", name)).startswith("demo_"):
+            self._notes.add("`demo` of infos is left out: it is the name of the demo, `demo_0` for the first.")
         for key in [key for key in info if key.startswith(_MASK)]:
-            members = self._masks.setdefault(key.removeprefix(_MASK), [])
-            if info.pop(key) is True:
-                members.append(f"demo_{episode.number}")
+            value = info.pop(key)
+            mask = key.removeprefix(_MASK)
+            if isinstance(value, bool) and self._can_be_mask(mask):
+                self._masks.setdefault(mask, {})[name] = value
+            else:
+                self._notes.add(f"`{key:.60}` of infos cannot be a list of demos, and is left out.")
         self._write_attributes(demo, info)
+
+    def _can_be_mask(self, name: str) -> bool:
+        """Whether HDF5 has room for a list of demos beside the others: none can be above or below another."""
+        others = [other for other in self._masks if other != name]
+        return _is_path(name) and not any(
+            f"{a}/".startswith(f"{b}/") for o in others for a, b in ((o, name), (name, o))
+        )
 
     def _write_attributes(self, target: Any, attributes: Mapping[str, Any]) -> None:
         for key, value in attributes.items():
@@ -204,3 +229,17 @@ class _Writer:
             except (ValueError, TypeError, OSError, RuntimeError):
                 # A NUL or half a surrogate pair in a text, or an impossible name.
                 self._notes.add(f"HDF5 cannot hold {key!r} as an attribute; it is left out.")
+
+
+def _is_path(name: str) -> bool:
+    """Whether HDF5 takes a name as the path of a dataset."""
+    try:
+        name.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return not any(part in ("", ".") or "\0" in part for part in name.split("/"))
+
+
+def _ends_twice(rows: np.ndarray, first: np.ndarray) -> bool:
+    """Whether the last row is that before it, `first` being the one before all."""
+    return rows[-1].tobytes() == (rows[-2] if len(rows) > 1 else first).tobytes()

@@ -99,4 +99,5 @@ def open(
         ValueError: Another word for `video`; a field that is not there.
         ImportError: A library of the extra is missing.
     """
-    return LeRobotInPlaceDataset(os.fspath(path), fields, video, cache_bytes)
+    # Absolute: files are opened when they are read, perhaps in another directory.
+    return LeRobotInPlaceDataset(os.path.abspath(path), fields, video, cache_bytes)

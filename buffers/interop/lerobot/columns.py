@@ -43,8 +43,10 @@ def array_of(path: str, name: str, chunks: list[Any], dtype: np.dtype, shape: tu
         with reading(path):
             values = _flat(path, name, chunk, shape)
             # Within floats, where precision may be lost, arrow casts as numpy does.
-            values = values if values.type == target else values.cast(target)
-            found.append(values.to_numpy(zero_copy_only=False).reshape(len(chunk), *shape))
+            numbers = values if values.type == target else values.cast(target)
+            found.append(numbers.to_numpy(zero_copy_only=False).reshape(len(chunk), *shape))
+        if numbers is not values and dtype.kind == "f" and arrow.types.is_floating(values.type):
+            _check_finite(path, name, found[-1], values.to_numpy(zero_copy_only=False))
     return np.concatenate(found) if found else np.empty((0, *shape), dtype)
 
 
@@ -90,3 +92,9 @@ def _flat(path: str, name: str, chunk: Any, shape: tuple[int, ...]) -> Any:
 def _check_nulls(path: str, name: str, values: Any) -> None:
     if values.null_count:
         raise FormatError(path, f"`{name}` has no value in {values.null_count} rows", "Get a whole copy of it")
+
+
+def _check_finite(path: str, name: str, found: np.ndarray, stored: np.ndarray) -> None:
+    if np.isinf(found).sum() != np.isinf(stored).sum():
+        text = f"`{name}` has numbers beyond the declared {found.dtype}"
+        raise FormatError(path, text, "Declare a wider one in meta/info.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from buffers.dataset.episode_info import EpisodeInfo, info_text
@@ -20,10 +20,10 @@ _A_GROUP = 100  # Episodes whose statistics are in memory.
 
 
 class Tasks:
-    """Texts of tasks and their numbers, in the order in which they came."""
+    """Texts of tasks and their numbers: first those that are known, then others in the order in which they came."""
 
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._numbers: dict[str, int] = {task: number for number, task in enumerate(known)}
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -72,7 +72,8 @@ def write(
         fps: Frames a second; None for those of the LeRobot dataset that was imported.
         task: What episodes do that have no `task` in their info; None for the empty text.
         robot_type: As LeRobot has it; None for that of the LeRobot dataset that was imported.
-        video: Whether to write images of three channels as video (AV1), which loses detail.
+        video: Whether to write images of three channels as video (AV1), which loses detail. LeRobot finds its frames by
+            `timestamp`, which is then `frame_index / fps` even if there is a field of that name.
 
     Raises:
         ValueError: There is no `fps`, or no episode with a transition; the target exists; there is no `obs`.
@@ -104,7 +105,7 @@ class _Writing:
         exporter.keeps_first = self.of_frames
         self.features = planned(exporter.fields, self.of_frames, video, known.get("features", {}), exporter.notes)
         self.task_names: Mapping[str, str] = known.get("tasks", {})
-        self.tasks, self.num_frames, self.num_episodes = Tasks(), 0, 0
+        self.tasks, self.num_frames, self.num_episodes = Tasks(_numbered(self.task_names)), 0, 0
         self.episodes = EpisodesWriter(path)
         stack.callback(self.episodes.close)
         sizes = {"files_a_chunk": _FILES_A_CHUNK}
@@ -115,6 +116,13 @@ class _Writing:
             for feature in self.features
             if feature.kind == "video"
         }
+        self.has_times = "timestamp" in self.of_frames and not self.videos
+        if "timestamp" in self.of_frames and self.videos:
+            exporter.notes.add(
+                "`timestamp` is `frame_index / fps`, and not the field, as frames of video have these times."
+            )
+        if "task_index" in self.of_frames and not len(self.tasks):
+            exporter.notes.add("Tasks get other numbers: `task_index` changes, and not their texts.")
         stack.callback(self.data.close)
         for writer in self.videos.values():
             stack.callback(writer.close)
@@ -154,6 +162,8 @@ class _Writing:
         """The task of each frame."""
         found, length = exported.transitions, exported.transitions.num_steps
         default = exported.info.get("task", self.named["task"])
+        if not isinstance(default, str | None):
+            self.exporter.notes.add("A `task` of infos that is a number becomes text, as LeRobot has it.")
         if default is None:
             self.exporter.notes.add("Episodes without a `task` in their info have an empty one.")
             default = ""
@@ -166,9 +176,11 @@ class _Writing:
         """The columns that LeRobot adds to frames."""
         found, frames = exported.transitions, np.arange(exported.transitions.num_steps)
         times = (frames / self.named["fps"]).astype(np.float32)
-        if "timestamp" in self.of_frames:
+        if self.has_times:
             kept = np.concatenate([found.first["timestamp"][None], found.steps["timestamp"][:-1]])
             times = kept.astype(np.float32)
+            if not np.array_equal(times, kept, equal_nan=True):
+                self.exporter.notes.add("`timestamp` is float32 in LeRobot, which has changed some.")
         return {
             "timestamp": times,
             "frame_index": frames,
@@ -212,6 +224,13 @@ def _is_of_frames(name: str, exporter: Exporter) -> bool:
     if features is None or name not in exporter.fields or exporter.fields[name].shape != ():
         return False
     return not any(feature.get(MARK, {}).get("path") == [name] for feature in features.values())
+
+
+def _numbered(names: Mapping[str, str]) -> list[str]:
+    """Texts of tasks by their numbers in the source; none if LeRobot could not have numbered them so."""
+    texts = [names.get(str(number)) for number in range(len(names))]
+    found = [text for text in texts if isinstance(text, str)]
+    return found if len({*found}) == len(names) else []
 
 
 def _statistics(feature: Planned, frames: np.ndarray) -> dict[str, Any]:

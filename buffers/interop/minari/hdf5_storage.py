@@ -24,7 +24,9 @@ from buffers.interop.minari.columns import ROOTS, Column, Path, Storage, StoredE
 from buffers.interop.minari.files import as_format_error
 from buffers.interop.minari.images import decoded
 
-__all__ = ["Hdf5Storage"]
+__all__ = ["HDF5_FILE", "Hdf5Storage"]
+
+HDF5_FILE = "main_data.hdf5"
 
 _EPISODE = re.compile(r"episode_(0|[1-9]\d*)")
 _INDEX = re.compile(r"_index_(\d+)")
@@ -42,7 +44,7 @@ class Hdf5Storage(Storage):
     """
 
     def __init__(self, data: str, images: Mapping[Path, tuple[int, ...]]) -> None:
-        self.path = os.path.join(data, "main_data.hdf5")
+        self.path = os.path.join(data, HDF5_FILE)
         self.others: list[str] = []
         self._images, self._open_file = images, None
         self._names: dict[Path, str] = {}  # Of columns, in the group of an episode.

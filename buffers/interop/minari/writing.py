@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from buffers.dataset import EpisodeDataset
 from buffers.interop.base import library
 from buffers.interop.exporting import Exporter, new_target
 from buffers.interop.minari.files import DATASET_ID, store_path
+from buffers.interop.minari.hdf5_storage import HDF5_FILE
 from buffers.interop.minari.layout import Layout
 from buffers.interop.origin import Summary
+from buffers.interop.output_file import OutputFile
 from buffers.utils import one_of
 
 __all__ = ["write"]
@@ -78,10 +81,11 @@ def write(
         data = os.path.join(work, "data")
         storage = layout.new_storage(data, {**known, "dataset_id": dataset_id})
         infos: list[dict[str, Any]] = []
-        storage.update_episodes(layout.buffers(infos))
-        if not infos:
-            raise ValueError("There is no episode with a transition to write.")
-        storage.update_episode_metadata(infos, range(len(infos)))
+        with _disk_errors_told(storage, data) as check_disk:
+            storage.update_episodes(_checked(layout.buffers(infos), check_disk))
+            if not infos:
+                raise ValueError("There is no episode with a transition to write.")
+            storage.update_episode_metadata(infos, range(len(infos)))
         del storage.get_size
         storage.update_metadata({"dataset_size": storage.get_size()})
         if library("minari", "minari").MinariDataset(data).total_episodes != len(infos):
@@ -89,6 +93,25 @@ def write(
     if is_id and "/" in str(path):
         _enter_namespace(str(path).rpartition("/")[0])
     return exporter.summary()
+
+
+@contextmanager
+def _disk_errors_told(storage: Any, data: str) -> Iterator[Callable[[], None]]:
+    """Let a storage of HDF5 write in a way in which errors of the disk are raised, see `OutputFile`."""
+    where = os.path.join(data, HDF5_FILE)
+    if not os.path.exists(where):
+        yield lambda: None
+        return
+    os.unlink(where)  # Empty so far.
+    with OutputFile(where) as output:
+        storage._file_path = output
+        yield output.check
+
+
+def _checked(buffers: Iterator[Any], check: Callable[[], None]) -> Iterator[Any]:
+    for buffer in buffers:
+        check()
+        yield buffer
 
 
 def _dataset_id(stated: str | None, of_path: str | None, target: str) -> str:

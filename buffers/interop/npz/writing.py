@@ -98,11 +98,15 @@ def _array_names(exporter: Exporter, layout: str) -> dict[str, str]:
     twice = [name for name, array in found.items() if [*found.values()].count(array) > 1]
     parents = ("action/", "reward/") if layout == "dreamer" else ("action/", "reward/", "obs/")
     nested = [name for name in found if name.startswith(parents)]
-    for names, what in [(clashing, "names of its own"), (twice, "one name twice"), (nested, "no nested fields there")]:
+    nul = [name for name in found if "\0" in name]
+    problems = [(clashing, "names of its own"), (twice, "one name twice"), (nested, "no nested fields there")]
+    for names, what in [*problems, (nul, "no names with a NUL")]:
         if names:
             raise ValueError(
                 f"The layout {layout!r} has {what}: leave {names} out by `fields=`, or use another layout."
             )
+    if "action" not in found:
+        raise ValueError(f"The layout {layout!r} needs the field `action`, found {list(fields)}.")
     _note_fields(exporter, layout, [name for name in found if name.split("/")[0] != "obs" and name not in own])
     return found
 
@@ -112,12 +116,17 @@ def _note_fields(exporter: Exporter, layout: str, others: list[str]) -> None:
     others = [name for name in others if not name.startswith("log_")]
     if layout == "dreamer" and others:
         notes.add(f"{others} are read back as observations, unless `obs=` names those.")
+    if logged := [name for name in fields if name.startswith("obs/log_")] if layout == "dreamer" else []:
+        notes.add(f"{logged} are read back without `obs/`, unless `obs=` names all observations.")
     if "reward" not in fields:
         notes.add("There are no rewards.")
     for name in ("reward", "discount"):
         if layout == "exorl" and name in fields and fields[name].shape == (1,):
             notes.add(f"`{name}` of shape (1,) is read back as a scalar.")
     if "terminated" in fields:
+        kinds = {name: str(fields[name]) for name in ("terminated", "truncated") if name in fields}
+        if cast := [name for name, kind in kinds.items() if kind != "bool ()"]:
+            notes.add(f"{cast} are read back as one bool for each row.")
         if "done" in fields:
             notes.add("`done` is left out.")
         if layout == "dreamer" and "truncated" not in fields:
@@ -175,6 +184,8 @@ def _exorl(rows: Mapping[str, np.ndarray], notes: Notes) -> dict[str, np.ndarray
 def _note_both(rows: Mapping[str, np.ndarray], notes: Notes) -> None:
     if "truncated" in rows and (rows["terminated"] & rows["truncated"]).any():
         notes.add("Where an episode both terminated and was truncated, only the first is kept.")
+    if "truncated" in rows and rows["truncated"][:-1].any():
+        notes.add("`truncated` is left out where it is True before the last row.")
 
 
 def _write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:

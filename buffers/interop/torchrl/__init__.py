@@ -110,4 +110,5 @@ def open(
     in the first 64 MB of each.
     """
     options = Options(num_envs, ndim, time_axis, num_rows, observations, traj_key, mask_key, gaps, repeats)
-    return TorchRLDataset(os.fspath(path), fields, options)
+    # Absolute: files are opened when they are read, perhaps in another directory.
+    return TorchRLDataset(os.path.abspath(path), fields, options)
