@@ -7,14 +7,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from buffers.conversion import as_array
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.verification import VerificationMode
 from buffers.fields import Fields
 
-__all__ = ["Description", "Drawn", "News", "Pack", "Receipt", "Request", "Told", "from_wire", "num_bytes", "to_wire"]
+__all__ = [
+    "Description",
+    "Drawn",
+    "News",
+    "Pack",
+    "Receipt",
+    "Request",
+    "Told",
+    "from_wire",
+    "num_bytes",
+    "sizes_on_wire",
+    "to_wire",
+]
 
 
 class Description(NamedTuple):
@@ -157,6 +169,11 @@ def from_wire(batch: Any, new_tensor: Callable[[tuple[int, ...], torch.dtype], t
     `new_tensor` gives memory for a shape and dtype.
     """
     return tree_map_only(_Tensor, lambda leaf: _copied(leaf, new_tensor), batch)
+
+
+def sizes_on_wire(batch: Any) -> list[int]:
+    """The bytes of each tensor of a batch that travelled, in the order in which `from_wire` asks for memory."""
+    return [leaf.array.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, _Tensor)]
 
 
 def _copied(leaf: _Tensor, new_tensor: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> torch.Tensor:
