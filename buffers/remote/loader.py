@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,14 +56,13 @@ class RemoteLoader:
         shards: As `start_shards` returns them.
         batch_size: B.
         sequence_length: T, in steps; None for whole episodes, padded to the longest of the batch, with a `mask`.
-        include: As for `EpisodeSource.get_loader`; "source" is int64 `(B,)`, the number of the shard.
-        seed: Of all draws; None takes one from the operating system.
         output_device: Where batches are moved; None leaves them on the CPU.
         num_in_flight: Batches that are asked for ahead: 2 to 4 will do.
         deadline: Seconds after which a shard that has not answered is named, and its batches are asked of others.
         timeout: Seconds that `next` waits for a batch.
-        **options: Others of `EpisodeSource.get_loader`: `sampler`, `transform`, `pad_before`, `pad_after`, `pad`,
-            `offsets`, `pack`, `split`, `rank`, `world_size`, `chunk_size`. Shards apply `transform`.
+        **options: As for `EpisodeSource.get_loader`: `sampler`, `transform`, which shards apply, `include`, in which
+            "source" is int64 `(B,)`, the number of the shard, `seed`, `pad_before`, `pad_after`, `pad`, `offsets`,
+            `pack`, `split`, `rank`, `world_size`.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -77,8 +76,6 @@ class RemoteLoader:
         batch_size: int,
         sequence_length: int | None = None,
         *,
-        include: Iterable[str] = (),
-        seed: int | None = None,
         output_device: torch.device | str | None = None,
         num_in_flight: int = 3,
         deadline: float = 10.0,
@@ -93,20 +90,19 @@ class RemoteLoader:
         self._device = None if output_device is None else usable_device("output_device", output_device)
         if unfit := [name for name in _WITHOUT_END if name in options]:
             raise ValueError(f"Batches of shards have no end: leave out {unfit}.")
-        if isinstance(include, str):
-            raise TypeError(f"`include` must be a tuple of names, found the string {include!r}: write ({include!r},).")
-        include = tuple(include)
-        self._has_source = "source" in include
+        seed, include = options.get("seed"), options.get("include", ())
         #: Of all draws.
         self.seed = secrets.randbits(128) if seed is None else integer("seed", seed, 0)
-        told = {"include": tuple(name for name in include if name != "source"), "seed": self.seed}
+        self._has_source = not isinstance(include, str) and "source" in include
+        if self._has_source:
+            include = tuple(name for name in include if name != "source")
         self._batch_steps = _steps_of(self._batch_size, sequence_length, options)
         if shards.limits is not None and self._batch_steps is None:
             raise ValueError(
                 "The limiter counts the B x T steps of a batch, but whole episodes (`sequence_length=None`) have no "
                 "fixed T: give a `sequence_length`, or `pack`."
             )
-        request = Request(self._batch_size, sequence_length, {**options, **told})
+        request = Request(self._batch_size, sequence_length, {**options, "include": include, "seed": self.seed})
         self._name, self._num_drawn = secrets.token_hex(8), 0
         num_in_flight = integer("num_in_flight", num_in_flight, 1)
         self._draws = Draws(shards.transport, request, self._told, self._deadline, num_in_flight)
@@ -224,7 +220,9 @@ class RemoteLoader:
         self._check_open()
         limits = self._shards.limits
         if limits is None:
-            raise RuntimeError("Only a limiter knows what is due: `start_shards(..., limiter=SamplesPerInsert(ratio))`.")
+            raise RuntimeError(
+                "Only a limiter knows what is due: `start_shards(..., limiter=SamplesPerInsert(ratio))`."
+            )
         self._advance(0.0)
         return limits.num_batches_due(self._balance()) if self.can_sample else 0
 

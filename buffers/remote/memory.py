@@ -36,7 +36,7 @@ class BatchMemory:
         else:
             base = np.empty(num_bytes + num_bytes // 8, np.uint8)
         # A new array over it: it lives exactly as long as a tensor of the batch.
-        self._memory, self._used = np.frombuffer(memoryview(base), np.uint8), 0
+        self._memory, self._used = np.frombuffer(base.data, np.uint8), 0
         weakref.finalize(self._memory, self._free.append, base).atexit = False
 
     def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:

@@ -141,7 +141,9 @@ def start_shards(
     ray = _ray()
     num_shards = integer("num_shards", num_shards, 1)
     if not callable(make_dataset):
-        raise TypeError(f"`make_dataset` must be a function of the shard's number, found {type(make_dataset).__name__}.")
+        raise TypeError(
+            f"`make_dataset` must be a function of the shard's number, found {type(make_dataset).__name__}."
+        )
     if unfit := [name for name in ("max_concurrency", "concurrency_groups", *_OURS) if name in ray_options]:
         raise ValueError(f"Shards answer in order, and their retries are their own: leave out {unfit}.")
     limits = None if limiter is None else Limits.of(limiter)

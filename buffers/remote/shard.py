@@ -99,9 +99,7 @@ class Shard:
         """What it is."""
         dataset = self.dataset
         is_saved = self._directory is not None
-        return Description(
-            self.number, dataset.fields, dataset.episode_capacity, dataset.verification_mode, is_saved
-        )
+        return Description(self.number, dataset.fields, dataset.episode_capacity, dataset.verification_mode, is_saved)
 
     def settle(self, fields: Fields) -> Description:
         """Lay out storage; ValueError for other fields than those that are there."""
@@ -173,8 +171,12 @@ class Shard:
 
     def update(self, index: np.ndarray, values: Mapping[str, np.ndarray]) -> int:
         """Give rows new values of late fields; returns how many of the step ids are of no row that is stored."""
+        ids = local_ids(index, self.life)
+        if not (ids >= 0).any():
+            # The dataset need not even have the field: its loader may not be known since the last start.
+            return int((ids == _NO_STEP).sum())
         self._is_changed = True
-        return self.dataset.update(local_ids(index, self.life), values)
+        return self.dataset.update(ids, values)
 
     # Saves.
 

@@ -118,7 +118,9 @@ class ShardCalls:
                 yield self._answer(asked)
                 if self._failure is None:
                     # A shard answers in order, so those before it will have no answer. Large ones take their time.
-                    overtaken = [before for before in self._asked if before.since <= asked.since and before is not asked]
+                    overtaken = [
+                        before for before in self._asked if before.since <= asked.since and before is not asked
+                    ]
         now = self._transport.now()
         for asked in overtaken:
             if asked in self._asked and now - asked.since > self._deadline:

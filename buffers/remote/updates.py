@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from buffers.remote.transport import ShardCalls, ShardLostError, Transport

@@ -179,7 +179,9 @@ class Window:
                 passed += 1
                 continue
             passed, size = 0, 0
-            while self._queue and self._fits(lane) and (not size or size + self._queue[0].num_bytes <= self._pack_bytes):
+            while self._queue and self._fits(lane):
+                if size and size + self._queue[0].num_bytes > self._pack_bytes:
+                    break
                 episode = self._queue.popleft()
                 self._queue_bytes -= episode.num_bytes
                 size += episode.num_bytes
@@ -196,7 +198,8 @@ class Window:
 
     def _send(self, lane: _Lane, episodes: list[Kept]) -> None:
         """Send the first of these, up to the size of a pack, as the next ones of a lane; none asks for a receipt."""
-        size, chosen = 0, []
+        size = 0
+        chosen: list[Kept] = []
         for episode in episodes:
             if chosen and size + episode.num_bytes > self._pack_bytes:
                 break

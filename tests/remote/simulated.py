@@ -1,4 +1,4 @@
-"""Shards in this process, behind a transport that loses, doubles, delays and reorders calls, and kills and stops shards.
+"""Shards in this process, and a transport that loses, doubles, delays and reorders calls, and kills and stops shards.
 
 Time passes only when somebody waits. What happens to a call is drawn from a seed, so a run can be repeated.
 """
