@@ -167,10 +167,12 @@ class RemoteSink:
         end = self._transport.now() + timeout
         while True:
             with self._lock:
+                self._window.wants_save = until_saved
                 self._window.advance()
                 self._raise_refusals()
                 left = self._window.num_unsaved if until_saved else self._window.num_unstored
                 pending, why = self._window.pending, self._window.why_full()
+                self._window.wants_save = until_saved and left > 0
             if not left:
                 return
             if self._transport.now() >= end:

@@ -107,6 +107,8 @@ class Window:
         self._turn = 0
         #: Whether news of the shards are needed, also while nothing is added.
         self.is_listening = False
+        #: Whether somebody waits until all is saved.
+        self.wants_save = False
         #: Why shards can never store episodes that they were sent; the writer takes them out.
         self.refusals: list[str] = []
 
@@ -214,7 +216,7 @@ class Window:
             [episode.info for episode in chosen],
             self.fields if chosen else None,
             _joined([episode.rows for episode in chosen]),
-            lane.num_bytes > self._share / 2,
+            self._wants_save(lane),
         )
         lane.sent += len(chosen)
         lane.calls.ask(lane.sent, "add", pack)
@@ -228,9 +230,12 @@ class Window:
             return
         if len(calls) or not (lane.episodes or self.is_listening):
             return
-        is_soon = self.is_listening or lane.num_bytes > self._share / 2
+        is_soon = self.is_listening or self._wants_save(lane)
         if self._transport.now() - calls.last_asked >= (_ASK_SOON if is_soon else _ASK_LATER):
             self._send(lane, [])
+
+    def _wants_save(self, lane: _Lane) -> bool:
+        return lane.num_bytes > self._share / 2 or (self.wants_save and bool(lane.episodes))
 
     # What there is.
 
