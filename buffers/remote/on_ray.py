@@ -61,7 +61,7 @@ class RayTransport:
         try:
             return getattr(self.handles[shard], method).remote(*arguments)
         except (errors.RayActorError, errors.RaySystemError) as error:
-            raise ShardLostError(_first_line(error)) from error
+            raise ShardLostError(_text(error)) from error
 
     def done(self, calls: Collection[Any], seconds: float) -> set[Any]:
         """Those of the calls that have an answer, after waiting up to so many seconds for the first."""
@@ -83,7 +83,7 @@ class RayTransport:
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
         except ray.exceptions.RayError as error:
-            raise ShardLostError(_first_line(error)) from error
+            raise ShardLostError(_text(error)) from error
 
     def now(self) -> float:
         """Seconds."""
@@ -96,8 +96,12 @@ class RayTransport:
             ray.kill(handle, no_restart=True)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no text'}"
+def _text(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    if "creation task" in lines[0]:
+        # Behind it are where it ran, its stack, and in the last line what it was.
+        return f"it could not start: {lines[-1].strip()}"
+    return type(error).__name__
 
 
 def start_shards(
@@ -160,5 +164,6 @@ def start_shards(
     failures = {n: answer for n, answer in enumerate(answers) if isinstance(answer, Exception)}
     if failures:
         transport.end()
-        raise RuntimeError("; ".join(f"Shard {n} did not start: {error}" for n, error in failures.items()))
+        texts = "; ".join(f"shard {n}: {error}" for n, error in failures.items())
+        raise RuntimeError(f"{len(failures)} of {num_shards} shards did not start: {texts}.")
     return Shards(transport, answers[0], limits)

@@ -57,12 +57,10 @@ class Shards:
 
     def close(self, timeout: float = _SECONDS_TO_SAVE) -> None:
         """Let all shards save, if they do, and end them. What a shard raises is raised once all have ended."""
-        end = getattr(self.transport, "end", None)
         try:
             _raise_failures("close", ask_all(self.transport, "close", seconds=timeout))
         finally:
-            if end is not None:
-                end()
+            self.transport.end()
 
     def __enter__(self) -> Shards:
         return self

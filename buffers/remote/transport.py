@@ -40,6 +40,9 @@ class Transport(Protocol):
     def now(self) -> float:
         """Seconds, of a clock that does not go back."""
 
+    def end(self) -> None:
+        """End the shards."""
+
 
 class Answer(NamedTuple):
     """What came of a call: a value or an error.

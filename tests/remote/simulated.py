@@ -93,6 +93,9 @@ class Simulated:
     def now(self) -> float:
         return self.time
 
+    def end(self) -> None:
+        pass
+
     # The world.
 
     def start(self, number: int) -> None:
@@ -101,14 +104,14 @@ class Simulated:
 
     def kill(self, number: int) -> None:
         """What waits fails, and may have been executed or not; a save that was not finished is not there."""
-        self.end(number)
+        self.forget(number)
         self.stopped.discard(number)
         for entry in [entry for entry in self.waiting if entry[2] == number]:
             self.waiting.remove(entry)
             if entry[1] is not None:
                 self.results[entry[1]] = ShardLostError("it died")
 
-    def end(self, number: int) -> None:
+    def forget(self, number: int) -> None:
         """Forget a shard, once no thread of it writes any more."""
         shard, self.shards[number] = self.shards[number], None
         if shard is not None:
@@ -122,7 +125,7 @@ class Simulated:
 
     def close(self) -> None:
         for number in range(self.num_shards):
-            self.end(number)
+            self.forget(number)
 
     def stop(self, number: int) -> None:
         self.stopped.add(number)

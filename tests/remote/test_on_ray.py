@@ -24,17 +24,15 @@ pytestmark = pytest.mark.filterwarnings("default")  # Ray has warnings of its ow
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One of this module's own, whatever runs on the machine."""
-    environment = {"PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=300_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": environment},
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Of all processes that it starts: they import `tests`.
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # It starts a process for each CPU, which takes seconds of one.
+        options = {"num_cpus": 1, "object_store_memory": 300_000_000, "include_dashboard": False}
+        ray.init(address="local", log_to_driver=False, **options)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Two that save, for tests that add episodes of different numbers: a process takes seconds to start."""
     started = start_shards(2, make_ring, directory=tmp_path_factory.mktemp("saves"), num_cpus=0)
     yield started
-    started.transport.end()  # type: ignore[attr-defined]
+    started.transport.end()
 
 
 def numbers(shards: Shards, first: int) -> list[int]:
@@ -158,6 +156,14 @@ def test_a_learner_that_is_killed_holds_up_nobody(shards: Shards) -> None:
         os.kill(process, signal.SIGKILL)
         assert {*ray.get(actors[1].take.remote(100), timeout=30)} == {0, 1}
         assert numbers(shards, 80_000) == list(range(80_000, 80_050))
+
+
+def test_a_shard_that_cannot_start_says_why(cluster: None) -> None:
+    def fail(shard: int) -> None:
+        raise ValueError(f"no disk for {shard}")
+
+    with pytest.raises(RuntimeError, match="1 of 1 shards did not start: shard 0: .*ValueError: no disk for 0."):
+        start_shards(1, fail, num_cpus=0)  # type: ignore[arg-type]
 
 
 def test_batches_are_the_learners_own(cluster: None) -> None:
