@@ -103,7 +103,7 @@ def train(shards: Shards, num_updates: int) -> float:
             optimizer.step()
             if update % 500 == 499:
                 mean = float(np.mean(list(found.values())))
-                print(f"{update + 1:6} updates: mean return {mean:.0f}, loss {loss.item():.3f}, {_shown(loader.stats())}")
+                print(f"{update + 1:6} updates: mean return {mean:.0f}, {_shown(loader.stats())}", flush=True)
     return float(np.mean(list(found.values())))
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from buffers.conversion import as_array
 from buffers.late import PRIORITY
 from buffers.remote.draws import Delivery, Draws
-from buffers.remote.limits import Balance, balance_of
+from buffers.remote.limits import Balance, Limits, balance_of
 from buffers.remote.memory import BatchMemory
 from buffers.remote.shards import Shards
 from buffers.remote.updates import Updates
@@ -144,15 +144,13 @@ class RemoteLoader:
         """
         self._check_open()
         end = self._now() + self._timeout
+        self._advance(0.0)
         self._wait_until_due()
-        while True:
-            self._advance(0.0)
-            delivery = self._draws.take()
-            if delivery is not None:
-                return self._deliver(delivery)
+        while (delivery := self._draws.take()) is None:
             if self._now() >= end:
                 raise RuntimeError(self._why_none())
             self._advance(_PAUSE)
+        return self._deliver(delivery)
 
     def _advance(self, seconds: float) -> None:
         self._draws.advance(seconds)
@@ -195,7 +193,7 @@ class RemoteLoader:
         if limits is None:
             return
         end = self._now() + limits.timeout
-        while not self.num_batches_due:
+        while not self._num_due(limits):
             if self._now() >= end:
                 balance = self._balance()
                 raise RuntimeError(
@@ -224,7 +222,10 @@ class RemoteLoader:
                 "Only a limiter knows what is due: `start_shards(..., limiter=SamplesPerInsert(ratio))`."
             )
         self._advance(0.0)
-        return limits.num_batches_due(self._balance()) if self.can_sample else 0
+        return self._num_due(limits)
+
+    def _num_due(self, limits: Limits) -> int:
+        return limits.num_batches_due(self._balance()) if self._draws.weights else 0
 
     @property
     def can_sample(self) -> bool:

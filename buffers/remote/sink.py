@@ -56,7 +56,7 @@ class RemoteSink:
         self._window = Window(self._transport, self.name, None, window_bytes, deadline, pack_bytes)
         self._window.is_listening = shards.limits is not None
         self._fields: Fields | None = None
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock, self._stop, self._has_thread = threading.Lock(), threading.Event(), has_thread
         self.num_added = 0
         # Shards of which a warning has told.
         self._named: set[int] = set()
@@ -186,7 +186,8 @@ class RemoteSink:
         if limits is None:
             return True
         with self._lock:
-            self._window.advance()
+            if not self._has_thread:
+                self._window.advance()
             balance = balance_of(self._window.news)
             num_steps = num_open_rows + self._window.num_steps_unstored + 1
         return limits.may_add(balance, num_steps)
