@@ -11,6 +11,8 @@ from buffers.remote.wire import News, Told
 
 __all__ = ["Balance", "Limits", "balance_of"]
 
+_STEPS_AHEAD = 1_000
+
 
 class Balance(NamedTuple):
     """What is known of all writers and learners.
@@ -47,7 +49,11 @@ def balance_of(news: Iterable[News]) -> Balance:
 
 
 class Limits(NamedTuple):
-    """The arguments of a `SamplesPerInsert`, and its rules; nothing waits here."""
+    """The arguments of a `SamplesPerInsert`, and its rules; nothing waits here.
+
+    Without a tolerance, it is a batch and what 1,000 steps are worth: each side sees the counts of the other some time
+    later, and with less, both would wait for news most of the time.
+    """
 
     ratio: Fraction
     tolerance: Fraction | None
@@ -76,4 +82,4 @@ class Limits(NamedTuple):
         return self.ratio * (balance.num_added + num_more - self.min_steps) - balance.num_drawn
 
     def _slack(self, balance: Balance) -> Fraction:
-        return balance.batch_steps + self.ratio if self.tolerance is None else self.tolerance
+        return balance.batch_steps + _STEPS_AHEAD * self.ratio if self.tolerance is None else self.tolerance

@@ -30,6 +30,7 @@ __all__ = ["RayTransport", "start_shards"]
 
 #: Fetching an answer that is ready, from another machine perhaps.
 _SECONDS_TO_FETCH = 10.0
+_MOST_IDLE = 0.02
 _OURS = {"max_restarts": -1, "max_task_retries": 0}
 
 
@@ -66,8 +67,8 @@ class RayTransport:
     def done(self, calls: Collection[Any], seconds: float) -> set[Any]:
         """Those of the calls that have an answer, after waiting up to so many seconds for the first."""
         if not calls:
-            if seconds:
-                time.sleep(seconds)
+            # Whoever waits longer asks again, and may have something to ask of shards by then.
+            time.sleep(min(seconds, _MOST_IDLE))
             return set()
         ray, waiting = _ray(), list(calls)
         ready, _ = ray.wait(waiting, num_returns=1, timeout=seconds)
@@ -131,7 +132,7 @@ def start_shards(
         directory: Of the saves, with a folder for each shard.
         save_every: Seconds between saves, if something was added. Writers whose windows are half full ask earlier.
         limiter: Keeps (drawn steps) / (added steps) near a ratio, over all writers and learners: see
-            `RemoteWriter.may_add` and `RemoteLoader.num_batches_due`.
+            `RemoteWriter.may_add` and `RemoteLoader.num_batches_due`. Its `tolerance`, if not given, is B * T + 1000 * ratio.
         start_timeout: Seconds for all shards to start, and to load their saves.
         **ray_options: Of `ray.remote` actors: `num_cpus`, `resources`, `memory`, `scheduling_strategy`, `runtime_env`,
             ...; `name` gets the number of the shard behind it.

@@ -32,7 +32,10 @@ class Transport(Protocol):
         """Ask a shard for a method of `Shard`. Does not wait."""
 
     def done(self, calls: Collection[Any], seconds: float) -> set[Any]:
-        """Those of the calls that have an answer, after waiting up to so many seconds for the first."""
+        """Those of the calls that have an answer, after waiting up to so many seconds for the first.
+
+        Without calls, it waits for no longer than that, and may wait less.
+        """
 
     def result(self, call: Any) -> Any:
         """The answer of a call that is done; ShardLostError, or what the method has raised."""

@@ -136,7 +136,7 @@ class Window:
     def _take(self, lane: _Lane, answer: Answer) -> None:
         lane.failure = None
         if answer.error is not None:
-            lane.is_behind = True
+            # What is missing is found out by the next receipt.
             if not isinstance(answer.error, ShardLostError):
                 lane.failure = f"{type(answer.error).__name__}: {answer.error}"
                 lane.not_before = self._transport.now() + RETRY_AFTER

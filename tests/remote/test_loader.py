@@ -290,7 +290,7 @@ def test_updates_that_do_not_fit_are_errors(index: Any, values: Any, source: Any
 
 def test_a_limiter_keeps_the_ratio_over_all_writers_and_shards(tmp_path: Path) -> None:
     world = Simulated(2, tmp_path)
-    shards = shards_of(world, Limits.of(SamplesPerInsert(ratio=4.0, min_steps=100)))
+    shards = shards_of(world, Limits.of(SamplesPerInsert(ratio=4.0, tolerance=44, min_steps=100)))
     sinks = [RemoteSink(shards, has_thread=False) for _ in range(3)]
     loader = RemoteLoader(shards, 8, 5)
     added = 0

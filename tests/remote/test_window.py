@@ -51,7 +51,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS, st.integers(0, 2**32), st.booleans(), st.sampled_from([30, 100, 10**6]))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_each_episode_is_in_exactly_one_shard(
     events: list[tuple[str, int]], seed: int, is_faulty: bool, pack_bytes: int
 ) -> None:
@@ -147,6 +147,45 @@ def test_a_shard_that_hangs_is_named_and_the_others_go_on(tmp_path: Path) -> Non
     settle(world, window)
     assert sorted(number for shard in world.numbers() for number in shard) == list(range(300))
     assert window.troubles == {}
+
+
+def test_a_dead_shard_is_given_nothing_new_and_asked_seldom(tmp_path: Path) -> None:
+    world = Simulated(2, tmp_path)
+    window = Window(world, "writer", FIELDS)
+    for number in range(200):
+        if number == 20:
+            world.kill(1)
+        window.put(kept(number))
+        window.advance(0.05)
+        world.time += 0.05
+    assert "shard 1 is lost" in window.troubles[1]
+    assert len(world.numbers()[0]) >= 180 and sum(shard == 1 for shard, _ in world.log) < 60
+    settle(world, window)
+    assert sorted(number for shard in world.numbers() for number in shard) == list(range(200))
+
+
+def test_a_shard_that_cannot_save_leaves_the_window_to_the_others(tmp_path: Path) -> None:
+    world = Simulated(2, tmp_path)
+    shard = world.shards[1]
+    assert shard is not None
+    save = shard.dataset.save_with
+
+    def fail(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    shard.dataset.save_with = fail  # type: ignore[method-assign]
+    window = Window(world, "writer", FIELDS, num_bytes=20 * SIZE)
+    added = 0
+    while added < 300:
+        if window.has_room(kept(added).num_bytes):
+            window.put(kept(added))
+            added += 1
+        window.advance(0.05)
+        assert world.time < 300, window.why_full()
+    assert window.troubles == {1: "shard 1 says: [Errno 28] No space left on device"}
+    shard.dataset.save_with = save  # type: ignore[method-assign]
+    settle(world, window)
+    assert sorted(number for shard in world.numbers() for number in shard) == list(range(300))
 
 
 def test_a_shard_that_cannot_store_is_named_and_asked_again_seldom(tmp_path: Path) -> None:

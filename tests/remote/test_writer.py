@@ -197,6 +197,25 @@ def test_files_need_a_directory_of_saves_and_go_on_from_it(is_saved: bool, tmp_p
         assert world.time < 60
 
 
+def test_files_that_no_save_knows_yet_are_not_taken_for_others(tmp_path: Path) -> None:
+    def make_files(number: int) -> EpisodeDataset:
+        return IndividualFileDataset(10_000, directory=tmp_path / f"files-{number}")
+
+    world = Simulated(1, tmp_path / "saves", make_dataset=make_files, save_every=1e9)
+    sink = made(world)
+    sink.settle_fields(FIELDS)
+    sink.add(episode(3))
+    sink.wait(10.0, until_saved=False)
+    shard = world.shards[0]
+    assert shard is not None
+    shard.dataset.close()  # type: ignore[attr-defined]
+    world.kill(0)
+    with pytest.warns(UserWarning, match="1 episodes in .* are not those of save"):
+        world.start(0)
+    sink.wait(60.0, until_saved=True)
+    assert world.numbers() == [[3]]
+
+
 def test_a_new_run_with_the_same_directory_goes_on_and_other_writers_begin_with_0(tmp_path: Path) -> None:
     for run in range(3):
         world = Simulated(2, tmp_path)
