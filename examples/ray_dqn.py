@@ -63,6 +63,10 @@ class Actor:
             self.obs, *_ = self.envs.step(actions)
         return self.writer.stats().get("mean_episode_return", 0.0)
 
+    def close(self) -> None:
+        """Hand over what is recorded, before the shards end."""
+        self.writer.close()
+
 
 def loss_of(net: torch.nn.Module, target: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The error of double DQN over transitions."""
@@ -101,9 +105,10 @@ def train(shards: Shards, num_updates: int) -> float:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
             optimizer.step()
-            if update % 500 == 499:
+            if update % 1_000 == 999:
                 mean = float(np.mean(list(found.values())))
                 print(f"{update + 1:6} updates: mean return {mean:.0f}, {_shown(loader.stats())}", flush=True)
+    ray.get([actor.close.remote() for actor in actors], timeout=60)
     return float(np.mean(list(found.values())))
 
 
@@ -117,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="local", help="of a cluster; starts one of its own by default")
     parser.add_argument("--directory", type=Path, help="where shards save, and go on from; nowhere by default")
-    parser.add_argument("--updates", type=int, default=10_000)
+    parser.add_argument("--updates", type=int, default=20_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ray.init(address=arguments.address, include_dashboard=False)

@@ -132,7 +132,8 @@ def start_shards(
         directory: Of the saves, with a folder for each shard.
         save_every: Seconds between saves, if something was added. Writers whose windows are half full ask earlier.
         limiter: Keeps (drawn steps) / (added steps) near a ratio, over all writers and learners: see
-            `RemoteWriter.may_add` and `RemoteLoader.num_batches_due`. Its `tolerance`, if not given, is B * T + 1000 * ratio.
+            `RemoteWriter.may_add` and `RemoteLoader.num_batches_due`. Its `tolerance` is by default a batch and what
+            1,000 steps are worth, B * T + 1,000 * ratio.
         start_timeout: Seconds for all shards to start, and to load their saves.
         **ray_options: Of `ray.remote` actors: `num_cpus`, `resources`, `memory`, `scheduling_strategy`, `runtime_env`,
             ...; `name` gets the number of the shard behind it.

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["RETRY_AFTER", "Answer", "ShardCalls", "ShardLostError", "Transport"]
+__all__ = ["Answer", "RETRY_AFTER", "ShardCalls", "ShardLostError", "Transport"]
 
 #: Seconds before a shard that failed is asked again.
 RETRY_AFTER = 0.5
