@@ -10,6 +10,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,29 @@ def remote(rounds: int) -> None:
 
 
 def _batches(rounds: int) -> None:
-    """Batches of pixels, 12.6 MB, from a worker of a local ring, and from a shard that holds the same."""
+    """Batches of pixels, 12.6 MB, from a worker of a local ring, and from a shard that holds the same.
+
+    `ray.put` alone, of as many bytes, is what any batch must take that crosses by Ray.
+    """
+    import ray
+
+    batch = np.random.randint(0, 256, (BATCH_SIZE, LENGTH, 64, 64, 3), np.uint8)
+
+    def put() -> float:
+        begin = time.perf_counter()
+        for _ in range(NUM_BATCHES):
+            ray.put(batch)
+        return time.perf_counter() - begin
+
     loader = filled_ring(0).get_loader(BATCH_SIZE, LENGTH, num_workers=1, seed=0)
     with start_shards(1, filled_ring, num_cpus=0) as shards:
         iterators: dict[str, Iterator[Any]] = {
             "a worker": iter(loader),
             "a shard": RemoteLoader(shards, BATCH_SIZE, LENGTH, seed=0),
         }
-        found = _in_turn({name: lambda batches=batches: _take(batches) for name, batches in iterators.items()}, rounds)
+        measured = {name: partial(_take, batches) for name, batches in iterators.items()}
+        found = _in_turn({**measured, "ray.put alone": put}, rounds)
+        measured.clear()
         iterators.clear()
     rows = [(name, f"{times * 1e6 / NUM_BATCHES:,.0f}", f"{NUM_BATCHES / times:,.0f}") for name, times in found.items()]
     print_table("Batches of pixels, 16 x 64, 12.6 MB", ("from", "us a batch", "batches a second"), rows)

@@ -132,13 +132,14 @@ class RemoteSink:
         while True:
             self._warn_of_troubles()
             with self._lock:
-                self._window.advance()
+                self._advance_without_thread()
                 self._raise_refusals()
                 if self._window.has_room(kept.num_bytes):
                     self._window.put(kept)
-                    self._window.advance()
+                    self._window.send()
                     self.num_added += 1
                     return self.num_added - 1
+                self._window.advance()
                 pending, why = self._window.pending, self._window.why_full()
             if self._transport.now() >= end:
                 raise RuntimeError(
@@ -146,6 +147,10 @@ class RemoteSink:
                     f"{self._deadline:g} s: {why}. The episode was not taken."
                 )
             self._transport.done(pending, _PAUSE)
+
+    def _advance_without_thread(self) -> None:
+        if not self._has_thread:
+            self._window.advance()
 
     def _warn_of_troubles(self) -> None:
         found = self.troubles
@@ -186,8 +191,7 @@ class RemoteSink:
         if limits is None:
             return True
         with self._lock:
-            if not self._has_thread:
-                self._window.advance()
+            self._advance_without_thread()
             balance = balance_of(self._window.news)
             num_steps = num_open_rows + self._window.num_steps_unstored + 1
         return limits.may_add(balance, num_steps)

@@ -127,11 +127,15 @@ class Window:
         for lane in self._lanes:
             for answer in lane.calls.answers(done):
                 self._take(lane, answer)
+        self.send()
+        for lane in self._lanes:
+            self._ask_if_due(lane)
+
+    def send(self) -> None:
+        """Send what can be sent, without a look at answers, which takes longer than all else here."""
         for lane in self._lanes:
             self._send_again(lane)
         self._deal()
-        for lane in self._lanes:
-            self._ask_if_due(lane)
 
     def _take(self, lane: _Lane, answer: Answer) -> None:
         lane.failure = None
