@@ -58,6 +58,9 @@ class RayTransport:
 
     def submit(self, shard: int, method: str, *arguments: Any) -> Any:
         """Ask a shard; ShardLostError if Ray knows already that it is gone."""
+        if not _ray().is_initialized():
+            # Ray would start, or join, another cluster.
+            raise ShardLostError("Ray was shut down")
         errors = _ray().exceptions
         try:
             return getattr(self.handles[shard], method).remote(*arguments)
@@ -66,7 +69,7 @@ class RayTransport:
 
     def done(self, calls: Collection[Any], seconds: float) -> set[Any]:
         """Those of the calls that have an answer, after waiting up to so many seconds for the first."""
-        if not calls:
+        if not (calls and _ray().is_initialized()):
             # Whoever waits longer asks again, and may have something to ask of shards by then.
             time.sleep(min(seconds, _MOST_IDLE))
             return set()
@@ -93,8 +96,9 @@ class RayTransport:
     def end(self) -> None:
         """End the actors, and let none start again."""
         ray = _ray()
-        for handle in self.handles:
-            ray.kill(handle, no_restart=True)
+        if ray.is_initialized():
+            for handle in self.handles:
+                ray.kill(handle, no_restart=True)
 
 
 def _text(error: Exception) -> str:
@@ -142,9 +146,11 @@ def start_shards(
         ImportError: Ray is not installed.
         TypeError: An argument of the wrong type.
         ValueError: An argument out of its range.
-        RuntimeError: A shard did not start; says why. None is left.
+        RuntimeError: A shard did not start; says why. None is left. Or `ray.init` was not called.
     """
     ray = _ray()
+    if not ray.is_initialized():
+        raise RuntimeError('Call `ray.init(address="local")` first, or with the address of a cluster.')
     num_shards = integer("num_shards", num_shards, 1)
     if not callable(make_dataset):
         raise TypeError(

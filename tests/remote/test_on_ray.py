@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -33,6 +34,9 @@ def cluster() -> Iterator[None]:
         ray.init(address="local", log_to_driver=False, **options)
         yield
         ray.shutdown()
+    with pytest.raises(RuntimeError, match="Call `ray.init"):
+        start_shards(1, make_ring)
+    assert not ray.is_initialized()
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +47,10 @@ def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     started.transport.end()
 
 
-def numbers(shards: Shards, first: int) -> list[int]:
-    """Of episodes with numbers from `first` on, less than 10,000 more."""
+def numbers(shards: Shards, first: int, most: int = 10_000) -> list[int]:
+    """Of episodes with numbers from `first` on, less than `most` more."""
     found = sorted(number_of(rows) for side in stored(shards) for rows in side)
-    return [number for number in found if first <= number < first + 10_000]
+    return [number for number in found if first <= number < first + most]
 
 
 def wait_until_back(shards: Shards, timeout: float = 60.0) -> None:
@@ -156,6 +160,54 @@ def test_a_learner_that_is_killed_holds_up_nobody(shards: Shards) -> None:
         os.kill(process, signal.SIGKILL)
         assert {*ray.get(actors[1].take.remote(100), timeout=30)} == {0, 1}
         assert numbers(shards, 80_000) == list(range(80_000, 80_050))
+
+
+@pytest.mark.slow
+def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: Path) -> None:
+    """For a minute: shards are killed and stopped, a writer and a learner are killed, others go on."""
+    rng = np.random.default_rng(0)
+    shards = start_shards(3, make_ring, directory=tmp_path, save_every=2.0, num_cpus=0)
+    writers = [ray.remote(Writing).options(num_cpus=0).remote(shards, 100_000 * (n + 1)) for n in range(3)]
+    learners = [ray.remote(Learning).options(num_cpus=0).remote(shards) for _ in range(2)]
+    sure = [ray.get(writer.wait.remote(), timeout=60) for writer in writers]
+    killed: set[int] = set()
+    for turn in range(12):
+        calls = [writer.add.remote(2.0) for n, writer in enumerate(writers) if n not in killed]
+        batches = [learner.take.remote(20) for learner in learners]
+        stopped = None
+        with contextlib.suppress(Exception):
+            victim = process_of(shards, int(rng.integers(3)))
+            if turn % 3 == 2:
+                stopped = victim
+                os.kill(victim, signal.SIGSTOP)
+            else:
+                os.kill(victim, signal.SIGKILL)
+        if turn == 6:
+            process = ray.get(learners[1].process.remote(), timeout=60)
+            os.kill(process, signal.SIGKILL)
+            del learners[1]
+        ray.get(batches[: len(learners)], timeout=120)
+        ray.get(calls, timeout=120)
+        if stopped is not None:
+            os.kill(stopped, signal.SIGCONT)
+        if turn == 8:
+            sure[0] = ray.get(writers[0].wait.remote(), timeout=120)
+            wait_until_back(shards)
+            shards.save()
+            os.kill(ray.get(writers[0].process.remote(), timeout=60), signal.SIGKILL)
+            killed.add(0)
+        wait_until_back(shards)
+    ends = {n: ray.get(writers[n].wait.remote(), timeout=120) for n in (1, 2)}
+    time.sleep(2.0)
+    found = numbers(shards, 100_000, 300_000)
+    own = [number for number in found if number < 200_000]
+    assert own == list(range(100_000, 100_000 + len(own))) and len(own) >= sure[0] - 100_000 > 0
+    assert [number for number in found if number >= 200_000] == [
+        *range(200_000, ends[1]),
+        *range(300_000, ends[2]),
+    ]
+    assert len(ray.get(learners[0].take.remote(50), timeout=60)) == 50
+    shards.close()
 
 
 def test_a_shard_that_cannot_start_says_why(cluster: None) -> None:
