@@ -7,6 +7,7 @@ measured in turn with today's. Progress goes to stderr.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 
 from benchmarks import environments, results
@@ -25,7 +26,10 @@ AGAINST_PEERS = (
 # Ours in a process of its own, beside the build from before.
 OURS = ("samplers", "wrapping", "padding", "priorities_growth", "holding_up")
 # Ours alone.
-ALONE = ("recording", "workers", "attaching", "filing", "composing", "learning", "interop", "scaling")
+ALONE = (
+    *("recording", "workers", "attaching", "filing", "composing", "learning", "interop"),
+    *("remote", "scaling"),
+)
 QUICK_SCALE, QUICK_ROUNDS = 10, 5
 
 
@@ -94,37 +98,7 @@ def _measure(parts: list[str], arguments: argparse.Namespace, rounds: int) -> No
 
 def _alone(part: str) -> Callable[[int], None]:
     """The function that measures it; imported here, as it brings more than the driver needs."""
-    if part == "recording":
-        from benchmarks.recording import recording
-
-        return recording
-    if part == "workers":
-        from benchmarks.workers import workers
-
-        return workers
-    if part == "attaching":
-        from benchmarks.attaching import attaching
-
-        return attaching
-    if part == "composing":
-        from benchmarks.composing import composing
-
-        return composing
-    if part == "interop":
-        from benchmarks.interop import interop
-
-        return interop
-    if part == "scaling":
-        from benchmarks.scaling import scaling
-
-        return scaling
-    if part == "learning":
-        from benchmarks.learning import learning
-
-        return learning
-    from benchmarks.filing import filing
-
-    return filing
+    return getattr(importlib.import_module(f"benchmarks.{part}"), part)
 
 
 if __name__ == "__main__":

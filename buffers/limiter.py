@@ -76,13 +76,13 @@ class SamplesPerInsert:
     """
 
     def __init__(self, ratio: float, tolerance: float | None = None, min_steps: int = 0, timeout: float = 60.0) -> None:
-        self._ratio = _fraction("ratio", ratio)
-        if self._ratio <= 0:
+        self.ratio = _fraction("ratio", ratio)
+        if self.ratio <= 0:
             raise ValueError(f"`ratio` must be more than 0, found {ratio}.")
-        self._given_tolerance = None if tolerance is None else _fraction("tolerance", tolerance)
-        self._min_steps = integer("min_steps", min_steps, 0)
-        self._timeout = _number("timeout", timeout)
-        if not self._timeout >= 0:
+        self.given_tolerance = None if tolerance is None else _fraction("tolerance", tolerance)
+        self.min_steps = integer("min_steps", min_steps, 0)
+        self.timeout = _number("timeout", timeout)
+        if not self.timeout >= 0:
             raise ValueError(f"`timeout` must be at least 0 seconds, found {timeout}.")
         self._added, self._drawn = _Count(), _Count()
         self._can_draw: Callable[[], bool] | None = None
@@ -134,18 +134,18 @@ class SamplesPerInsert:
             self._set_limits(self._batch_steps, num_envs)
 
     def _set_limits(self, batch_steps: int, num_envs: int) -> None:
-        least = (batch_steps + self._ratio * num_envs) / 2
-        tolerance = 2 * least if self._given_tolerance is None else self._given_tolerance
+        least = (batch_steps + self.ratio * num_envs) / 2
+        tolerance = 2 * least if self.given_tolerance is None else self.given_tolerance
         if tolerance < least:
             raise ValueError(
                 f"`tolerance`={_shown(tolerance)} cannot be kept: at some balance, neither a batch of {batch_steps} "
-                f"steps nor a call that adds {num_envs} (times `ratio`={_shown(self._ratio)}) fits within it. It must "
+                f"steps nor a call that adds {num_envs} (times `ratio`={_shown(self.ratio)}) fits within it. It must "
                 f"be at least {_shown(least)}, which is (B * T + ratio * N) / 2."
             )
         self._tolerance, self._batch_steps = tolerance, batch_steps
         # Balances are whole numbers of 1 / unit drawn steps: with rounding, each side could wait for the other.
-        unit = math.lcm(self._ratio.denominator, tolerance.denominator)
-        self._per_added, self._per_drawn, self._slack = int(self._ratio * unit), unit, int(tolerance * unit)
+        unit = math.lcm(self.ratio.denominator, tolerance.denominator)
+        self._per_added, self._per_drawn, self._slack = int(self.ratio * unit), unit, int(tolerance * unit)
 
     def adding(self, num_envs: int, mask: Any = None) -> AbstractContextManager[None]:
         """Wait until a step of N environments, or of those under the mask, may be added.
@@ -179,7 +179,7 @@ class SamplesPerInsert:
         with self._lock:
             # An episode may have been completed meanwhile, which the other side may be waiting for.
             self._changed.notify_all()
-            seconds = min(self._timeout, threading.TIMEOUT_MAX)
+            seconds = min(self.timeout, threading.TIMEOUT_MAX)
             if not self._changed.wait_for(lambda: self._is_closed or is_allowed(), seconds):
                 raise RuntimeError(reason())
             if self._is_closed:
@@ -209,12 +209,12 @@ class SamplesPerInsert:
     # What is allowed. A call that is under way counts against its own side, and for the other only once it is done.
 
     def _due(self, added: int, drawn: int) -> int:
-        return self._per_added * (added - self._min_steps) - self._per_drawn * drawn
+        return self._per_added * (added - self.min_steps) - self._per_drawn * drawn
 
     def _num_allowed(self, added: int, drawn: int) -> int:
         """How many batches may be drawn."""
         num = (self._due(added, drawn) + self._slack) // (self._per_drawn * self._batch_steps)
-        is_drawable = num > 0 and added >= self._min_steps and self._can_draw is not None and self._can_draw()
+        is_drawable = num > 0 and added >= self.min_steps and self._can_draw is not None and self._can_draw()
         return num if is_drawable else 0
 
     def _may_draw(self) -> bool:
@@ -227,13 +227,13 @@ class SamplesPerInsert:
     def _why_not_draw(self) -> str:
         added, drawn = self._added.total, self._drawn.total + self._drawn.pending
         lacking = self._per_drawn * self._batch_steps - self._slack - self._due(added, drawn)
-        num_steps = max(self._min_steps - added, -(-lacking // self._per_added))
+        num_steps = max(self.min_steps - added, -(-lacking // self._per_added))
         if num_steps <= 0:
             what, advice = "a complete episode that is long enough", "`flush()` completes open episodes."
         else:
             what = f"{_counted(num_steps, 'more step')} to be added"
             advice = "Add in another thread, or draw `num_batches_due` batches after each step."
-        return f"`sample` waited {self._timeout:g} s for {what}: {self._numbers()} {advice}"
+        return f"`sample` waited {self.timeout:g} s for {what}: {self._numbers()} {advice}"
 
     def _why_not_add(self, num_steps: int) -> str:
         added, drawn = self._added.total + self._added.pending, self._drawn.total
@@ -242,14 +242,14 @@ class SamplesPerInsert:
         num_batches = min(-(-excess // batch), self._num_allowed(added, drawn))
         what = f"{_counted(num_batches, 'batch', 'es')} to be drawn"
         return (
-            f"Adding {_counted(num_steps, 'step')} waited {self._timeout:g} s for {what}: {self._numbers()} Draw in "
+            f"Adding {_counted(num_steps, 'step')} waited {self.timeout:g} s for {what}: {self._numbers()} Draw in "
             "another thread, or draw `num_batches_due` batches after each step."
         )
 
     def _numbers(self) -> str:
         return (
             f"{self._added.total:,} were added and {self._drawn.total:,} drawn, {self._batch_steps:,} a batch "
-            f"(`ratio`={_shown(self._ratio)}, `tolerance`={_shown(self._tolerance)}, `min_steps`={self._min_steps})."
+            f"(`ratio`={_shown(self.ratio)}, `tolerance`={_shown(self._tolerance)}, `min_steps`={self.min_steps})."
         )
 
     # What there is.

@@ -88,8 +88,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 PUBLIC = """
 buffers buffers.dataset buffers.dataset.fields buffers.dataset.individual_file buffers.dataset.info
-buffers.dataset.verification buffers.evictor buffers.interop buffers.loading buffers.sampler buffers.transforms
-buffers.utils buffers.visualization buffers.wrappers
+buffers.dataset.verification buffers.evictor buffers.interop buffers.loading buffers.remote buffers.sampler
+buffers.transforms buffers.utils buffers.visualization buffers.wrappers
 """
 
 

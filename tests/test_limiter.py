@@ -231,8 +231,8 @@ class Unchecked(SamplesPerInsert):
     """A mutant, for a ratio of 1, that takes any tolerance."""
 
     def _set_limits(self, batch_steps: int, num_envs: int) -> None:
-        assert self._given_tolerance is not None
-        self._tolerance, self._batch_steps = self._given_tolerance, batch_steps
+        assert self.given_tolerance is not None
+        self._tolerance, self._batch_steps = self.given_tolerance, batch_steps
         self._per_added, self._per_drawn, self._slack = 2, 2, int(2 * self._tolerance)
 
 

@@ -63,6 +63,7 @@ PROMISED = {
     "buffers.dataset.individual_file": "EpisodeSerializationStrategy NumpyCompressedSerialization TorchSerialization",
     "buffers.dataset.info": "EpisodeDatasetInfo",
     "buffers.dataset.verification": "VerificationMode",
+    "buffers.remote": "RemoteLoader RemoteWriter ShardLostError Shards start_shards",
     "buffers.sampler": "UniformSampler UniformEpisodeSampler",
     "buffers.utils": "to_torch",
     "buffers.visualization": "MatplotlibVisualizer plot_dataset",
@@ -124,6 +125,7 @@ print("matplotlib.pyplot" in sys.modules, before[0]["backend"].__class__.__name_
         ("gymnasium", "extras", "buffers.Recorder; import buffers.wrappers"),
         ("gymnasium", "demo", "from buffers.viewing.commands import main; sys.exit(main(['demo']))"),
         ("matplotlib", "extras", "import buffers.viewing.scenes; import buffers.visualization"),
+        ("ray", "ray", "from buffers.remote import start_shards; start_shards(1, None)"),
     ],
 )
 def test_what_is_not_installed_is_named_with_its_extra(missing: str, extra: str, code: str) -> None:

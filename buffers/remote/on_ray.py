@@ -1,0 +1,177 @@
+"""Shards on Ray: the only module that talks to it.
+
+What Ray 2.60 does, and what follows from it here:
+
+    a retried call is executed twice, and out of order       no retries of Ray's: `max_task_retries=0`
+    an error does not say whether a call was executed        ShardLostError, and repeated calls are harmless
+    a process that hangs raises nothing                      deadlines above; no `ray.get` without a timeout
+    received arrays are shared memory, read-only             learners copy, see `wire.from_wire`
+    `max_restarts=-1` runs `__init__` again                  a shard goes on from its last save there
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
+from typing import Any
+
+from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.limiter import SamplesPerInsert
+from buffers.remote.limits import Limits
+from buffers.remote.shard import Shard
+from buffers.remote.shards import Shards, ask_all
+from buffers.remote.transport import ShardLostError
+from buffers.utils import how_to_install, integer, number
+
+__all__ = ["RayTransport", "start_shards"]
+
+#: Fetching an answer that is ready, from another machine perhaps.
+_SECONDS_TO_FETCH = 10.0
+_MOST_IDLE = 0.02
+_OURS = {"max_restarts": -1, "max_task_retries": 0}
+
+
+def _ray() -> ModuleType:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ImportError(f"`buffers.remote` needs ray ({error}): {how_to_install('ray')}.") from None
+
+
+class RayTransport:
+    """Asks actors of Ray. A copy in another process asks the same ones.
+
+    Args:
+        handles: Of the actors, in the order of their shards.
+    """
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        self.handles = list(handles)
+
+    @property
+    def num_shards(self) -> int:
+        """How many there are."""
+        return len(self.handles)
+
+    def submit(self, shard: int, method: str, *arguments: Any) -> Any:
+        """Ask a shard; ShardLostError if Ray knows already that it is gone."""
+        if not _ray().is_initialized():
+            # Ray would start, or join, another cluster.
+            raise ShardLostError("Ray was shut down")
+        errors = _ray().exceptions
+        try:
+            return getattr(self.handles[shard], method).remote(*arguments)
+        except (errors.RayActorError, errors.RaySystemError) as error:
+            raise ShardLostError(_text(error)) from error
+
+    def done(self, calls: Collection[Any], seconds: float) -> set[Any]:
+        """Those of the calls that have an answer, after waiting up to so many seconds for the first."""
+        if not (calls and _ray().is_initialized()):
+            # Whoever waits longer asks again, and may have something to ask of shards by then.
+            time.sleep(min(seconds, _MOST_IDLE))
+            return set()
+        ray, waiting = _ray(), list(calls)
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=seconds)
+        if ready and len(waiting) > 1:
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        return set(ready)
+
+    def result(self, call: Any) -> Any:
+        """The answer of a call that is done; ShardLostError, or what the method has raised."""
+        ray = _ray()
+        try:
+            return ray.get(call, timeout=_SECONDS_TO_FETCH)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        except ray.exceptions.RayError as error:
+            raise ShardLostError(_text(error)) from error
+
+    def now(self) -> float:
+        """Seconds."""
+        return time.monotonic()
+
+    def end(self) -> None:
+        """End the actors, and let none start again."""
+        ray = _ray()
+        if ray.is_initialized():
+            for handle in self.handles:
+                ray.kill(handle, no_restart=True)
+
+
+def _text(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    if "creation task" in lines[0]:
+        # Behind it are where it ran, its stack, and in the last line what it was.
+        return f"it could not start: {lines[-1].strip()}"
+    return type(error).__name__
+
+
+def start_shards(
+    num_shards: int,
+    make_dataset: Callable[[int], EpisodeDataset],
+    *,
+    directory: str | os.PathLike[str] | None = None,
+    save_every: float = 60.0,
+    limiter: SamplesPerInsert | None = None,
+    start_timeout: float = 300.0,
+    **ray_options: Any,
+) -> Shards:
+    """Start actors of Ray that hold a dataset each, and wait until all answer.
+
+        ray.init(address="local")
+        shards = start_shards(2, lambda shard: RingBufferDataset(1_000_000), directory="/shared/replay")
+
+    Ray starts a shard that dies again, wherever it has room. With a `directory`, it then goes on from its last save,
+    and writers send it again what came after; so does another run that is given the same directory. On a cluster, that
+    must be a directory that all machines share, unless shards are bound to machines. Without one, what a shard held is
+    lost with it.
+
+    Args:
+        num_shards: How many.
+        make_dataset: Called with the number of the shard, where it runs, at each start. Returns an empty dataset, or
+            one of files in a directory of the shard's own.
+        directory: Of the saves, with a folder for each shard.
+        save_every: Seconds between saves, if something was added. Writers whose windows are half full ask earlier.
+        limiter: Keeps (drawn steps) / (added steps) near a ratio, over all writers and learners: see
+            `RemoteWriter.may_add` and `RemoteLoader.num_batches_due`. Its `tolerance` is by default a batch and what
+            1,000 steps are worth, B * T + 1,000 * ratio.
+        start_timeout: Seconds for all shards to start, and to load their saves.
+        **ray_options: Of `ray.remote` actors: `num_cpus`, `resources`, `memory`, `scheduling_strategy`, `runtime_env`,
+            ...; `name` gets the number of the shard behind it.
+
+    Raises:
+        ImportError: Ray is not installed.
+        TypeError: An argument of the wrong type.
+        ValueError: An argument out of its range.
+        RuntimeError: A shard did not start; says why. None is left. Or `ray.init` was not called.
+    """
+    ray = _ray()
+    if not ray.is_initialized():
+        raise RuntimeError('Call `ray.init(address="local")` first, or with the address of a cluster.')
+    num_shards = integer("num_shards", num_shards, 1)
+    if not callable(make_dataset):
+        raise TypeError(
+            f"`make_dataset` must be a function of the shard's number, found {type(make_dataset).__name__}."
+        )
+    if unfit := [name for name in ("max_concurrency", "concurrency_groups", *_OURS) if name in ray_options]:
+        raise ValueError(f"Shards answer in order, and their retries are their own: leave out {unfit}.")
+    limits = None if limiter is None else Limits.of(limiter)
+    path = None if directory is None else os.path.abspath(os.fspath(directory))
+    seconds = number("save_every", save_every, 0.0), number("start_timeout", start_timeout, 0.0)
+    actor, name = ray.remote(Shard), ray_options.pop("name", None)
+    handles = []
+    for shard in range(num_shards):
+        named = {} if name is None else {"name": f"{name}-{shard}"}
+        made = actor.options(**_OURS, **named, **ray_options).remote(shard, make_dataset, path, seconds[0])
+        handles.append(made)
+    transport = RayTransport(handles)
+    answers = ask_all(transport, "describe", seconds=seconds[1])
+    failures = {n: answer for n, answer in enumerate(answers) if isinstance(answer, Exception)}
+    if failures:
+        transport.end()
+        texts = "; ".join(f"shard {n}: {error}" for n, error in failures.items())
+        raise RuntimeError(f"{len(failures)} of {num_shards} shards did not start: {texts}.")
+    return Shards(transport, answers[0], limits)

@@ -1,0 +1,88 @@
+"""What runs in processes of Ray's, in the tests of `buffers.remote`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from buffers import Recorder
+from buffers.dataset import EpisodeDataset, RingBufferDataset
+from buffers.remote import RemoteLoader, RemoteWriter, Shards
+from buffers.remote.on_ray import RayTransport
+from tests.logged_game import Game, Games
+from tests.remote.simulated import episode
+
+
+def make_ring(number: int) -> EpisodeDataset:
+    return RingBufferDataset(capacity=50_000)
+
+
+def process_of(shards: Shards, number: int) -> int:
+    """The process id of a shard."""
+    import ray
+
+    assert isinstance(shards.transport, RayTransport)
+    return ray.get(shards.transport.handles[number].__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+
+
+def stored(shards: Shards) -> list[list[dict[str, np.ndarray]]]:
+    """All episodes of each shard."""
+    import ray
+
+    assert isinstance(shards.transport, RayTransport)
+    return [ray.get(handle.episodes.remote(), timeout=30) for handle in shards.transport.handles]
+
+
+class Writing:
+    """Adds numbered episodes, until it is killed."""
+
+    def __init__(self, shards: Shards, first: int) -> None:
+        self.writer, self.number = RemoteWriter(shards, num_envs=1, deadline=20.0), first
+        self.stored = first
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def add(self, seconds: float) -> int:
+        """Add episodes for a while; the number of the next one."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.writer.add_episode(episode(self.number))
+            self.number += 1
+            time.sleep(0.002)
+        return self.number
+
+    def wait(self) -> int:
+        """Wait until all that was added is stored; the number of the next one."""
+        self.writer.wait_until_stored(60.0)
+        return self.number
+
+
+class Learning:
+    """Takes batches, until it is killed."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.loader = RemoteLoader(shards, 8, 1, include=("source",), deadline=3.0)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def take(self, num: int) -> list[int]:
+        """Take so many batches; the shards that they came from."""
+        return [int(next(self.loader)["source"][0]) for _ in range(num)]
+
+
+def record(shards: Shards, num_steps: int, first_env: int) -> list[list[dict[str, list[Any]]]]:
+    """Record two games that step together, in a task of Ray's; the logs of the environments."""
+    games = Games(2, "next_step")
+    games.games = [Game(first_env), Game(first_env + 1)]
+    with RemoteWriter(shards) as writer:
+        recorder = Recorder(writer, 2, "next_step")
+        recorder.reset(games.reset())
+        for step in range(num_steps):
+            actions = np.full(2, step)
+            recorder.step(actions, *games.step(actions))
+    return games.logs

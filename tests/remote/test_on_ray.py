@@ -1,0 +1,229 @@
+"""Shards on Ray itself: what is acknowledged is there once, whoever is killed or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from buffers.remote import RemoteLoader, RemoteWriter, Shards, start_shards
+from tests.remote.actors import Learning, Writing, make_ring, process_of, record, stored
+from tests.remote.simulated import episode, number_of
+
+ray = pytest.importorskip("ray")
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.filterwarnings("default")  # Ray has warnings of its own.
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One of this module's own, whatever runs on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Of all processes that it starts: they import `tests`.
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # It starts a process for each CPU, which takes seconds of one.
+        options = {"num_cpus": 1, "object_store_memory": 300_000_000, "include_dashboard": False}
+        ray.init(address="local", log_to_driver=False, **options)
+        yield
+        ray.shutdown()
+    with pytest.raises(RuntimeError, match="Call `ray.init"):
+        start_shards(1, make_ring)
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
+    """Two that save, for tests that add episodes of different numbers: a process takes seconds to start."""
+    started = start_shards(2, make_ring, directory=tmp_path_factory.mktemp("saves"), num_cpus=0)
+    yield started
+    started.transport.end()
+
+
+def numbers(shards: Shards, first: int, most: int = 10_000) -> list[int]:
+    """Of episodes with numbers from `first` on, less than `most` more."""
+    found = sorted(number_of(rows) for side in stored(shards) for rows in side)
+    return [number for number in found if first <= number < first + most]
+
+
+def wait_until_back(shards: Shards, timeout: float = 60.0) -> None:
+    end = time.monotonic() + timeout
+    while shards.stats(2.0)["num_shards"] < len(shards):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_recorders_in_other_processes_store_what_their_environments_logged(cluster: None) -> None:
+    shards = start_shards(2, make_ring, num_cpus=0)
+    tasks = [ray.remote(record).options(num_cpus=0).remote(shards, 200, first) for first in (0, 2)]
+    logs = [log for found in ray.get(tasks, timeout=60) for log in found]
+    found = {(int(rows["obs"][0, 0]), int(rows["obs"][0, 1])): rows for side in stored(shards) for rows in side}
+    expected = {(env, n): told for env, log in enumerate(logs) for n, told in enumerate(log) if told["action"]}
+    # A first row without a transition is not kept; nor is there one behind the last reset.
+    assert found.keys() == expected.keys() and len(found) == sum(map(len, stored(shards))) > 100
+    for key, told in expected.items():
+        np.testing.assert_array_equal(found[key]["obs"], np.stack(told["obs"]))
+        for name in ("action", "reward"):
+            np.testing.assert_array_equal(found[key][name], [0, *told[name]])
+    shards.close()
+    with pytest.raises(RuntimeError, match="No shard answers: shard 0: "):
+        RemoteWriter(shards)
+
+
+def test_a_shard_that_is_killed_loses_nothing_and_doubles_nothing(shards: Shards) -> None:
+    writer = RemoteWriter(shards, num_envs=1)
+    loader = RemoteLoader(shards, 8, 1, include=("source",), deadline=5.0)
+    added = 0
+    for part in range(3):
+        for _ in range(200):
+            writer.add_episode(episode(added))
+            added += 1
+        if part == 0:
+            writer.wait_until_stored()
+            shards.save()
+        else:
+            os.kill(process_of(shards, part - 1), signal.SIGKILL)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                begin = time.monotonic()
+                while part - 1 not in {*loader.troubles, *writer.troubles}:
+                    next(loader)
+                    assert time.monotonic() - begin < 15
+                for _ in range(20):
+                    assert next(loader)["number"].shape == (8, 1)
+                writer.add_episode(episode(added))
+                added += 1
+            wait_until_back(shards)
+    writer.wait_until_saved(60.0)
+    assert numbers(shards, 0) == list(range(added))
+    writer.close()
+
+
+def test_a_shard_that_hangs_is_named_and_all_others_go_on(shards: Shards) -> None:
+    writer = RemoteWriter(shards, num_envs=1, deadline=2.0)
+    loader = RemoteLoader(shards, 8, 1, include=("source",), deadline=2.0)
+    for number in range(20_000, 20_100):
+        writer.add_episode(episode(number))
+    writer.wait_until_stored()
+    process = process_of(shards, 1)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        begin = time.monotonic()
+        with pytest.warns(RuntimeWarning, match="Shard 1 has not answered for 2 s"):
+            while 1 not in loader.troubles:
+                next(loader)
+        assert time.monotonic() - begin < 10
+        assert {int(next(loader)["source"][0]) for _ in range(30)} == {0}
+        with pytest.warns(RuntimeWarning, match="Shard 1 has not answered"):
+            for number in range(20_100, 20_400):
+                writer.add_episode(episode(number))
+                time.sleep(0.01)
+    finally:
+        os.kill(process, signal.SIGCONT)
+    writer.wait_until_stored()
+    assert numbers(shards, 20_000) == list(range(20_000, 20_400))
+    time.sleep(0.5)
+    assert {int(next(loader)["source"][0]) for _ in range(30)} == {0, 1}
+    writer.close()
+
+
+def test_a_writer_that_is_killed_takes_nothing_that_was_stored(shards: Shards) -> None:
+    actors = [ray.remote(Writing).options(num_cpus=0).remote(shards, first) for first in (40_000, 60_000)]
+    ray.get([actor.add.remote(0.5) for actor in actors], timeout=30)
+    sure = ray.get(actors[0].wait.remote(), timeout=30)
+    process = ray.get(actors[0].process.remote(), timeout=30)
+    actors[0].add.remote(30.0)
+    time.sleep(0.5)
+    os.kill(process, signal.SIGKILL)
+    end = ray.get(actors[1].wait.remote(), timeout=30)
+    time.sleep(0.5)
+    found = numbers(shards, 40_000)
+    assert found == list(range(40_000, 40_000 + len(found))) and len(found) >= sure - 40_000
+    assert numbers(shards, 60_000) == list(range(60_000, end))
+
+
+def test_a_learner_that_is_killed_holds_up_nobody(shards: Shards) -> None:
+    with RemoteWriter(shards, num_envs=1) as writer:
+        for number in range(80_000, 80_050):
+            writer.add_episode(episode(number))
+        writer.wait_until_stored()
+        actors = [ray.remote(Learning).options(num_cpus=0).remote(shards) for _ in range(2)]
+        process = ray.get(actors[0].process.remote(), timeout=30)
+        actors[0].take.remote(1_000_000)
+        os.kill(process, signal.SIGKILL)
+        assert {*ray.get(actors[1].take.remote(100), timeout=30)} == {0, 1}
+        assert numbers(shards, 80_000) == list(range(80_000, 80_050))
+
+
+@pytest.mark.slow
+def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: Path) -> None:
+    """For a minute: shards are killed and stopped, a writer and a learner are killed, others go on."""
+    rng = np.random.default_rng(0)
+    shards = start_shards(3, make_ring, directory=tmp_path, save_every=2.0, num_cpus=0)
+    writers = [ray.remote(Writing).options(num_cpus=0).remote(shards, 100_000 * (n + 1)) for n in range(3)]
+    learners = [ray.remote(Learning).options(num_cpus=0).remote(shards) for _ in range(2)]
+    sure = [ray.get(writer.wait.remote(), timeout=60) for writer in writers]
+    killed: set[int] = set()
+    for turn in range(12):
+        calls = [writer.add.remote(2.0) for n, writer in enumerate(writers) if n not in killed]
+        batches = [learner.take.remote(20) for learner in learners]
+        stopped = None
+        with contextlib.suppress(Exception):
+            victim = process_of(shards, int(rng.integers(3)))
+            if turn % 3 == 2:
+                stopped = victim
+                os.kill(victim, signal.SIGSTOP)
+            else:
+                os.kill(victim, signal.SIGKILL)
+        if turn == 6:
+            process = ray.get(learners[1].process.remote(), timeout=60)
+            os.kill(process, signal.SIGKILL)
+            del learners[1]
+        ray.get(batches[: len(learners)], timeout=120)
+        ray.get(calls, timeout=120)
+        if stopped is not None:
+            os.kill(stopped, signal.SIGCONT)
+        if turn == 8:
+            sure[0] = ray.get(writers[0].wait.remote(), timeout=120)
+            wait_until_back(shards)
+            shards.save()
+            os.kill(ray.get(writers[0].process.remote(), timeout=60), signal.SIGKILL)
+            killed.add(0)
+        wait_until_back(shards)
+    ends = {n: ray.get(writers[n].wait.remote(), timeout=120) for n in (1, 2)}
+    time.sleep(2.0)
+    found = numbers(shards, 100_000, 300_000)
+    own = [number for number in found if number < 200_000]
+    assert own == list(range(100_000, 100_000 + len(own))) and len(own) >= sure[0] - 100_000 > 0
+    assert [number for number in found if number >= 200_000] == [
+        *range(200_000, ends[1]),
+        *range(300_000, ends[2]),
+    ]
+    assert len(ray.get(learners[0].take.remote(50), timeout=60)) == 50
+    shards.close()
+
+
+def test_a_shard_that_cannot_start_says_why(cluster: None) -> None:
+    def fail(shard: int) -> None:
+        raise ValueError(f"no disk for {shard}")
+
+    with pytest.raises(RuntimeError, match="1 of 1 shards did not start: shard 0: .*ValueError: no disk for 0."):
+        start_shards(1, fail, num_cpus=0)  # type: ignore[arg-type]
+
+
+def test_batches_are_the_learners_own(cluster: None) -> None:
+    with start_shards(1, make_ring, num_cpus=0) as shards, RemoteWriter(shards, num_envs=1) as writer:
+        writer.add_episode({"image": np.arange(20 * 64 * 64 * 3).reshape(20, 64, 64, 3).astype(np.uint8)})
+        writer.wait_until_stored()
+        batches = [next(RemoteLoader(shards, 16, 8, seed=1))["image"] for _ in range(2)]
+        assert batches[0].nbytes > 1_000_000  # In Ray's shared memory.
+        expected = batches[1].clone()
+        batches[0].add_(1)
+        assert (batches[1] == expected).all()
