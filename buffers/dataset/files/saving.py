@@ -12,7 +12,8 @@ import numpy as np
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.dataset.files.directory import EpisodeDirectory, FileName
+from buffers.dataset.files.directory import EpisodeDirectory, EpisodeFiles, FileName
+from buffers.dataset.files.object_reader import window_reader
 from buffers.dataset.files.opening import FORMATS
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy
 from buffers.dataset.files.window_reader import WindowReader
@@ -33,7 +34,7 @@ class LinkedDataset(EpisodeDataset):
     serialization_strategy: EpisodeSerializationStrategy
     durability: str
     mode: str
-    _directory: EpisodeDirectory
+    _directory: EpisodeFiles
     _reader: WindowReader
     _log: PublishedTable | None
     _is_bound: bool
@@ -41,6 +42,12 @@ class LinkedDataset(EpisodeDataset):
     @abstractmethod
     def sync(self) -> None:
         """As `IndividualFileDataset.sync`."""
+
+    @property
+    def _own(self) -> EpisodeDirectory:
+        """The directory, for what only a writer does."""
+        assert isinstance(self._directory, EpisodeDirectory)
+        return self._directory
 
     @property
     def is_reader(self) -> bool:
@@ -91,6 +98,13 @@ class LinkedDataset(EpisodeDataset):
         snapshot.at_end.append(close)
         return snapshot.pieces(np.stack([rows[:, 0], rows[:, 0] + rows[:, 1]], 1), write)
 
+    def check_info(self, info: EpisodeInfo) -> None:
+        """ValueError for an info that the format, or a dataset behind this one, cannot keep."""
+        if info and not self.serialization_strategy.keeps_info:
+            suffix = self.serialization_strategy.suffix
+            raise ValueError(f"The format `{suffix}` does not keep `info` of episodes. Leave it out, or use another.")
+        super().check_info(info)
+
     def takes_links(self, suffix: str) -> bool:
         """Whether its episodes are in the same format."""
         return self._directory.suffix == suffix
@@ -101,7 +115,7 @@ class LinkedDataset(EpisodeDataset):
         Files of other episodes are set aside, in a folder of their own: they may be all that is left of a later run.
         """
         self.check_writable()
-        directory, names = self._directory, [str(self._directory.name_of(*row)) for row in self.table.rows.tolist()]
+        directory, names = self._own, [str(self._directory.name_of(*row)) for row in self.table.rows.tolist()]
         wanted = {str(directory.name_of(start, n, e, cut)): folders[e] for start, n, e, cut in rows.tolist()}
         others = {name for name in names if name not in wanted or not directory.is_same(name, wanted[name])}
         aside = f"after-save-{number:010d}"
@@ -124,7 +138,7 @@ class LinkedDataset(EpisodeDataset):
         self.table.show(EpisodeTable())  # Later episodes may get numbers that were given before.
         self.table.replace(rows)
         self._reader.close()
-        self._reader = WindowReader(self._directory)
+        self._reader = window_reader(self._directory)
         self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * self.capacity + 2)))
         self._log.add_all(self.table)
         self._is_bound = self._is_bound or len(rows) > 0
@@ -135,8 +149,8 @@ class LinkedDataset(EpisodeDataset):
     def restored(self, next_id: int, next_start: int, counts: Any) -> None:
         """As `EpisodeDataset.restored`."""
         super().restored(next_id, next_start, counts)
-        self._directory.forget_numbers()
-        self._directory.keep_numbers_of(self.table)
+        self._own.forget_numbers()
+        self._own.keep_numbers_of(self.table)
 
     @staticmethod
     def linked(save: Save, store: int) -> tuple[Int64Array, list[Directory]]:
