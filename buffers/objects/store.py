@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -350,6 +351,9 @@ def _page(infos: Iterable[Mapping[str, Any]]) -> Page:
 
 
 def _info(info: Mapping[str, Any]) -> ObjectInfo:
-    stamp = next((f"{name} {info[name]}" for name in _STAMPS if info.get(name)), "")
+    name = next((name for name in _STAMPS if info.get(name)), "")
+    found = info.get(name)
+    # fsspec's memory gives times in one form in a list, and in another by itself.
+    stamp = f"{name} {found.timestamp() if isinstance(found, datetime) else found}" if name else ""
     digest = hashlib.blake2b(stamp.encode(), digest_size=8).digest()
     return ObjectInfo(int(info["size"]), int.from_bytes(digest, "little") >> 1 if stamp else 0)

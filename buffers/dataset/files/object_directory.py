@@ -170,9 +170,10 @@ class ObjectDirectory(EpisodeFiles):
     def list(self, known: Any = ()) -> Listing:
         """As `EpisodeFiles.list`; the headers of what an index names have been checked before."""
         listing = super().list(known)
-        if self._index is None or self._index.said.get("suffix") != self.suffix:
+        said = {} if self._index is None else self._index.said
+        if said.get("fields") is None or said["suffix"] != self.suffix:
             return listing
-        return listing._replace(fields=parse_fields(self._index.said["fields"]))
+        return listing._replace(fields=parse_fields(said["fields"]))
 
     def _look(self, scan: Callable[[], None], is_urgent: bool) -> bool:
         if self._look_at_index() or self._index is None:

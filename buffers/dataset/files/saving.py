@@ -15,11 +15,13 @@ from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.directory import EpisodeDirectory, EpisodeFiles, FileName
 from buffers.dataset.files.object_reader import window_reader
 from buffers.dataset.files.opening import FORMATS
+from buffers.dataset.files.sending import Transfer, episodes_in, send
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy
 from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.disk import DamagedEpisodeError, Directory
 from buffers.fields import Fields
+from buffers.objects import ObjectStore
 from buffers.saving import DamagedSaveError, Pieces, Save, Snapshot, folder_name
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import EpisodeTable, Int64Array
@@ -104,6 +106,22 @@ class LinkedDataset(EpisodeDataset):
             suffix = self.serialization_strategy.suffix
             raise ValueError(f"The format `{suffix}` does not keep `info` of episodes. Leave it out, or use another.")
         super().check_info(info)
+
+    def upload(
+        self,
+        url: str,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        timeout: float = 10.0,
+        progress: bool = False,
+    ) -> Transfer:
+        """Copy the episodes and late fields to a URL, as `buffers.dataset.transfer.upload` does."""
+        if not isinstance(self._directory, EpisodeDirectory):
+            raise RuntimeError(f"This dataset reads {self._directory.path}. `download` it to upload it elsewhere.")
+        if not self.is_reader:
+            self.sync()
+        contents = episodes_in(self._own, self.table, self.fields, self.capacity)
+        return send(self._directory.path, contents, ObjectStore(url, storage_options, timeout), progress)
 
     def takes_links(self, suffix: str) -> bool:
         """Whether its episodes are in the same format."""
