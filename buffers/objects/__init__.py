@@ -3,7 +3,7 @@
 from buffers.objects.cache import DEFAULT_CACHE_BYTES, ObjectCache
 from buffers.objects.index import INDEX, Index, mark_of
 from buffers.objects.object_file import ObjectFile, ObjectFiles, Part
-from buffers.objects.store import ObjectInfo, ObjectStore, ObjectStoreError, Page, is_url
+from buffers.objects.store import ObjectInfo, ObjectStore, ObjectStoreError, Page, check_local, is_url
 
 __all__ = [
     "DEFAULT_CACHE_BYTES",
@@ -17,6 +17,7 @@ __all__ = [
     "ObjectStoreError",
     "Page",
     "Part",
+    "check_local",
     "is_url",
     "mark_of",
 ]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from buffers.disk import DamagedEpisodeError
 from buffers.utils import Process, ThreadLock, how_to_install, number
 
-__all__ = ["ObjectInfo", "ObjectStore", "ObjectStoreError", "Page", "is_url"]
+__all__ = ["ObjectInfo", "ObjectStore", "ObjectStoreError", "Page", "check_local", "is_url"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _NUM_ATTEMPTS = 3
@@ -40,6 +40,12 @@ _STAMPS = ("ETag", "etag", "md5Hash", "content_hash", "mtime", "LastModified", "
 def is_url(path: str) -> bool:
     """Whether this is a URL, `s3://bucket/folder` for example, rather than a path of a directory."""
     return _URL.match(path) is not None
+
+
+def check_local(path: str, advice: str) -> None:
+    """ValueError, with advice, for a URL where a directory is meant."""
+    if is_url(path):
+        raise ValueError(f"{path} is a URL, and a local directory is needed. {advice}.")
 
 
 class ObjectStoreError(OSError):

@@ -41,6 +41,9 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # An answer in two packets would wait for the first to be acknowledged.
+            wbufsize = 2**16
+            disable_nagle_algorithm = True
 
             def handle_one_request(self) -> None:
                 with contextlib.suppress(ConnectionError):
@@ -103,6 +106,7 @@ class Proxy:
         if handler.command != "HEAD":
             handler.wfile.write(sent)
             self.num_bytes += len(sent) if handler.command == "GET" else 0
+        handler.wfile.flush()
         handler.close_connection = handler.close_connection or cut
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from buffers.objects import INDEX, Index, ObjectStore
 from buffers.viewing.commands import main
 from tests import tagged
 from tests.file_helpers import files
-from tests.objects.store_helpers import S3, reader, same_batches, tagged_episodes
+from tests.objects.store_helpers import S3, Fault, reader, same_batches, tagged_episodes
 
 
 @pytest.fixture(params=["s3", "file", "memory"])
@@ -105,6 +106,12 @@ def test_another_dataset_is_not_replaced(tmp_path: Path) -> None:
         download(f"memory://{tmp_path}/nothing", tmp_path / "four")
 
 
+def killed_after(num_writes: int) -> Fault:
+    """Nothing that writes is done any more, after so many requests that do."""
+    left = itertools.count(num_writes, -1)
+    return lambda method, _: "403" if method in ("PUT", "POST", "DELETE") and next(left) <= 0 else None
+
+
 def test_an_upload_that_was_killed_goes_on(s3: S3, tmp_path: Path) -> None:
     """At each request that writes: before, the index says what it said; then, the same call makes all of it whole."""
     url = s3.new_url()
@@ -117,13 +124,7 @@ def test_an_upload_that_was_killed_goes_on(s3: S3, tmp_path: Path) -> None:
         dataset.add_episode(tagged.episode(6, 3))
     writes = 0
     while True:
-        left = [writes]
-
-        def kill(method: str, path: str) -> str | None:
-            left[0] -= method in ("PUT", "POST", "DELETE")
-            return "403" if left[0] < 0 and method in ("PUT", "POST", "DELETE") else None
-
-        s3.proxy.fault = kill
+        s3.proxy.fault = killed_after(writes)
         try:
             upload(directory, url, storage_options=s3.options)
         except OSError:
