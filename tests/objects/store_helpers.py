@@ -49,6 +49,11 @@ class Proxy:
                 with contextlib.suppress(ConnectionError):
                     super().handle_one_request()
 
+            def handle_expect_100(self) -> bool:
+                going_on = super().handle_expect_100()
+                self.wfile.flush()
+                return going_on
+
             def pass_on(self) -> None:
                 outer.pass_on(self, port)
 
@@ -132,16 +137,15 @@ class S3:
 
     def new_url(self) -> str:
         """A folder in which nothing is, in a bucket of its own."""
-        import s3fs
-
         bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-        s3fs.S3FileSystem(**self.direct, skip_instance_cache=True).mkdir(bucket)
+        self.filesystem().mkdir(bucket)
         return f"s3://{bucket}/some/episodes"
 
     def filesystem(self) -> Any:
+        """The same one for all tests, as making one takes long."""
         import s3fs
 
-        return s3fs.S3FileSystem(**self.direct, skip_instance_cache=True, use_listings_cache=False)
+        return s3fs.S3FileSystem(**self.direct, use_listings_cache=False)
 
     def put(self, directory: Path, url: str) -> None:
         """Copy all files, without an index, as other tools do."""

@@ -99,10 +99,6 @@ class EpisodeFiles(Files):
     def _entries(self) -> Iterator[tuple[str, Callable[[], int]]]:
         """The names of all files, and what tells their sizes, -1 for what is no file."""
 
-    @abstractmethod
-    def link(self, name: str, other: Directory) -> None:
-        """Let a file, which never changes, appear in `other` as well; as a copy where links are not possible."""
-
     def expect(self, names: Sequence[str], lengths: Sequence[int], fields: Fields, whole: bool) -> None:
         """Prepare for reading the headers of episodes, or `whole` files: they will be opened next."""
 

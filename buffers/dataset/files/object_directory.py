@@ -7,7 +7,6 @@ rows are found by the numbers in an episode's name.
 from __future__ import annotations
 
 import io
-import shutil
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 
 from buffers.dataset.files.directory import EpisodeDirectory, EpisodeFiles, FileName, Listing
 from buffers.dataset.files.late_files import LATE
-from buffers.disk import DamagedEpisodeError, Directory, Files, parse_fields
+from buffers.disk import DamagedEpisodeError, Files, parse_fields
 from buffers.disk.lock import LOCK, capacity_in
 from buffers.fields import Fields
 from buffers.objects import (
@@ -216,12 +215,6 @@ class ObjectDirectory(EpisodeFiles):
     def folder(self, name: str) -> Files | None:
         """As `Files.folder`, for that of late fields."""
         return _ObjectFolder(self, name, self._late) if name == LATE and self._late else None
-
-    def link(self, name: str, other: Directory) -> None:
-        """As `EpisodeFiles.link`: download it."""
-        if name in other.names():
-            raise FileExistsError(17, "The file exists", name)
-        other.commit(name, lambda copy: shutil.copyfileobj(self.open(name), copy))
 
     def close(self) -> None:
         """Connections are closed with the last reference to the store."""

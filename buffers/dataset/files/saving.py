@@ -80,7 +80,7 @@ class LinkedDataset(EpisodeDataset):
                 assert folder is not None  # It was created.
                 folders.append(folder)
             try:
-                self._directory.link(name, folders[0])
+                self._own.link(name, folders[0])
             except FileExistsError:
                 return  # Ctrl-C has cut off a call.
             except FileNotFoundError:
