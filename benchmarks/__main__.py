@@ -25,7 +25,7 @@ AGAINST_PEERS = (
 # Ours in a process of its own, beside the build from before.
 OURS = ("samplers", "wrapping", "padding", "priorities_growth", "holding_up")
 # Ours alone.
-ALONE = ("recording", "workers", "filing", "composing", "learning", "interop")
+ALONE = ("recording", "workers", "filing", "composing", "learning", "interop", "objects")
 QUICK_SCALE, QUICK_ROUNDS = 10, 5
 
 
@@ -110,6 +110,10 @@ def _alone(part: str) -> Callable[[int], None]:
         from benchmarks.interop import interop
 
         return interop
+    if part == "objects":
+        from benchmarks.objects import objects
+
+        return objects
     if part == "learning":
         from benchmarks.learning import learning
 

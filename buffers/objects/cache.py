@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from buffers.disk.lock import NO_SURPRISES, Descriptor
 from buffers.objects.ranges import BLOCK
@@ -112,7 +113,7 @@ class CacheEntry:
         self._start = -(-4 * self._num_blocks // _PAGE) * _PAGE
         self._seed = zlib.crc32(key.encode())
         self._file: Descriptor | None = None
-        self._used = 0.0
+        self._used = -_GRAIN
         # Which blocks this process has written, or compared with their CRC.
         self._is_there = np.zeros(self._num_blocks, np.bool_)
 
@@ -126,14 +127,12 @@ class CacheEntry:
         first, last = offset // BLOCK, -(-end // BLOCK)
         missing: list[tuple[int, int]] = []
         try:
-            file = self._opened(create=False)
+            file = self._opened(create=False).number
             self._check(file, first, last)
-            edges = np.flatnonzero(np.diff(self._is_there[first:last], prepend=False, append=False)) + first
-            # Ascending pairs: the runs of blocks that are there.
             at = offset
-            for run, run_end in edges.reshape(-1, 2).tolist():
+            for run, run_end in _runs(self._is_there[first:last], first):
                 start, stop = max(run * BLOCK, offset), min(run_end * BLOCK, end)
-                if _pread(file.number, memory[start - offset : stop - offset], self._start + start):
+                if _pread(file, memory[start - offset : stop - offset], self._start + start):
                     missing += [(at, start)] if at < start else []
                     at = stop
         except OSError:
@@ -165,30 +164,40 @@ class CacheEntry:
         # A block that lies where another one belongs does not fit, either. 0 is for one that is not there.
         return zlib.crc32(block, self._seed ^ number) or 1
 
-    def _check(self, file: Descriptor, first: int, last: int) -> None:
+    def _check(self, file: int, first: int, last: int) -> None:
         """Compare the blocks in [first, last) that are new to this process with their CRCs."""
-        is_new = ~self._is_there[first:last]
-        if not is_new.any():
+        if self._is_there[first:last].all():
             return
+        is_new = ~self._is_there[first:last]
         table = np.zeros(last - first, "<u4")
-        _pread(file.number, table.view(np.uint8).data, 4 * first)
+        _pread(file, table.view(np.uint8).data, 4 * first)
         for number in (np.flatnonzero(is_new & (table != 0)) + first).tolist():
             start = number * BLOCK
-            block = os.pread(file.number, min(BLOCK, self._size - start), self._start + start)
+            block = os.pread(file, min(BLOCK, self._size - start), self._start + start)
             self._is_there[number] = self._crc(number, block) == table[number - first]
 
     def _opened(self, create: bool) -> Descriptor:
         """The file, which is marked as used; FileNotFoundError without `create` if there is none."""
-        self.drop_if_removed()
+        now = time.monotonic()
+        if create or now > self._used + _GRAIN:
+            # The bytes of a file that was removed are still right, but take room that is not counted.
+            self.drop_if_removed()
         if self._file is None:
             flags = os.O_RDWR | NO_SURPRISES | (os.O_CREAT if create else 0)
             self._file = Descriptor(os.open(self._path, flags, 0o600))
-            self._used = 0.0
-        now = time.monotonic()
+            self._used = -_GRAIN
         if now > self._used + _GRAIN:
             os.utime(self._file.number)
             self._used = now
         return self._file
+
+
+def _runs(is_there: npt.NDArray[np.bool_], first: int) -> list[list[int]]:
+    """The runs [start, end) of blocks that are there, of those from `first` on."""
+    if is_there.all():
+        return [[first, first + len(is_there)]]
+    edges = np.flatnonzero(np.diff(is_there, prepend=False, append=False)) + first
+    return edges.reshape(-1, 2).tolist()
 
 
 def _default_directory() -> str:

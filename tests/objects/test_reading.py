@@ -151,3 +151,23 @@ def test_a_saved_reader_reads_the_same_url_again(tmp_path: Path) -> None:
         same_batches(again, reader(url))
     with pytest.raises(RuntimeError, match="This dataset reads memory.*`download` it"):
         again.upload("memory://elsewhere")
+
+
+def test_rows_without_bytes_and_episodes_of_one_row_are_read(tmp_path: Path) -> None:
+    directory = tmp_path / "mine"
+    with IndividualFileDataset(100, directory=directory, durability="rename") as dataset:
+        for length in (1, 7):
+            dataset.add_episode({"none": np.zeros((length, 0), np.float32), "some": np.arange(length)})
+        for cache in (None, tmp_path / "cache"):
+            remote = reader(f"file://{directory}", cache)
+            for number in range(2):
+                tagged.assert_same_episode(remote.get_episode(number), dataset.get_episode(number))
+
+
+def test_a_cache_smaller_than_an_episode_does_no_harm(tmp_path: Path) -> None:
+    directory = tmp_path / "mine"
+    tagged_episodes(directory, [500, 900, 700])
+    local = IndividualFileDataset(directory=directory, mode="r")
+    remote = reader(f"file://{directory}", tmp_path / "cache", cache_bytes=20_000)
+    same_batches(remote, local, sequence_length=50)
+    assert sum(512 * path.stat().st_blocks for path in (tmp_path / "cache").iterdir()) <= 20_000 * 17 / 16 + 2**16

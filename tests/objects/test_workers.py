@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from buffers.dataset import IndividualFileDataset
+from buffers.objects import ObjectStoreError
 from tests import tagged
 from tests.faults import in_child, status_of
-from tests.objects.store_helpers import S3, reader, same_batches, tagged_episodes
+from tests.objects.store_helpers import S3, always, reader, same_batches, tagged_episodes
 
 
 @pytest.fixture
@@ -88,3 +89,12 @@ def test_a_pickled_dataset_is_small_and_reads(bucket: tuple[S3, Path, str]) -> N
     copy = pickle.loads(data)
     assert copy._directory.store.timeout == 7.5 and os.path.exists(directory)
     same_batches(copy, IndividualFileDataset(directory=directory, mode="r"))
+
+
+def test_an_error_of_a_worker_reaches_the_trainer(bucket: tuple[S3, Path, str]) -> None:
+    s3, _, url = bucket
+    dataset = reader(url, storage_options=s3.options)
+    s3.proxy.fault = always("403", of=".safetensors")
+    batches = iter(dataset.get_loader(8, 3, num_workers=1, seed=5, multiprocessing_context="fork"))
+    with pytest.raises(ObjectStoreError, match="bytes .* of 00000.*Check the credentials"):
+        next(batches)

@@ -9,7 +9,7 @@ import torch
 
 from buffers.dataset.files.directory import EpisodeFiles, FileName
 from buffers.dataset.files.object_directory import ObjectDirectory
-from buffers.dataset.files.serialization import EpisodeSerializationStrategy
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, has_offsets
 from buffers.dataset.files.window_reader import Layout, Target, WindowReader, ranges_of
 from buffers.disk import DamagedEpisodeError
 from buffers.fields import Fields
@@ -52,7 +52,7 @@ class ObjectWindowReader(WindowReader):
         starts = (windows.start - windows.step).tolist()
         cuts = [0] * len(starts) if windows.cut is None else windows.cut.tolist()
         rows = zip(starts, windows.episode_length.tolist(), windows.episode.tolist(), cuts, strict=True)
-        is_whole = type(strategy).row_offsets is EpisodeSerializationStrategy.row_offsets
+        is_whole = not has_offsets(strategy)
         known = self._decoded if is_whole else self._layouts
         found = {row[2]: row for row in rows if row[2] not in known}
         names = [str(self._directory.name_of(*row)) for row in found.values()]

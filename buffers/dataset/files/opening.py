@@ -13,7 +13,7 @@ from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
 from buffers.dataset.files.directory import EpisodeDirectory, EpisodeFiles
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import EpisodeSerializationStrategy
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, has_offsets
 from buffers.disk import DAMAGED, DamagedEpisodeError, Directory, Files, UnknownVersionError
 from buffers.fields import Fields
 
@@ -141,11 +141,12 @@ class Inspection:
         """Table rows of whole episodes, int64 `(n, 4)`, after looking as closely as `verify` says."""
         names, rows = self.listing.names, self.listing.rows
         method = self.strategy.verify if verify == "full" else self.strategy.check
+        is_whole = verify == "full" or not has_offsets(self.strategy)
         looked_at = self._suspects(fields) if verify == "size" else list(range(len(names)))
         for first in range(0, len(looked_at), _NUM_EXPECTED):
             some = [i for i in looked_at[first : first + _NUM_EXPECTED] if names[i] not in self._errors]
             lengths = rows[some, 1].tolist()
-            self._directory.expect([names[i] for i in some], lengths, fields, verify == "full")
+            self._directory.expect([names[i] for i in some], lengths, fields, is_whole)
             for i, length in zip(some, lengths, strict=True):
                 self._try(names[i], method, fields, length)
         # Rows of two files with the same numbers could not be told apart in a batch: the first file stays.
