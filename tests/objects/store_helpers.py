@@ -28,7 +28,8 @@ class Proxy:
 
     Attributes:
         fault: Says of a request (method, path) "500", "503", "403", "hang", "drop" (the connection), "short" (half of
-            the bytes, as if these were all), "cut" (half of the bytes that were announced), or None.
+            the bytes, as if these were all), "cut" (half of the bytes that were announced), "lose" (nothing is
+            done, and said to be), or None.
         requests: (method, path, range) of each.
     """
 
@@ -79,6 +80,9 @@ class Proxy:
         if fault is not None and fault.isdigit():
             code = {"403": "AccessDenied", "503": "SlowDown", "507": "InsufficientStorage"}.get(fault, "InternalError")
             self.answer(handler, int(fault), f"<Error><Code>{code}</Code></Error>".encode(), [])
+            return
+        if fault == "lose":
+            self.answer(handler, 200, b"", [("ETag", '"0"')])
             return
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request(handler.command, handler.path, body, dict(handler.headers.items()))

@@ -199,6 +199,23 @@ def test_processes_share_it(tmp_path: Path) -> None:
     assert [status_of(child) for child in children] == [0, 0, 0]
 
 
+def test_a_block_that_was_not_written_to_its_end_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the two writes fails."""
+    for num in range(2):
+        left = [num]
+
+        def fail(name: str, *_: Any, left: list[int] = left) -> None:
+            left[0] -= name == "pwrite"
+            if name == "pwrite" and left[0] < 0:
+                raise OSError(errno.ENOSPC, "full")
+
+        entry = entry_in(tmp_path / str(num))
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be used"):
+            patch.setattr(cache_module, "os", WatchedOS(fail))
+            entry.put(0, CONTENT)
+        assert check(entry) == set(range(6))
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
 def test_a_directory_that_cannot_be_written_is_said_once_and_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

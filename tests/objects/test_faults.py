@@ -10,7 +10,7 @@ import torch
 from buffers import ReplayBuffer
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
 from buffers.dataset.transfer import upload
-from buffers.objects import ObjectStore, ObjectStoreError
+from buffers.objects import INDEX, ObjectStore, ObjectStoreError
 from tests import tagged
 from tests.file_helpers import files
 from tests.objects.store_helpers import S3, always, failing, reader, same_batches, tagged_episodes
@@ -42,6 +42,7 @@ def test_what_may_pass_is_asked_for_again(bucket: tuple[S3, Path, str], fault: s
     ("fault", "message", "num"),
     [
         ("500", "bytes [0-9]+ to [0-9]+ of 0000000001.*InternalError.*3 attempts.*Check the store and the", 3),
+        ("503", "of 0000000001.*SlowDown.*3 attempts", 3),
         ("short", "of 0000000001.*bytes came.*3 attempts", 3),
         ("403", "of 0000000001.*PermissionError.*1 attempt\\). Check the credentials in `storage_options`", 1),
     ],
@@ -94,11 +95,24 @@ def test_a_full_store_is_named(bucket: tuple[S3, Path, str]) -> None:
         upload(directory, f"{url}/other", storage_options=s3.options)
 
 
+def test_an_upload_looks_whether_all_of_it_has_come(bucket: tuple[S3, Path, str]) -> None:
+    s3, directory, url = bucket
+    s3.proxy.fault = failing(1, "lose", "PUT", "0000000001")
+    with pytest.raises(
+        ObjectStoreError, match="has nothing of 0000000001.* after [0-9]+ bytes were sent. Upload again"
+    ):
+        upload(directory, f"{url}/other", storage_options=s3.options)
+    assert not s3.filesystem().exists(f"{url}/other/{INDEX}")
+    upload(directory, f"{url}/other", storage_options=s3.options)
+    assert s3.filesystem().exists(f"{url}/other/{INDEX}")
+
+
 def test_an_object_that_is_shorter_than_it_was_is_left_out(bucket: tuple[S3, Path, str]) -> None:
     s3, directory, url = bucket
     dataset = reader(url, storage_options=s3.options)
     fs, (name, *_) = s3.filesystem(), files(directory)
     fs.pipe_file(f"{url}/{name}", (directory / name).read_bytes()[:-10])
+    dataset._directory._next_look = float("inf")  # It does not look by itself.
     with pytest.warns(UserWarning, match=f"1 files in {url} are no whole episodes and were left out: {name}: it has"):
         batch = dataset.get_loader(64, 2, seed=0).stream.take()
     assert {number for _, number, _, _ in tagged.origins(batch)} == {1, 2}

@@ -11,6 +11,7 @@ import torch
 from buffers import ReplayBuffer
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
 from buffers.dataset.transfer import download, upload
+from buffers.disk import Directory
 from buffers.fields import Scalar
 from buffers.objects import INDEX, Index, ObjectStore
 from buffers.viewing.commands import main
@@ -89,6 +90,27 @@ def test_saves_go_there_and_come_back(target: tuple[str, dict[str, Any]], tmp_pa
     other.save(tmp_path / "other")
     with pytest.raises(ValueError, match="holds saves of another run, which would be removed. Choose another URL"):
         upload(tmp_path / "other", url, **options)
+
+
+def test_the_newest_save_is_sent_when_all_it_needs_is_there(s3: S3, tmp_path: Path) -> None:
+    url, dataset = s3.new_url(), IndividualFileDataset(100, directory=tmp_path / "episodes", durability="rename")
+    buffer = ReplayBuffer(dataset, 4, 2, seed=3)
+    for number in range(2):
+        buffer.add_episode(tagged.episode(5, number))
+        buffer.save(tmp_path / "saves", keep=2)
+    dataset.close()
+    upload(tmp_path / "saves", url, storage_options=s3.options)
+    sent = [path.rpartition("/")[2] for method, path, _ in s3.proxy.requests if method == "PUT"]
+    assert len(sent) == 5 and sent[-2:] == ["save-0000000001.safetensors", INDEX]
+    # And so it arrives.
+    order: list[str] = []
+    commit = Directory.commit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Directory, "commit", lambda self, name, *a, **k: order.append(name) or commit(self, name, *a, **k)
+        )
+        download(url, tmp_path / "back", storage_options=s3.options)
+    assert len(order) == 4 and order[-1] == "save-0000000001.safetensors"
 
 
 def test_another_dataset_is_not_replaced(tmp_path: Path) -> None:

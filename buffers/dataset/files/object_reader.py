@@ -43,7 +43,6 @@ class ObjectWindowReader(WindowReader):
             for file, error in self._directory.files.fill(self._parts).items():
                 name = self._names[file]
                 lost[name] = str(error) if isinstance(error, DamagedEpisodeError) else None
-                self._files.pop(name.id, None)
             self._parts, self._names = [], {}
             return lost
 
