@@ -210,10 +210,11 @@ def test_a_block_that_was_not_written_to_its_end_is_not_there(tmp_path: Path, mo
                 raise OSError(errno.ENOSPC, "full")
 
         entry = entry_in(tmp_path / str(num))
+        entry.put(5 * BLOCK, CONTENT[5 * BLOCK :])
         with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be used"):
             patch.setattr(cache_module, "os", WatchedOS(fail))
-            entry.put(0, CONTENT)
-        assert check(entry) == set(range(6))
+            entry.put(0, CONTENT[: 2 * BLOCK])
+        assert check(entry) == set(range(5))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])

@@ -128,6 +128,18 @@ def test_another_dataset_is_not_replaced(tmp_path: Path) -> None:
         download(f"memory://{tmp_path}/nothing", tmp_path / "four")
 
 
+def test_what_an_index_does_not_name_is_compared(tmp_path: Path) -> None:
+    """Sent by an upload that was killed, it is kept. Of other content, it is sent."""
+    tagged_episodes(tmp_path / "mine", [5, 9])
+    for name in files(tmp_path / "mine"):
+        content = (tmp_path / "mine" / name).read_bytes()
+        other = content if name.startswith("0000000000") else content[:-1] + bytes([content[-1] ^ 255])
+        ObjectStore(f"memory://{tmp_path}/x").write(name, other)
+    done = upload(tmp_path / "mine", f"memory://{tmp_path}/x")
+    assert (done.num_files, done.num_kept) == (1, 1)
+    same_batches(reader(f"memory://{tmp_path}/x"), IndividualFileDataset(directory=tmp_path / "mine", mode="r"))
+
+
 def killed_after(num_writes: int) -> Fault:
     """Nothing that writes is done any more, after so many requests that do."""
     left = itertools.count(num_writes, -1)
