@@ -1,4 +1,4 @@
-"""`python -m buffers demo | inspect DIRECTORY | import FORMAT SOURCE DIRECTORY | export FORMAT DIRECTORY TARGET`."""
+"""`python -m buffers demo | inspect | import | export | upload | download`, each with `--help`."""
 
 import sys
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from buffers.dataset.episode_reader import EpisodeReader
 from buffers.dataset.saving import SavedBeside, begin_source, load_source, verify_save
+from buffers.objects import check_local
 from buffers.saving import Save, SaveDirectory, open_save
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ class SavedSource(EpisodeReader):
         progress: bool,
     ) -> Future[str]:
         """`save`, with what others put into the snapshot at the same moment."""
+        check_local(
+            os.fspath(directory), "Save to one, and bring it there with `python -m buffers upload DIRECTORY URL`"
+        )
         path = os.path.realpath(os.fspath(directory))
         for store in self.stores:
             if not store.is_reader:

@@ -1,6 +1,6 @@
 """Files: directories in which they appear whole, locks, and what they say."""
 
-from buffers.disk.directory import DAMAGED, TEMPORARY, Directory, open_directory, with_advice
+from buffers.disk.directory import DAMAGED, TEMPORARY, Directory, Files, open_directory, with_advice
 from buffers.disk.lock import NO_SURPRISES, Descriptor
 from buffers.disk.parsing import (
     DTYPES,
@@ -12,6 +12,7 @@ from buffers.disk.parsing import (
     parse_json,
     safetensors_type,
 )
+from buffers.disk.reading import RangeFile, read_at, size_of
 
 __all__ = [
     "DAMAGED",
@@ -19,7 +20,9 @@ __all__ = [
     "DamagedEpisodeError",
     "Descriptor",
     "Directory",
+    "Files",
     "NO_SURPRISES",
+    "RangeFile",
     "TEMPORARY",
     "UnknownVersionError",
     "as_damage",
@@ -27,6 +30,8 @@ __all__ = [
     "open_directory",
     "parse_fields",
     "parse_json",
+    "read_at",
     "safetensors_type",
+    "size_of",
     "with_advice",
 ]

@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from buffers.disk.lock import NO_SURPRISES, Descriptor
 from buffers.disk.parsing import DamagedEpisodeError
 
-__all__ = ["DAMAGED", "Directory", "TEMPORARY", "open_directory", "with_advice"]
+__all__ = ["DAMAGED", "Directory", "Files", "TEMPORARY", "open_directory", "with_advice"]
 
 TEMPORARY = ".tmp-"
 DAMAGED = "damaged"
@@ -31,7 +32,49 @@ class _File(io.FileIO):
         self.close()
 
 
-class Directory:
+class Files(ABC):
+    """What readers need of a directory, or of objects that stand for one.
+
+    Attributes:
+        path: Where it was found.
+    """
+
+    path: str
+
+    @abstractmethod
+    def folder(self, name: str) -> Files | None:
+        """A folder in it; None if there is none."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The names of all files, in order."""
+
+    @abstractmethod
+    def open(self, name: str) -> io.FileIO:
+        """Open a file for reading; FileNotFoundError if it is gone, DamagedEpisodeError if it cannot be an episode.
+
+        What stands for a file elsewhere is a `RangeFile`, which has no descriptor.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it. Files that are open stay so."""
+
+    def read(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """`method(file, *arguments)` of a file.
+
+        One that looks damaged or gone is looked at again: a signal handler's exception can look like that.
+        """
+        try:
+            with self.open(name) as file:
+                return method(file, *arguments)
+        except (DamagedEpisodeError, FileNotFoundError) as error:
+            with self.open(name) as file:
+                method(file, *arguments)
+            raise error.__cause__ or error from None
+
+
+class Directory(Files):
     """A directory that is open: its files are reached by their names, wherever it is moved.
 
     Args:
@@ -169,19 +212,6 @@ class Directory:
         return _File(
             name, opener=lambda name, flags: os.open(name, flags | NO_SURPRISES, dir_fd=self._descriptor.number)
         )
-
-    def read(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """`method(file, *arguments)` of a file.
-
-        One that looks damaged or gone is looked at again: a signal handler's exception can look like that.
-        """
-        try:
-            with self.open(name) as file:
-                return method(file, *arguments)
-        except (DamagedEpisodeError, FileNotFoundError) as error:
-            with self.open(name) as file:
-                method(file, *arguments)
-            raise error.__cause__ or error from None
 
     def close(self) -> None:
         """Close it. Files that are open stay so."""

@@ -9,7 +9,7 @@ import socket
 import weakref
 from collections.abc import Callable
 
-__all__ = ["Descriptor", "NO_SURPRISES", "last_capacity", "sign", "take_lock"]
+__all__ = ["Descriptor", "LOCK", "NO_SURPRISES", "capacity_in", "last_capacity", "sign", "take_lock"]
 
 LOCK = ".lock"
 _TEXT_SIZE = 200
@@ -86,7 +86,12 @@ def last_capacity(directory: int) -> int:
 
 
 def _capacity(lock: Descriptor) -> int:
-    match = re.search(r"capacity ([0-9]{1,19})$", _text(lock))
+    return capacity_in(_text(lock))
+
+
+def capacity_in(text: str) -> int:
+    """The capacity that the text of `.lock` says; 0 if it says none."""
+    match = re.search(r"capacity ([0-9]{1,19})$", text.strip())
     return 0 if match is None else int(match[1])
 
 

@@ -16,6 +16,7 @@ import torch
 
 from buffers.disk import DamagedEpisodeError, Descriptor, Directory, as_damage, open_directory
 from buffers.fields import TensorType, as_tensor
+from buffers.objects import check_local
 from buffers.saving.packed_file import DamagedSaveError, PackedReader
 from buffers.saving.places import Places, ids_in, numbers_of
 from buffers.saving.tree import unpack_tree
@@ -233,8 +234,10 @@ def open_save(path: str, verify: Callable[[Save], object] | None = None) -> Save
 
     Raises:
         FileNotFoundError: There is none.
+        ValueError: The path is a URL.
         DamagedSaveError: It, or with `verify` each, is damaged.
     """
+    check_local(path, "Bring the saves here with `python -m buffers download URL DIRECTORY`")
     if not is_save_directory(path):
         raise FileNotFoundError(f"{os.path.abspath(path)} is no directory of saves: there is no save in it.")
     saves = list_saves(path)

@@ -1,4 +1,4 @@
-"""The commands `python -m buffers demo | inspect | import | export`."""
+"""The commands `python -m buffers demo | inspect | import | export | upload | download`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        status = {"demo": _demo, "inspect": _inspect, "import": _import, "export": _export}[options.command](options)
+        status = _COMMANDS[options.command](options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="read each file and check all of its content; otherwise, only its size is checked",
     )
     _add_transfers(commands)
+    _add_copies(commands)
     return parser
 
 
@@ -93,6 +94,59 @@ def _add_transfers(commands: Any) -> None:
             metavar="NAME=VALUE",
             help="of the format's `read` or `write`, see docs/formats.md; `dtypes.reward=float32` stores another dtype",
         )
+
+
+def _add_copies(commands: Any) -> None:
+    uploader = commands.add_parser(
+        "upload",
+        help="copy a directory of episodes, or of saves, to a URL",
+        description="Copy a directory of episodes, or of saves, to a folder of an object store. If it is killed, the "
+        "URL holds what it held before, and the same command goes on.",
+    )
+    uploader.add_argument("source", metavar="DIRECTORY", help="of episodes, or of saves")
+    uploader.add_argument("target", metavar="URL", help="s3://bucket/folder, for example")
+    downloader = commands.add_parser(
+        "download",
+        help="copy episodes, or saves, from a URL into a directory",
+        description="Copy episodes, or saves, from a folder of an object store into a directory. If it is killed, the "
+        "same command goes on.",
+    )
+    downloader.add_argument("source", metavar="URL", help="s3://bucket/folder, for example")
+    downloader.add_argument("target", metavar="DIRECTORY", help="what to make")
+    for command in (uploader, downloader):
+        command.add_argument(
+            "--option",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="of fsspec's storage options; `client_kwargs.region_name=eu-west-1` is one of a dict",
+        )
+        command.add_argument("--timeout", type=float, default=10.0, help="seconds for a request (default 10)")
+
+
+def _upload(options: argparse.Namespace) -> int:
+    from buffers.dataset.transfer import upload
+
+    return _copy(upload, options)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from buffers.dataset.transfer import download
+
+    return _copy(download, options)
+
+
+def _copy(function: Callable[..., Any], options: argparse.Namespace) -> int:
+    try:
+        chosen = _options_of(options.option)
+        copied = function(
+            options.source, options.target, storage_options=chosen, timeout=options.timeout, progress=True
+        )
+        print(copied)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -154,3 +208,13 @@ def _inspect(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "inspect": _inspect,
+    "import": _import,
+    "export": _export,
+    "upload": _upload,
+    "download": _download,
+}

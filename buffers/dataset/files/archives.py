@@ -7,7 +7,6 @@ Ranges of rows cannot be read from them, so a window costs a whole episode unles
 from __future__ import annotations
 
 import io
-import os
 import pickletools
 import sys
 import zipfile
@@ -32,7 +31,7 @@ from buffers.dataset.files.serialization import (
     read_rows,
     schema_text,
 )
-from buffers.disk import DamagedEpisodeError, as_damage
+from buffers.disk import DamagedEpisodeError, as_damage, size_of
 from buffers.fields import Fields, TensorType
 
 __all__ = ["NumpyCompressedSerialization", "TorchSerialization"]
@@ -201,7 +200,7 @@ def _find_folder(archive: zipfile.ZipFile) -> str:
 @contextmanager
 def _open_archive(file: io.FileIO, fields: Fields | None = None, length: int = 0) -> Iterator[zipfile.ZipFile]:
     """The archive, refused if it is, or would expand to, far more than the expected rows."""
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     # Rows that are stored, or do not compress. Without an expectation, the size of the file.
     allowed = size if fields is None else length * fields.nbytes + _OVERHEAD + _OVERHEAD_PER_FIELD * len(fields)
     if size > allowed + allowed // 100:

@@ -18,17 +18,21 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Collection
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from buffers.disk import TEMPORARY, Descriptor, Directory, open_directory
+from buffers.disk import TEMPORARY, Descriptor, Directory, Files, open_directory
 from buffers.disk.lock import NO_SURPRISES, last_capacity, sign, take_lock
+from buffers.fields import Fields
 from buffers.table import EpisodeTable
 
-__all__ = ["EpisodeDirectory", "FileName", "Listing"]
+__all__ = ["EpisodeDirectory", "EpisodeFiles", "FileName", "Listing"]
 
 _DATA_SUFFIXES = ".npz", ".pt", ".safetensors", ".hdf5", ".h5"
 _LARGEST_NUMBER = 10**15
@@ -75,9 +79,84 @@ class Listing(NamedTuple):
     other_suffixes: set[str]  # Of episodes in other formats.
     next_numbers: tuple[int, int]  # The least id and start that are free, by all episodes and `.next` files.
     all_names: set[str]
+    markers: list[str]  # Of the names, those of `.next` files.
+    fields: Fields | None = None  # Of all episodes, where their headers have been checked before.
 
 
-class EpisodeDirectory(Directory):
+class EpisodeFiles(Files):
+    """The files of a dataset, in any format: in a directory, or elsewhere.
+
+    Attributes:
+        suffix: Of episode files.
+        last_capacity: Of the writer before, in steps; 0 if it is not known.
+    """
+
+    suffix: str
+    last_capacity = 0
+    _next_look = 0.0
+
+    @abstractmethod
+    def _entries(self) -> Iterator[tuple[str, Callable[[], int]]]:
+        """The names of all files, and what tells their sizes, -1 for what is no file."""
+
+    def expect(self, names: Sequence[str], lengths: Sequence[int], fields: Fields, whole: bool) -> None:
+        """Prepare for reading the headers of episodes, or `whole` files: they will be opened next."""
+
+    def list(self, known: Collection[str] = ()) -> Listing:
+        """List the files. Names that are `known` appear in `all_names` only."""
+        all_names, other_names, other_suffixes = set(), [], set()
+        names: list[str] = []
+        numbers = array("q")
+        for entry, size_of in self._entries():
+            all_names.add(entry)
+            if entry in known:
+                continue
+            name = FileName.parse(entry)
+            if name is None:
+                other_names.append(entry)
+            elif name.suffix != self.suffix:
+                other_suffixes.add(name.suffix)
+            else:
+                with contextlib.suppress(FileNotFoundError):  # Evicted meanwhile.
+                    numbers.extend((name.start, name.length, name.id, name.cut, size_of()))
+                    names.append(entry)
+        found = np.frombuffer(numbers, np.int64).reshape(-1, 5) if numbers else np.empty((0, 5), np.int64)
+        order = np.lexsort(found[:, [3, 1, 0, 2]].T)
+        rows = found[order, :4]
+        markers = [match for name in other_names if (match := _MARKER.fullmatch(name))]
+        given = np.array([(int(match[1]), int(match[2])) for match in markers], np.int64).reshape(-1, 2)
+        given = np.concatenate([given, np.stack([rows[:, 2] + 1, rows[:, 0] + rows[:, 1]], 1)])
+        # This library never gives numbers as large as those that are left out here.
+        next_id, next_start = given[(given < _LARGEST_NUMBER).all(1)].max(0, initial=0).tolist()
+        return Listing(
+            [names[at] for at in order.tolist()],
+            rows,
+            found[order, 4],
+            [name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])],
+            [name for name in other_names if name[0] != "." and name.endswith((*_DATA_SUFFIXES, self.suffix))],
+            other_suffixes,
+            (next_id, next_start),
+            all_names,
+            [match[0] for match in markers],
+        )
+
+    def look(self, scan: Callable[[], None], is_urgent: bool) -> None:
+        """Call `scan` if it is urgent, or if a name was added or removed and it is not too early for another scan."""
+        begin = time.monotonic()
+        if (is_urgent or begin >= self._next_look) and self._look(scan, is_urgent):
+            end = time.monotonic()
+            self._next_look = end + _REST * (end - begin)
+
+    @abstractmethod
+    def _look(self, scan: Callable[[], None], is_urgent: bool) -> bool:
+        """Call `scan` if it is urgent, or if a name may have been added or removed; whether that took time."""
+
+    def name_of(self, start: int, length: int, episode_id: int, cut: int) -> FileName:
+        """The name for a row of the table."""
+        return FileName(episode_id, start, length, cut, self.suffix)
+
+
+class EpisodeDirectory(Directory, EpisodeFiles):
     """The files of a dataset, in any format.
 
     Args:
@@ -94,9 +173,8 @@ class EpisodeDirectory(Directory):
         self.suffix = suffix
         self.newest: FileName | None = None  # Of the episode whose file was written last.
         self._markers: list[str] = []  # The names of `.next` files.
-        self._change_seen, self._next_look = -1, 0.0
+        self._change_seen = -1
         self._lock = take_lock(self.path, self._descriptor.number, lock) if writable else None
-        # Of the writer before, in steps; 0 if it is not known.
         self.last_capacity = last_capacity(self._descriptor.number)
 
     def keep_capacity(self, capacity: int) -> None:
@@ -107,56 +185,27 @@ class EpisodeDirectory(Directory):
                 os.fsync(self._lock.number)
                 os.fsync(self._descriptor.number)
 
-    def list(self, known: Collection[str] = ()) -> Listing:
-        """List the directory. Names that are `known` appear in `all_names` only."""
-        episodes: list[tuple[FileName, int]] = []
-        all_names, other_names, other_suffixes = set(), [], set()
+    def _entries(self) -> Iterator[tuple[str, Callable[[], int]]]:
         # A descriptor of its own, because forked processes share the position of one up to which it has been read.
         descriptor = Descriptor(os.open(".", os.O_RDONLY, dir_fd=self._descriptor.number))
         with os.scandir(descriptor.number) as entries:
             for entry in entries:
-                all_names.add(entry.name)
-                if entry.name in known:
-                    continue
-                name = FileName.parse(entry.name)
-                if name is None:
-                    other_names.append(entry.name)
-                elif name.suffix != self.suffix:
-                    other_suffixes.add(name.suffix)
-                else:
-                    with contextlib.suppress(FileNotFoundError):  # Evicted meanwhile.
-                        status = entry.stat(follow_symlinks=False)
-                        episodes.append((name, status.st_size if stat.S_ISREG(status.st_mode) else -1))
-        episodes.sort()
-        names = [name for name, _ in episodes]
-        rows = np.array([(name.start, name.length, name.id, name.cut) for name in names], np.int64).reshape(-1, 4)
-        markers = [match for name in other_names if (match := _MARKER.fullmatch(name))]
-        self._markers = [match[0] for match in markers]
-        given = np.array([(int(match[1]), int(match[2])) for match in markers], np.int64).reshape(-1, 2)
-        given = np.concatenate([given, np.stack([rows[:, 2] + 1, rows[:, 0] + rows[:, 1]], 1)])
-        # This library never gives numbers as large as those that are left out here.
-        next_id, next_start = given[(given < _LARGEST_NUMBER).all(1)].max(0, initial=0).tolist()
-        return Listing(
-            list(map(str, names)),
-            rows,
-            np.array([size for _, size in episodes], np.int64),
-            [name for name in other_names if name.startswith(TEMPORARY) and FileName.parse(name[len(TEMPORARY) :])],
-            [name for name in other_names if name[0] != "." and name.endswith((*_DATA_SUFFIXES, self.suffix))],
-            other_suffixes,
-            (next_id, next_start),
-            all_names,
-        )
+                yield entry.name, partial(_size_of, entry)
 
-    def look(self, scan: Callable[[], None], is_urgent: bool) -> None:
-        """Call `scan` if it is urgent, or if a name was added or removed and it is not too early for another scan."""
-        begin, changed_at = time.monotonic(), os.fstat(self._descriptor.number).st_mtime_ns
-        if not is_urgent and (begin < self._next_look or changed_at == self._change_seen):
-            return
+    def list(self, known: Collection[str] = ()) -> Listing:
+        """As `EpisodeFiles.list`."""
+        listing = super().list(known)
+        self._markers = listing.markers
+        return listing
+
+    def _look(self, scan: Callable[[], None], is_urgent: bool) -> bool:
+        changed_at = os.fstat(self._descriptor.number).st_mtime_ns
+        if not is_urgent and changed_at == self._change_seen:
+            return False
         is_settled = time.time_ns() - changed_at > _CLOCK_GRAIN_NS
         scan()
         self._change_seen = changed_at if is_settled else -1
-        end = time.monotonic()
-        self._next_look = end + _REST * (end - begin)
+        return True
 
     def remove_uncounted(self, next_id: int) -> None:
         """Remove the newest file if its addition failed after writing it: its numbers will be given again."""
@@ -187,12 +236,13 @@ class EpisodeDirectory(Directory):
         if table.next_id and (not len(table) or int(table.ids[-1]) != table.next_id - 1):
             self.keep_numbers(table.next_id, table.next_start)
 
-    def name_of(self, start: int, length: int, episode_id: int, cut: int) -> FileName:
-        """The name for a row of the table."""
-        return FileName(episode_id, start, length, cut, self.suffix)
-
     def close(self) -> None:
         """Release the lock, and close it."""
         if self._lock is not None:
             self._lock.close()
         super().close()
+
+
+def _size_of(entry: os.DirEntry[str]) -> int:
+    status = entry.stat(follow_symlinks=False)
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1

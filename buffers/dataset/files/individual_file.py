@@ -5,25 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, final, get_args
 
 import numpy as np
 import torch
 
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.dataset.files.copies import opened_handle, pickled_handle
-from buffers.dataset.files.directory import EpisodeDirectory, FileName
+from buffers.dataset.files.copies import open_copy, pickled_handle
+from buffers.dataset.files.directory import FileName
 from buffers.dataset.files.late_files import LateFiles
+from buffers.dataset.files.object_directory import ObjectOptions, open_files
+from buffers.dataset.files.object_reader import window_reader
 from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, check_capacity, report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.saving import LinkedDataset
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy, as_saved, check_strategy
-from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.disk import DamagedEpisodeError, with_advice
 from buffers.evictor import Evictor
 from buffers.fields import Fields
 from buffers.late import LateFields
+from buffers.objects import DEFAULT_CACHE_BYTES
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import TableRow, Windows
 from buffers.utils import format_bytes, integer, one_of
@@ -53,7 +56,8 @@ class IndividualFileDataset(LinkedDataset):
         capacity: In steps. A reader sees everything; by default, its capacity is that of the last writer.
         info: What is known beforehand; its `fields` must be those of the directory.
         evictor: Chooses the episode that leaves; the oldest by default.
-        directory: Created if necessary. By default "individual_file_dataset" in the working directory.
+        directory: Created if necessary. By default "individual_file_dataset" in the working directory. Readers also
+            take a URL, "s3://bucket/folder" for example: see `docs/objects.md`.
         serialization_strategy: The format. By default that of the episodes in the directory, or safetensors if there
             are none.
         max_sampling_attempts: How often windows are drawn again whose files have vanished.
@@ -64,6 +68,10 @@ class IndividualFileDataset(LinkedDataset):
             which reads everything). The header is always checked before rows are read.
         shrink: Let a directory that holds more than `capacity` give up what the evictor chooses.
         lock: False where the file system cannot lock files, and you know that there is no other writer.
+        storage_options: For a URL (extra `objects`): what fsspec needs to reach the store.
+        cache_directory: Where blocks of objects are kept; by default `buffers/objects` in the user's folder of caches.
+        cache_bytes: The most that these take; 0 for none.
+        timeout: Seconds until the store must have answered a request.
 
     Attributes:
         damaged_files: (file name, what is wrong) of files that turned out not to be whole episodes.
@@ -73,7 +81,7 @@ class IndividualFileDataset(LinkedDataset):
         ValueError: An argument out of its range; a directory with other fields, another format or version; for a
             writer without `shrink`, a directory that holds more than `capacity`.
         RuntimeError: Another writer has the directory.
-        OSError: The directory cannot be created, read, written to, or locked.
+        OSError: The directory cannot be created, read, written to, or locked; a store does not answer.
         MemoryError: Shared memory is not available.
     """
 
@@ -101,6 +109,10 @@ class IndividualFileDataset(LinkedDataset):
         verify: Verify = "size",
         shrink: bool = False,
         lock: bool = True,
+        storage_options: Mapping[str, Any] | None = None,
+        cache_directory: str | os.PathLike[str] | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        timeout: float = 10.0,
     ) -> None:
         if capacity is None and mode == "a":
             raise TypeError("`capacity` is missing. Only with mode='r', it can be left out.")
@@ -116,11 +128,12 @@ class IndividualFileDataset(LinkedDataset):
         # The format and the fields of the first episode bind those that follow.
         self._is_bound = False
         self._writer = os.getpid() if mode == "a" else None
-        # Names that a reader has inspected.
-        self._seen: set[str] = set()
+        self._seen: set[str] = set()  # Names that a reader has inspected.
         path, is_durable = os.fspath(directory), durability == "fsync"
-        self._directory = EpisodeDirectory(path, strategy.suffix, mode == "a", is_durable, lock)
-        self._reader = WindowReader(self._directory)
+        cached_in = None if cache_directory is None else os.fspath(cache_directory)
+        self._objects = ObjectOptions(storage_options, cached_in, integer("cache_bytes", cache_bytes, 0), timeout)
+        self._directory = open_files(path, strategy.suffix, mode == "a", is_durable, lock, self._objects)
+        self._reader = window_reader(self._directory)
         try:
             if capacity is None:
                 self.capacity = max(1, self._directory.last_capacity)
@@ -142,16 +155,16 @@ class IndividualFileDataset(LinkedDataset):
     def _open_for_writing(self, verify: Verify, shrink: bool) -> None:
         inspection = self._scan(verify)
         if self.table.num_steps > self.capacity and not shrink:
-            check_capacity(self, self._directory)
+            check_capacity(self, self._own)
         for name in inspection.listing.temporaries:
-            self._directory.remove(name)
+            self._own.remove(name)
         self.table.skip_to(*inspection.listing.next_numbers)
         self.num_lost = self.table.next_id - len(self.table)
         # First, because the numbers may come from the names of files that are about to go.
-        self._directory.keep_numbers_of(self.table)
+        self._own.keep_numbers_of(self.table)
         self._report_damage(inspection.damaged)
         self.make_room(self.table.next_start, 0)
-        self._directory.keep_capacity(self.capacity)
+        self._own.keep_capacity(self.capacity)
         assert self._log is not None
         self._log.add_all(self.table)
 
@@ -205,25 +218,18 @@ class IndividualFileDataset(LinkedDataset):
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         fields, strategy = self._fields, self.serialization_strategy
         assert fields is not None  # Settled before anything is written.
-        self._directory.remove_uncounted(self.table.next_id)
-        self._directory.newest = name = self._directory.name_of(
+        self._own.remove_uncounted(self.table.next_id)
+        self._own.newest = name = self._directory.name_of(
             start, len(next(iter(episode.values()))), episode_id, self.cut
         )
         tensors, info = as_saved(episode, fields, name.length), self._info_to_write
         try:
-            self._directory.commit(str(name), lambda file: strategy.save_with_info(tensors, fields, file, info))
+            self._own.commit(str(name), lambda file: strategy.save_with_info(tensors, fields, file, info))
         except OSError as error:
             size = format_bytes(fields.nbytes * name.length)
             what = f"An episode of {name.length} steps ({size}) could not be written, those before it are kept"
             raise with_advice(error, self._directory.path, what) from error
         self._is_bound = True
-
-    def check_info(self, info: EpisodeInfo) -> None:
-        """ValueError for an info that the format, or a dataset behind this one, cannot keep."""
-        if info and not self.serialization_strategy.keeps_info:
-            suffix = self.serialization_strategy.suffix
-            raise ValueError(f"The format `{suffix}` does not keep `info` of episodes. Leave it out, or use another.")
-        super().check_info(info)
 
     def _keep_info(self, episode_id: int, info: EpisodeInfo | None) -> None:
         self._info_to_write = info or {}
@@ -248,9 +254,9 @@ class IndividualFileDataset(LinkedDataset):
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self.check_writable()
         if episode_id == self.table.ids[-1]:
-            self._directory.keep_numbers(self.table.next_id, self.table.next_start)
+            self._own.keep_numbers(self.table.next_id, self.table.next_start)
         try:
-            self._directory.remove(str(self._directory.name_of(*self.table.row_of(episode_id))))
+            self._own.remove(str(self._directory.name_of(*self.table.row_of(episode_id))))
         except OSError as error:
             raise with_advice(error, self._directory.path, f"Episode {episode_id} could not be evicted") from error
         self._reader.forget(episode_id)
@@ -267,7 +273,7 @@ class IndividualFileDataset(LinkedDataset):
             return super().store(episode, cut, info)
         except Exception:
             with contextlib.suppress(OSError):
-                self._directory.remove_uncounted(self.table.next_id)
+                self._own.remove_uncounted(self.table.next_id)
             raise
 
     # Files that come and go.
@@ -306,7 +312,7 @@ class IndividualFileDataset(LinkedDataset):
             if self._log is not None and self._is_writer():
                 self._log.remove(name.id, self.table)
                 with contextlib.suppress(OSError):
-                    self._directory.keep_numbers_of(self.table)
+                    self._own.keep_numbers_of(self.table)
             if damage is not None:
                 self._report_damage([(str(name), f"it {damage}")])
 
@@ -361,7 +367,15 @@ class IndividualFileDataset(LinkedDataset):
         handle = pickled_handle(self._log if self._is_writer() else None, self.late)
         info = EpisodeDatasetInfo(self.fields, self.verification_mode)
         arguments = self.capacity, info, None, self._directory.path, self.serialization_strategy
-        return _open_as_reader, (handle, (self.num_lost, self.num_dismissed), *arguments, self.max_sampling_attempts)
+        counts = self.num_lost, self.num_dismissed
+        return open_copy, (
+            IndividualFileDataset,
+            handle,
+            counts,
+            self._objects._asdict(),
+            *arguments,
+            self.max_sampling_attempts,
+        )
 
     @property
     def longest_window(self) -> int:
@@ -384,14 +398,3 @@ class IndividualFileDataset(LinkedDataset):
                 f"This dataset only reads {self._directory.path}: it was opened with mode='r', or is a copy of the one "
                 "that writes. Open it with mode='a'."
             )
-
-
-def _open_as_reader(handle: bytes | None, counts: tuple[int, int], *arguments: Any) -> IndividualFileDataset:
-    """Unpickle a dataset, as a reader."""
-    dataset = IndividualFileDataset.__new__(IndividualFileDataset)
-    dataset._is_copy = True
-    # Before `__init__`, which lists the directory if there is no log.
-    dataset._log, dataset._shared_late = opened_handle(handle)
-    dataset.__init__(*arguments, mode="r")
-    dataset.num_lost, dataset.num_dismissed = counts
-    return dataset

@@ -21,16 +21,16 @@ from buffers.conversion import as_array
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.opening import report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.disk import TEMPORARY, DamagedEpisodeError, Directory, UnknownVersionError, with_advice
+from buffers.disk import TEMPORARY, DamagedEpisodeError, Directory, Files, UnknownVersionError, with_advice
 from buffers.fields import Fields, Scalar, TensorType, as_tensor
 from buffers.late import LARGEST_PRIORITY, PRIORITY, ChangedBlocks, LateField, LateFieldInfo, LateFields, PriorityField
 from buffers.loading.include import INCLUDABLE
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import ThreadLock
 
-__all__ = ["LateFiles"]
+__all__ = ["LATE", "LateFiles"]
 
-_FOLDER = "late"
+LATE = "late"
 _SEGMENT_BITS = 16
 _NAME = re.compile(r"([a-z0-9_%~]+)(?:-([0-9]{10,}))?\.safetensors")
 _STEP, _VALUE = "step", "value"
@@ -50,8 +50,8 @@ class _Found(NamedTuple):
 class LateFiles:
     """Brings late fields from the disk, and back to it. Nothing is written where there are none."""
 
-    def __init__(self, directory: Directory) -> None:
-        self._directory, self._folder = directory, directory.folder(_FOLDER)
+    def __init__(self, directory: Files) -> None:
+        self._directory, self._folder = directory, directory.folder(LATE)
         self._lock = ThreadLock()
         # What is known to be on the disk: the info by the stem of a field, and how many rows a segment's file has.
         self._infos: dict[str, EpisodeInfo] = {}
@@ -98,7 +98,7 @@ class LateFiles:
             table.skip_to(0, end)
         if self._folder is not None:
             damaged = report_damage(self._folder, damaged, writes, "late fields")
-        return [(f"{_FOLDER}/{name}", what) for name, what in damaged]
+        return [(f"{LATE}/{name}", what) for name, what in damaged]
 
     def _list(self) -> list[tuple[str, int | None, str]]:
         """The stem of the field, the number of the segment, and the name of all files; a field before its segments."""
@@ -135,9 +135,10 @@ class LateFiles:
                 field.changed.mark(missing[:, 0])
 
     def _remove_temporaries(self) -> None:
-        for name in [] if self._folder is None else self._folder.names():
-            if self._folder is not None and name.startswith(TEMPORARY) and _NAME.fullmatch(name[len(TEMPORARY) :]):
-                self._folder.remove(name)
+        folder = self._folder
+        for name in [] if folder is None else folder.names():
+            if isinstance(folder, Directory) and name.startswith(TEMPORARY) and _NAME.fullmatch(name[len(TEMPORARY) :]):
+                folder.remove(name)
 
     # Writing.
 
@@ -200,9 +201,10 @@ class LateFiles:
             raise with_advice(error, self._directory.path, what) from error
 
     def _folder_to_write(self) -> Directory:
+        assert isinstance(self._directory, Directory)  # Others are only read.
         if self._folder is None:
-            self._folder = self._directory.folder(_FOLDER, create=True)
-        assert self._folder is not None  # It was created.
+            self._folder = self._directory.folder(LATE, create=True)
+        assert isinstance(self._folder, Directory)  # It was created.
         return self._folder
 
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.files.archives import NumpyCompressedSerialization, TorchSerialization
-from buffers.dataset.files.directory import EpisodeDirectory
+from buffers.dataset.files.directory import EpisodeDirectory, EpisodeFiles
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.serialization import EpisodeSerializationStrategy
-from buffers.disk import DAMAGED, DamagedEpisodeError, Directory, UnknownVersionError
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, has_offsets
+from buffers.disk import DAMAGED, DamagedEpisodeError, Directory, Files, UnknownVersionError
 from buffers.fields import Fields
 
 __all__ = ["Durability", "FORMATS", "Inspection", "Mode", "Verify", "check_capacity", "report_damage"]
@@ -26,13 +26,14 @@ FORMATS = {kind.suffix: kind for kind in (SafetensorsSerialization, NumpyCompres
 
 
 def report_damage(
-    directory: Directory, damaged: list[tuple[str, str]], moves: bool, what: str = "episodes"
+    directory: Files, damaged: list[tuple[str, str]], moves: bool, what: str = "episodes"
 ) -> list[tuple[str, str]]:
     """Warn of files (name, what is wrong) that are not whole; `moves`: after setting them aside."""
     if not damaged:
         return []
     what_happened = f"moved into the folder `{DAMAGED}`" if moves else "left out"
     if moves:
+        assert isinstance(directory, Directory)  # Others are only read.
         damaged = [
             (name, reason if directory.set_aside(name) else f"{reason} (and it could not be moved)")
             for name, reason in damaged
@@ -65,6 +66,10 @@ def check_capacity(dataset: EpisodeDataset, directory: EpisodeDirectory) -> None
     )
 
 
+# So many files are opened one behind the other.
+_NUM_EXPECTED = 64
+
+
 class Inspection:
     """Tells whole episodes from other files, without moving any. Names that were `seen` are passed over.
 
@@ -73,7 +78,7 @@ class Inspection:
     """
 
     def __init__(
-        self, directory: EpisodeDirectory, seen: Collection[str], strategy: EpisodeSerializationStrategy | None
+        self, directory: EpisodeFiles, seen: Collection[str], strategy: EpisodeSerializationStrategy | None
     ) -> None:
         listing = directory.list(seen)
         known = [suffix for suffix in FORMATS if suffix in listing.other_suffixes]
@@ -116,6 +121,8 @@ class Inspection:
         Raises:
             ValueError: The fields, or the version, of the files are not known, or the fields are not those stated.
         """
+        if self.listing.fields is not None:
+            return self._agree(self.listing.fields, stated)
         for name, length in zip(self.listing.names, self.listing.rows[:, 1].tolist(), strict=True):
             found = self._try(name, self.strategy.load_fields)
             if name not in self._errors:
@@ -134,9 +141,14 @@ class Inspection:
         """Table rows of whole episodes, int64 `(n, 4)`, after looking as closely as `verify` says."""
         names, rows = self.listing.names, self.listing.rows
         method = self.strategy.verify if verify == "full" else self.strategy.check
-        for i in self._suspects(fields) if verify == "size" else range(len(names)):
-            if names[i] not in self._errors:
-                self._try(names[i], method, fields, int(rows[i, 1]))
+        is_whole = verify == "full" or not has_offsets(self.strategy)
+        looked_at = self._suspects(fields) if verify == "size" else list(range(len(names)))
+        for first in range(0, len(looked_at), _NUM_EXPECTED):
+            some = [i for i in looked_at[first : first + _NUM_EXPECTED] if names[i] not in self._errors]
+            lengths = rows[some, 1].tolist()
+            self._directory.expect([names[i] for i in some], lengths, fields, is_whole)
+            for i, length in zip(some, lengths, strict=True):
+                self._try(names[i], method, fields, length)
         # Rows of two files with the same numbers could not be told apart in a batch: the first file stays.
         last_id, end = -1, 0
         for name, (start, length, episode_id, _) in zip(names, rows.tolist(), strict=True):
@@ -173,6 +185,8 @@ class Inspection:
     def _suspects(self, fields: Fields) -> list[int]:
         """Positions of files with an unlikely size; of all files, if two have the same numbers."""
         rows = self.listing.rows
+        if self.listing.fields is not None:
+            return []
         bounds = self.strategy.overhead(fields) if len(rows) else None
         starts, lengths, ids, _ = rows.T
         has_same_numbers = (ids[1:] == ids[:-1]) | (starts[1:] < np.maximum.accumulate(starts + lengths)[:-1])

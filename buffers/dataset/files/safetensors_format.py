@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple, final
@@ -21,7 +20,7 @@ from buffers.dataset.files.serialization import (
     read_rows,
     schema_text,
 )
-from buffers.disk import DamagedEpisodeError, as_damage, parse_json, safetensors_type
+from buffers.disk import DamagedEpisodeError, as_damage, parse_json, read_at, safetensors_type, size_of
 from buffers.fields import Fields
 
 __all__ = ["SafetensorsSerialization"]
@@ -88,7 +87,7 @@ class SafetensorsSerialization(EpisodeSerializationStrategy):
         check_fields(header.fields, fields)
         if header.length != length:
             raise DamagedEpisodeError(f"has {header.length} rows, its name says {length}")
-        size = os.fstat(file.fileno()).st_size - min(header.offsets.values())
+        size = size_of(file) - min(header.offsets.values())
         if size != length * fields.nbytes:
             raise DamagedEpisodeError(f"has {size} bytes of rows, its header says {length * fields.nbytes}")
         return header.offsets
@@ -134,8 +133,8 @@ class _Header(NamedTuple):
 
 
 def _read_header(file: io.FileIO) -> _Header:
-    size = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-    header = os.pread(file.fileno(), size, 8) if size <= _MAX_HEADER else b""
+    size = int.from_bytes(read_at(file, 8, 0), "little")
+    header = read_at(file, size, 8) if size <= _MAX_HEADER else b""
     if not header or len(header) < size:
         raise DamagedEpisodeError("has no whole safetensors header")
     with as_damage():

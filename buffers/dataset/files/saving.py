@@ -12,13 +12,16 @@ import numpy as np
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.dataset.files.directory import EpisodeDirectory, FileName
+from buffers.dataset.files.directory import EpisodeDirectory, EpisodeFiles, FileName
+from buffers.dataset.files.object_reader import window_reader
 from buffers.dataset.files.opening import FORMATS
+from buffers.dataset.files.sending import Transfer, episodes_in, send
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy
 from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.disk import DamagedEpisodeError, Directory
 from buffers.fields import Fields
+from buffers.objects import ObjectStore
 from buffers.saving import DamagedSaveError, Pieces, Save, Snapshot, folder_name
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import EpisodeTable, Int64Array
@@ -33,7 +36,7 @@ class LinkedDataset(EpisodeDataset):
     serialization_strategy: EpisodeSerializationStrategy
     durability: str
     mode: str
-    _directory: EpisodeDirectory
+    _directory: EpisodeFiles
     _reader: WindowReader
     _log: PublishedTable | None
     _is_bound: bool
@@ -41,6 +44,12 @@ class LinkedDataset(EpisodeDataset):
     @abstractmethod
     def sync(self) -> None:
         """As `IndividualFileDataset.sync`."""
+
+    @property
+    def _own(self) -> EpisodeDirectory:
+        """The directory, for what only a writer does."""
+        assert isinstance(self._directory, EpisodeDirectory)
+        return self._directory
 
     @property
     def is_reader(self) -> bool:
@@ -71,7 +80,7 @@ class LinkedDataset(EpisodeDataset):
                 assert folder is not None  # It was created.
                 folders.append(folder)
             try:
-                self._directory.link(name, folders[0])
+                self._own.link(name, folders[0])
             except FileExistsError:
                 return  # Ctrl-C has cut off a call.
             except FileNotFoundError:
@@ -91,6 +100,29 @@ class LinkedDataset(EpisodeDataset):
         snapshot.at_end.append(close)
         return snapshot.pieces(np.stack([rows[:, 0], rows[:, 0] + rows[:, 1]], 1), write)
 
+    def check_info(self, info: EpisodeInfo) -> None:
+        """ValueError for an info that the format, or a dataset behind this one, cannot keep."""
+        if info and not self.serialization_strategy.keeps_info:
+            suffix = self.serialization_strategy.suffix
+            raise ValueError(f"The format `{suffix}` does not keep `info` of episodes. Leave it out, or use another.")
+        super().check_info(info)
+
+    def upload(
+        self,
+        url: str,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        timeout: float = 10.0,
+        progress: bool = False,
+    ) -> Transfer:
+        """Copy the episodes and late fields to a URL, as `buffers.dataset.transfer.upload` does."""
+        if not isinstance(self._directory, EpisodeDirectory):
+            raise RuntimeError(f"This dataset reads {self._directory.path}. `download` it to upload it elsewhere.")
+        if not self.is_reader:
+            self.sync()
+        contents = episodes_in(self._own, self.table, self.fields, self.capacity)
+        return send(self._directory.path, contents, ObjectStore(url, storage_options, timeout), progress)
+
     def takes_links(self, suffix: str) -> bool:
         """Whether its episodes are in the same format."""
         return self._directory.suffix == suffix
@@ -101,7 +133,7 @@ class LinkedDataset(EpisodeDataset):
         Files of other episodes are set aside, in a folder of their own: they may be all that is left of a later run.
         """
         self.check_writable()
-        directory, names = self._directory, [str(self._directory.name_of(*row)) for row in self.table.rows.tolist()]
+        directory, names = self._own, [str(self._directory.name_of(*row)) for row in self.table.rows.tolist()]
         wanted = {str(directory.name_of(start, n, e, cut)): folders[e] for start, n, e, cut in rows.tolist()}
         others = {name for name in names if name not in wanted or not directory.is_same(name, wanted[name])}
         aside = f"after-save-{number:010d}"
@@ -124,7 +156,7 @@ class LinkedDataset(EpisodeDataset):
         self.table.show(EpisodeTable())  # Later episodes may get numbers that were given before.
         self.table.replace(rows)
         self._reader.close()
-        self._reader = WindowReader(self._directory)
+        self._reader = window_reader(self._directory)
         self._log = PublishedTable(SharedArrays(PublishedTable.layout(2 * self.capacity + 2)))
         self._log.add_all(self.table)
         self._is_bound = self._is_bound or len(rows) > 0
@@ -135,8 +167,8 @@ class LinkedDataset(EpisodeDataset):
     def restored(self, next_id: int, next_start: int, counts: Any) -> None:
         """As `EpisodeDataset.restored`."""
         super().restored(next_id, next_start, counts)
-        self._directory.forget_numbers()
-        self._directory.keep_numbers_of(self.table)
+        self._own.forget_numbers()
+        self._own.keep_numbers_of(self.table)
 
     @staticmethod
     def linked(save: Save, store: int) -> tuple[Int64Array, list[Directory]]:

@@ -131,6 +131,11 @@ class EpisodeSerializationStrategy(ABC):
         return None
 
 
+def has_offsets(strategy: EpisodeSerializationStrategy) -> bool:
+    """Whether the rows of a format's files can be read by themselves: not where it leaves `row_offsets` as it is."""
+    return type(strategy).row_offsets is not EpisodeSerializationStrategy.row_offsets
+
+
 def schema_text(fields: Fields, info: EpisodeInfo | None = None, **more: Any) -> str:
     """The version, the fields and an info as JSON in ASCII; equal ones give equal texts."""
     if info:

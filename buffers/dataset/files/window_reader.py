@@ -6,33 +6,35 @@ import contextlib
 import io
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from buffers.dataset.files.directory import EpisodeDirectory, FileName
+from buffers.dataset.files.directory import EpisodeFiles, FileName
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy, bytes_of
-from buffers.disk import DamagedEpisodeError
+from buffers.disk import DamagedEpisodeError, size_of
 from buffers.fields import Fields
 from buffers.table import Windows
 from buffers.utils import ThreadLock
 
-__all__ = ["WindowReader"]
+__all__ = ["Layout", "Target", "WindowReader", "ranges_of"]
 
 MAX_OPEN_FILES = 1024
 MAX_DECODED_BYTES = 256 * 2**20
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What a checked file looks like: its size, and where the rows of each field begin, in the order of the fields."""
 
     size: int
     offsets: tuple[int, ...]
 
 
-_OpenFile = tuple[io.FileIO, _Layout]
+# Position of the field, bytes of a row, memory.
+Target = tuple[int, int, memoryview]
+_OpenFile = tuple[io.FileIO, Layout]
 
 
 class WindowReader:
@@ -41,7 +43,7 @@ class WindowReader:
     Threads may call `read` at the same time; they take turns. `forget` never waits for them.
     """
 
-    def __init__(self, directory: EpisodeDirectory) -> None:
+    def __init__(self, directory: EpisodeFiles) -> None:
         self._directory = directory
         self._max_open_files = _max_open_files()
         self._lock = ThreadLock()
@@ -51,8 +53,8 @@ class WindowReader:
         self._decoded: dict[int, Mapping[str, torch.Tensor]] = {}
         self._decoded_bytes = 0
         # A file that is opened again is checked by its size only. Most episodes have the layout of another one.
-        self._layouts: dict[int, _Layout] = {}
-        self._shared_layouts: dict[_Layout, _Layout] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._shared_layouts: dict[Layout, Layout] = {}
 
     def read(
         self, strategy: EpisodeSerializationStrategy, fields: Fields, windows: Windows, out: Mapping[str, torch.Tensor]
@@ -63,7 +65,6 @@ class WindowReader:
         steps = (windows.step + skipped).tolist()
         rows = (np.arange(len(windows)) * windows.length + skipped).tolist()
         cuts = [0] * len(ids) if windows.cut is None else windows.cut.tolist()
-        # (position of the field, bytes of a row, memory)
         targets = [(i, fields[name].nbytes, bytes_of(out[name])) for i, name in enumerate(fields) if name in out]
         lost: dict[FileName, str | None] = {}
         source: _OpenFile | Mapping[str, torch.Tensor] | None = None
@@ -78,7 +79,7 @@ class WindowReader:
                         name = FileName(episode_id, starts[b], lengths[b], cuts[b], self._directory.suffix)
                         source = self._find(name, strategy, fields)
                     if isinstance(source, tuple):
-                        _read_rows(*source, targets, rows[b], steps[b], num)
+                        self._read_rows(name, *source, targets, rows[b], steps[b], num)
                     elif source is not None:
                         for field, tensor in out.items():
                             tensor.flatten(0, 1)[rows[b] : rows[b] + num] = source[field][steps[b] : steps[b] + num]
@@ -146,15 +147,27 @@ class WindowReader:
             return str(error)
         raise error.__cause__ or error
 
+    def _read_rows(
+        self, name: FileName, file: io.FileIO, layout: Layout, targets: list[Target], row: int, step: int, num_rows: int
+    ) -> None:
+        """Fill rows of a batch, from `row` on, with rows of an episode, from `step` on."""
+        for offset, view in ranges_of(layout, targets, row, step, num_rows):
+            # One call reads at most 2 GB.
+            while view:
+                num_read = os.preadv(file.fileno(), [view], offset)
+                if num_read == 0:
+                    raise DamagedEpisodeError("is shorter than its header says")
+                view, offset = view[num_read:], offset + num_read
+
     def _find_layout(
         self, file: io.FileIO, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields
-    ) -> _Layout | None:
-        size, layout = os.fstat(file.fileno()).st_size, self._layouts.get(name.id)
+    ) -> Layout | None:
+        size, layout = size_of(file), self._layouts.get(name.id)
         if layout is None:
             offsets = strategy.row_offsets(file, fields, name.length)
             if offsets is None:
                 return None
-            layout = _Layout(size, tuple(offsets[field] for field in fields))
+            layout = Layout(size, tuple(offsets[field] for field in fields))
             self._layouts[name.id] = layout = self._shared_layouts.setdefault(layout, layout)
         if size != layout.size:
             raise DamagedEpisodeError(f"has {size} bytes, and had {layout.size} before")
@@ -171,19 +184,12 @@ def _runs(windows: Windows) -> list[tuple[int, int]]:
     return list(zip(order[begins].tolist(), np.diff(begins, append=len(order)).tolist(), strict=True))
 
 
-def _read_rows(
-    file: io.FileIO, layout: _Layout, targets: list[tuple[int, int, memoryview]], row: int, step: int, num_rows: int
-) -> None:
-    """Fill rows of a batch, from `row` on, with rows of an episode, from `step` on."""
+def ranges_of(
+    layout: Layout, targets: list[Target], row: int, step: int, num_rows: int
+) -> Iterator[tuple[int, memoryview]]:
+    """Offset in the file, and memory of each field, for rows of an episode from `step` on, of a batch from `row` on."""
     for i, row_bytes, memory in targets:
-        offset = layout.offsets[i] + step * row_bytes
-        view = memory[row * row_bytes : (row + num_rows) * row_bytes]
-        # One call reads at most 2 GB.
-        while view:
-            num_read = os.preadv(file.fileno(), [view], offset)
-            if num_read == 0:
-                raise DamagedEpisodeError("is shorter than its header says")
-            view, offset = view[num_read:], offset + num_read
+        yield layout.offsets[i] + step * row_bytes, memory[row * row_bytes : (row + num_rows) * row_bytes]
 
 
 def _load(
