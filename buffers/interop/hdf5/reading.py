@@ -84,6 +84,8 @@ class HDF5Reader(FormatReader):
 class HDF5Dataset(InPlaceDataset):
     """Episodes of an HDF5 file where they lie; see `open`."""
 
+    format: ClassVar[str] = "hdf5"
+
     def __init__(
         self,
         path: str,
@@ -97,7 +99,8 @@ class HDF5Dataset(InPlaceDataset):
         #: What the file does not have, or is not read.
         self.notes, self.metadata = reader.notes, reader.metadata
         chosen = chosen_fields(path, self.layout.fields, reader.fields)
-        super().__init__(reader.path, chosen, (self.layout.lengths + 1).tolist(), self.layout.infos)
+        options = {"layout": layout, "mask": mask, "max_episode_steps": max_episode_steps, "fields": fields}
+        super().__init__(reader.path, chosen, (self.layout.lengths + 1).tolist(), self.layout.infos, options)
 
     def _open_file(self) -> HDF5File:
         return HDF5File(self.path, self.layout.version)
