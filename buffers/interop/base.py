@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -139,6 +139,10 @@ class FormatReader(ABC):
 
     def close(self) -> None:  # noqa: B027  # Most formats keep nothing open.
         """Close what is open. Iterating opens it again."""
+
+    def files(self) -> Iterable[str]:
+        """Files that are read, and directories of which all files may be."""
+        return [self.path]
 
     def wants(self, name: str) -> bool:
         """Whether a field, or one below it, is to be read."""

@@ -22,6 +22,7 @@ from buffers.disk import DAMAGED, TEMPORARY
 from buffers.disk.lock import LOCK
 from buffers.interop.alignment import arrays_in
 from buffers.interop.base import Episode, FormatError, FormatReader
+from buffers.interop.fingerprint import fingerprint
 from buffers.interop.formats import module_of
 from buffers.interop.origin import ORIGIN, Origin, Summary, described, read_origin, sync_directory, write_origin
 from buffers.utils import integer, progress_bar
@@ -30,6 +31,8 @@ __all__ = ["import_episodes"]
 
 _SUFFIX = ".importing"
 _LEAST_CAPACITY = 1 << 20
+# What a request knows of the source.
+_OF_SOURCE = ("episodes", "steps", "files")
 
 
 def import_episodes(
@@ -72,9 +75,7 @@ def import_episodes(
     with module_of(format).read(where, fields=fields, **options) as reader:
         request = {"fields": _plain(reader.fields), "limit": most}
         # So that a source that has changed is not mixed with what was imported before.
-        request |= {"episodes": reader.num_episodes, "steps": reader.num_steps}
-        if os.path.isfile(where):
-            request["modified"] = os.stat(where).st_mtime_ns
+        request |= {"episodes": reader.num_episodes, "steps": reader.num_steps, "files": fingerprint(reader.files())}
         given = {name: value for name, value in options.items() if name != "dtypes"}
         request |= {"dtypes": _plain(reader.dtypes), **{name: _plain(value) for name, value in given.items()}}
         place = os.path.abspath(where) if os.path.exists(where) else where
@@ -115,12 +116,19 @@ def _is_finished(target: str, origin: Origin) -> bool:
 
 
 def _check_same(path: str, found: Origin, origin: Origin) -> None:
-    if (found.format, found.source, found.request) != (origin.format, origin.source, origin.request):
+    if (found.format, found.source, found.request) == (origin.format, origin.source, origin.request):
+        return
+    same = {name: found.request.get(name) for name in _OF_SOURCE}
+    if (found.format, found.source, {**origin.request, **same}) == (origin.format, origin.source, found.request):
         raise ValueError(
-            f"{path} holds an import of {found.source} ({found.format}) with {found.request}, not of {origin.source} "
-            f"({origin.format}) with {origin.request}. Ask for the same of a source that has not changed, or choose "
-            "another directory."
+            f"{origin.source} has changed since {path} was imported from it: other names, sizes or times of files. "
+            "Ask for the same of a source that has not changed, or choose another directory."
         )
+    raise ValueError(
+        f"{path} holds an import of {found.source} ({found.format}) with {found.request}, not of {origin.source} "
+        f"({origin.format}) with {origin.request}. Ask for the same of a source that has not changed, or choose "
+        "another directory."
+    )
 
 
 def _strangers(work: str) -> list[str]:
