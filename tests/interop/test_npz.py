@@ -586,6 +586,22 @@ def test_what_a_layout_changes_or_lacks_is_said(tmp_path: Path):
     assert lost[1:] == ["`truncated` is left out, as `terminated` is missing."]
 
 
+def test_flags_within_an_episode_that_a_layout_has_no_place_for_are_said(tmp_path: Path):
+    ring, early = RingBufferDataset(100), np.array([0, 1, 1], bool)
+    rows = {name: np.zeros(3) for name in ("obs", "action", "reward", "discount")}
+    ring.add_episode({**rows, "done": early})
+    said = "is left out where it is set before the last row: files say only how an episode ends."
+    lost = npz.write(ring, tmp_path / "a", fields=["obs", "action", "reward", "done"]).lost
+    assert f"`done` {said}" in lost
+    assert next(iter(npz.read(tmp_path / "a"))).rows["done"].tolist() == [False, False, True]
+    lost = npz.write(ring, tmp_path / "b", fields=["obs", "reward", "done", "discount"]).lost
+    assert "`done` is `is_last`, and is read back as `terminated` or `truncated`, by `discount`." in lost
+    both = RingBufferDataset(100)
+    both.add_episode({**rows, "terminated": early & False, "truncated": early})
+    for layout in ("dreamer", "exorl"):
+        assert f"`truncated` {said}" in npz.write(both, tmp_path / layout, layout=layout).lost
+
+
 def test_a_target_that_exists_is_left_alone(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("mine")
