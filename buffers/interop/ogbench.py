@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import numpy as np
 
 from buffers.fields import Fields
-from buffers.interop.alignment import rows_on_arrival
+from buffers.interop.alignment import first_gap, rows_on_arrival
 from buffers.interop.arrays import Archive, as_flags, in_order, note_unread
 from buffers.interop.base import Episode, FormatError, FormatReader, chosen_fields, fill
 from buffers.interop.in_place import InPlaceDataset
@@ -246,8 +246,8 @@ class OGBenchReader(FormatReader):
             return self._file.columns["observations"].rows(start, end + 1)
         now = self._file.columns["observations"].rows(start, end)
         after = self._file.columns["next_observations"].rows(start, end)
-        if not np.array_equal(now[1:], after[:-1], equal_nan=now.dtype.kind in "fc"):
-            found = f"`next_observations` are not the observations of the rows behind them, in rows {start} to {end}"
+        if (gap := first_gap(now, after)) is not None:
+            found = f"`next_observations` of row {start + gap} is not the observation of the row behind it"
             raise self.damaged(found, "Rows must be in the order of their trajectory")
         return np.concatenate([now, after[-1:]])
 

@@ -166,20 +166,37 @@ def test_a_recording_without_observations_is_sent_to_robomimics_script(files: Pa
             assert_same(found, {"action": log["action"], "states": log["states"]})
 
 
-def test_next_observations_that_repeat_or_do_not_follow_are_said(files: Path, changed: Changed) -> None:
+def test_next_observations_that_repeat_the_last_observation_are_said(files: Path) -> None:
     # robomimic's converter wrote the last observation of D4RL's episodes again.
     with hdf5.read(files / "robomimic_d4rl.hdf5") as reader:
         for (found, _), expected in zip(reader, d4rl_log()[:-1], strict=True):
             assert_same(found["obs"]["flat"], expected["obs"])
         assert "robomimic's converter writes it so for D4RL" in reader.notes.texts[-1]
 
-    def shift(file: Any) -> None:
-        file["data/demo_2/next_obs/vector"][4] += 1
 
-    with hdf5.read(changed("robomimic", shift)) as reader:
-        for (found, _), expected in zip(reader, robomimic_log(), strict=True):
-            assert_same(found, expected)
-        assert "Next observations are not always the observation of the following row" in reader.notes.texts[-1]
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_next_observation_that_is_not_the_observation_of_the_row_behind_is_refused(
+    row: int, changed: Changed, tmp_path: Path
+) -> None:
+    def of_demo(file: Any) -> None:
+        file["data/demo_2/next_obs/vector"][row] += 1
+
+    def of_rows(file: Any) -> None:
+        with_next(file)
+        file["next_observations"][row] += 1
+
+    lengths = [len(log["action"]) for log in play()]
+    assert lengths[0] > 3 and lengths[2] > 3
+    for name, change, number in (("robomimic", of_demo, 2), ("d4rl", of_rows, 0)):
+        path = changed(name, change)
+        with pytest.raises(FormatError, match=f"next_obs.*` of row {row} is not the observation of the row behind it"):
+            list(hdf5.read(path))
+        with pytest.raises(FormatError, match=f"of row {row} is not the observation"):
+            hdf5.open(path)
+        found = import_episodes("hdf5", path, tmp_path / name, limit=number)
+        assert found.num_episodes == number
+        # Fields without observations are read.
+        assert len(list(hdf5.read(path, fields=["action"]))) == len(lengths)
 
 
 def test_the_final_observation_is_the_last_next_observation_and_not_made_up(changed: Changed) -> None:
