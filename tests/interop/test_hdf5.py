@@ -21,7 +21,7 @@ from tests.interop.hdf5_files import (
     robomimic_log,
     unpacked,
 )
-from tests.interop.logged import PLAYED, play
+from tests.interop.logged import PLAYED, on_arrival, play
 from tests.interop.made_up import killed_before
 from tests.tagged import assert_same_episode
 
@@ -154,6 +154,8 @@ def test_what_a_file_lacks_or_is_not_read_is_said(files: Path) -> None:
         "The last episode was cut off by the end of the file: neither terminated nor truncated.",
         "`metadata/policy/weight`: arrays of metadata are not read.",
         "`infos/name`: no numbers, or not a row for each transition; not read.",
+        "`infos/qpos`: taken to be recorded before the step, as in gym-mujoco's files, so that they belong to the "
+        f"observation; the last row {last}. For AntMaze's, say `states='arrival'`.",
         f"Final observations are missing: the last row {last}, and says so.",
     ]
 
@@ -246,7 +248,30 @@ def test_d4rl_itself_reads_the_same_episodes_but_for_the_cut_one(files: Path) ->
             pairs = {"action": "actions", "reward": "rewards", "terminated": "terminals", "truncated": "timeouts"}
             for name, key in pairs.items():
                 np.testing.assert_array_equal(rows[name][1:], theirs[f"{number}:{key}"], strict=True)
-            np.testing.assert_array_equal(rows["infos"]["qpos"][1:], theirs[f"{number}:infos/qpos"], strict=True)
+            np.testing.assert_array_equal(rows["infos"]["qpos"][:-1], theirs[f"{number}:infos/qpos"], strict=True)
+
+
+def test_states_of_d4rl_belong_to_observations_or_arrive_as_is_said(files: Path, changed: Changed) -> None:
+    def more(file: Any) -> None:
+        file["infos/qvel"], file["infos/log_probs"] = 2 * file["infos/qpos"][:], 3 * file["infos/qpos"][:]
+
+    path = changed("d4rl", more)
+    for states in (None, "observation", "arrival"):
+        reader, dataset = hdf5.read(path, states=states), hdf5.open(path, states=states)
+        for number, ((rows, _), log) in enumerate(zip(reader, play(), strict=True)):
+            known = log["state"][:-1].astype(np.float32)
+            expected = on_arrival(known) if states == "arrival" else np.concatenate([known, known[-1:]])
+            for name, factor in (("qpos", 1), ("qvel", 2)):
+                np.testing.assert_array_equal(rows["infos"][name], factor * expected)
+                np.testing.assert_array_equal(dataset.get_episode(number)["infos"][name], factor * expected)
+            np.testing.assert_array_equal(rows["infos"]["log_probs"], 3 * on_arrival(known))
+        said = "`infos/qpos`, `infos/qvel`: taken to be recorded before the step"
+        assert any(note.startswith(said) for note in reader.notes) == (states != "arrival")
+        dataset.close()
+    with pytest.raises(ValueError, match="`states` must be one of"):
+        hdf5.read(path, states="both")
+    with pytest.raises(ValueError, match="`states` is for D4RL"):
+        hdf5.read(files / "robomimic.hdf5", states="arrival")
 
 
 def with_next(file: Any) -> None:

@@ -41,10 +41,11 @@ class HDF5Reader(FormatReader):
         max_episode_steps: int | None = None,
         fields: Sequence[str] | None = None,
         dtypes: Mapping[str, Any] | None = None,
+        states: str | None = None,
     ) -> None:
         super().__init__(path, fields, dtypes)
         with HDF5File(path) as file:
-            self.layout = layout_of(file, self.wants, layout, mask, max_episode_steps)
+            self.layout = layout_of(file, self.wants, layout, mask, max_episode_steps, states)
         self.metadata, self.notes = self.layout.metadata, self.layout.notes
         self.num_episodes = len(self.layout.lengths)
         self.num_steps = int(self.layout.lengths.sum()) + self.num_episodes
@@ -103,14 +104,16 @@ class HDF5Dataset(InPlaceDataset):
         mask: str | None = None,
         max_episode_steps: int | None = None,
         fields: Sequence[str] | None = None,
+        states: str | None = None,
     ) -> None:
-        reader = HDF5Reader(os.path.abspath(path), layout, mask, max_episode_steps, fields)
+        reader = HDF5Reader(os.path.abspath(path), layout, mask, max_episode_steps, fields, states=states)
         reader.check_first()
         self.layout: Layout = reader.layout
         #: What the file does not have, or is not read.
         self.notes, self.metadata = reader.notes, reader.metadata
         chosen = chosen_fields(path, self.layout.fields, reader.fields)
-        options = {"layout": layout, "mask": mask, "max_episode_steps": max_episode_steps, "fields": fields}
+        options: dict[str, Any] = {"layout": layout, "mask": mask, "max_episode_steps": max_episode_steps}
+        options |= {"states": states, "fields": fields}
         super().__init__(reader.path, chosen, (self.layout.lengths + 1).tolist(), self.layout.infos, options)
 
     def _open_file(self) -> HDF5File:
