@@ -15,6 +15,7 @@ import torch
 from buffers.conversion import TO_NUMPY, torch_dtype
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.fields import Fields
+from buffers.interop.alignment import FINAL_MISSING
 from buffers.utils import how_to_install, integer
 
 __all__ = ["Episode", "FormatError", "FormatReader", "Notes", "chosen_fields", "fill", "library", "note_absence"]
@@ -77,10 +78,18 @@ def library(name: str, extra: str) -> ModuleType:
 
 
 def chosen_fields(where: str, known: Fields, names: Sequence[str] | None) -> Fields:
-    """The fields that names stand for, or all; ValueError, which says where, if there is no such field."""
+    """The fields that names stand for, or all; ValueError, which says where, if there is no such field.
+
+    With observations, `final_obs_missing` is among them: without it, a repeated one would be taken for a final one.
+    """
     if missing := [name for name in names or () if not known.below(name)]:
         raise ValueError(f"{where} has no fields {missing}. It has {list(known)}.")
-    return known if names is None else known.select({field for name in names for field in known.below(name)})
+    if names is None:
+        return known
+    chosen = {field for name in names for field in known.below(name)}
+    if chosen & {*known.below("obs")}:
+        chosen |= {*known.below(FINAL_MISSING)}
+    return known.select(chosen)
 
 
 def note_absence(notes: Notes, known: Collection[str]) -> None:
@@ -99,7 +108,8 @@ class FormatReader(ABC):
 
     Args:
         path: Of the source, or its name where the format has names.
-        fields: The fields to read, where "obs" stands for all below it; None for all.
+        fields: The fields to read, where "obs" stands for all below it; None for all. With observations,
+            `final_obs_missing` always comes along, where there is one.
         dtypes: `field -> dtype` for fields that are to be stored as another one; only where no value changes, except
             that floats lose precision.
 
@@ -146,6 +156,8 @@ class FormatReader(ABC):
 
     def wants(self, name: str) -> bool:
         """Whether a field, or one below it, is to be read."""
+        if name == FINAL_MISSING and self.wants("obs"):
+            return True
         chosen = self.fields
         return chosen is None or any(f"{name}/".startswith(f"{n}/") or f"{n}/".startswith(f"{name}/") for n in chosen)
 

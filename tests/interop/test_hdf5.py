@@ -160,6 +160,23 @@ def test_what_a_file_lacks_or_is_not_read_is_said(files: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["robomimic_small", "isaaclab", "d4rl"])
+def test_whether_final_observations_are_missing_comes_with_chosen_observations(name: str, files: Path) -> None:
+    path = files / f"{name}.hdf5"
+    for fields in (["obs"], ["action"]):
+        with hdf5.open(path, fields=fields) as opened:
+            (rows, _), found = next(iter(hdf5.read(path, fields=fields))), opened.get_episode(0)
+        assert ("final_obs_missing" in rows) == ("final_obs_missing" in found) == (fields == ["obs"])
+    assert rows["action"].any()
+
+
+def test_what_fields_leave_out_is_not_said_to_be_missing(files: Path) -> None:
+    for name in ("robomimic", "d4rl"):
+        with hdf5.read(files / f"{name}.hdf5", fields=["obs"]) as reader:
+            list(reader)
+            assert not [note for note in reader.notes if "no rewards" in note or "`terminated`" in note]
+
+
 def test_a_recording_without_observations_is_sent_to_robomimics_script(files: Path) -> None:
     with pytest.raises(FormatError, match="has no observations .*dataset_states_to_obs.py"):
         hdf5.read(files / "robomimic_raw.hdf5")

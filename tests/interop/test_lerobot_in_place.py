@@ -136,7 +136,7 @@ def test_it_can_be_sent_to_another_process_and_opened_again(tmp_path: Path) -> N
 def test_a_choice_of_fields_is_made_as_for_read(tmp_path: Path) -> None:
     path = unpacked("images", tmp_path)
     opened = lerobot.open(path, fields=["obs/images", "reward"])
-    assert list(opened.fields or ()) == ["obs/images/top", "obs/images/wrist", "reward"]
+    assert list(opened.fields or ()) == ["obs/images/top", "obs/images/wrist", "reward", "final_obs_missing"]
     with pytest.raises(ValueError, match="no fields .'left'.. It has"):
         lerobot.open(path, fields=["left"])
 

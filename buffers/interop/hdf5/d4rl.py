@@ -147,8 +147,8 @@ class D4RLLayout(Layout):
             self.notes.add(f"{listed(others)}: no numbers, or not a row for each transition; not read.")
         if states := [name for name in self._with_observation if name in self._columns]:
             self.notes.add(
-                f"{listed(states)}: taken to be recorded before the step, as in gym-mujoco's files, so that they belong "
-                "to the observation; the last row repeats the one before. For AntMaze's, say `states='arrival'`."
+                f"{listed(states)}: taken to be recorded before the step, as in gym-mujoco's files, so that they "
+                "belong to the observation; the last row repeats the one before. For AntMaze's, say `states='arrival'`."
             )
         if "timeouts" not in stored:
             self.notes.add("There are no `timeouts`: episodes are truncated after `max_episode_steps` transitions.")
