@@ -80,7 +80,11 @@ def import_episodes(
     try:
         return _read_into(format, where, target, fields, most, progress, options)
     except UnknownFieldError as error:
-        raise UnknownFieldError(error.where, error.missing, _names_of(format, where, options)) from None
+        try:
+            known = _names_of(format, where, options)
+        except (ValueError, OSError, ImportError):
+            raise error from None
+        raise UnknownFieldError(error.where, error.missing, known) from None
 
 
 def _names_of(format: str, where: str, options: Mapping[str, Any]) -> list[str]:

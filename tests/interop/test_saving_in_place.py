@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from buffers import ReplayBuffer
 from buffers.dataset import MixtureDataset, RingBufferDataset
+from buffers.dataset.episode_source import EpisodeSource
 from buffers.fields import Scalar
 from buffers.interop import InPlaceDataset, hdf5, lerobot, ogbench, torchrl
 from buffers.sampler import PrioritizedSampler
@@ -93,6 +94,23 @@ def test_a_source_that_has_moved_is_passed_and_the_error_says_so(tmp_path: Path)
     with ogbench.open(tmp_path / "moved.npz", fields=["obs", "is_first"]) as moved:
         ReplayBuffer.load(tmp_path / "saves", moved)
         assert [episode["obs"].tolist() for episode in moved.episodes()] == expected
+
+
+def test_a_save_that_names_another_module_is_answered_by_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stranger(ogbench.OGBenchDataset):
+        """Not of the package."""
+
+    for module in ("buffers.interop.nothing", "os", "buffers.__main__"):
+        monkeypatch.setattr(Stranger, "__module__", module)
+        with open_ogbench(tmp_path) as opened:
+            opened.__class__ = Stranger
+            opened.save(tmp_path / module)
+        with pytest.raises(
+            ValueError, match="The save is of a Stranger, .*: open .*raw.npz again, as before, and pass it"
+        ):
+            EpisodeSource.load(tmp_path / module)
 
 
 def prioritized(opened: InPlaceDataset) -> ReplayBuffer:

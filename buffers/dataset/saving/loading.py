@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -101,7 +102,8 @@ def _opened_again(save: Save, kinds: Kinds) -> dict[int, Any]:
             where = str(told.get("directory"))
         # Classes are known once their modules are imported. A save can have none imported but of other formats.
         if kind not in kinds and re.fullmatch(r"buffers\.interop(\.[a-z0-9_]+)+", module):
-            importlib.import_module(module)
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
         if kind not in kinds:
             what = f"open {where} again, as before" if is_reader else "make an empty one"
             raise ValueError(

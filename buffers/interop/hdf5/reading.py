@@ -46,6 +46,10 @@ class HDF5Reader(FormatReader):
         super().__init__(path, fields, dtypes)
         with HDF5File(path) as file:
             self.layout = layout_of(file, self.wants, layout, mask, max_episode_steps, states)
+        if not all(self.layout.fields.below(name) for name in self.fields or ()):
+            with HDF5File(path) as file:
+                whole = layout_of(file, lambda name: True, layout, mask, max_episode_steps, states)
+            chosen_fields(path, whole.fields, self.fields)
         self.metadata, self.notes = self.layout.metadata, self.layout.notes
         self.num_episodes = len(self.layout.lengths)
         self.num_steps = int(self.layout.lengths.sum()) + self.num_episodes

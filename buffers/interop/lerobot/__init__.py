@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from buffers.interop.base import UnknownFieldError
 from buffers.interop.lerobot.in_place import LeRobotInPlaceDataset
 from buffers.interop.lerobot.reading import LeRobotReader
 from buffers.interop.lerobot.writing import write
@@ -99,4 +100,8 @@ def open(
         ValueError: Another word for `video`; a field that is not there.
         ImportError: A library of the extra is missing.
     """
-    return LeRobotInPlaceDataset(os.fspath(path), fields, video, cache_bytes)
+    try:
+        return LeRobotInPlaceDataset(os.fspath(path), fields, video, cache_bytes)
+    except UnknownFieldError as error:
+        whole = LeRobotInPlaceDataset(os.fspath(path), None, video or "skip", cache_bytes)
+        raise UnknownFieldError(error.where, error.missing, list(whole.fields or ())) from None
