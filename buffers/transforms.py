@@ -179,7 +179,10 @@ def to_transitions(batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     missing = [name for name in _ROW_FIELDS if name not in batch]
     if missing:
-        raise ValueError(f"The batch has no {missing}: `to_transitions` takes what a Recorder has recorded.")
+        raise ValueError(
+            f"The batch has no {missing}: `to_transitions` takes what a Recorder has recorded. If the data does not "
+            "say, add them to the batch before, as docs/formats.md shows."
+        )
     _check_free(batch, "next_obs")
     _check_sequences(batch)
     axis = batch["terminated"].dim() - 1

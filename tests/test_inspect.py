@@ -227,7 +227,7 @@ def test_no_picture_is_written_into_the_directory(episodes: Path, tmp_path: Path
         ("nowhere", "There is no directory "),
         ("empty", "holds no whole episode of a known format"),
         ("others", "holds episodes in the format ['.hdf5']"),
-        ("file", "Not a directory"),
+        ("file", "is no directory. Give one of episodes"),
     ],
 )
 def test_what_cannot_be_inspected_fails_in_one_line(name: str, message: str, tmp_path: Path, inspect: Inspect) -> None:

@@ -63,6 +63,16 @@ def test_only_verify_finds_a_changed_row(tmp_path, capsys) -> None:
     assert "Save 1: " in capsys.readouterr().out
 
 
+def test_inspect_names_the_late_fields_of_a_source_that_is_only_read(tmp_path, capsys) -> None:
+    with IndividualFileDataset(100, directory=tmp_path / "demos", durability="rename") as files:
+        files.add_episode(tagged.episode(3, 0))
+    with IndividualFileDataset(directory=tmp_path / "demos", mode="r") as reader:
+        reader.add_late_field("value", Vector(2))
+        reader.save(tmp_path / "saves")
+    assert main(["inspect", str(tmp_path / "saves")]) == 0
+    assert f"in {tmp_path / 'demos'}; late fields that are saved: value\n" in capsys.readouterr().out
+
+
 def test_inspect_draws_no_episode_of_a_save(tmp_path, capsys) -> None:
     saved(tmp_path)
     assert main(["inspect", "--episode", "0", str(tmp_path)]) == 1

@@ -245,8 +245,41 @@ def test_a_reader_whose_directory_has_changed_since_is_reported(tmp_path) -> Non
         reader = IndividualFileDataset(directory=tmp_path / "demos", mode="r")
         reader.save(tmp_path / "saves")
         filled(files, 1)
-    with pytest.warns(UserWarning, match="has other episodes than when the save was made"):
+    with pytest.warns(UserWarning, match="has other episodes .*: of 3, 3 are there .* and 1 others.*have come\\.$"):
         IndividualFileDataset.load(tmp_path / "saves")
+
+
+def test_the_late_values_of_a_reader_are_saved_by_episode(tmp_path) -> None:
+    with IndividualFileDataset(100, directory=tmp_path / "demos", durability="rename") as files:
+        filled(files, 3)
+        with IndividualFileDataset(directory=tmp_path / "demos", mode="r") as reader:
+            reader.add_late_field("value", Vector(2))
+            reader.update(np.arange(21), {"value": np.arange(42, dtype=np.float32).reshape(21, 2)})
+            reader.save(tmp_path / "saves")
+            expected = contents(reader)
+        with IndividualFileDataset.load(tmp_path / "saves") as same:
+            assert contents(same) == expected
+        files.evict_episode(0)
+        filled(files, 1)
+    with pytest.warns(UserWarning, match="of 3, 2 are there .*Late fields of those that are gone, .* are dropped"):
+        changed = IndividualFileDataset.load(tmp_path / "saves")
+    assert changed.table.ids.tolist() == [1, 2, 3]
+    assert (
+        changed.late["value"].rows(np.arange(7, 28)).tolist()
+        == [[2.0 * s, 2.0 * s + 1] for s in range(7, 21)] + [[0.0, 0.0]] * 7
+    )
+    changed.close()
+
+
+def test_a_late_field_of_a_reader_that_is_another_here_is_refused(tmp_path) -> None:
+    filled(IndividualFileDataset(100, directory=tmp_path / "demos", durability="rename"), 3).close()
+    with IndividualFileDataset(directory=tmp_path / "demos", mode="r") as reader:
+        reader.add_late_field("value", Vector(2))
+        reader.save(tmp_path / "saves")
+    with IndividualFileDataset(directory=tmp_path / "demos", mode="r") as other:
+        other.add_late_field("value", Vector(3))
+        with pytest.raises(ValueError, match="There is a late field `value` already"):
+            IndividualFileDataset.load(tmp_path / "saves", other)
 
 
 def test_more_saves_than_a_process_may_open_files_load(tmp_path, monkeypatch) -> None:

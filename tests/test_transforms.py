@@ -151,7 +151,7 @@ _ROWS = {"obs": _NO, "action": _NO, "reward": torch.zeros(2, 3), "terminated": _
     ("changes", "n", "gamma", "message"),
     [
         ({"obs": _NO, "terminated": _NO[:, :1]}, 0, 0, "found sequences of 1. Draw with `sequence_length=2`"),
-        ({"truncated": None}, 0, 0, r"The batch has no \['truncated'\]"),
+        ({"truncated": None}, 0, 0, r"The batch has no \['truncated'\].*add them to the batch before"),
         ({"next_obs": _NO}, 0, 0, r"already has \['next_obs'\]"),
         ({}, 1, 0.9, "call `to_transitions` first"),
         ({}, 0, 0.9, "`n` must be at least 1 and `gamma` from 0 to 1, found 0 and 0.9"),

@@ -27,6 +27,7 @@ __all__ = [
     "MARKS",
     "Transitions",
     "arrays_in",
+    "first_gap",
     "mapped",
     "rows_on_arrival",
     "transitions_of",
@@ -123,6 +124,20 @@ def rows_on_arrival(
 def _check_length(name: str, array: np.ndarray, expected: int) -> None:
     if array.ndim == 0 or len(array) != expected:
         raise ValueError(f"`{name}` has shape {array.shape}, expected {expected} rows")
+
+
+def first_gap(observations: np.ndarray, following: np.ndarray) -> int | None:
+    """The first transition whose next observation is not the observation of the one behind it; None if all are.
+
+    Args:
+        observations: Of the transitions of an episode, `(T, *shape)`.
+        following: Their next observations, `(T, *shape)`; NaN equals itself.
+    """
+    now, after = observations[1:], following[:-1]
+    if np.array_equal(now, after, equal_nan=now.dtype.kind in "fc"):
+        return None
+    is_equal = (now == after) | ((now != now) & (after != after))
+    return int(np.argmin(is_equal.reshape(len(now), -1).all(1)))
 
 
 class Transitions(NamedTuple):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,9 +16,20 @@ import torch
 from buffers.conversion import TO_NUMPY, torch_dtype
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.fields import Fields
+from buffers.interop.alignment import FINAL_MISSING
 from buffers.utils import how_to_install, integer
 
-__all__ = ["Episode", "FormatError", "FormatReader", "Notes", "chosen_fields", "fill", "library", "note_absence"]
+__all__ = [
+    "Episode",
+    "FormatError",
+    "FormatReader",
+    "Notes",
+    "UnknownFieldError",
+    "chosen_fields",
+    "fill",
+    "library",
+    "note_absence",
+]
 
 
 class Episode(NamedTuple):
@@ -36,6 +48,20 @@ class FormatError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FormatError, (self.path, self.found, self.advice)
+
+
+class UnknownFieldError(ValueError):
+    """There are no fields of these names; says which there are, and which one may have been meant."""
+
+    def __init__(self, where: str, missing: Sequence[str], known: Collection[str]) -> None:
+        names = {*known, *(name.partition("/")[0] for name in known)}
+        close = [*dict.fromkeys(n for one in missing for n in difflib.get_close_matches(one, names, 1))]
+        hint = f" Did you mean {close}?" if close else ""
+        super().__init__(f"{where} has no fields {[*missing]}. It has {[*known]}.{hint}")
+        self.where, self.missing, self.known = where, [*missing], [*known]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UnknownFieldError, (self.where, self.missing, self.known)
 
 
 class Notes:
@@ -77,10 +103,18 @@ def library(name: str, extra: str) -> ModuleType:
 
 
 def chosen_fields(where: str, known: Fields, names: Sequence[str] | None) -> Fields:
-    """The fields that names stand for, or all; ValueError, which says where, if there is no such field."""
+    """The fields that names stand for, or all; ValueError, which says where, if there is no such field.
+
+    With observations, `final_obs_missing` is among them: without it, a repeated one would be taken for a final one.
+    """
     if missing := [name for name in names or () if not known.below(name)]:
-        raise ValueError(f"{where} has no fields {missing}. It has {list(known)}.")
-    return known if names is None else known.select({field for name in names for field in known.below(name)})
+        raise UnknownFieldError(where, missing, list(known))
+    if names is None:
+        return known
+    chosen = {field for name in names for field in known.below(name)}
+    if chosen & {*known.below("obs")}:
+        chosen |= {*known.below(FINAL_MISSING)}
+    return known.select(chosen)
 
 
 def note_absence(notes: Notes, known: Collection[str]) -> None:
@@ -99,9 +133,10 @@ class FormatReader(ABC):
 
     Args:
         path: Of the source, or its name where the format has names.
-        fields: The fields to read, where "obs" stands for all below it; None for all.
+        fields: The fields to read, where "obs" stands for all below it; None for all. With observations,
+            `final_obs_missing` always comes along, where there is one.
         dtypes: `field -> dtype` for fields that are to be stored as another one; only where no value changes, except
-            that floats lose precision.
+            that floats lose precision. A name that stands for several fields stands for those of floats: images stay.
 
     Attributes:
         path: As given.
@@ -140,8 +175,14 @@ class FormatReader(ABC):
     def close(self) -> None:  # noqa: B027  # Most formats keep nothing open.
         """Close what is open. Iterating opens it again."""
 
+    def files(self) -> Iterable[str]:
+        """Files that are read, and directories of which all files may be."""
+        return [self.path]
+
     def wants(self, name: str) -> bool:
         """Whether a field, or one below it, is to be read."""
+        if name == FINAL_MISSING and self.wants("obs"):
+            return True
         chosen = self.fields
         return chosen is None or any(f"{name}/".startswith(f"{n}/") or f"{n}/".startswith(f"{name}/") for n in chosen)
 
@@ -174,12 +215,16 @@ class FormatReader(ABC):
         return f"{type(self).__name__}({self.path!r}: {counts})"
 
     def _chosen(self, rows: dict[str, Any], number: int) -> dict[str, Any]:
+        if not rows:
+            raise UnknownFieldError(self.path, self.fields or (), ())
         fields = Fields.from_episode(rows)
         chosen_fields(self.path, fields, (*(self.fields or ()), *self.dtypes))
         chosen = chosen_fields(self.path, fields, self.fields)
         leaves = dict(zip(fields.names, fields.flatten(rows), strict=True))
         for name in chosen:
-            dtype = next((self.dtypes[n] for n in self.dtypes if name in fields.below(n)), None)
+            dtype = self.dtypes.get(name)
+            if dtype is None and fields[name].dtype.is_floating_point:
+                dtype = next((self.dtypes[n] for n in self.dtypes if name in fields.below(n)), None)
             if dtype is not None:
                 leaves[name] = self._cast(name, np.asarray(leaves[name]), dtype, number)
         return chosen.unflatten(leaves)

@@ -18,7 +18,7 @@ from buffers.disk.lock import LOCK, take_lock
 from buffers.fields import Fields
 from buffers.interop.alignment import MARKS, Transitions, transitions_of
 from buffers.interop.base import Notes, chosen_fields
-from buffers.interop.formats import module_of
+from buffers.interop.formats import check_options, module_of
 from buffers.interop.origin import Summary, described, read_origin, sync_directory
 from buffers.table import context_of
 from buffers.utils import integer, progress_bar
@@ -174,6 +174,10 @@ def export_episodes(
     module = module_of(format)
     if not hasattr(module, "write"):
         raise ValueError(f"The format {format!r} is only read. Write hdf5, lerobot, minari or npz.")
+    check_options(format, module.write, options)
+    if not os.path.isdir(directory):
+        there = "is no directory" if os.path.lexists(directory) else "is not there"
+        raise ValueError(f"{os.fspath(directory)} {there}. Give a directory of episodes, as an import makes it.")
     with IndividualFileDataset(directory=directory, mode="r") as dataset:
         return module.write(dataset, target, fields=fields, limit=limit, progress=progress, **options)
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -20,9 +21,11 @@ from buffers.dataset import IndividualFileDataset
 from buffers.dataset.files.directory import FileName
 from buffers.disk import DAMAGED, TEMPORARY
 from buffers.disk.lock import LOCK
+from buffers.fields import Fields
 from buffers.interop.alignment import arrays_in
-from buffers.interop.base import Episode, FormatError, FormatReader
-from buffers.interop.formats import module_of
+from buffers.interop.base import Episode, FormatError, FormatReader, UnknownFieldError
+from buffers.interop.fingerprint import fingerprint
+from buffers.interop.formats import check_options, module_of
 from buffers.interop.origin import ORIGIN, Origin, Summary, described, read_origin, sync_directory, write_origin
 from buffers.utils import integer, progress_bar
 
@@ -30,6 +33,8 @@ __all__ = ["import_episodes"]
 
 _SUFFIX = ".importing"
 _LEAST_CAPACITY = 1 << 20
+# What a request knows of the source.
+_OF_SOURCE = ("episodes", "steps", "files")
 
 
 def import_episodes(
@@ -62,28 +67,56 @@ def import_episodes(
 
     Raises:
         FormatError: The source is damaged, or no such format; names the path.
-        ValueError: An argument out of its range; the directory holds something else.
+        TypeError: No such option; names those that there are.
+        ValueError: An argument out of its range; no such field; the directory holds something else.
+        RuntimeError: Another process imports to the same directory.
         ImportError: The library of an extra is missing; names the extra.
         OSError: The directory cannot be written. What is imported stays, for the same call to go on.
     """
     # A link to an empty directory is a place for the import, too.
     target, most = os.path.realpath(os.fspath(directory)), None if limit is None else integer("limit", limit, 0)
     where = os.fspath(source)
+    check_options(format, module_of(format).read, options)
+    try:
+        return _read_into(format, where, target, fields, most, progress, options)
+    except UnknownFieldError as error:
+        try:
+            known = _names_of(format, where, options)
+        except (ValueError, OSError, ImportError):
+            raise error from None
+        raise UnknownFieldError(error.where, error.missing, known) from None
+
+
+def _names_of(format: str, where: str, options: Mapping[str, Any]) -> list[str]:
+    """The fields that a source has, as a reader that was asked for some may not have looked at others."""
+    others = {name: value for name, value in options.items() if name != "dtypes"}
+    with module_of(format).read(where, **others) as reader:
+        return [name for episode in islice(reader, 1) for name in Fields.from_episode(episode.rows)]
+
+
+def _read_into(
+    format: str,
+    where: str,
+    target: str,
+    fields: Sequence[str] | None,
+    most: int | None,
+    progress: bool,
+    options: Mapping[str, Any],
+) -> Summary:
     with module_of(format).read(where, fields=fields, **options) as reader:
         request = {"fields": _plain(reader.fields), "limit": most}
         # So that a source that has changed is not mixed with what was imported before.
-        request |= {"episodes": reader.num_episodes, "steps": reader.num_steps}
-        if os.path.isfile(where):
-            request["modified"] = os.stat(where).st_mtime_ns
+        request |= {"episodes": reader.num_episodes, "steps": reader.num_steps, "files": fingerprint(reader.files())}
         given = {name: value for name, value in options.items() if name != "dtypes"}
         request |= {"dtypes": _plain(reader.dtypes), **{name: _plain(value) for name, value in given.items()}}
         place = os.path.abspath(where) if os.path.exists(where) else where
         origin = Origin(format, place, request, lost=list(reader.notes), metadata=reader.metadata)
-        if not _is_finished(target, origin):
+        was_there = _is_finished(target, origin)
+        if not was_there:
             _import(reader, target, origin, most, progress)
     found = read_origin(target)
     assert found is not None  # It was written, or found.
-    return _summary(target, found)
+    return replace(_summary(target, found), was_there=was_there)
 
 
 def _plain(value: Any) -> Any:
@@ -115,12 +148,19 @@ def _is_finished(target: str, origin: Origin) -> bool:
 
 
 def _check_same(path: str, found: Origin, origin: Origin) -> None:
-    if (found.format, found.source, found.request) != (origin.format, origin.source, origin.request):
+    if (found.format, found.source, found.request) == (origin.format, origin.source, origin.request):
+        return
+    same = {name: found.request.get(name) for name in _OF_SOURCE}
+    if (found.format, found.source, {**origin.request, **same}) == (origin.format, origin.source, found.request):
         raise ValueError(
-            f"{path} holds an import of {found.source} ({found.format}) with {found.request}, not of {origin.source} "
-            f"({origin.format}) with {origin.request}. Ask for the same of a source that has not changed, or choose "
-            "another directory."
+            f"{origin.source} has changed since {path} was imported from it: other names, sizes or times of files. "
+            "Ask for the same of a source that has not changed, or choose another directory."
         )
+    raise ValueError(
+        f"{path} holds an import of {found.source} ({found.format}) with {found.request}, not of {origin.source} "
+        f"({origin.format}) with {origin.request}. Ask for the same of a source that has not changed, or choose "
+        "another directory."
+    )
 
 
 def _strangers(work: str) -> list[str]:
@@ -170,7 +210,13 @@ def _import(reader: FormatReader, target: str, origin: Origin, limit: int | None
     work = target + _SUFFIX
     num_steps = _earlier_part(work, origin)
     os.makedirs(work, exist_ok=True)
-    store = _Store(work, max(_LEAST_CAPACITY, reader.num_steps or 0, num_steps))
+    try:
+        store = _Store(work, max(_LEAST_CAPACITY, reader.num_steps or 0, num_steps))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{target} is being imported by another process: wait for it. Once that has ended, or was killed, the same "
+            f"import goes on where it stopped. ({error})"
+        ) from error
     try:
         write_origin(work, origin)
         reader.notes.texts[:] = origin.lost

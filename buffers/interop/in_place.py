@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from buffers.dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.fields import Fields
+from buffers.interop.formats import module_of
 from buffers.table import Windows
 from buffers.utils import Process
 
@@ -32,12 +33,21 @@ class InPlaceDataset(EpisodeDataset):
         fields: Of the rows, as the format's `read` yields them.
         lengths: Rows of each episode.
         infos: `number -> info` of episodes that have one.
+        options: What the format's `open` was given besides the path, so that a save can open it again.
     """
 
+    #: The name of the format; empty where its module is not in `buffers.interop`.
+    format: ClassVar[str] = ""
+
     def __init__(
-        self, path: str, fields: Fields, lengths: Sequence[int], infos: Mapping[int, EpisodeInfo] | None = None
+        self,
+        path: str,
+        fields: Fields,
+        lengths: Sequence[int],
+        infos: Mapping[int, EpisodeInfo] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = os.path.abspath(path)
+        self.path, self._options = os.path.abspath(path), dict(options or {})
         self._file: Any = None
         self._opened_by = -1
         num_rows = np.asarray(lengths, np.int64)
@@ -68,7 +78,14 @@ class InPlaceDataset(EpisodeDataset):
 
     def describe_store(self) -> dict[str, Any]:
         """As `EpisodeDataset.describe_store`."""
-        return {**super().describe_store(), "directory": self.path}
+        options = {name: _plain(value) for name, value in self._options.items()}
+        own = {"directory": self.path, "options": options, "module": type(self).__module__}
+        return {**super().describe_store(), **own}
+
+    @classmethod
+    def made_as(cls, told: Mapping[str, Any], info: EpisodeDatasetInfo) -> EpisodeDataset:
+        """As `EpisodeDataset.made_as`: the same path, opened again with the same options."""
+        return module_of(cls.format).open(told["directory"], **told["options"])
 
     def check_writable(self) -> None:
         """As `EpisodeDataset.check_writable`."""
@@ -116,3 +133,10 @@ class InPlaceDataset(EpisodeDataset):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\nRead in place from {self.path}"
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON holds it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

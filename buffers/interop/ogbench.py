@@ -5,14 +5,14 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 
 from buffers.fields import Fields
-from buffers.interop.alignment import rows_on_arrival
+from buffers.interop.alignment import first_gap, rows_on_arrival
 from buffers.interop.arrays import Archive, as_flags, in_order, note_unread
-from buffers.interop.base import Episode, FormatError, FormatReader, fill
+from buffers.interop.base import Episode, FormatError, FormatReader, chosen_fields, fill
 from buffers.interop.in_place import InPlaceDataset
 from buffers.interop.npy import Header, reading
 
@@ -65,15 +65,20 @@ def read(
     return OGBenchReader(os.fspath(path), fields, dtypes)
 
 
-def open(path: str | os.PathLike[str]) -> OGBenchDataset:
+def open(path: str | os.PathLike[str], *, fields: Sequence[str] | None = None) -> OGBenchDataset:
     """The trajectories of a file as a dataset that reads ranges of rows where they lie.
 
     Only where the file is not compressed. Downloaded ones are: `np.savez(new, **np.load(old))` stores one anew.
 
+    Args:
+        path: The file.
+        fields: The fields to read; None for all.
+
     Raises:
         FormatError: As `read`; or arrays are compressed, or in Fortran order.
+        ValueError: There is no such field.
     """
-    reader = OGBenchReader(os.fspath(path))
+    reader = OGBenchReader(os.fspath(path), fields)
     try:
         return OGBenchDataset(reader)
     finally:
@@ -241,8 +246,8 @@ class OGBenchReader(FormatReader):
             return self._file.columns["observations"].rows(start, end + 1)
         now = self._file.columns["observations"].rows(start, end)
         after = self._file.columns["next_observations"].rows(start, end)
-        if not np.array_equal(now[1:], after[:-1], equal_nan=now.dtype.kind in "fc"):
-            found = f"`next_observations` are not the observations of the rows behind them, in rows {start} to {end}"
+        if (gap := first_gap(now, after)) is not None:
+            found = f"`next_observations` of row {start + gap} is not the observation of the row behind it"
             raise self.damaged(found, "Rows must be in the order of their trajectory")
         return np.concatenate([now, after[-1:]])
 
@@ -250,8 +255,12 @@ class OGBenchReader(FormatReader):
 class OGBenchDataset(InPlaceDataset):
     """See `open`."""
 
+    format: ClassVar[str] = "ogbench"
+
     def __init__(self, reader: OGBenchReader) -> None:
-        super().__init__(reader.path, reader.row_fields(), (reader.layout.lengths + 1).tolist())
+        fields = chosen_fields(reader.path, reader.row_fields(), reader.fields)
+        lengths = (reader.layout.lengths + 1).tolist()
+        super().__init__(reader.path, fields, lengths, options={"fields": reader.fields})
         self._arrays = reader.stored_arrays()
         self._layout, self._steps, self._states = reader.layout, reader.steps, reader.states
 

@@ -33,10 +33,13 @@ class Summary:
     fields: dict[str, str] = field(default_factory=dict)  # Name and type.
     lost: list[str] = field(default_factory=list)  # What was missing, or could not be kept.
     num_bytes: int = 0  # Of the rows.
+    was_there: bool = field(default=False, compare=False)  # Whether the same import had been finished before.
 
     def __str__(self) -> str:
         count = f"{self.num_episodes:,} episodes, {self.num_steps:,} steps, {format_bytes(self.num_bytes)}"
         lines = [f"{self.source} -> {self.target} ({self.format})", count]
+        if self.was_there:
+            lines.insert(1, "It was there already, from an earlier import of the same: nothing was read again.")
         if self.fields:
             lines += ["", *aligned([("field", "type"), *self.fields.items()])]
         return "\n".join([*lines, "", *([f"- {text}" for text in self.lost] or ["Nothing was lost."])])

@@ -150,11 +150,19 @@ def _copy(function: Callable[..., Any], options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    return _transfer(import_episodes, options.format, options.source, options.directory, options)
+    try:
+        return _transfer(import_episodes, options.format, options.source, options.directory, options)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
+        return 130
 
 
 def _export(options: argparse.Namespace) -> int:
-    return _transfer(export_episodes, options.format, options.directory, options.target, options)
+    try:
+        return _transfer(export_episodes, options.format, options.directory, options.target, options)
+    except KeyboardInterrupt:
+        print("\nStopped. Nothing was written; the same command begins anew.", file=sys.stderr)
+        return 130
 
 
 def _transfer(
@@ -164,8 +172,10 @@ def _transfer(
     try:
         chosen = _options_of(options.option)
         print(function(format, source, target, fields=options.fields, limit=options.limit, progress=True, **chosen))
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        print(error, file=sys.stderr)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        has_commas = any("," in text and "[" not in text for text in options.option)
+        hint = " Lists are written as JSON: --option 'NAME=[4, 5, 6]'." if has_commas else ""
+        print(f"{error}{hint}", file=sys.stderr)
         return 1
     return 0
 
@@ -182,6 +192,8 @@ def _options_of(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             parsed = value
         root, has_key, key = name.partition(".")
+        if root in ("fields", "limit", "progress"):
+            raise ValueError(f"`{root}` is no --option. Use --fields FIELD ..., or --limit N.")
         if has_key:
             found.setdefault(root, {})[key] = parsed
         else:

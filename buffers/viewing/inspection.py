@@ -92,6 +92,8 @@ def _open(path: str, verify: Verify) -> IndividualFileDataset:
             return IndividualFileDataset(directory=path, mode="r", verify=verify)
     except FileNotFoundError:
         raise InspectionError(f"There is no directory {path}.") from None
+    except NotADirectoryError:
+        raise InspectionError(f"{path} is no directory. Give one of episodes, or of saves.") from None
     except OSError as error:
         raise InspectionError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -273,7 +275,10 @@ def _describe_episode(dataset: IndividualFileDataset, episode_id: int, episode: 
     for name, field in fields.items():
         dtype = str(field.dtype).removeprefix("torch.")
         rows.append((name, type(field).__name__, dtype, str(field.shape), *_summary(to_numpy(episode[name]))))
-    return [f"Episode {episode_id}: {length:,} steps, {format_bytes(fields.nbytes * length)}", "", *aligned(rows)]
+    info = dataset.episode_info(episode_id)
+    known = ["", *aligned([("info", "value"), *((name, str(value)) for name, value in info.items())])] if info else []
+    head = f"Episode {episode_id}: {length:,} steps, {format_bytes(fields.nbytes * length)}"
+    return [head, "", *aligned(rows), *known]
 
 
 def _summary(values: np.ndarray) -> tuple[str, str, str, str]:

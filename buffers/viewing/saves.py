@@ -62,7 +62,9 @@ def _describe(save: Save) -> list[str]:
 def _describe_store(save: Save, number: int, told: dict[str, Any]) -> list[str]:
     kind = told["kind"]
     if told["is_reader"]:
-        return [f"{number}: {kind}, read only: its episodes are their writer's to save, in {told['directory']}"]
+        names = ", ".join(info["name"] for info in save.state(f"late{number}"))
+        late = f"; late fields that are saved: {names}" if names else ""
+        return [f"{number}: {kind}, read only: its episodes are their writer's to save, in {told['directory']}{late}"]
     live = save.live(number)
     ids = f", ids {live[0, 0]} to {live[-1, 1] - 1}" if len(live) else ""
     where = f", links to files of {told['directory']}" if told["is_linked"] else ""

@@ -92,7 +92,7 @@ def d4rl_log(has_next: bool = False) -> list[dict[str, Any]]:
             "truncated": on_arrival(log["truncated"]),
             "is_first": first_row(num),
             "final_obs_missing": last_row(num),
-            "infos": {"qpos": on_arrival(log["state"][:-1].astype(np.float32))},
+            "infos": {"qpos": repeated(log["state"][:-1].astype(np.float32))},
         }
         if has_next:
             del rows["final_obs_missing"]

@@ -98,7 +98,8 @@ def test_only_chosen_fields_are_read(fields: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(d3rlpy.D3rlpyReader, "_dataset", spied)
     for number, (rows, _) in zip(EPISODES["given"], reader, strict=True):
         wanted = flatten(expected("given", number))
-        assert {*flatten(rows)} == {name for name in wanted if any(f"{name}/".startswith(f"{f}/") for f in fields)}
+        chosen = [*fields, *["final_obs_missing"] * any(f.startswith("obs") for f in fields)]
+        assert {*flatten(rows)} == {name for name in wanted if any(f"{name}/".startswith(f"{f}/") for f in chosen)}
         for name, value in flatten(rows).items():
             np.testing.assert_array_equal(value, wanted[name], strict=True)
     columns = {"obs/1": {"observations_1"}, "obs": {"observations_0", "observations_1"}}
@@ -115,7 +116,7 @@ def test_an_import_gives_the_log_and_goes_on_after_a_kill(tmp_path: Path) -> Non
         for number, found in enumerate(dataset.episodes()):
             assert_same_episode(found, expected("collected", number))
     summary = import_episodes("d3rlpy", DATA / "given.h5", tmp_path / "b", fields=["obs/1", "reward"], limit=2)
-    assert summary.num_episodes == 2 and [*summary.fields] == ["obs/1", "reward"]
+    assert summary.num_episodes == 2 and [*summary.fields] == ["obs/1", "reward", "final_obs_missing"]
 
 
 def test_other_columns_are_named(tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_what_is_left_out_is_said() -> None:
     assert len([*exporter]) == 1 and exporter.summary().num_episodes == 1
 
 
+def test_a_repeated_final_observation_is_not_exported_as_a_true_one_by_a_choice_of_fields(tmp_path: Path) -> None:
+    ring, last = RingBufferDataset(100), np.array([False, False, True])
+    ring.add_episode({"obs": np.zeros((3, 2)), "action": np.zeros(3), "final_obs_missing": last})
+    npz.write(ring, tmp_path / "out", fields=["obs", "action"])
+    (rows, _) = next(iter(npz.read(tmp_path / "out", layout="dreamer")))
+    assert rows["final_obs_missing"].tolist() == last.tolist()
+
+
 def test_pieces_of_a_stream_are_said() -> None:
     buffer = ReplayBuffer(RingBufferDataset(100), batch_size=1, num_envs=1, max_episode_length=4, overlap=1)
     for step in range(9):

@@ -395,6 +395,15 @@ def test_bounds_can_be_given_as_values_or_by_a_name():
         assert [len(rows["obs"]) for rows, _ in reader] == [3, 5]
 
 
+def test_a_pickle_and_a_file_of_hdf5_are_called_what_they_are(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", observations=np.array([{"a": 1}, None], object), dones=np.array([0, 1]))
+    with pytest.raises(FormatError, match="`observations` holds pickled objects: refused, save numbers"):
+        flat.read(tmp_path / "a.npz", convention="transitions")
+    (tmp_path / "b").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(FormatError, match="is an HDF5 file. Read it by the format hdf5"):
+        flat.read(tmp_path / "b")
+
+
 def test_sources_that_are_none_are_refused(tmp_path: Path):
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "empty").mkdir()

@@ -21,7 +21,7 @@ from tests.interop.hdf5_files import (
     robomimic_log,
     unpacked,
 )
-from tests.interop.logged import PLAYED, play
+from tests.interop.logged import PLAYED, on_arrival, play
 from tests.interop.made_up import killed_before
 from tests.tagged import assert_same_episode
 
@@ -154,8 +154,27 @@ def test_what_a_file_lacks_or_is_not_read_is_said(files: Path) -> None:
         "The last episode was cut off by the end of the file: neither terminated nor truncated.",
         "`metadata/policy/weight`: arrays of metadata are not read.",
         "`infos/name`: no numbers, or not a row for each transition; not read.",
+        "`infos/qpos`: taken to be recorded before the step, as in gym-mujoco's files, so that they belong to the "
+        f"observation; the last row {last}. For AntMaze's, say `states='arrival'`.",
         f"Final observations are missing: the last row {last}, and says so.",
     ]
+
+
+@pytest.mark.parametrize("name", ["robomimic_small", "isaaclab", "d4rl"])
+def test_whether_final_observations_are_missing_comes_with_chosen_observations(name: str, files: Path) -> None:
+    path = files / f"{name}.hdf5"
+    for fields in (["obs"], ["action"]):
+        with hdf5.open(path, fields=fields) as opened:
+            (rows, _), found = next(iter(hdf5.read(path, fields=fields))), opened.get_episode(0)
+        assert ("final_obs_missing" in rows) == ("final_obs_missing" in found) == (fields == ["obs"])
+    assert rows["action"].any()
+
+
+def test_what_fields_leave_out_is_not_said_to_be_missing(files: Path) -> None:
+    for name in ("robomimic", "d4rl"):
+        with hdf5.read(files / f"{name}.hdf5", fields=["obs"]) as reader:
+            list(reader)
+            assert not [note for note in reader.notes if "no rewards" in note or "`terminated`" in note]
 
 
 def test_a_recording_without_observations_is_sent_to_robomimics_script(files: Path) -> None:
@@ -166,20 +185,37 @@ def test_a_recording_without_observations_is_sent_to_robomimics_script(files: Pa
             assert_same(found, {"action": log["action"], "states": log["states"]})
 
 
-def test_next_observations_that_repeat_or_do_not_follow_are_said(files: Path, changed: Changed) -> None:
+def test_next_observations_that_repeat_the_last_observation_are_said(files: Path) -> None:
     # robomimic's converter wrote the last observation of D4RL's episodes again.
     with hdf5.read(files / "robomimic_d4rl.hdf5") as reader:
         for (found, _), expected in zip(reader, d4rl_log()[:-1], strict=True):
             assert_same(found["obs"]["flat"], expected["obs"])
         assert "robomimic's converter writes it so for D4RL" in reader.notes.texts[-1]
 
-    def shift(file: Any) -> None:
-        file["data/demo_2/next_obs/vector"][4] += 1
 
-    with hdf5.read(changed("robomimic", shift)) as reader:
-        for (found, _), expected in zip(reader, robomimic_log(), strict=True):
-            assert_same(found, expected)
-        assert "Next observations are not always the observation of the following row" in reader.notes.texts[-1]
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_next_observation_that_is_not_the_observation_of_the_row_behind_is_refused(
+    row: int, changed: Changed, tmp_path: Path
+) -> None:
+    def of_demo(file: Any) -> None:
+        file["data/demo_2/next_obs/vector"][row] += 1
+
+    def of_rows(file: Any) -> None:
+        with_next(file)
+        file["next_observations"][row] += 1
+
+    lengths = [len(log["action"]) for log in play()]
+    assert lengths[0] > 3 and lengths[2] > 3
+    for name, change, number in (("robomimic", of_demo, 2), ("d4rl", of_rows, 0)):
+        path = changed(name, change)
+        with pytest.raises(FormatError, match=f"next_obs.*` of row {row} is not the observation of the row behind it"):
+            list(hdf5.read(path))
+        with pytest.raises(FormatError, match=f"of row {row} is not the observation"):
+            hdf5.open(path)
+        found = import_episodes("hdf5", path, tmp_path / name, limit=number)
+        assert found.num_episodes == number
+        # Fields without observations are read.
+        assert len(list(hdf5.read(path, fields=["action"]))) == len(lengths)
 
 
 def test_the_final_observation_is_the_last_next_observation_and_not_made_up(changed: Changed) -> None:
@@ -229,7 +265,30 @@ def test_d4rl_itself_reads_the_same_episodes_but_for_the_cut_one(files: Path) ->
             pairs = {"action": "actions", "reward": "rewards", "terminated": "terminals", "truncated": "timeouts"}
             for name, key in pairs.items():
                 np.testing.assert_array_equal(rows[name][1:], theirs[f"{number}:{key}"], strict=True)
-            np.testing.assert_array_equal(rows["infos"]["qpos"][1:], theirs[f"{number}:infos/qpos"], strict=True)
+            np.testing.assert_array_equal(rows["infos"]["qpos"][:-1], theirs[f"{number}:infos/qpos"], strict=True)
+
+
+def test_states_of_d4rl_belong_to_observations_or_arrive_as_is_said(files: Path, changed: Changed) -> None:
+    def more(file: Any) -> None:
+        file["infos/qvel"], file["infos/log_probs"] = 2 * file["infos/qpos"][:], 3 * file["infos/qpos"][:]
+
+    path = changed("d4rl", more)
+    for states in (None, "observation", "arrival"):
+        reader, dataset = hdf5.read(path, states=states), hdf5.open(path, states=states)
+        for number, ((rows, _), log) in enumerate(zip(reader, play(), strict=True)):
+            known = log["state"][:-1].astype(np.float32)
+            expected = on_arrival(known) if states == "arrival" else np.concatenate([known, known[-1:]])
+            for name, factor in (("qpos", 1), ("qvel", 2)):
+                np.testing.assert_array_equal(rows["infos"][name], factor * expected)
+                np.testing.assert_array_equal(dataset.get_episode(number)["infos"][name], factor * expected)
+            np.testing.assert_array_equal(rows["infos"]["log_probs"], 3 * on_arrival(known))
+        said = "`infos/qpos`, `infos/qvel`: taken to be recorded before the step"
+        assert any(note.startswith(said) for note in reader.notes) == (states != "arrival")
+        dataset.close()
+    with pytest.raises(ValueError, match="`states` must be one of"):
+        hdf5.read(path, states="both")
+    with pytest.raises(ValueError, match="`states` is for D4RL"):
+        hdf5.read(files / "robomimic.hdf5", states="arrival")
 
 
 def with_next(file: Any) -> None:

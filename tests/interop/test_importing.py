@@ -352,6 +352,89 @@ def test_numbers_that_another_dtype_cannot_hold_are_refused(
             next(iter(reader))
 
 
+def test_a_name_that_stands_for_several_fields_changes_floats_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_from = Reader.read_from
+
+    def nested(self: Reader, number: int) -> Any:
+        for rows, info in read_from(self, number):
+            images = np.zeros((len(rows["obs"]), 2, 2, 3), np.uint8)
+            yield Episode({**rows, "obs": {"image": images, "state": rows["obs"]}}, info)
+
+    monkeypatch.setattr(Reader, "read_from", nested)
+    for dtypes, image in (({"obs": "float64"}, "uint8"), ({"obs/image": "float32", "obs": "float64"}, "float32")):
+        fields = import_episodes("flat", "source", tmp_path / image, dtypes=dtypes).fields
+        assert (fields["obs/image"].split()[0], fields["obs/state"]) == (image, "float64 (2,)")
+
+
+def test_fields_and_options_that_are_not_there_are_answered_by_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"source has no fields \['actoin'\]. It has \['obs', 'action', .*mean \['action'\]"
+    ):
+        import_episodes("flat", "source", tmp_path / "a", fields=["actoin"])
+    with pytest.raises(TypeError, match=r"'flat' has no option `nmu` here. It has \['num', 'dtypes'\]. .*mean `num`\?"):
+        import_episodes("flat", "source", tmp_path / "a", nmu=3)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_second_import_while_the_first_runs_says_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_from, said = Reader.read_from, []
+
+    def read(self: Reader, number: int) -> Any:
+        for position, episode in enumerate(read_from(self, number), number):
+            if position == 3 and not said:
+                said.append(main(["import", "flat", "source", str(tmp_path / "a")]))
+                said.append(capsys.readouterr().err)
+            yield episode
+
+    monkeypatch.setattr(Reader, "read_from", read)
+    assert main(["import", "flat", "source", str(tmp_path / "a")]) == 0
+    assert said[0] == 1 and "is being imported by another process: wait for it" in said[1]
+    assert numbers(tmp_path / "a") == [*range(9)]
+
+
+def test_the_command_says_after_ctrl_c_that_it_goes_on_and_again_that_all_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Reader, "fails_at", 5)
+    command = ["import", "flat", "source", str(tmp_path / "a")]
+    assert main(command) == 130
+    assert "Stopped. The same command goes on where it stopped." in capsys.readouterr().err
+    monkeypatch.setattr(Reader, "fails_at", -1)
+    assert main(command) == 0 and "It was there already" not in capsys.readouterr().out
+    assert main(command) == 0 and "It was there already" in capsys.readouterr().out
+    assert import_episodes("flat", "source", tmp_path / "a").was_there
+    assert numbers(tmp_path / "a") == [*range(9)]
+
+
+def test_options_of_the_command_that_are_written_otherwise_are_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", "flat", "source", str(tmp_path / "a"), "--option"]
+    assert main([*command, "fields=obs"]) == 1
+    assert "Use --fields FIELD" in capsys.readouterr().err
+    assert main([*command, "num=4,5"]) == 1
+    assert "Lists are written as JSON: --option 'NAME=[4, 5, 6]'" in capsys.readouterr().err
+
+
+def test_inspect_shows_the_info_of_an_episode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_episodes("flat", "source", tmp_path / "a")
+    assert main(["inspect", str(tmp_path / "a"), "--episode", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == ["info    value", "-------------", "number  3"]
+
+
+def test_what_is_no_directory_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for name, said in (("file", "is no directory"), ("nothing", "is not there")):
+        assert main(["export", "npz", str(tmp_path / name), str(tmp_path / "out")]) == 1
+        assert f"{name} {said}. Give a directory of episodes" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'file'} is no directory. Give one of episodes, or of saves.\n"
+
+
 def test_an_origin_that_is_damaged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import_episodes("flat", "source", tmp_path / "a", limit=2)
     (tmp_path / "a" / "origin.json").write_text(json.dumps({"format": "flat"}))

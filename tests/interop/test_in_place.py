@@ -138,7 +138,7 @@ def test_a_save_refers_to_it(opened: ArraysInPlace, tmp_path: Path) -> None:
     again = MixtureDataset([RingBufferDataset(100), ArraysInPlace(tmp_path)], [0.5, 0.5])
     resumed = ReplayBuffer.load(tmp_path / "saves", dataset=again)
     assert_equal([resumed.sample() for _ in range(5)], [buffer.sample() for _ in range(5)])
-    with pytest.raises(ValueError, match="The save is of a ArraysInPlace, which cannot be made from what a save says"):
+    with pytest.raises(ValueError, match="is of a ArraysInPlace, .*: open .* again, as before, and pass"):
         ReplayBuffer.load(tmp_path / "saves")
 
 

@@ -157,7 +157,7 @@ def test_only_the_wanted_columns_are_read(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(FrameReader, "_chunks", counted)
     for rows, _ in episodes_of(path, fields=["obs/state", "reward"]):
-        assert set(rows) == {"obs/state", "reward"}
+        assert set(rows) == {"obs/state", "reward", "final_obs_missing"}
     assert columns == {"observation.state", "next.reward"}
 
 

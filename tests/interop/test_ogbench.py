@@ -229,7 +229,7 @@ def test_rows_out_of_order_are_refused(tmp_path: Path):
     arrays = without("regular")
     arrays["next_observations"] = arrays["next_observations"][::-1]
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(FormatError, match="not the observations of the rows behind them, in rows 0 to 4"):
+    with pytest.raises(FormatError, match="`next_observations` of row 0 is not the observation of the row behind it"):
         next(iter(ogbench.read(tmp_path / "a.npz")))
 
 

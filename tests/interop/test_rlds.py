@@ -214,7 +214,8 @@ def test_only_chosen_fields_are_decoded(fields: list[str], arm: Path, monkeypatc
     monkeypatch.setattr("buffers.interop.rlds.values.decode_images", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     for (rows, _), wanted in zip(rlds.read(arm, fields=fields), whole, strict=True):
-        assert {*flatten(rows)} == {name for name in wanted if any(f"{name}/".startswith(f"{f}/") for f in fields)}
+        chosen = [*fields, *["final_obs_missing"] * any(f.startswith("obs") for f in fields)]
+        assert {*flatten(rows)} == {name for name in wanted if any(f"{name}/".startswith(f"{f}/") for f in chosen)}
         for name, value in flatten(rows).items():
             np.testing.assert_array_equal(value, wanted[name], strict=True)
 
@@ -235,7 +236,8 @@ def test_an_import_gives_the_log_and_goes_on_after_a_kill(name: str, datasets: P
 
 def test_an_import_of_chosen_fields(arm: Path, tmp_path: Path) -> None:
     summary = import_episodes("rlds", arm, tmp_path / "a", fields=["obs/image", "reward"], limit=2, last_action="valid")
-    assert summary.num_episodes == 2 and summary.fields == {"obs/image": "uint8 (16, 24, 3)", "reward": "float32 ()"}
+    kinds = {"obs/image": "uint8 (16, 24, 3)", "reward": "float32 ()", "final_obs_missing": "bool ()"}
+    assert summary.num_episodes == 2 and summary.fields == kinds
 
 
 def test_a_missing_library_is_named_with_its_extra(arm: Path, datasets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

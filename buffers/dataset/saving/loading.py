@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +18,7 @@ from buffers.dataset.verification import VerificationMode
 from buffers.disk import Directory, as_damage, parse_fields
 from buffers.fields import as_tensor
 from buffers.late import LateFieldInfo, PriorityField
-from buffers.saving import Save, SavedPiece, runs_of
+from buffers.saving import Save, SavedPiece
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import progress_bar
 
@@ -42,8 +45,9 @@ def load_source(save: Save, source: SavedSource | None, kinds: Kinds, progress: 
     """
     is_given = source is not None
     if source is None:
+        made = _opened_again(save, kinds)
         with as_damage():
-            source = _make(save, save.said["source"], {}, kinds)
+            source = _make(save, save.said["source"], made, kinds)
     stores, is_same = source.stores, True
     found, saved = _shape(source.describe(stores)), _shape(save.said["source"])
     if found != saved:
@@ -89,6 +93,36 @@ def _shape(described: Mapping[str, Any]) -> str:
     return f"dataset {described['store']}{extended}"
 
 
+def _opened_again(save: Save, kinds: Kinds) -> dict[int, Any]:
+    """The stores that only read, by their numbers; ValueError for what only the caller can make or open."""
+    found: dict[int, Any] = {}
+    for number, told in enumerate(save.stores):
+        with as_damage():
+            kind, is_reader, module = str(told["kind"]), bool(told["is_reader"]), str(told.get("module"))
+            where = str(told.get("directory"))
+        # Classes are known once their modules are imported. A save can have none imported but of other formats.
+        if kind not in kinds and re.fullmatch(r"buffers\.interop(\.[a-z0-9_]+)+", module):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+        if kind not in kinds:
+            what = f"open {where} again, as before" if is_reader else "make an empty one"
+            raise ValueError(
+                f"The save is of a {kind}, which cannot be made from what a save says: {what}, and pass it as "
+                "`dataset=`; if it is in a mixture, pass a mixture that is made as before."
+            )
+        if is_reader:
+            try:
+                found[number] = kinds[kind].made_as(told, EpisodeDatasetInfo())
+            except (ValueError, OSError) as error:
+                raise ValueError(
+                    f"{where}, from which the saved source reads, cannot be opened again as before: {error} If it is "
+                    "elsewhere now, open it there, and pass that as `dataset=`."
+                ) from error
+            except (LookupError, TypeError, AttributeError) as error:
+                raise save.reader.damaged(f"says of {where} what cannot be opened ({error})") from error
+    return found
+
+
 def _make(save: Save, described: Mapping[str, Any], made: dict[int, Any], kinds: Kinds) -> Any:
     """A source as it was described, with nothing in it."""
     if "members" in described:
@@ -97,10 +131,6 @@ def _make(save: Save, described: Mapping[str, Any], made: dict[int, Any], kinds:
     number = described["store"]
     if number not in made:
         told = save.stores[number]
-        if told["kind"] not in kinds:
-            raise ValueError(
-                f"The save is of a {told['kind']}, which cannot be made from what a save says: pass an empty one."
-            )
         fields = None if told["fields"] is None else parse_fields(told["fields"])
         info = EpisodeDatasetInfo(fields, VerificationMode(told["verification"]))
         made[number] = kinds[told["kind"]].made_as(told, info)
@@ -112,11 +142,10 @@ def _make(save: Save, described: Mapping[str, Any], made: dict[int, Any], kinds:
 def _check(save: Save, number: int, store: EpisodeDataset) -> None:
     """Refuse what cannot be loaded, before anything changes."""
     told = save.stores[number]
-    if told["is_reader"]:
-        return
-    store.check_writable()
-    if len(store.table) and not store.has_files:
-        raise RuntimeError(f"The {type(store).__name__} holds {len(store.table)} episodes: load into an empty one.")
+    if not told["is_reader"]:
+        store.check_writable()
+        if len(store.table) and not store.has_files:
+            raise RuntimeError(f"The {type(store).__name__} holds {len(store.table)} episodes: load into an empty one.")
     if told["fields"] is not None and store.fields is not None:
         fields = parse_fields(told["fields"])
         if (conflict := fields.conflict_with(store.fields)) is not None:
@@ -139,13 +168,15 @@ class _Loading:
     def __init__(self, save: Save, number: int, store: EpisodeDataset, kinds: Kinds) -> None:
         self._save, self._number, self._store = save, number, store
         self._told, self._files = save.stores[number], kinds["IndividualFileDataset"]
-        self._is_empty = self._told["is_reader"] or self._told["fields"] is None
+        self._is_empty = self._told["fields"] is None
         self._takes_links = self._told["is_linked"] and store.takes_links(self._told["suffix"])
         # The live episodes `(n, 4)`, as the save has them, and where they are.
         self._rows: Int64Array = np.zeros((0, 4), np.int64)
         self._pieces: list[SavedPiece] = []
         self._folders: list[Directory] = []
-        if self._is_empty:
+        if self._told["is_reader"]:
+            self._rows = save.reader.read(f"{number}/episodes")
+        if self._told["is_reader"] or self._is_empty:
             return
         if self._told["is_linked"]:
             self._rows, self._folders = self._files.linked(save, number)
@@ -169,7 +200,7 @@ class _Loading:
         """Load it; whether its episodes are as the save says."""
         store, told = self._store, self._told
         if told["is_reader"]:
-            return self._is_same_reader()
+            return self._load_reader()
         if told["fields"] is not None:
             store.settle_fields(parse_fields(told["fields"]))
         stays = self._stays()
@@ -189,14 +220,21 @@ class _Loading:
             store.evictor.load_state_dict(self._save.state(name))
         return told["is_linked"] == store.has_files and np.array_equal(store.table.rows, self._rows)
 
-    def _is_same_reader(self) -> bool:
-        store, told = self._store, self._told
-        if store.is_reader and runs_of(store.table.ids).tolist() != told["live"]:
+    def _load_reader(self) -> bool:
+        """Late values alone: rows are where they were, if the source has the same episodes."""
+        store, rows = self._store, self._rows
+        if not np.array_equal(store.table.rows[:, 1:3], rows[:, 1:3]):
+            num_same = int(_are_same(store.table, rows).sum())
+            has_late = bool(self._save.state(f"late{self._number}")) and num_same < len(rows)
+            lost = " Late fields of those that are gone, or have another length, are dropped." if has_late else ""
             warnings.warn(
-                f"{told['directory']}, which was open for reading, has other episodes than when the save was made: "
-                "batches will not be those that would have come.",
+                f"{self._told.get('directory')}, which was open for reading, has other episodes than when the save was "
+                f"made: of {len(rows)}, {num_same} are there with the same id and length, and "
+                f"{len(store.table) - num_same} others. Batches will not be those that would have come.{lost}",
                 stacklevel=2,
             )
+        if not self._is_empty:
+            self._load_late()
         return store.is_reader
 
     # Rows.
@@ -279,6 +317,12 @@ def _steps(table: EpisodeTable, rows: Int64Array, ends: Int64Array, begin: int, 
     """Where rows `begin` to `begin + num` of the episodes `rows` `(n, 4)`, end to end, lie by now; -1 if nowhere."""
     at = np.arange(begin, begin + num)
     episode = ends.searchsorted(at, "right")
-    number, lives = table.numbers_of_ids(rows[episode, 2])
+    number, _ = table.numbers_of_ids(rows[episode, 2])
     steps = table.state.rows[number, 0] + at - (ends[episode] - rows[episode, 1])
-    return np.where(lives, steps, -1)
+    return np.where(_are_same(table, rows)[episode], steps, -1)
+
+
+def _are_same(table: EpisodeTable, rows: Int64Array) -> np.ndarray:
+    """Which of the episodes `(n, 4)` a table has, with as many rows; bool `(n,)`."""
+    number, lives = table.numbers_of_ids(rows[:, 2])
+    return lives & (table.state.rows[number, 1] == rows[:, 1])

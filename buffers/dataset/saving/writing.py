@@ -18,7 +18,7 @@ from buffers.conversion import as_array
 from buffers.disk import described_fields
 from buffers.fields import Fields, TensorType, Vector
 from buffers.late import LateField, LateFieldInfo
-from buffers.saving import NOWHERE, Pieces, Snapshot, cut_into_pieces, numbers_of, places_of, runs_of
+from buffers.saving import NOWHERE, Pieces, Places, Snapshot, cut_into_pieces, numbers_of, places_of, runs_of
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import ThreadLock
 
@@ -103,15 +103,11 @@ def _live_bytes(stores: list[_Store]) -> dict[int, int]:
 
 
 def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[str, Any]:
-    number, dataset, table, saved_in = store
+    number, dataset, table, _ = store
+    places, kept = ([], _nothing(snapshot)) if dataset.is_reader else _begin_episodes(store, snapshot, packed)
     if dataset.is_reader:
-        return {**dataset.describe_store(), **_counts(store), "places": [], "is_linked": False, "is_reader": True}
-    is_new = saved_in == NOWHERE
-    if not dataset.has_files:
-        is_new |= np.isin(saved_in, [*packed])
-    rows = table.rows[is_new]
-    places = places_of(table.ids, np.where(is_new, snapshot.number, saved_in))
-    kept = dataset.begin_links(snapshot, number, rows) if dataset.has_files else _begin_rows(store, snapshot, rows)
+        # Rows are another's. By these, late values find theirs, and a source that has changed is noticed.
+        snapshot.array(f"{number}/episodes", _EPISODE, table.rows.copy())
     fields = dict(dataset.late.by_name)
     late = _begin_late(store, snapshot, fields)
     snapshot.at_end.append(dataset.end_save)
@@ -122,19 +118,32 @@ def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[st
         snapshot.state(f"evictor{number}", state)
     if dataset.extension is not None:
         snapshot.state(f"extension{number}", dataset.extension.state_dict())
+    is_linked = dataset.has_files and not dataset.is_reader
+    more = {"places": places, "is_linked": is_linked, "is_reader": dataset.is_reader}
+    return {**dataset.describe_store(), **_counts(store), **more}
+
+
+def _nothing(snapshot: Snapshot) -> Pieces:
+    return snapshot.pieces(np.zeros((0, 2), np.int64), lambda number: None)
+
+
+def _begin_episodes(store: _Store, snapshot: Snapshot, packed: set[int]) -> tuple[Places, Pieces]:
+    """Where all episodes will have been saved, and those that are to be written."""
+    number, dataset, table, saved_in = store
+    is_new = saved_in == NOWHERE
     if not dataset.has_files:
-        snapshot.needs |= {n for _, _, n in places if n != snapshot.number}
-        infos = dataset.known_infos(rows[:, 2])
-        text = json.dumps(infos, separators=(",", ":")).encode() if infos else b""
-        snapshot.array(f"{number}/infos", _BYTE, np.frombuffer(text, np.uint8))
-        snapshot.array(f"{number}/episodes", _EPISODE, rows)
-    return {
-        **dataset.describe_store(),
-        **_counts(store),
-        "places": places,
-        "is_linked": dataset.has_files,
-        "is_reader": False,
-    }
+        is_new |= np.isin(saved_in, [*packed])
+    rows = table.rows[is_new]
+    places = places_of(table.ids, np.where(is_new, snapshot.number, saved_in))
+    if dataset.has_files:
+        return places, dataset.begin_links(snapshot, number, rows)
+    kept = _begin_rows(store, snapshot, rows)
+    snapshot.needs |= {n for _, _, n in places if n != snapshot.number}
+    infos = dataset.known_infos(rows[:, 2])
+    text = json.dumps(infos, separators=(",", ":")).encode() if infos else b""
+    snapshot.array(f"{number}/infos", _BYTE, np.frombuffer(text, np.uint8))
+    snapshot.array(f"{number}/episodes", _EPISODE, rows)
+    return places, kept
 
 
 def _counts(store: _Store) -> dict[str, Any]:

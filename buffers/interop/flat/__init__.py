@@ -15,6 +15,9 @@ from buffers.utils import one_of
 
 __all__ = ["CONVENTIONS", "FlatReader", "read"]
 
+# How a file of HDF5 begins.
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
 
 def read(
     source: str | os.PathLike[str] | Mapping[str, Any],
@@ -109,4 +112,10 @@ def _opened(source: str | os.PathLike[str] | Mapping[str, Any]) -> ArrayFile:
     path = os.fspath(source)
     if not os.path.lexists(path):
         raise FormatError(path, "is not there", "Check the path")
-    return npy_directory(path) if os.path.isdir(path) else Archive(path)
+    if os.path.isdir(path):
+        return npy_directory(path)
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(len(_HDF5)) == _HDF5:
+                raise FormatError(path, "is an HDF5 file", "Read it by the format hdf5 (`import hdf5`)")
+    return Archive(path)

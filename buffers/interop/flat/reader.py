@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from buffers.interop.alignment import rows_on_arrival
+from buffers.interop.alignment import first_gap, rows_on_arrival
 from buffers.interop.arrays import ArrayFile, in_order, note_unread, tree_of
 from buffers.interop.base import Episode, FormatReader, note_absence
 from buffers.interop.flat.conventions import CONVENTIONS, UnfitError, few, find_bounds, flags_of_episodes
@@ -186,10 +186,10 @@ class FlatReader(FormatReader):
 
     def _check_chain(self, name: str, now: np.ndarray, after: np.ndarray, start: int) -> None:
         """Next observations are kept as the observations of the rows behind them."""
-        if np.array_equal(now[1:], after[:-1], equal_nan=now.dtype.kind in "fc"):
+        gap = first_gap(now, after)
+        if gap is None:
             return
-        equal = (now[1:] == after[:-1]).reshape(len(now) - 1, -1).all(1)
-        found = f"`{name}` of row {start + int(np.argmin(equal))} is not the observation of the row behind it"
+        found = f"`{name}` of row {start + gap} is not the observation of the row behind it"
         raise self.damaged(found, "Rows must be in the order of their episodes, with an end where one ends")
 
 

@@ -77,6 +77,8 @@ def find_roles(
     trees = {role: tree for role, tree in found.items() if tree}
     if "obs" not in trees:
         advice = f"Say which by `obs=`; it has {sorted(arrays.columns)}"
+        if odd := [f"`{name}` holds {arrays.unread[name]}" for name in _USUAL["obs"] if name in arrays.unread]:
+            advice = f"{odd[0]}: refused, save numbers, a row for each step. {advice}"
         raise FormatError(arrays.path, "None of its arrays has a usual name for observations", advice)
     roles = Roles(len(arrays.columns[next(iter(trees["obs"].values()))]), trees)
     for role in _FLAGS:

@@ -20,6 +20,7 @@ def read(
     layout: str | None = None,
     mask: str | None = None,
     max_episode_steps: int | None = None,
+    states: str | None = None,
     fields: Sequence[str] | None = None,
     dtypes: Mapping[str, Any] | None = None,
 ) -> HDF5Reader:
@@ -51,7 +52,8 @@ def read(
         reward                 0       rewards[s]          rewards[e]
         terminated             0       0       0           terminals[e]
         truncated              0       0       0           timeouts[e]
-        infos/...              0       [s]     [s + 1]     [e]
+        infos/qpos, qvel       [s]     [s + 1] [s + 2]     [e] again       recorded before the step
+        other infos            0       [s]     [s + 1]     [e]
 
     Where there are no next observations, the last row repeats the one before, and `final_obs_missing` is True there.
     robomimic and Isaac Lab do not say whether an episode was terminated or truncated, so there is neither field:
@@ -64,7 +66,8 @@ def read(
     that name. Attributes of the file are in `metadata`, with `env_args` parsed. Quaternions are kept as they are: w
     first in files of Isaac Lab without the attribute `format_version`, last from version 1 on.
 
-    Links, virtual datasets and external files are refused; so are filters other than gzip, shuffle, fletcher32 and LZF.
+    Next observations must be the observations of the rows behind them. Links, virtual datasets and external files are
+    refused; so are filters other than gzip, shuffle, fletcher32 and LZF.
 
     Args:
         path: Of the file.
@@ -72,6 +75,8 @@ def read(
         mask: The name of a list of demos in the group `mask`, such as "train"; None for all demos.
         max_episode_steps: Of D4RL: an episode is truncated after so many transitions. Needed for files that have no
             `timeouts`; with them, it is one more rule.
+        states: Of D4RL, what `infos/qpos` and `infos/qvel` belong to: the "observation" of their row, as in the sets of
+            gym-mujoco and Maze2D, which is the default; or "arrival", recorded behind the step, as in AntMaze's.
         fields: As `FormatReader`.
         dtypes: As `FormatReader`.
 
@@ -80,7 +85,7 @@ def read(
         ValueError: There is no such mask; an argument of another layout.
         ImportError: h5py is missing; names the extra.
     """
-    return HDF5Reader(os.fspath(path), layout, mask, max_episode_steps, fields, dtypes)
+    return HDF5Reader(os.fspath(path), layout, mask, max_episode_steps, fields, dtypes, states)
 
 
 def open(
@@ -89,6 +94,7 @@ def open(
     layout: str | None = None,
     mask: str | None = None,
     max_episode_steps: int | None = None,
+    states: str | None = None,
     fields: Sequence[str] | None = None,
 ) -> HDF5Dataset:
     """Open a file of robomimic, Isaac Lab or D4RL to draw from it where it lies, without an import.
@@ -98,7 +104,7 @@ def open(
 
     Args are those of `read`, which also says what is raised. The file must not change while it is open.
     """
-    return HDF5Dataset(os.fspath(path), layout, mask, max_episode_steps, fields)
+    return HDF5Dataset(os.fspath(path), layout, mask, max_episode_steps, fields, states)
 
 
 def write(

@@ -16,6 +16,8 @@ __all__ = ["D4RLLayout"]
 
 _STEPS = {"actions": "action", "rewards": "reward"}
 _FLAGS = ("terminals", "timeouts")
+#: Of the simulator, as gym-mujoco's scripts record them before the step, and AntMaze's behind it.
+_STATES = ("infos/qpos", "infos/qvel")
 _OWN = ("obs", "action", "reward", "terminated", "truncated", "is_first", FINAL_MISSING)
 
 
@@ -24,8 +26,15 @@ class D4RLLayout(Layout):
 
     name: ClassVar[str] = "d4rl"
 
-    def __init__(self, file: HDF5File, wants: Callable[[str], bool], max_episode_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        file: HDF5File,
+        wants: Callable[[str], bool],
+        max_episode_steps: int | None = None,
+        states: str = "observation",
+    ) -> None:
         super().__init__(file, wants)
+        self._with_observation = _STATES if states == "observation" else ()
         stored = self._datasets(file)
         if "terminals" not in stored:
             advice = "D4RL's files have `observations`, `actions`, `rewards`, `terminals` and `timeouts`"
@@ -77,7 +86,8 @@ class D4RLLayout(Layout):
                 continue
             if self._fits(dataset) and (is_known or root not in _OWN):
                 edge = self._next(file, path, dataset, stored) if root == "observations" else None
-                columns[name] = Column(dataset, root != "observations", edge)
+                has_arrived = root != "observations" and path not in self._with_observation
+                columns[name] = Column(dataset, has_arrived, edge)
             elif is_known:
                 raise self._differs(file, dataset)
             else:
@@ -135,6 +145,11 @@ class D4RLLayout(Layout):
             self.notes.add(f"{listed(arrays)}: arrays of metadata are not read.")
         if others:
             self.notes.add(f"{listed(others)}: no numbers, or not a row for each transition; not read.")
+        if states := [name for name in self._with_observation if name in self._columns]:
+            self.notes.add(
+                f"{listed(states)}: taken to be recorded before the step, as in gym-mujoco's files, so that they "
+                "belong to the observation; the last row repeats the one before. For AntMaze's, say `states='arrival'`."
+            )
         if "timeouts" not in stored:
             self.notes.add("There are no `timeouts`: episodes are truncated after `max_episode_steps` transitions.")
         self.note_absence()

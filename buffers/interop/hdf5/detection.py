@@ -13,6 +13,7 @@ from buffers.utils import integer, one_of
 __all__ = ["LAYOUTS", "layout_of"]
 
 LAYOUTS = ("robomimic", "isaaclab", "d4rl")
+STATES = ("observation", "arrival")
 _NUM_DEMOS = 4  # That are looked at for signs of a layout.
 
 
@@ -22,6 +23,7 @@ def layout_of(
     name: str | None = None,
     mask: str | None = None,
     max_episode_steps: int | None = None,
+    states: str | None = None,
 ) -> Layout:
     """The layout of a file, by name or by what is found in it.
 
@@ -35,9 +37,10 @@ def layout_of(
         if mask is not None:
             raise ValueError(f"{file.path} has the layout of D4RL, which has no `mask`.")
         most = None if max_episode_steps is None else integer("max_episode_steps", max_episode_steps, 1)
-        return D4RLLayout(file, wants, most)
-    if max_episode_steps is not None:
-        raise ValueError(f"{file.path} has the layout of {found}: `max_episode_steps` is for D4RL's.")
+        return D4RLLayout(file, wants, most, one_of("states", states or "observation", STATES))
+    for option, value in (("max_episode_steps", max_episode_steps), ("states", states)):
+        if value is not None:
+            raise ValueError(f"{file.path} has the layout of {found}: `{option}` is for D4RL's.")
     return (RobomimicLayout if found == "robomimic" else IsaacLabLayout)(file, wants, mask)
 
 

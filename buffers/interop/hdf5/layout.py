@@ -130,6 +130,7 @@ class Layout(ABC):
 
     def note_absence(self) -> None:
         """Say which of rewards and flags are missing."""
-        note_absence(self.notes, self.types)
+        # Of those that are not wanted, nobody has looked.
+        note_absence(self.notes, {*self.types, *(name for name in _FIRST if not self.wants(name))})
         if FINAL_MISSING in self.types:
             self.notes.add("Final observations are missing: the last row repeats the one before, and says so.")

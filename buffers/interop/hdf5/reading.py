@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar, final
 
 import numpy as np
 
-from buffers.interop.alignment import unflattened
+from buffers.interop.alignment import first_gap, unflattened
 from buffers.interop.base import Episode, FormatReader, chosen_fields
 from buffers.interop.hdf5.detection import layout_of
 from buffers.interop.hdf5.file import HDF5File
@@ -17,10 +19,8 @@ from buffers.interop.in_place import InPlaceDataset
 
 __all__ = ["HDF5Dataset", "HDF5Reader"]
 
-_SHIFTED = (
-    "Next observations are not always the observation of the following row: rows are those of the observations, and "
-    "only the final one is a next observation."
-)
+# Of next observations, when a file is opened in place.
+_MOST_COMPARED = 1 << 26
 _REPEATED = (
     "The final observation of some episodes is equal to the one before. robomimic's converter writes it so for D4RL, "
     "where it does not know the final observation."
@@ -41,10 +41,15 @@ class HDF5Reader(FormatReader):
         max_episode_steps: int | None = None,
         fields: Sequence[str] | None = None,
         dtypes: Mapping[str, Any] | None = None,
+        states: str | None = None,
     ) -> None:
         super().__init__(path, fields, dtypes)
         with HDF5File(path) as file:
-            self.layout = layout_of(file, self.wants, layout, mask, max_episode_steps)
+            self.layout = layout_of(file, self.wants, layout, mask, max_episode_steps, states)
+        if not all(self.layout.fields.below(name) for name in self.fields or ()):
+            with HDF5File(path) as file:
+                whole = layout_of(file, lambda name: True, layout, mask, max_episode_steps, states)
+            chosen_fields(path, whole.fields, self.fields)
         self.metadata, self.notes = self.layout.metadata, self.layout.notes
         self.num_episodes = len(self.layout.lengths)
         self.num_steps = int(self.layout.lengths.sum()) + self.num_episodes
@@ -64,25 +69,37 @@ class HDF5Reader(FormatReader):
                 yield Episode(unflattened(rows), self.layout.infos.get(episode, {}))
 
     def _check_next(self, file: HDF5File, episode: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Compare a next observation, of which only the last is read, with the observation that follows."""
+        """Compare next observations, of which only the last is read, with the observations that follow."""
         columns = self.layout.columns(episode)
         names = [name for name in rows if name in columns and columns[name].has_next]
         for name in names:
             *_, (_, stored, last, _) = self.layout.pieces(episode, name)
             assert stored is not None  # It has next observations.
-            if len(rows[name]) > 2:
-                found = np.empty_like(rows[name][:1])
-                file.read(stored, last - 1, found)
-                if not _are_same(found[0], rows[name][-2]):
-                    self.notes.add(_SHIFTED)
+            observations = rows[name][:-1]
+            following, first = np.empty_like(observations), last - len(observations) + 1
+            file.read(stored, first, following)
+            if (gap := first_gap(observations, following)) is not None:
+                found = f"`{stored.name}` of row {first + gap} is not the observation of the row behind it"
+                advice = "Rows must be in the order of their episodes, with an end where one ends; next observations"
+                raise self.damaged(found, f"{advice} that are otherwise must be taken out of the file")
         is_known = bool(names) and not self.layout.is_final_missing(episode)
         if is_known and all(_are_same(rows[name][-1], rows[name][-2]) for name in names):
             self.notes.add(_REPEATED)
+
+    def check_first(self) -> None:
+        """Compare next observations up to a bound of bytes. FormatError as when all are read."""
+        row_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.layout.types.values())
+        if any(column.has_next for column in self.layout.columns(0).values()):
+            num = int((self.layout.lengths.cumsum() * row_bytes).searchsorted(_MOST_COMPARED)) + 1
+            for _ in islice(self.read_from(0), num):
+                pass
 
 
 @final
 class HDF5Dataset(InPlaceDataset):
     """Episodes of an HDF5 file where they lie; see `open`."""
+
+    format: ClassVar[str] = "hdf5"
 
     def __init__(
         self,
@@ -91,13 +108,17 @@ class HDF5Dataset(InPlaceDataset):
         mask: str | None = None,
         max_episode_steps: int | None = None,
         fields: Sequence[str] | None = None,
+        states: str | None = None,
     ) -> None:
-        reader = HDF5Reader(os.path.abspath(path), layout, mask, max_episode_steps, fields)
+        reader = HDF5Reader(os.path.abspath(path), layout, mask, max_episode_steps, fields, states=states)
+        reader.check_first()
         self.layout: Layout = reader.layout
         #: What the file does not have, or is not read.
         self.notes, self.metadata = reader.notes, reader.metadata
         chosen = chosen_fields(path, self.layout.fields, reader.fields)
-        super().__init__(reader.path, chosen, (self.layout.lengths + 1).tolist(), self.layout.infos)
+        options: dict[str, Any] = {"layout": layout, "mask": mask, "max_episode_steps": max_episode_steps}
+        options |= {"states": states, "fields": fields}
+        super().__init__(reader.path, chosen, (self.layout.lengths + 1).tolist(), self.layout.infos, options)
 
     def _open_file(self) -> HDF5File:
         return HDF5File(self.path, self.layout.version)

@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from buffers.interop.base import UnknownFieldError
 from buffers.interop.lerobot.in_place import LeRobotInPlaceDataset
 from buffers.interop.lerobot.reading import LeRobotReader
 from buffers.interop.lerobot.writing import write
@@ -100,4 +101,9 @@ def open(
         ImportError: A library of the extra is missing.
     """
     # Absolute: files are opened when they are read, perhaps in another directory.
-    return LeRobotInPlaceDataset(os.path.abspath(path), fields, video, cache_bytes)
+    where = os.path.abspath(path)
+    try:
+        return LeRobotInPlaceDataset(where, fields, video, cache_bytes)
+    except UnknownFieldError as error:
+        whole = LeRobotInPlaceDataset(where, None, video or "skip", cache_bytes)
+        raise UnknownFieldError(error.where, error.missing, list(whole.fields or ())) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class LeRobotInPlaceDataset(InPlaceDataset):
         metadata: What it says of itself as a whole.
     """
 
+    format: ClassVar[str] = "lerobot"
+
     def __init__(self, path: str, fields: Sequence[str] | None, video: str | None, cache_bytes: int) -> None:
         if video is not None:
             one_of("video", video, ("reference", "skip"))
@@ -40,7 +42,8 @@ class LeRobotInPlaceDataset(InPlaceDataset):
                 raise FormatError(path, f"has video, {names}, which is not read in place", advice)
             self.notes, self.metadata = list(reader.notes), reader.metadata
             chosen = chosen_fields(path, _fields_of(self._source), fields)
-        super().__init__(path, chosen, self._source.lengths, dict(enumerate(self._source.infos)))
+        options = {"fields": fields, "video": video, "cache_bytes": self.cache_bytes}
+        super().__init__(path, chosen, self._source.lengths, dict(enumerate(self._source.infos)), options)
         self._features = {feature.field: feature for feature in self._source.features}
 
     def _open_file(self) -> _Opened:

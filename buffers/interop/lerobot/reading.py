@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,12 @@ class LeRobotReader(FormatReader):
         shape = (*feature.shape[1:], feature.shape[0]) if feature.is_channel_first else feature.shape
         out = self._videos[feature.name].read(place.file, times, self.source.layout.fps, shape)
         return np.ascontiguousarray(out.transpose(0, 3, 1, 2)) if feature.is_channel_first else out
+
+    def files(self) -> list[str]:
+        """As `FormatReader.files`."""
+        return [
+            os.path.join(self.source.layout.path, name) for name in ("meta", "data", *(["videos"] * bool(self._videos)))
+        ]
 
     def close(self) -> None:
         """As `FormatReader.close`."""

@@ -83,6 +83,10 @@ class MinariReader(FormatReader):
             values = {path: self._values(known, path, arrays[path]) for path in wanted}
             yield Episode(self._aligned(known, values), known.info)
 
+    def files(self) -> list[str]:
+        """As `FormatReader.files`."""
+        return [os.path.dirname(self._metadata_path)]
+
     def close(self) -> None:
         """As `FormatReader.close`."""
         self._storage.close()

@@ -85,6 +85,10 @@ class ChunkReader(FormatReader):
             self.notes.add(f"{len(chunks) - len(found)} files are earlier versions of others, and are not read.")
         return found
 
+    def files(self) -> list[str]:
+        """As `FormatReader.files`."""
+        return sorted(chunk.path for chunk in self._chunks.values())
+
     def _streams(self) -> list[list[_Chunk]]:
         """The chunks of each environment, one after the other; that which began first, first."""
         chunks = self._chunks

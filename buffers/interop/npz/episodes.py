@@ -77,6 +77,10 @@ class NpzReader(FormatReader):
         self._check_roles()
         self._note()
 
+    def files(self) -> list[str]:
+        """As `FormatReader.files`."""
+        return self.paths
+
     def _opened(self, number: int) -> Archive:
         archive = Archive(self.paths[number])
         archive.close()

@@ -160,8 +160,12 @@ def _dreamer(rows: Mapping[str, np.ndarray], notes: Notes) -> dict[str, np.ndarr
         if "truncated" in rows:
             found["is_last"] = is_last & (rows["terminated"] | rows["truncated"])
             _note_both(rows, notes)
+            _note_earlier("truncated", rows, notes)
     elif "done" in rows:
         found["is_last"] = is_last & rows["done"]
+        _note_earlier("done", rows, notes)
+        if "discount" in rows:
+            notes.add("`done` is `is_last`, and is read back as `terminated` or `truncated`, by `discount`.")
     return found
 
 
@@ -176,6 +180,7 @@ def _exorl(rows: Mapping[str, np.ndarray], notes: Notes) -> dict[str, np.ndarray
         elif not np.array_equal(terminated, rows["discount"].reshape(len(terminated), -1).max(1) == 0):
             notes.add("`terminated` is read back from `discount`, which says otherwise in some rows.")
         _note_both(rows, notes)
+        _note_earlier("truncated", rows, notes)
         if not terminated[-1] and not rows.get("truncated", terminated)[-1]:
             notes.add("An episode that neither terminated nor was truncated is read back as truncated.")
     return found
@@ -184,8 +189,11 @@ def _exorl(rows: Mapping[str, np.ndarray], notes: Notes) -> dict[str, np.ndarray
 def _note_both(rows: Mapping[str, np.ndarray], notes: Notes) -> None:
     if "truncated" in rows and (rows["terminated"] & rows["truncated"]).any():
         notes.add("Where an episode both terminated and was truncated, only the first is kept.")
-    if "truncated" in rows and rows["truncated"][:-1].any():
-        notes.add("`truncated` is left out where it is True before the last row.")
+
+
+def _note_earlier(name: str, rows: Mapping[str, np.ndarray], notes: Notes) -> None:
+    if name in rows and rows[name][:-1].any():
+        notes.add(f"`{name}` is left out where it is set before the last row: files say only how an episode ends.")
 
 
 def _write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:

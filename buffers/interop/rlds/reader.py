@@ -55,6 +55,10 @@ class RldsReader(FormatReader):
         self._shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._note_schema()
 
+    def files(self) -> list[str]:
+        """As `FormatReader.files`."""
+        return self._source.files
+
     def read_from(self, number: int) -> Iterator[Episode]:
         """As `FormatReader.read_from`."""
         for record in self._source.records(number):

@@ -78,6 +78,11 @@ class Source:
         if not self.num_records:
             raise FormatError(self._in(_INFO), "has no episodes", _WHOLE)
 
+    @property
+    def files(self) -> list[str]:
+        """What is read."""
+        return [self._in(_INFO), self._in(_FEATURES), *(shard.path for shard in self.shards)]
+
     def records(self, first: int) -> Iterator[Record]:
         """The records from a number on; files before its own are not opened."""
         for shard in self.shards:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -114,11 +114,14 @@ class TorchRLDataset(InPlaceDataset):
         notes: What the source does not have, or is not read.
     """
 
+    format: ClassVar[str] = "torchrl"
+
     def __init__(self, path: str, fields: Sequence[str] | None = None, options: Options | None = None) -> None:
-        self.notes = Notes()
-        self._source = _Source(path, options or Options(), self.notes)
+        self.notes, options = Notes(), options or Options()
+        self._source = _Source(path, options, self.notes)
         infos = {number: info for number in range(len(self._source)) if (info := self._source.info(number))}
-        super().__init__(path, self._source.chosen(fields), (self._source.table.lengths + 1).tolist(), infos)
+        lengths, given = (self._source.table.lengths + 1).tolist(), {"fields": fields, **vars(options)}
+        super().__init__(path, self._source.chosen(fields), lengths, infos, given)
 
     def _open_file(self) -> MemoryMapped:
         return self._source.columns
