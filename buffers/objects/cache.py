@@ -26,7 +26,7 @@ from buffers.disk.lock import NO_SURPRISES, Descriptor
 from buffers.objects.ranges import BLOCK
 from buffers.utils import integer
 
-__all__ = ["DEFAULT_CACHE_BYTES", "CacheEntry", "ObjectCache"]
+__all__ = ["CacheEntry", "DEFAULT_CACHE_BYTES", "ObjectCache"]
 
 DEFAULT_CACHE_BYTES = 10 * 2**30
 _PAGE = 4096

@@ -37,7 +37,7 @@ class Proxy:
         self.fault: Fault = lambda method, path: None
         self.requests: list[tuple[str, str, str]] = []
         self.num_bytes = 0
-        self.ended = threading.Event()
+        self.ended, self.has_answered_late = threading.Event(), False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -73,7 +73,7 @@ class Proxy:
         self.requests.append((handler.command, handler.path, handler.headers.get("Range") or ""))
         fault = self.fault(handler.command, handler.path)
         if fault == "hang":
-            self.ended.wait(60)
+            self.has_answered_late |= not self.ended.wait(60)
         if fault in ("hang", "drop"):
             handler.close_connection = True
             return

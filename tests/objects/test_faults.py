@@ -65,16 +65,17 @@ def test_what_stays_is_an_error_that_names_it(bucket: tuple[S3, Path, str], faul
 @pytest.mark.parametrize("of", ["list-type", "0000000001", "index"])
 def test_a_store_that_hangs_is_named_within_the_deadline(bucket: tuple[S3, Path, str], of: str) -> None:
     s3, _, url = bucket
-    if of == "0000000001":
-        dataset = reader(url, storage_options=s3.options, timeout=0.9)
+    dataset = reader(url, storage_options=s3.options)
+    dataset._directory.store.timeout = 0.9
     s3.proxy.fault = lambda method, path: "hang" if of in path else None
-    begin = time.monotonic()
-    with pytest.raises(ObjectStoreError, match=r"no answer within 0.9 s \(3 attempts\).*raise `timeout`") as caught:
+    with pytest.raises(ObjectStoreError, match=r"no answer within [0-9.]+ s \(3 attempts\).*raise `timeout`") as caught:
         if of == "0000000001":
             dataset.get_episode(1)
         else:
-            reader(url, storage_options=s3.options, timeout=0.9)
-    assert url in str(caught.value) and time.monotonic() - begin < 8
+            reader(url, storage_options=s3.options, timeout=3)
+    assert url in str(caught.value)
+    # The server hangs for a minute: it was not that which ended the call.
+    assert not s3.proxy.has_answered_late
     s3.proxy.fault = lambda *_: None
 
 
@@ -97,7 +98,7 @@ def test_a_full_store_is_named(bucket: tuple[S3, Path, str]) -> None:
 
 def test_an_upload_looks_whether_all_of_it_has_come(bucket: tuple[S3, Path, str]) -> None:
     s3, directory, url = bucket
-    s3.proxy.fault = failing(1, "lose", "PUT", "0000000001")
+    s3.proxy.fault = failing(1, "lose", "PUT", "0000000001-")
     with pytest.raises(
         ObjectStoreError, match="has nothing of 0000000001.* after [0-9]+ bytes were sent. Upload again"
     ):
@@ -164,7 +165,8 @@ def test_a_store_without_coroutines_that_hangs_is_named(tmp_path: Path, monkeypa
     tagged_episodes(tmp_path / "mine", [4])
     url = f"memory://{tmp_path}/x"
     upload(tmp_path / "mine", url)
-    dataset = reader(url, timeout=0.3)
+    dataset = reader(url)
+    dataset._directory.store.timeout = 0.3
 
     def hang(*_: Any, **__: Any) -> None:
         time.sleep(1)
