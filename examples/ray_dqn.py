@@ -28,13 +28,13 @@ from buffers.remote import RemoteLoader, RemoteWriter, Shards, start_shards
 from buffers.transforms import to_transitions
 from buffers.wrappers import VectorRecordEpisodes
 
-NUM_ENVS, GAMMA = 8, 0.99
-UPDATES_PER_TARGET = 250
+NUM_ENVS, GAMMA, TAU = 8, 0.99, 0.005
 
 
 def make_net() -> torch.nn.Module:
     """Values of both actions, (B, 4) -> (B, 2)."""
-    return torch.nn.Sequential(torch.nn.Linear(4, 128), torch.nn.ReLU(), torch.nn.Linear(128, 2))
+    hidden = torch.nn.Linear(4, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128), torch.nn.ReLU()
+    return torch.nn.Sequential(*hidden, torch.nn.Linear(128, 2))
 
 
 class Actor:
@@ -85,26 +85,27 @@ def train(shards: Shards, num_updates: int) -> float:
     actors = [remote_actor.remote(shards, seed) for seed in (1, 2)]
     net, target = make_net(), make_net()
     target.load_state_dict(net.state_dict())
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(net.parameters(), 5e-4)
     collecting: dict[Any, Any] = {}
     found = dict.fromkeys(actors, 0.0)
     with RemoteLoader(shards, batch_size=128, sequence_length=2, transform=to_transitions, timeout=120.0) as loader:
         for update in range(num_updates):
-            if update % UPDATES_PER_TARGET == 0:
-                target.load_state_dict(net.state_dict())
             # Whoever has done with its last weights gets new ones. Nobody waits for a slow actor.
             done = ray.wait(list(collecting), num_returns=len(collecting), timeout=0)[0] if collecting else []
             for call in done:
                 found[collecting.pop(call)] = ray.get(call, timeout=10)
             for actor in set(actors) - {*collecting.values()}:
                 weights = ray.put(net.state_dict())
-                epsilon = max(0.05, 1.0 - 1.5 * update / num_updates)
-                collecting[actor.collect.remote(weights, epsilon, 1.0)] = actor
+                epsilon = max(0.05, 1.0 - 3.0 * update / num_updates)
+                collecting[actor.collect.remote(weights, epsilon, 0.2)] = actor
             loss = loss_of(net, target, next(loader))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
             optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(target.parameters(), net.parameters(), strict=True):
+                    slow.lerp_(fast, TAU)
             if update % 1_000 == 999:
                 mean = float(np.mean(list(found.values())))
                 print(f"{update + 1:6} updates: mean return {mean:.0f}, {_shown(loader.stats())}", flush=True)
@@ -122,14 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="local", help="of a cluster; starts one of its own by default")
     parser.add_argument("--directory", type=Path, help="where shards save, and go on from; nowhere by default")
-    parser.add_argument("--updates", type=int, default=20_000)
+    parser.add_argument("--updates", type=int, default=12_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ray.init(address=arguments.address, include_dashboard=False)
     limiter = SamplesPerInsert(ratio=32, min_steps=1_000, timeout=120.0)
     options: dict[str, Any] = {"directory": arguments.directory, "limiter": limiter}
     begin = time.monotonic()
-    with start_shards(2, lambda shard: RingBufferDataset(20_000), **options) as shards:
+    with start_shards(2, lambda shard: RingBufferDataset(100_000), **options) as shards:
         mean = train(shards, arguments.updates)
     print(f"mean return of the last episodes {mean:.0f}, after {time.monotonic() - begin:.0f} s")
     ray.shutdown()

@@ -17,7 +17,7 @@ class Ledger:
 
     Attributes:
         num_added: Steps that were ever stored.
-        num_missing: Episodes that were in a save and are in none that is left.
+        num_missing: Episodes that were lost with an earlier life, and that their writers do not keep any more.
         loaders: What learners have told, by name.
     """
 

@@ -32,6 +32,8 @@ _MOST_LOADERS = 16
 _LIFE_BITS, _ID_BITS = 18, 44
 _NO_STEP = -2
 _SECONDS_AFTER_A_FAILURE = 5.0
+#: The last one, and the one before, should it be damaged.
+_NUM_SAVES = 2
 
 
 def remote_ids(ids: np.ndarray, life: int) -> np.ndarray:
@@ -209,7 +211,7 @@ class Shard:
         self._last_save, self._is_changed = self._clock(), False
         try:
             beside = SavedBeside(self._lock, self._put_ledger)
-            future = self.dataset.save_with([beside], self._directory, 1, block, False)
+            future = self.dataset.save_with([beside], self._directory, _NUM_SAVES, block, False)
         except BaseException:
             self._is_changed = True
             raise

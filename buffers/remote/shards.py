@@ -36,8 +36,9 @@ class Shards:
 
         Returns:
             `num_shards` that have answered; `num_episodes`, `num_timesteps` and `capacity`; `num_evicted` episodes;
-            `num_added`, steps that were ever stored; `num_missing`, episodes that were saved and are in no save that is
-            left; `num_refused` episodes; `num_saves`.
+            `num_added`, steps that were ever stored; `num_missing`, episodes that their writers do not keep any more,
+            and that a shard has lost (it makes no saves, or the newest was damaged); `num_refused` episodes;
+            `num_saves`.
         """
         found = ask_all(self.transport, "stats", seconds=timeout)
         answers = [value for value in found if not isinstance(value, Exception)]

@@ -14,7 +14,6 @@ __all__ = ["Answer", "RETRY_AFTER", "ShardCalls", "ShardLostError", "Transport"]
 
 #: Seconds before a shard that failed is asked again.
 RETRY_AFTER = 0.5
-_MOST_OVERDUE = 8
 
 
 class ShardLostError(RuntimeError):
@@ -162,8 +161,7 @@ class ShardCalls:
     @property
     def may_try(self) -> bool:
         """Whether a shard that is not well may be asked again, to see whether it is back."""
-        is_free = len(self._asked) < _MOST_OVERDUE if self.is_late else not self._asked
-        return is_free and self._transport.now() >= self._next_try
+        return (self.is_late or not self._asked) and self._transport.now() >= self._next_try
 
     @property
     def trouble(self) -> str | None:

@@ -246,6 +246,27 @@ def test_episodes_of_a_save_that_is_lost_are_counted_and_nothing_is_held_up(tmp_
     assert handle(world).stats()["num_missing"] == 10
 
 
+def test_the_save_before_a_damaged_one_is_gone_on_from(tmp_path: Path) -> None:
+    world = Simulated(1, tmp_path, save_every=1e9)
+    sink = made(world)
+    sink.settle_fields(FIELDS)
+    for first in (0, 5):
+        for number in range(first, first + 5):
+            sink.add(episode(number))
+        sink.wait(60.0, until_saved=True)
+    world.kill(0)
+    newest = max((tmp_path / "shard-0000").glob("save-*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[-8] ^= 255
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="is passed over"):
+        world.start(0)
+    sink.add(episode(10))
+    sink.wait(60.0, until_saved=True)
+    assert world.numbers() == [[0, 1, 2, 3, 4, 10]]
+    assert handle(world).stats()["num_missing"] == 5
+
+
 def test_a_shard_whose_saves_fail_says_so_and_goes_on_storing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = Simulated(1, tmp_path, save_every=0.1)
     sink = made(world)
