@@ -1,6 +1,6 @@
 """DQN on CartPole with Ray: two actors record, two shards hold the episodes, one learner draws from both.
 
-    python examples/ray_dqn.py                      on this machine, in a few minutes
+    python examples/ray_dqn.py                      on this machine, in about a minute
     python examples/ray_dqn.py --address auto       on the cluster that runs here
 
     actor 0  --episodes-->  shard 0  --batches-->  learner
@@ -86,6 +86,7 @@ def train(shards: Shards, num_updates: int) -> float:
     net, target = make_net(), make_net()
     target.load_state_dict(net.state_dict())
     optimizer = torch.optim.Adam(net.parameters(), 5e-4)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, num_updates)
     collecting: dict[Any, Any] = {}
     found = dict.fromkeys(actors, 0.0)
     with RemoteLoader(shards, batch_size=128, sequence_length=2, transform=to_transitions, timeout=120.0) as loader:
@@ -103,6 +104,7 @@ def train(shards: Shards, num_updates: int) -> float:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
             optimizer.step()
+            schedule.step()
             with torch.no_grad():
                 for slow, fast in zip(target.parameters(), net.parameters(), strict=True):
                     slow.lerp_(fast, TAU)
@@ -123,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="local", help="of a cluster; starts one of its own by default")
     parser.add_argument("--directory", type=Path, help="where shards save, and go on from; nowhere by default")
-    parser.add_argument("--updates", type=int, default=12_000)
+    parser.add_argument("--updates", type=int, default=8_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ray.init(address=arguments.address, include_dashboard=False)

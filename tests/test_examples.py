@@ -26,3 +26,18 @@ def test_two_ranks_train_on_one_ring() -> None:
         int(rank): (float(a), float(b)) for rank, a, b in re.findall(r"rank (\d): loss (\S+) -> (\S+)", found.stdout)
     }
     assert losses.keys() == {0, 1} and all(end < begin / 5 for begin, end in losses.values()), found.stdout
+
+
+def test_actors_shards_and_a_learner_of_ray_end_together() -> None:
+    found = subprocess.run(
+        [sys.executable, "examples/ray_dqn.py", "--updates", "1000"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    # How long a pole stands by chance is about 20 steps.
+    (mean,) = re.findall(r"1000 updates: mean return (\d+)", found.stdout)
+    assert int(mean) > 10, found.stdout
