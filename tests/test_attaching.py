@@ -334,6 +334,16 @@ def test_a_folder_that_others_can_enter_is_refused(folder: Path) -> None:
         filled().share("ring")
 
 
+def test_a_file_that_is_in_the_way_is_named(folder: Path) -> None:
+    folder.mkdir(0o700)
+    (folder / "ring").touch()
+    with pytest.raises(RuntimeError, match=r"buffers/ring is in the way of `ring`. Choose another name"):
+        filled().share("ring")
+    with pytest.raises(RuntimeError, match=r"buffers/ring is no shared ring: after 0.05 s"):
+        RingBufferDataset.attach("ring", timeout=0.05)
+    assert sockets(folder) == ["ring"]
+
+
 def test_strangers_get_nothing_and_are_given_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     ring = filled()
     ring.share("ring")

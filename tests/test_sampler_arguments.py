@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 from typing import Any
 
 import numpy as np
@@ -182,3 +183,11 @@ def test_a_limiter_says_that_nothing_can_be_drawn() -> None:
         for step in range(200):
             buffer.add_step({"x": 0.0}, step % 10 == 9)
             assert buffer.num_batches_due == 0
+
+
+def test_a_sampler_that_is_sent_elsewhere_is_a_copy_as_of_then() -> None:
+    prioritized = PrioritizedSampler(beta=0.3)
+    mixed = MixedSampler({prioritized: 0.25, UniformSampler(): 0.75})
+    copied = pickle.loads(pickle.dumps(mixed))
+    prioritized.beta = 1.0
+    assert copied.samplers[0].beta == 0.3 and copied.shares.tolist() == [0.25, 0.75]

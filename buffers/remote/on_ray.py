@@ -11,17 +11,20 @@ What Ray 2.60 does, and what follows from it here:
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any
 
 from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.disk import NO_SURPRISES, Descriptor
 from buffers.limiter import SamplesPerInsert
 from buffers.remote.limits import Limits
-from buffers.remote.shard import Shard
+from buffers.remote.shard import Shard, place_of
 from buffers.remote.shards import Shards, ask_all
 from buffers.remote.transport import ShardLostError
 from buffers.utils import how_to_install, integer, number
@@ -31,6 +34,8 @@ __all__ = ["RayTransport", "start_shards"]
 #: Fetching an answer that is ready, from another machine perhaps.
 _SECONDS_TO_FETCH = 10.0
 _MOST_IDLE = 0.02
+#: One that was killed may take a while to end.
+_SECONDS_TO_END = 10.0
 _OURS = {"max_restarts": -1, "max_task_retries": 0}
 
 
@@ -39,6 +44,34 @@ def _ray() -> ModuleType:
         return importlib.import_module("ray")
     except ImportError as error:
         raise ImportError(f"`buffers.remote` needs ray ({error}): {how_to_install('ray')}.") from None
+
+
+def _hold(directory: str) -> Descriptor:
+    """Keep others from the saves of a shard until its process ends; RuntimeError if another one has them."""
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
+    held = Descriptor(os.open(f"{directory}.lock", os.O_RDWR | os.O_CREAT | NO_SURPRISES, 0o666))
+    end = time.monotonic() + _SECONDS_TO_END
+    while True:
+        try:
+            fcntl.flock(held.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"{directory} belongs to a shard that runs: two runs at a time cannot save there. End the other "
+                    "one, or choose another `directory`."
+                ) from None
+        time.sleep(0.1)
+
+
+class ShardActor(Shard):
+    """A shard that keeps other processes from its saves."""
+
+    def __init__(
+        self, number: int, make_dataset: Callable[[int], EpisodeDataset], directory: str | None, save_every: float
+    ) -> None:
+        self._held = None if directory is None else _hold(place_of(directory, number))
+        super().__init__(number, make_dataset, directory, save_every)
 
 
 class RayTransport:
@@ -161,7 +194,9 @@ def start_shards(
     limits = None if limiter is None else Limits.of(limiter)
     path = None if directory is None else os.path.abspath(os.fspath(directory))
     seconds = number("save_every", save_every, 0.0), number("start_timeout", start_timeout, 0.0)
-    actor, name = ray.remote(Shard), ray_options.pop("name", None)
+    if path is not None:
+        _check_saves(path, num_shards)
+    actor, name = ray.remote(ShardActor), ray_options.pop("name", None)
     handles = []
     for shard in range(num_shards):
         named = {} if name is None else {"name": f"{name}-{shard}"}
@@ -175,3 +210,14 @@ def start_shards(
         texts = "; ".join(f"shard {n}: {error}" for n, error in failures.items())
         raise RuntimeError(f"{len(failures)} of {num_shards} shards did not start: {texts}.")
     return Shards(transport, answers[0], limits)
+
+
+def _check_saves(directory: str, num_shards: int) -> None:
+    """ValueError if a directory has the saves of shards that would not be started."""
+    found = os.listdir(directory) if os.path.isdir(directory) else []
+    numbers = [int(match[1]) for name in found if (match := re.fullmatch(r"shard-([0-9]{4})", name))]
+    if max(numbers, default=-1) >= num_shards:
+        raise ValueError(
+            f"{directory} has the saves of {max(numbers) + 1} shards: `num_shards`={num_shards} would leave episodes "
+            "out. Start as many, or choose another directory."
+        )

@@ -25,7 +25,7 @@ from buffers.saving import Snapshot, is_save_directory
 from buffers.table import context_of
 from buffers.utils import ThreadLock
 
-__all__ = ["Shard", "local_ids", "remote_ids"]
+__all__ = ["Shard", "local_ids", "place_of", "remote_ids"]
 
 _MOST_LOADERS = 16
 #: Step ids of a batch say which life of the shard they are of: after a restart, the same ids may be of other rows.
@@ -44,6 +44,11 @@ def remote_ids(ids: np.ndarray, life: int) -> np.ndarray:
 def local_ids(ids: np.ndarray, life: int) -> np.ndarray:
     """The inverse of `remote_ids`; -2, which no row has, for ids of another life."""
     return np.where(ids < 0, ids, np.where(ids >> _ID_BITS == life, ids & ((1 << _ID_BITS) - 1), _NO_STEP))
+
+
+def place_of(directory: str, number: int) -> str:
+    """Where a shard saves."""
+    return os.path.join(directory, f"shard-{number:04d}")
 
 
 class Shard:
@@ -76,7 +81,7 @@ class Shard:
         if directory is None and self.dataset.has_files:
             raise ValueError("Shards with datasets of files need a `directory`, to save which episodes these hold.")
         self._ledger, self._lock = Ledger(), ThreadLock()
-        self._directory = None if directory is None else os.path.join(directory, f"shard-{number:04d}")
+        self._directory = None if directory is None else place_of(directory, number)
         self._streams: OrderedDict[str, SequenceStream] = OrderedDict()
         self.life = secrets.randbits(_LIFE_BITS)
         self._saving: tuple[Future[str], dict[str, int]] | None = None

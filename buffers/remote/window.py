@@ -49,6 +49,8 @@ class _Lane:
         self.episodes: deque[Kept] = deque()
         self.first = self.sent = self.stored = 0
         self.num_bytes = 0
+        # Bytes of all episodes that it was ever given.
+        self.given = 0.0
         # Whether something has to be sent again.
         self.is_behind = False
         self.news: News | None = None
@@ -66,6 +68,7 @@ class _Lane:
         """Add an episode at the end."""
         self.episodes.append(episode)
         self.num_bytes += episode.num_bytes
+        self.given += episode.num_bytes
 
     def forget(self, saved: int) -> None:
         """Forget the episodes with lower numbers."""
@@ -176,16 +179,23 @@ class Window:
         return is_ready and len(lane.calls) < _MOST_CALLS
 
     def _deal(self) -> None:
-        """Give the queue to the shards that are free, in turn."""
+        """Give the queue to the shards that are free, in turn, so that all have been given as much."""
+        able = [lane for lane in self._lanes if self._queue and self._is_able(lane)]
+        if not able:
+            return
+        share = (sum(lane.given for lane in able) + self._queue_bytes) / len(able)
+        for lane in self._lanes:
+            if lane not in able:
+                lane.given = max(lane.given, share)  # Once it is back, it gets no more than others.
         passed = 0
         while self._queue and passed < len(self._lanes):
             lane = self._lanes[self._turn]
             self._turn = (self._turn + 1) % len(self._lanes)
-            if not self._takes(lane):
+            if not (self._takes(lane) and self._is_owed(lane, share)):
                 passed += 1
                 continue
             passed, size = 0, 0
-            while self._queue and self._fits(lane):
+            while self._queue and self._fits(lane) and self._is_owed(lane, share):
                 if size and size + self._queue[0].num_bytes > self._pack_bytes:
                     break
                 episode = self._queue.popleft()
@@ -197,6 +207,14 @@ class Window:
     def _takes(self, lane: _Lane) -> bool:
         """Whether a lane may be given the next episode."""
         return self._may_send(lane) and not lane.is_behind and lane.sent == lane.end and self._fits(lane)
+
+    def _is_able(self, lane: _Lane) -> bool:
+        """Whether a lane can be given the next episode, once it has an answer to what it was given before."""
+        return lane.calls.is_well and self._transport.now() >= lane.not_before and self._fits(lane)
+
+    def _is_owed(self, lane: _Lane, share: float) -> bool:
+        """Whether it has been given less than its share, or others are so slow that more than a pack waits."""
+        return lane.given < share or self._queue_bytes > self._pack_bytes
 
     def _fits(self, lane: _Lane) -> bool:
         """Whether a lane has room for it: no shard may use up the room of the others."""
@@ -293,8 +311,9 @@ class Window:
         """Who holds up what is kept here."""
         found = self.troubles
         lines = [
-            f"{found.get(n, f'shard {n} has stored {lane.stored - lane.first} of')} "
-            f"{len(lane.episodes)} episodes ({format_bytes(lane.num_bytes)}) that are not saved"
+            (f"{found[n]}; " if n in found else "")
+            + f"shard {n} has stored {lane.stored - lane.first} of {len(lane.episodes)} episodes "
+            f"({format_bytes(lane.num_bytes)}) that are kept for it"
             for n, lane in enumerate(self._lanes)
             if lane.episodes or n in found
         ]

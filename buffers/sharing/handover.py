@@ -68,8 +68,9 @@ class Door:
         path = _path_of(name)
         with _alone(os.path.dirname(path)):
             _sweep(os.path.dirname(path))
-            if os.path.exists(path):
-                raise RuntimeError(f"Another process of yours shares a ring as `{name}`. Choose another name.")
+            if os.path.lexists(path):
+                what = "Another process of yours shares a ring as" if _is_socket(path) else f"{path} is in the way of"
+                raise RuntimeError(f"{what} `{name}`. Choose another name.")
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             _own_sockets.add(listener)
             listener.bind(path)
@@ -172,7 +173,10 @@ def enter(name: str, timeout: float) -> tuple[Any, Owner]:
         except FileNotFoundError:
             reason = f"No process of yours shares a ring as `{name}`"
         except ConnectionRefusedError:
-            reason = f"The process that shared a ring as `{name}` has ended"
+            is_other = os.path.lexists(path) and not _is_socket(path)
+            reason = (
+                f"{path} is no shared ring" if is_other else f"The process that shared a ring as `{name}` has ended"
+            )
         except (EOFError, ConnectionError, BlockingIOError):
             reason = f"The ring that is shared as `{name}` has no fields yet"
         except TimeoutError:
@@ -277,10 +281,16 @@ def _alone(folder: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _is_socket(path: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    return False
+
+
 def _sweep(folder: str) -> None:
     """Remove the names that killed processes have left."""
     for entry in os.scandir(folder):
-        if stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+        if _is_socket(entry.path):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.setblocking(False)
                 try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,12 @@ class SharedNumbers:
         int64, float64 = np.dtype(np.int64), np.dtype(np.float64)
         self._memory = SharedArrays({"version": ((1,), int64), "numbers": ((2, num), float64)})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if get_spawning_popen() is None:
+            # Sent to somebody who cannot see the memory, such as an actor of Ray: a copy, as of now.
+            return _copied, (type(self), self.get())
+        return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
+
     def get(self) -> Float64Array:
         """The numbers, `(num,)`, as a copy that cannot be written to."""
         version, numbers = self._memory["version"], self._memory["numbers"]
@@ -48,6 +56,12 @@ class SharedNumbers:
         self._memory["numbers"][(version + 1) % 2] = numbers
         fence()
         self._memory["version"][0] = version + 1
+
+
+def _copied(kind: type[SharedNumbers], numbers: Float64Array) -> SharedNumbers:
+    copied = kind(len(numbers))
+    SharedNumbers.set(copied, numbers)
+    return copied
 
 
 class SharedWeights(SharedNumbers):

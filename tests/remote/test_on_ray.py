@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from buffers.remote import RemoteLoader, RemoteWriter, Shards, start_shards
+from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
 from tests.remote.actors import Learning, Writing, make_ring, process_of, record, stored
 from tests.remote.simulated import episode, number_of
 
@@ -104,6 +105,26 @@ def test_a_shard_that_is_killed_loses_nothing_and_doubles_nothing(shards: Shards
     writer.wait_until_saved(60.0)
     assert numbers(shards, 0) == list(range(added))
     writer.close()
+
+
+def test_fewer_shards_than_have_saved_are_refused(cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "shard-0002").mkdir()
+    with pytest.raises(ValueError, match="has the saves of 3 shards: `num_shards`=2 would leave episodes out"):
+        start_shards(2, make_ring, directory=tmp_path)
+
+
+def test_shards_draw_by_priorities_that_come_back(shards: Shards) -> None:
+    with RemoteWriter(shards, num_envs=1) as writer:
+        for number in range(30_000, 30_040):
+            writer.add_episode(episode(number))
+        writer.wait_until_stored()
+        sampler = MixedSampler({PrioritizedSampler(alpha=1.0): 0.5, UniformSampler(): 0.5})
+        with RemoteLoader(shards, 8, 1, sampler=sampler, include=("index", "weight", "source"), deadline=5.0) as loader:
+            batches = iter(loader)
+            batch = next(batches)
+            assert batch["weight"].shape == (8,)
+            loader.update_priorities(batch["index"], np.ones((8, 1), np.float32), batch["source"])
+            assert next(batches)["index"].shape == (8, 1)
 
 
 def test_a_shard_that_hangs_is_named_and_all_others_go_on(shards: Shards) -> None:

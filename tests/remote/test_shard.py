@@ -10,6 +10,7 @@ import pytest
 
 from buffers.dataset import RingBufferDataset
 from buffers.fields import Fields
+from buffers.remote import on_ray
 from buffers.remote.shard import Shard
 from buffers.remote.wire import Pack
 from tests.remote.simulated import episode, make_ring, number_of
@@ -127,3 +128,14 @@ def test_a_full_dataset_evicts_and_stores_on() -> None:
     shard = Shard(0, lambda number: RingBufferDataset(20))
     assert shard.add(pack(0, 100)).next == 100
     assert numbers(shard)[-1] == 99 and shard.stats()["num_evicted"] > 90
+
+
+def test_two_processes_do_not_save_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "_SECONDS_TO_END", 0.2)
+    first = on_ray.ShardActor(0, make_ring, str(tmp_path), 60.0)
+    first.add(pack(0, 3))
+    with pytest.raises(RuntimeError, match="shard-0000 belongs to a shard that runs: two runs at a time cannot save"):
+        on_ray.ShardActor(0, make_ring, str(tmp_path), 60.0)
+    first.save()
+    del first
+    assert numbers(on_ray.ShardActor(0, make_ring, str(tmp_path), 60.0)) == [0, 1, 2]

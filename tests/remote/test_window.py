@@ -164,6 +164,19 @@ def test_a_dead_shard_is_given_nothing_new_and_asked_seldom(tmp_path: Path) -> N
     assert sorted(number for shard in world.numbers() for number in shard) == list(range(200))
 
 
+@pytest.mark.parametrize("num_shards", [2, 3])
+@pytest.mark.parametrize("wait", [0.0, 0.01, 0.2])
+def test_a_burst_is_spread_evenly_over_shards(num_shards: int, wait: float, tmp_path: Path) -> None:
+    world = Simulated(num_shards)
+    window = Window(world, "writer", FIELDS)
+    for number in range(60):
+        window.put(kept(number))
+        window.advance(wait)
+    settle(world, window)
+    counts = [len(numbers) for numbers in world.numbers()]
+    assert sum(counts) == 60 and max(counts) - min(counts) <= 2 + 60 // 10
+
+
 def test_a_shard_that_cannot_save_leaves_the_window_to_the_others(tmp_path: Path) -> None:
     world = Simulated(2, tmp_path)
     shard = world.shards[1]
