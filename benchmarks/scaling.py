@@ -19,10 +19,11 @@ import numpy as np
 
 from benchmarks.timing import print_table
 
-# Measured by `python -m benchmarks remote`, but for the link, which is a common one of a cloud machine: 25 Gbit/s.
-SECONDS_AN_EPISODE, SECONDS_A_BYTE_ADDED = 1 / 10_905, 1 / 2.0e9
-SECONDS_A_REQUEST, SECONDS_A_BYTE_DRAWN = 0.8e-3, 1 / 1.3e9
-SECONDS_A_BYTE_COPIED = 1 / 4.0e9
+# Measured by `python -m benchmarks remote` on two cores: small episodes in packs, 2 MB ones, a call by itself, batches of
+# 12.6 MB less such a call. A learner's copy takes what `docs/workers.md` says. The link is a common one of the clouds.
+SECONDS_AN_EPISODE, SECONDS_A_BYTE_ADDED = 1 / 19_519, 1 / 661e6
+SECONDS_A_REQUEST, SECONDS_A_BYTE_DRAWN = 1 / 981, 1 / 3.3e9
+SECONDS_A_BYTE_COPIED = 1 / 14e9
 LINK_BYTES_A_SECOND = 25e9 / 8
 IN_FLIGHT, SECONDS_A_STEP = 3, 0.010
 PIXELS, STATE = 12_321, 126  # Bytes of a row.
