@@ -105,7 +105,7 @@ def test_the_package_without_viewing_does_not_grow() -> None:
     # other numbers of ranks 70, rings that processes attach to 379, object stores (ranges, the cache, the index,
     # uploads) 1,858, and saves of sources that are only read 56: that takes leaving things out.
     apart = ("viewing", "interop", "remote")
-    assert sum(num_lines(path) for path in TREES if package_of(path).partition("/")[0] not in apart) <= 18727
+    assert sum(num_lines(path) for path in TREES if package_of(path).partition("/")[0] not in apart) <= 18826
 
 
 def num_lines(path: Path) -> int:
