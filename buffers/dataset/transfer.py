@@ -43,7 +43,8 @@ def upload(
     """Copy a directory of episodes, or of saves, to a URL: what is not there yet, and an index of all of it, last.
 
     Killed at any point, the URL holds what it held before, and the same call goes on. What the directory does not have
-    any more is removed from the URL in the end. One upload to a URL at a time.
+    any more is removed from the URL in the end. The directory may be written to meanwhile: the index names only what
+    was uploaded. One upload to a URL at a time.
 
     Args:
         directory: Of episodes (see `IndividualFileDataset`), or of saves.
@@ -54,12 +55,13 @@ def upload(
 
     Raises:
         FileNotFoundError: There is no such directory.
-        ValueError: The URL holds something else, which would be removed.
+        ValueError: The URL holds something else, which would be removed; or it has episodes, and the directory none.
+        RuntimeError: Files of the directory go faster than they are uploaded.
         ObjectStoreError: The store does not do what it was asked.
     """
     path, store = os.fspath(directory), ObjectStore(url, storage_options, timeout)
     if is_save_directory(path):
-        return send(path, _saves_in(path), store, progress)
+        return send(path, partial(_saves_in, path), store, progress)
     with IndividualFileDataset(directory=path, mode="r") as dataset:
         return dataset.upload(url, storage_options=storage_options, timeout=timeout, progress=progress)
 
@@ -76,7 +78,9 @@ def _saves_in(path: str) -> Contents:
 
 
 def _episodes_in(path: str, folder: str) -> list[str]:
-    return sorted(name for name in os.listdir(os.path.join(path, folder)) if FileName.parse(name))
+    with contextlib.suppress(FileNotFoundError):  # A later save needs it no more, nor is the one that did there.
+        return sorted(name for name in os.listdir(os.path.join(path, folder)) if FileName.parse(name))
+    return []
 
 
 def download(

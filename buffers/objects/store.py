@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import os
 import re
 import secrets
 import threading
@@ -24,6 +25,8 @@ _NUM_ATTEMPTS = 3
 # Seconds before the second attempt; twice that before the third.
 _PAUSE = 0.1
 _NUM_AT_ONCE = 16
+# Seconds for requests that are cancelled to end.
+_END = 1.0
 # An upload may take this long besides the deadline.
 _SLOWEST_BYTES_PER_SECOND = 2**18
 _PAGE = 1000
@@ -75,7 +78,8 @@ class ObjectStore:
         timeout: Seconds until a request is given up, all attempts together.
 
     Raises:
-        ValueError: A URL that goes through a cache of fsspec, or that it does not know.
+        ValueError: A URL that goes through a cache of fsspec, or that it does not know; from requests, too: an option
+            that it does not know.
         ImportError: fsspec, or what it needs for this kind of URL, is missing.
     """
 
@@ -183,16 +187,25 @@ class ObjectStore:
         self._do(f"writing {name}", "pipe_file", self._path(name), data, name=name, num_bytes=len(data))
 
     def upload(self, files: Sequence[tuple[str, str, int]]) -> Iterator[int]:
-        """Upload files (path, name, size), several at a time; yields their positions as they are there."""
-        calls = [partial(self._upload, *file) for file in files]
-        yield from (at for at, _ in self._each(calls))
+        """Upload files (path, name, size), several at a time; yields their positions as they are there.
 
-    async def _upload(self, path: str, name: str, size: int) -> None:
+        Those of files that are removed before they are read are left out. FileNotFoundError if there is no such bucket.
+        """
+        calls = [partial(self._upload, *file) for file in files]
+        yield from (at for at, is_sent in self._each(calls) if is_sent)
+
+    async def _upload(self, path: str, name: str, size: int) -> bool:
         where = self._path(name)
         fs = self._connect()[0]
         if not _is_async(fs) and "/" in name:
             await _start(partial(fs.makedirs, where.rpartition("/")[0], exist_ok=True))
-        await self._request(f"uploading {name}", "put_file", path, where, name=name, num_bytes=size)
+        try:
+            await self._request(f"uploading {name}", "put_file", path, where, name=name, num_bytes=size)
+        except FileNotFoundError:
+            if os.path.exists(path):
+                raise
+            return False
+        return True
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove objects, if they are there."""
@@ -241,14 +254,18 @@ class ObjectStore:
         try:
             while True:
                 while len(running) < _NUM_AT_ONCE and (following := next(left, None)) is not None:
-                    running[asyncio.run_coroutine_threadsafe(following[1](), loop)] = following[0]
+                    running[asyncio.run_coroutine_threadsafe(_outcome(following[1]), loop)] = following[0]
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+                    at, (result, error) = running.pop(future), future.result()
+                    if error is not None:
+                        raise error
+                    yield at, result
         finally:
             for future in running:
                 future.cancel()
+            wait(running, timeout=_END)
 
     async def _request(
         self,
@@ -272,9 +289,10 @@ class ObjectStore:
                     check(answer)
                 return answer
             except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    errno.ENOENT, "There is no such object", f"{self.url}/{name}".rstrip("/")
-                ) from error
+                if not name or method in ("put_file", "pipe_file"):
+                    found = "There is no such bucket or folder. Make it, or check the URL"
+                    raise FileNotFoundError(errno.ENOENT, found, self.url) from error
+                raise FileNotFoundError(errno.ENOENT, "There is no such object", f"{self.url}/{name}") from error
             except Exception as error:
                 if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES or not left:
                     raise self._explained(error, what, _NUM_ATTEMPTS - left) from error
@@ -282,7 +300,9 @@ class ObjectStore:
             await asyncio.sleep(min(pause, max(end - loop.time(), 0) / 4))
         raise AssertionError
 
-    def _explained(self, error: Exception, what: str, num_attempts: int) -> ObjectStoreError:
+    def _explained(self, error: Exception, what: str, num_attempts: int) -> ObjectStoreError | ValueError:
+        if isinstance(error, TypeError):
+            return _wrong_options(self.url, self._options, error)
         if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
             found, code = f"no answer within {self.timeout:g} s", errno.ETIMEDOUT
             advice = "Check that the store can be reached, or raise `timeout`"
@@ -309,9 +329,16 @@ def _connected(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         fs, path = url_to_fs(url, **{**options, **own})
     except ImportError as error:
         raise ImportError(f"{url}: {error}. Install the library for this kind of URL beside fsspec.") from error
+    except TypeError as error:
+        raise _wrong_options(url, options, error) from error
     if hasattr(fs, "retries"):
         fs.retries = 1
     return fs, str(path)
+
+
+def _wrong_options(url: str, options: Mapping[str, Any], error: TypeError) -> ValueError:
+    names = ", ".join(map(repr, options)) or "none"
+    return ValueError(f"{url} cannot be reached with these `storage_options` ({names}): {error}. Correct them.")
 
 
 def _is_async(fs: Any) -> bool:
@@ -320,6 +347,14 @@ def _is_async(fs: Any) -> bool:
 
 def _is_s3(fs: Any) -> bool:
     return hasattr(fs, "call_s3") and not getattr(fs, "version_aware", False)
+
+
+async def _outcome(call: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[Any, Exception | None]:
+    """Result or error: asyncio would print the error of a call that nobody waits for any more."""
+    try:
+        return await call(), None
+    except Exception as error:
+        return None, error
 
 
 async def _started(fs: Any, method: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,55 @@ def test_a_store_that_is_not_there_is_named(s3: S3) -> None:
         reader("s3://no-such-bucket/where", storage_options=s3.options)
     with pytest.raises(FileNotFoundError, match="nothing under this URL"):
         reader(s3.new_url(), storage_options=s3.options)
+
+
+def test_a_bucket_that_is_not_there_is_named_by_an_upload(s3: S3, tmp_path: Path) -> None:
+    tagged_episodes(tmp_path / "mine", [5, 9])
+    with pytest.raises(
+        FileNotFoundError, match="no such bucket or folder. Make it, or check the URL: 's3://nowhere/x'"
+    ):
+        upload(tmp_path / "mine", "s3://nowhere/x", storage_options=s3.options)
+
+
+def test_an_option_that_is_not_known_is_named(s3: S3) -> None:
+    options = {"key": "key", "secret": "secret", "endpoint": s3.proxy.url}
+    with pytest.raises(ValueError, match=r"s3://a/b .*`storage_options` \('key', 'secret', 'endpoint'\): .*'endpoint'"):
+        reader("s3://a/b", storage_options=options)
+
+
+def test_no_error_of_a_request_is_left_to_asyncio(s3: S3, tmp_path: Path) -> None:
+    """The first that fails ends the call, and the others with it: asyncio prints what nobody asks for."""
+    import fsspec.asyn
+
+    loop, left = fsspec.asyn.get_loop(), []
+    store = ObjectStore(s3.new_url(), s3.options)
+    loop.set_exception_handler(lambda _, context: left.append(context["message"]))
+    ended = []
+
+    async def fail(*_: Any) -> bytes:
+        # The second fails although it is cancelled.
+        try:
+            if ended or len(running) == 2:
+                raise OSError("first")
+            running.append(1)
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise OSError("second") from None
+        finally:
+            ended.append(1)
+        raise AssertionError
+
+    running: list[int] = []
+    store._read_range = fail  # type: ignore[method-assign, assignment]
+    try:
+        with pytest.raises(OSError, match="first"):
+            list(store.read_ranges([("a", 0, 1, 1)] * 3))
+        assert len(ended) == 3
+        gc.collect()
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+    finally:
+        loop.set_exception_handler(None)
+    assert left == []
 
 
 def test_a_full_store_is_named(bucket: tuple[S3, Path, str]) -> None:

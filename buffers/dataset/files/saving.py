@@ -15,7 +15,7 @@ from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.directory import EpisodeDirectory, EpisodeFiles, FileName
 from buffers.dataset.files.object_reader import window_reader
 from buffers.dataset.files.opening import FORMATS
-from buffers.dataset.files.sending import Transfer, episodes_in, send
+from buffers.dataset.files.sending import Contents, Transfer, episodes_in, send
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy
 from buffers.dataset.files.window_reader import WindowReader
 from buffers.dataset.info import EpisodeDatasetInfo
@@ -120,8 +120,12 @@ class LinkedDataset(EpisodeDataset):
             raise RuntimeError(f"This dataset reads {self._directory.path}. `download` it to upload it elsewhere.")
         if not self.is_reader:
             self.sync()
-        contents = episodes_in(self._own, self.table, self.fields, self.capacity)
-        return send(self._directory.path, contents, ObjectStore(url, storage_options, timeout), progress)
+
+        def list_contents() -> Contents:
+            self.refresh()
+            return episodes_in(self._own, self.table, self.fields, self.capacity)
+
+        return send(self._directory.path, list_contents, ObjectStore(url, storage_options, timeout), progress)
 
     def takes_links(self, suffix: str) -> bool:
         """Whether its episodes are in the same format."""

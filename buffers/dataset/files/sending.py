@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from buffers.dataset.files.directory import EpisodeDirectory
+from buffers.dataset.files.directory import EpisodeDirectory, FileName
 from buffers.dataset.files.late_files import LATE
 from buffers.dataset.files.object_directory import EPISODES
 from buffers.disk import DamagedEpisodeError, described_fields
@@ -26,12 +26,14 @@ __all__ = ["Contents", "Transfer", "episodes_in", "read_index", "send"]
 _FORMAT = ".safetensors"
 _MARKED = 4096
 _NUM_COMPARED = 64
+# A directory that is written to is listed so many times, until all of a list could be sent.
+_NUM_LISTS = 5
 
 
 class Transfer(NamedTuple):
     """What an upload or a download has done."""
 
-    num_files: int
+    num_files: int  # Files that were copied. With those that were there, these are what the index names.
     num_bytes: int
     num_kept: int  # Files that were there.
     num_removed: int
@@ -87,34 +89,123 @@ def read_index(store: ObjectStore) -> Index | None:
     return None
 
 
-def send(root: str, contents: Contents, store: ObjectStore, progress: bool) -> Transfer:
+def send(root: str, list_contents: Callable[[], Contents], store: ObjectStore, progress: bool) -> Transfer:
     """Bring files of a directory to a store, as far as they are not there.
 
+    The directory may be written to meanwhile: if files go or change before they are sent, it is listed again, a few
+    times. The index names what the last list has, without those that have gone since.
+
+    Args:
+        root: The directory.
+        list_contents: Lists it.
+        store: Where the files go.
+        progress: Show a bar.
+
     Raises:
-        ValueError: The store holds other things, which would be overwritten.
+        ValueError: The store holds other things, or the directory has no episodes and the store has.
+        RuntimeError: Files go or change faster than they are sent.
         ObjectStoreError: It does not do what it was asked. The same call goes on where this one was.
     """
     store.prepare()
-    old = read_index(store)
-    _check_kind(store.url, old, contents.said)
-    files = _local_files(root, contents.names)
-    was_there = set() if old is None else {*old.names, *old.said.get("leaving", [])}
-    present = _present(store, {*files, *was_there})
-    kept = _kept(store, files, present, old, contents.changing)
-    to_send = [file for name, file in files.items() if name not in kept]
-    with progress_bar(progress, sum(file.size for file in to_send), "uploading") as bar:
-        for last in (False, True):
-            some = [file for file in to_send if (file.name in contents.last) is last]
-            for at in store.upload([(os.path.join(root, file.name), file.name, file.size) for file in some]):
-                bar.update(some[at].size)
-    files = {name: file for name, file in files.items() if os.path.exists(os.path.join(root, name))}
-    names = list(files)
-    leaving = sorted((was_there & {*present}) - {*names})
-    said = {**contents.said, "num_objects": len(names), "leaving": leaving}
-    store.write(INDEX, Index(said, names, _table(store, files)).encode())
-    store.remove(leaving)
-    num_bytes = sum(file.size for file in to_send)
-    return Transfer(len(to_send), num_bytes, len(kept), len(leaving))
+    upload = _Upload(root, store, read_index(store), progress)
+    for _ in range(_NUM_LISTS):
+        contents = list_contents()
+        upload.check(contents)
+        if upload.bring(contents):
+            break
+    else:
+        upload.check_gone(contents)
+    return upload.finish(contents)
+
+
+class _Upload:
+    """An upload, which may list the directory several times."""
+
+    def __init__(self, root: str, store: ObjectStore, old: Index | None, progress: bool) -> None:
+        self._root, self._store, self._old, self._progress = root, store, old, progress
+        self._was_there = set() if old is None else {*old.names, *old.said.get("leaving", [])}
+        self._present: dict[str, ObjectInfo] | None = None  # Without what has been sent.
+        #: What the store has, as it was in the directory, and which of it has been sent.
+        self._there: dict[str, _LocalFile] = {}
+        self._sent: set[str] = set()
+
+    def check(self, contents: Contents) -> None:
+        """ValueError if the store holds what this would remove."""
+        url = self._store.url
+        _check_kind(url, self._old, contents.said)
+        if not _has_content(contents, contents.names) and (found := _content_of(self._store, self._old)):
+            raise ValueError(
+                f"{self._root} has no episodes, and {url} has some ({found}, for example), which would all be removed. "
+                "Check the directory, or choose another URL. To empty this one, remove its objects with another tool."
+            )
+
+    def bring(self, contents: Contents) -> bool:
+        """Send what is not there; False if files were gone, or have changed, before they were sent."""
+        files = _local_files(self._root, contents.names)
+        if self._present is None:
+            self._present = _present(self._store, {*files, *self._was_there})
+            self._was_there &= {*self._present}
+        left = {name: file for name, file in files.items() if self._there.get(name) != file}
+        kept = _kept(self._store, left, self._present, self._old, contents.changing)
+        self._there.update({name: left.pop(name) for name in kept})
+        with progress_bar(self._progress, sum(file.size for file in left.values()), "uploading") as bar:
+            first = [file for name, file in left.items() if name not in contents.last]
+            self._send(first, contents.changing, bar)
+            if all(name in self._there for name in contents.names if name not in contents.last):
+                self._send([file for name, file in left.items() if name in contents.last], set(), bar)
+        return all(name in self._there for name in contents.names)
+
+    def _send(self, files: Sequence[_LocalFile], changing: set[str], bar: Any) -> None:
+        assert self._present is not None
+        for file in files:
+            self._there.pop(file.name, None)  # A late field, as it was.
+        for at in self._store.upload([(os.path.join(self._root, file.name), file.name, file.size) for file in files]):
+            self._there[files[at].name] = files[at]
+            self._sent.add(files[at].name)
+            self._present.pop(files[at].name, None)
+            bar.update(files[at].size)
+        replaced = [file for file in files if file.name in changing and file.name in self._there]
+        found = _local_files(self._root, [file.name for file in replaced])
+        for file in replaced:
+            if found.get(file.name) != file:  # What was sent may be the one or the other.
+                del self._there[file.name]
+
+    def check_gone(self, contents: Contents) -> None:
+        """RuntimeError if what could not be sent leaves nothing that is whole."""
+        gone = [name for name in contents.names if name not in self._there]
+        needed = [name for name in gone if contents.last or name in contents.changing]
+        if needed or not _has_content(contents, self._there.keys() & {*contents.names}):
+            name = (needed or gone)[0]
+            raise RuntimeError(
+                f"Files of {self._root} are removed or replaced faster than they can be uploaded ({name}, for "
+                f"example): it was listed {_NUM_LISTS} times. The index of {self._store.url} is as it was. Upload "
+                "again when less is written."
+            )
+
+    def finish(self, contents: Contents) -> Transfer:
+        """Replace the index, and remove what the directory has no more."""
+        files = {name: self._there[name] for name in contents.names if name in self._there}
+        leaving = sorted((self._was_there | self._sent) - {*files})
+        said = {**contents.said, "num_objects": len(files), "leaving": leaving}
+        self._store.write(INDEX, Index(said, [*files], _table(self._store, files)).encode())
+        self._store.remove(leaving)
+        sent = [file.size for name, file in files.items() if name in self._sent]
+        return Transfer(len(sent), sum(sent), len(files) - len(sent), len(leaving))
+
+
+def _has_content(contents: Contents, names: Iterable[str]) -> bool:
+    """Whether there are episodes, or saves, among names."""
+    return contents.said["kind"] != EPISODES or any(map(FileName.parse, names))
+
+
+def _content_of(store: ObjectStore, old: Index | None) -> str:
+    """The name of an episode that a reader of the store would find, "" if there is none."""
+    if old is not None:
+        return next(filter(FileName.parse, old.names), "")
+    with contextlib.suppress(FileNotFoundError):
+        names = (name for page in store.pages() for name, _ in page.objects)
+        return next(filter(FileName.parse, names), "")
+    return ""
 
 
 def _check_kind(url: str, old: Index | None, said: Mapping[str, Any]) -> None:
