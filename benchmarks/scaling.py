@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.timing import print_table
 
-# Measured by `python -m benchmarks remote` on two cores: small episodes in packs, 2 MB ones, a call by itself, batches of
-# 12.6 MB less such a call. A learner's copy takes what `docs/workers.md` says. The link is a common one of the clouds.
+# Measured by `python -m benchmarks remote` on two cores: small episodes in packs, 2 MB ones, a call by itself, batches
+# of 12.6 MB less such a call. A learner's copy takes what `docs/workers.md` says. The link is a common one of clouds.
 SECONDS_AN_EPISODE, SECONDS_A_BYTE_ADDED = 1 / 19_519, 1 / 661e6
 SECONDS_A_REQUEST, SECONDS_A_BYTE_DRAWN = 1 / 981, 1 / 3.3e9
 SECONDS_A_BYTE_COPIED = 1 / 14e9

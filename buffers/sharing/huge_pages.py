@@ -20,6 +20,7 @@ import torch
 __all__ = ["HUGE_PAGE", "HugePages", "map_file", "map_file_again"]
 
 HUGE_PAGE = 1 << 21
+_ATTEMPTS = 3
 _MADV_COLLAPSE = 25  # Python knows its name from 3.14 on.
 
 
@@ -35,14 +36,18 @@ def map_file(descriptor: int, num_bytes: int) -> tuple[mmap.mmap, int]:
 
 def map_file_again(path: str, num_bytes: int) -> torch.Tensor:
     """Map the first `num_bytes` of such a file in another process, uint8; keeps no descriptor, unlike Python's mmap."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        address = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8).ctypes.data
-    finally:
-        os.close(descriptor)
-    # The kernel puts mappings below others: one that is so much longer begins at the address of a huge page.
-    size = num_bytes + address % HUGE_PAGE
-    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8, device="cpu")[:num_bytes]
+    memory, extra = _mapped(path, num_bytes), 0
+    for _ in range(_ATTEMPTS):
+        if memory.data_ptr() % HUGE_PAGE:
+            # The kernel puts mappings below others: one that is so much longer begins at the address of a huge page.
+            extra = (extra + memory.data_ptr()) % HUGE_PAGE
+            memory = torch.empty(0, device="cpu")  # First make its place free.
+            memory = _mapped(path, num_bytes + extra)
+    return memory[:num_bytes]
+
+
+def _mapped(path: str, num_bytes: int) -> torch.Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8, device="cpu")
 
 
 class HugePages:
