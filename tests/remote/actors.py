@@ -25,7 +25,7 @@ def process_of(shards: Shards, number: int) -> int:
     import ray
 
     assert isinstance(shards.transport, RayTransport)
-    return ray.get(shards.transport.handles[number].__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    return ray.get(shards.transport.handles[number].__ray_call__.remote(lambda _: os.getpid()), timeout=120)
 
 
 def stored(shards: Shards) -> list[list[dict[str, np.ndarray]]]:
@@ -33,7 +33,7 @@ def stored(shards: Shards) -> list[list[dict[str, np.ndarray]]]:
     import ray
 
     assert isinstance(shards.transport, RayTransport)
-    return [ray.get(handle.episodes.remote(), timeout=30) for handle in shards.transport.handles]
+    return [ray.get(handle.episodes.remote(), timeout=120) for handle in shards.transport.handles]
 
 
 class Writing:

@@ -54,7 +54,7 @@ def numbers(shards: Shards, first: int, most: int = 10_000) -> list[int]:
     return [number for number in found if first <= number < first + most]
 
 
-def wait_until_back(shards: Shards, timeout: float = 60.0) -> None:
+def wait_until_back(shards: Shards, timeout: float = 240.0) -> None:
     end = time.monotonic() + timeout
     while shards.stats(2.0)["num_shards"] < len(shards):
         assert time.monotonic() < end
@@ -64,7 +64,7 @@ def wait_until_back(shards: Shards, timeout: float = 60.0) -> None:
 def test_recorders_in_other_processes_store_what_their_environments_logged(cluster: None) -> None:
     shards = start_shards(2, make_ring, num_cpus=0)
     tasks = [ray.remote(record).options(num_cpus=0).remote(shards, 200, first) for first in (0, 2)]
-    logs = [log for found in ray.get(tasks, timeout=60) for log in found]
+    logs = [log for found in ray.get(tasks, timeout=240) for log in found]
     found = {(int(rows["obs"][0, 0]), int(rows["obs"][0, 1])): rows for side in stored(shards) for rows in side}
     expected = {(env, n): told for env, log in enumerate(logs) for n, told in enumerate(log) if told["action"]}
     # A first row without a transition is not kept; nor is there one behind the last reset.
@@ -75,7 +75,9 @@ def test_recorders_in_other_processes_store_what_their_environments_logged(clust
             np.testing.assert_array_equal(found[key][name], [0, *told[name]])
     shards.close()
     with pytest.raises(RuntimeError, match="No shard answers: shard 0: "):
-        RemoteWriter(shards)
+        for _ in range(100):  # Ray ends them a moment later.
+            RemoteWriter(shards)
+            time.sleep(0.2)
 
 
 def test_a_shard_that_is_killed_loses_nothing_and_doubles_nothing(shards: Shards) -> None:
@@ -96,7 +98,7 @@ def test_a_shard_that_is_killed_loses_nothing_and_doubles_nothing(shards: Shards
                 begin = time.monotonic()
                 while part - 1 not in {*loader.troubles, *writer.troubles}:
                     next(loader)
-                    assert time.monotonic() - begin < 15
+                    assert time.monotonic() - begin < 90
                 for _ in range(20):
                     assert next(loader)["number"].shape == (8, 1)
                 writer.add_episode(episode(added))
@@ -128,8 +130,8 @@ def test_shards_draw_by_priorities_that_come_back(shards: Shards) -> None:
 
 
 def test_a_shard_that_hangs_is_named_and_all_others_go_on(shards: Shards) -> None:
-    writer = RemoteWriter(shards, num_envs=1, deadline=2.0)
-    loader = RemoteLoader(shards, 8, 1, include=("source",), deadline=2.0)
+    writer = RemoteWriter(shards, num_envs=1, deadline=5.0)
+    loader = RemoteLoader(shards, 8, 1, include=("source",), deadline=5.0)
     for number in range(20_000, 20_100):
         writer.add_episode(episode(number))
     writer.wait_until_stored()
@@ -137,33 +139,35 @@ def test_a_shard_that_hangs_is_named_and_all_others_go_on(shards: Shards) -> Non
     os.kill(process, signal.SIGSTOP)
     try:
         begin = time.monotonic()
-        with pytest.warns(RuntimeWarning, match="Shard 1 has not answered for 2 s"):
+        with pytest.warns(RuntimeWarning, match="Shard 1 has not answered for 5 s"):
             while 1 not in loader.troubles:
                 next(loader)
-        assert time.monotonic() - begin < 10
+            next(loader)  # It may have become so since the last one.
+        assert time.monotonic() - begin < 60
         assert {int(next(loader)["source"][0]) for _ in range(30)} == {0}
         with pytest.warns(RuntimeWarning, match="Shard 1 has not answered"):
             for number in range(20_100, 20_400):
                 writer.add_episode(episode(number))
-                time.sleep(0.01)
+                time.sleep(0.02)
     finally:
         os.kill(process, signal.SIGCONT)
     writer.wait_until_stored()
     assert numbers(shards, 20_000) == list(range(20_000, 20_400))
-    time.sleep(0.5)
-    assert {int(next(loader)["source"][0]) for _ in range(30)} == {0, 1}
+    begin = time.monotonic()
+    while {int(next(loader)["source"][0]) for _ in range(30)} != {0, 1}:
+        assert time.monotonic() - begin < 60
     writer.close()
 
 
 def test_a_writer_that_is_killed_takes_nothing_that_was_stored(shards: Shards) -> None:
     actors = [ray.remote(Writing).options(num_cpus=0).remote(shards, first) for first in (40_000, 60_000)]
-    ray.get([actor.add.remote(0.5) for actor in actors], timeout=30)
-    sure = ray.get(actors[0].wait.remote(), timeout=30)
-    process = ray.get(actors[0].process.remote(), timeout=30)
+    ray.get([actor.add.remote(0.5) for actor in actors], timeout=120)
+    sure = ray.get(actors[0].wait.remote(), timeout=120)
+    process = ray.get(actors[0].process.remote(), timeout=120)
     actors[0].add.remote(30.0)
     time.sleep(0.5)
     os.kill(process, signal.SIGKILL)
-    end = ray.get(actors[1].wait.remote(), timeout=30)
+    end = ray.get(actors[1].wait.remote(), timeout=120)
     time.sleep(0.5)
     found = numbers(shards, 40_000)
     assert found == list(range(40_000, 40_000 + len(found))) and len(found) >= sure - 40_000
@@ -176,10 +180,10 @@ def test_a_learner_that_is_killed_holds_up_nobody(shards: Shards) -> None:
             writer.add_episode(episode(number))
         writer.wait_until_stored()
         actors = [ray.remote(Learning).options(num_cpus=0).remote(shards) for _ in range(2)]
-        process = ray.get(actors[0].process.remote(), timeout=30)
+        process = ray.get(actors[0].process.remote(), timeout=120)
         actors[0].take.remote(1_000_000)
         os.kill(process, signal.SIGKILL)
-        assert {*ray.get(actors[1].take.remote(100), timeout=30)} == {0, 1}
+        assert {*ray.get(actors[1].take.remote(100), timeout=120)} == {0, 1}
         assert numbers(shards, 80_000) == list(range(80_000, 80_050))
 
 
@@ -190,7 +194,7 @@ def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: P
     shards = start_shards(3, make_ring, directory=tmp_path, save_every=2.0, num_cpus=0)
     writers = [ray.remote(Writing).options(num_cpus=0).remote(shards, 100_000 * (n + 1)) for n in range(3)]
     learners = [ray.remote(Learning).options(num_cpus=0).remote(shards) for _ in range(2)]
-    sure = [ray.get(writer.wait.remote(), timeout=60) for writer in writers]
+    sure = [ray.get(writer.wait.remote(), timeout=240) for writer in writers]
     killed: set[int] = set()
     for turn in range(12):
         calls = [writer.add.remote(2.0) for n, writer in enumerate(writers) if n not in killed]
@@ -204,7 +208,7 @@ def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: P
             else:
                 os.kill(victim, signal.SIGKILL)
         if turn == 6:
-            process = ray.get(learners[1].process.remote(), timeout=60)
+            process = ray.get(learners[1].process.remote(), timeout=240)
             os.kill(process, signal.SIGKILL)
             del learners[1]
         ray.get(batches[: len(learners)], timeout=120)
@@ -215,7 +219,7 @@ def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: P
             sure[0] = ray.get(writers[0].wait.remote(), timeout=120)
             wait_until_back(shards)
             shards.save()
-            os.kill(ray.get(writers[0].process.remote(), timeout=60), signal.SIGKILL)
+            os.kill(ray.get(writers[0].process.remote(), timeout=240), signal.SIGKILL)
             killed.add(0)
         wait_until_back(shards)
     ends = {n: ray.get(writers[n].wait.remote(), timeout=120) for n in (1, 2)}
@@ -227,7 +231,7 @@ def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: P
         *range(200_000, ends[1]),
         *range(300_000, ends[2]),
     ]
-    assert len(ray.get(learners[0].take.remote(50), timeout=60)) == 50
+    assert len(ray.get(learners[0].take.remote(50), timeout=240)) == 50
     shards.close()
 
 
