@@ -68,9 +68,10 @@ def main(num_steps: int) -> None:
         losses.append(loss.item())
         if rank == 0 and step % 100 == 99:
             print(f"step {step + 1}: loss {np.mean(losses[-100:]):.5f}, {len(dataset)} rows")
-    print(f"rank {rank}: loss {np.mean(losses[:10]):.4f} -> {np.mean(losses[-10:]):.4f}")
+    print(f"rank {rank}: loss {np.mean(losses[:10]):.4f} -> {np.mean(losses[-10:]):.4f}", flush=True)
     # The ring is gone when rank 0 ends.
     torch.distributed.barrier()
+    del model, optimizer, loss  # What uses the process group goes before it.
     torch.distributed.destroy_process_group()
 
 

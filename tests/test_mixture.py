@@ -360,6 +360,10 @@ def test_a_mixture_of_readers_that_were_empty_can_be_sampled_once_each_has_an_ep
     for number, name in enumerate(("one", "other")):
         with IndividualFileDataset(100, directory=tmp_path / name) as writer:
             writer.add_episode(tagged.episode(5, number))
+        end = time.monotonic() + 60 * number
+        # A reader whose look at its directory took long does not look again at once.
+        while not buffer.can_sample and time.monotonic() < end:
+            time.sleep(0.01)
         found.append(buffer.can_sample)
     assert found == [False, True]
     assert buffer.sample()["code"].shape == (8, 2)
