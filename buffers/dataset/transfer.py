@@ -13,10 +13,10 @@ import numpy as np
 
 from buffers.dataset.files.directory import FileName
 from buffers.dataset.files.individual_file import IndividualFileDataset
-from buffers.dataset.files.sending import Contents, Transfer, read_index, send
+from buffers.dataset.files.sending import Contents, Transfer, read_index, send, size_and_mark
 from buffers.disk import Descriptor, Directory, open_directory
 from buffers.disk.lock import LOCK, capacity_in, sign, take_lock
-from buffers.objects import INDEX, ObjectFile, ObjectFiles, ObjectInfo, ObjectStore, Page, mark_of
+from buffers.objects import INDEX, ObjectFile, ObjectFiles, ObjectInfo, ObjectStore, Page
 from buffers.saving import is_save_directory, list_saves
 from buffers.saving.saved import file_name, folders_of_links, save_numbers
 from buffers.utils import progress_bar
@@ -185,9 +185,7 @@ def _in_order(objects: _Objects) -> list[str]:
 
 def _is_there(path: str, name: str, info: ObjectInfo, mark: int | None) -> bool:
     try:
-        with open(os.path.join(path, name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            found = mark_of(size, os.pread(file.fileno(), 4096, 0), os.pread(file.fileno(), 4096, max(0, size - 4096)))
+        size, found = size_and_mark(os.path.join(path, name))
     except FileNotFoundError:
         return False
     # What may change has no mark, and is fetched again.

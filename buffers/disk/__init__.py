@@ -12,7 +12,7 @@ from buffers.disk.parsing import (
     parse_json,
     safetensors_type,
 )
-from buffers.disk.reading import RangeFile, read_at, size_of
+from buffers.disk.reading import RangeFile, fill_from, read_at, size_of
 
 __all__ = [
     "DAMAGED",
@@ -27,6 +27,7 @@ __all__ = [
     "UnknownVersionError",
     "as_damage",
     "described_fields",
+    "fill_from",
     "open_directory",
     "parse_fields",
     "parse_json",

@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from typing import Any
 
-__all__ = ["RangeFile", "read_at", "size_of"]
+__all__ = ["RangeFile", "fill_from", "read_at", "size_of"]
 
 
 class RangeFile(io.RawIOBase):
@@ -52,6 +52,17 @@ class RangeFile(io.RawIOBase):
         memory[: len(found)] = found
         self._position += len(found)
         return len(found)
+
+
+def fill_from(descriptor: int, memory: memoryview, offset: int) -> bool:
+    """Fill memory with the bytes of an open file from an offset on; False if the file ends before."""
+    # One call reads at most 2 GB.
+    while memory:
+        num = os.preadv(descriptor, [memory], offset)
+        if not num:
+            return False
+        memory, offset = memory[num:], offset + num
+    return True
 
 
 def size_of(file: io.FileIO | RangeFile) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -15,6 +14,7 @@ import torch
 
 from buffers.conversion import TO_NUMPY, torch_dtype
 from buffers.dataset.episode_info import EpisodeInfo
+from buffers.disk import fill_from
 from buffers.fields import Fields
 from buffers.interop.alignment import FINAL_MISSING
 from buffers.utils import how_to_install, integer
@@ -84,14 +84,7 @@ class Notes:
 
 def fill(descriptor: int, values: np.ndarray, offset: int) -> bool:
     """Fill a contiguous array with the bytes of an open file from an offset on; False if the file ends before."""
-    memory = values.reshape(-1).view(np.uint8).data
-    # One call reads at most 2 GB.
-    while memory:
-        num = os.preadv(descriptor, [memory], offset)
-        if not num:
-            return False
-        memory, offset = memory[num:], offset + num
-    return True
+    return fill_from(descriptor, values.reshape(-1).view(np.uint8).data, offset)
 
 
 def library(name: str, extra: str) -> ModuleType:

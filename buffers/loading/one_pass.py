@@ -127,19 +127,17 @@ class OnePass:
         if world_size == self._world_size or not self.state[_NUM_WINDOWS]:
             return
         num_windows, done = int(self.state[_NUM_WINDOWS]), int(self.state[_DONE])
-        taken, epoch = position - int(self.state[_POSITION]), 0
-        while epoch < self.state[_EPOCHS] and taken >= (num := self._num_batches(num_windows, done, rank, world_size)):
+        taken, epoch, ranks = position - int(self.state[_POSITION]), 0, (rank, world_size)
+        while epoch < self.state[_EPOCHS] and taken >= (num := self._num_batches(num_windows, done, ranks)):
             taken, epoch, done = taken - num, epoch + 1, 0
         self.state[_POSITION], self.state[_DONE] = position, done + taken * world_size
         self.state[_NUMBER] += epoch
         self.state[_EPOCHS] -= epoch
         self._is_rest = bool(self.state[_EPOCHS])
 
-    def _num_batches(
-        self, num_windows: int, done: int = 0, rank: int | None = None, world_size: int | None = None
-    ) -> int:
-        """Of a rank, this one by default, in a pass of which all ranks have made `done` batches."""
-        rank, world_size = (self._rank, self._world_size) if world_size is None else (rank or 0, world_size)
+    def _num_batches(self, num_windows: int, done: int = 0, ranks: tuple[int, int] | None = None) -> int:
+        """Of rank r of W, this one by default, in a pass of which all ranks have made `done` batches."""
+        rank, world_size = ranks or (self._rank, self._world_size)
         if self._drop_last:
             return max(0, num_windows // self._batch_size - done) // world_size
         return max(0, -(-(-(-num_windows // self._batch_size) - done - rank) // world_size))

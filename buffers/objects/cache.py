@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from buffers.disk.lock import NO_SURPRISES, Descriptor
+from buffers.disk import NO_SURPRISES, Descriptor, fill_from
 from buffers.objects.ranges import BLOCK
 from buffers.utils import integer
 
@@ -132,7 +132,7 @@ class CacheEntry:
             at = offset
             for run, run_end in _runs(self._is_there[first:last], first):
                 start, stop = max(run * BLOCK, offset), min(run_end * BLOCK, end)
-                if _pread(file, memory[start - offset : stop - offset], self._start + start):
+                if fill_from(file, memory[start - offset : stop - offset], self._start + start):
                     missing += [(at, start)] if at < start else []
                     at = stop
         except OSError:
@@ -170,7 +170,7 @@ class CacheEntry:
             return
         is_new = ~self._is_there[first:last]
         table = np.zeros(last - first, "<u4")
-        _pread(file, table.view(np.uint8).data, 4 * first)
+        fill_from(file, table.view(np.uint8).data, 4 * first)
         for number in (np.flatnonzero(is_new & (table != 0)) + first).tolist():
             start = number * BLOCK
             block = os.pread(file, min(BLOCK, self._size - start), self._start + start)
@@ -207,16 +207,6 @@ def _default_directory() -> str:
 
 def _is_key(name: str) -> bool:
     return len(name) == 2 * _KEY_BYTES and set(name) <= set("0123456789abcdef")
-
-
-def _pread(file: int, memory: memoryview, offset: int) -> bool:
-    """Fill memory from a file; False if it ends before."""
-    while memory:
-        num = os.preadv(file, [memory], offset)
-        if not num:
-            return False
-        memory, offset = memory[num:], offset + num
-    return True
 
 
 def _pwrite(file: int, memory: memoryview, offset: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from buffers.remote.draws import Delivery, Draws
 from buffers.remote.limits import Balance, Limits, balance_of
 from buffers.remote.memory import BatchMemory
 from buffers.remote.shards import Shards
+from buffers.remote.transport import warn_of_new
 from buffers.remote.updates import Updates
 from buffers.remote.wire import Request, Told, from_wire, sizes_on_wire
 from buffers.utils import integer, number, usable_device
@@ -159,11 +159,9 @@ class RemoteLoader:
             if holder.error is not None:
                 error, holder.error = holder.error, None
                 raise error
-        found = self._draws.troubles
-        new, self._named = found.keys() - self._named, {*found}
-        for shard in sorted(new):
-            text = f"{found[shard][0].upper()}{found[shard][1:]}. Its share of the batches goes to the others."
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+        self._named = warn_of_new(
+            self._draws.troubles, self._named, "Its share of the batches goes to the others.", stacklevel=4
+        )
 
     def _deliver(self, delivery: Delivery) -> Any:
         # The shards go on while the batch is copied.

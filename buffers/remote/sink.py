@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 import threading
-import warnings
 import weakref
 from typing import Any
 
@@ -17,6 +16,7 @@ from buffers.dataset.verification import VerificationMode
 from buffers.fields import Fields
 from buffers.remote.limits import balance_of
 from buffers.remote.shards import Shards, ask_all
+from buffers.remote.transport import warn_of_new
 from buffers.remote.window import Kept, Window
 from buffers.remote.wire import num_bytes
 from buffers.utils import format_bytes
@@ -153,11 +153,7 @@ class RemoteSink:
             self._window.advance()
 
     def _warn_of_troubles(self) -> None:
-        found = self.troubles
-        new, self._named = found.keys() - self._named, {*found}
-        for shard in sorted(new):
-            text = f"{found[shard][0].upper()}{found[shard][1:]}. New episodes go to the others."
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        self._named = warn_of_new(self.troubles, self._named, "New episodes go to the others.", stacklevel=3)
 
     def _raise_refusals(self) -> None:
         if self._window.refusals:

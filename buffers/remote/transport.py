@@ -6,11 +6,12 @@ All that follows from this is dealt with here and above, and is tested with a tr
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Answer", "RETRY_AFTER", "ShardCalls", "ShardLostError", "Transport"]
+__all__ = ["Answer", "RETRY_AFTER", "ShardCalls", "ShardLostError", "Transport", "warn_of_new"]
 
 #: Seconds before a shard that failed is asked again.
 RETRY_AFTER = 0.5
@@ -170,3 +171,11 @@ class ShardCalls:
             seconds = self._transport.now() - self._asked[0].since
             return f"shard {self.shard} has not answered for {seconds:.0f} s"
         return None if self._failure is None else f"shard {self.shard} is lost ({self._failure})"
+
+
+def warn_of_new(troubles: Mapping[int, str], named: Set[int], consequence: str, stacklevel: int) -> set[int]:
+    """Warn of the troubles of shards that are not `named` yet; returns the shards that are in trouble now."""
+    for shard in sorted(troubles.keys() - named):
+        text = troubles[shard]
+        warnings.warn(f"{text[0].upper()}{text[1:]}. {consequence}", RuntimeWarning, stacklevel=stacklevel)
+    return {*troubles}

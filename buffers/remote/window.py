@@ -174,9 +174,11 @@ class Window:
             self._send(lane, [lane.episodes[n] for n in range(skipped, min(skipped + 1_000, len(lane.episodes)))])
 
     def _may_send(self, lane: _Lane) -> bool:
-        # Whether a shard is back is asked without episodes.
-        is_ready = lane.calls.is_well and self._transport.now() >= lane.not_before
-        return is_ready and len(lane.calls) < _MOST_CALLS
+        return self._is_ready(lane) and len(lane.calls) < _MOST_CALLS
+
+    def _is_ready(self, lane: _Lane) -> bool:
+        """Whether a lane may be sent episodes; whether a shard is back is asked without."""
+        return lane.calls.is_well and self._transport.now() >= lane.not_before
 
     def _deal(self) -> None:
         """Give the queue to the shards that are free, in turn, so that all have been given as much."""
@@ -210,7 +212,7 @@ class Window:
 
     def _is_able(self, lane: _Lane) -> bool:
         """Whether a lane can be given the next episode, once it has an answer to what it was given before."""
-        return lane.calls.is_well and self._transport.now() >= lane.not_before and self._fits(lane)
+        return self._is_ready(lane) and self._fits(lane)
 
     def _is_owed(self, lane: _Lane, share: float) -> bool:
         """Whether it has been given less than its share, or others are so slow that more than a pack waits."""

@@ -87,12 +87,9 @@ def _add_transfers(commands: Any) -> None:
     for command in (importer, exporter):
         command.add_argument("--fields", nargs="+", metavar="FIELD", help="only these; `obs` stands for all below it")
         command.add_argument("--limit", type=int, metavar="N", help="only the first N episodes")
-        command.add_argument(
-            "--option",
-            action="append",
-            default=[],
-            metavar="NAME=VALUE",
-            help="of the format's `read` or `write`, see docs/formats.md; `dtypes.reward=float32` stores another dtype",
+        _add_option(
+            command,
+            "of the format's `read` or `write`, see docs/formats.md; `dtypes.reward=float32` stores another dtype",
         )
 
 
@@ -114,14 +111,12 @@ def _add_copies(commands: Any) -> None:
     downloader.add_argument("source", metavar="URL", help="s3://bucket/folder, for example")
     downloader.add_argument("target", metavar="DIRECTORY", help="what to make")
     for command in (uploader, downloader):
-        command.add_argument(
-            "--option",
-            action="append",
-            default=[],
-            metavar="NAME=VALUE",
-            help="of fsspec's storage options; `client_kwargs.region_name=eu-west-1` is one of a dict",
-        )
+        _add_option(command, "of fsspec's storage options; `client_kwargs.region_name=eu-west-1` is one of a dict")
         command.add_argument("--timeout", type=float, default=10.0, help="seconds for a request (default 10)")
+
+
+def _add_option(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=what)
 
 
 def _upload(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ SIZE = sum(values.nbytes for values in episode(4).values())
 def kept(number: int) -> Kept:
     rows = episode(number)
     return Kept(rows, len(rows["step"]), 0, None, sum(values.nbytes for values in rows.values()))
+
+
+def adding(window: Window, num: int) -> Iterator[None]:
+    """Put so many episodes as there is room, and stop after each moment."""
+    added = 0
+    while added < num:
+        if window.has_room(kept(added).num_bytes):
+            window.put(kept(added))
+            added += 1
+        window.advance(0.05)
+        yield
 
 
 def settle(world: Simulated, window: Window, seconds: float = 60.0) -> None:
@@ -118,12 +130,7 @@ def test_a_shard_without_saves_is_kept_nothing_for() -> None:
 def test_a_full_window_asks_for_a_save(tmp_path: Path) -> None:
     world = Simulated(2, tmp_path, save_every=1e9)
     window = Window(world, "writer", FIELDS, num_bytes=20 * SIZE)
-    added = 0
-    while added < 500:
-        if window.has_room(kept(added).num_bytes):
-            window.put(kept(added))
-            added += 1
-        window.advance(0.05)
+    for _ in adding(window, 500):
         assert window.num_bytes <= 20 * SIZE and world.time < 200
     settle(world, window)
     assert sorted(number for shard in world.numbers() for number in shard) == list(range(500))
@@ -188,12 +195,7 @@ def test_a_shard_that_cannot_save_leaves_the_window_to_the_others(tmp_path: Path
 
     shard.dataset.save_with = fail  # type: ignore[method-assign]
     window = Window(world, "writer", FIELDS, num_bytes=20 * SIZE)
-    added = 0
-    while added < 300:
-        if window.has_room(kept(added).num_bytes):
-            window.put(kept(added))
-            added += 1
-        window.advance(0.05)
+    for _ in adding(window, 300):
         assert world.time < 300, window.why_full()
     assert window.troubles == {1: "shard 1 says: [Errno 28] No space left on device"}
     shard.dataset.save_with = save  # type: ignore[method-assign]

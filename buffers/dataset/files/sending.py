@@ -21,7 +21,7 @@ from buffers.objects import INDEX, Index, ObjectInfo, ObjectStore, ObjectStoreEr
 from buffers.table import EpisodeTable
 from buffers.utils import format_bytes, progress_bar
 
-__all__ = ["Contents", "Transfer", "episodes_in", "read_index", "send"]
+__all__ = ["Contents", "Transfer", "episodes_in", "read_index", "send", "size_and_mark"]
 
 _FORMAT = ".safetensors"
 _MARKED = 4096
@@ -219,11 +219,17 @@ def _local_files(root: str, names: Iterable[str]) -> dict[str, _LocalFile]:
     """Size and mark of each file, as far as they are still there."""
     found = {}
     for name in names:
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(root, name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = os.pread(file.fileno(), _MARKED, 0)
-            found[name] = _LocalFile(name, size, mark_of(size, head, os.pread(file.fileno(), _MARKED, _tail(size))))
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = _LocalFile(name, *size_and_mark(os.path.join(root, name)))
     return found
+
+
+def size_and_mark(path: str) -> tuple[int, int]:
+    """The size of a local file, and its mark, see `mark_of`."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head, tail = (os.pread(file.fileno(), _MARKED, offset) for offset in (0, _tail(size)))
+    return size, mark_of(size, head, tail)
 
 
 def _tail(size: int) -> int:
