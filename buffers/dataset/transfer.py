@@ -13,7 +13,7 @@ import numpy as np
 
 from buffers.dataset.files.directory import FileName
 from buffers.dataset.files.individual_file import IndividualFileDataset
-from buffers.dataset.files.sending import Contents, Transfer, read_index, send, size_and_mark
+from buffers.dataset.files.sending import Contents, Transfer, local_files, read_index, send
 from buffers.disk import Descriptor, Directory, open_directory
 from buffers.disk.lock import LOCK, capacity_in, sign, take_lock
 from buffers.objects import INDEX, ObjectFile, ObjectFiles, ObjectInfo, ObjectStore, Page
@@ -184,12 +184,11 @@ def _in_order(objects: _Objects) -> list[str]:
 
 
 def _is_there(path: str, name: str, info: ObjectInfo, mark: int | None) -> bool:
-    try:
-        size, found = size_and_mark(os.path.join(path, name))
-    except FileNotFoundError:
+    found = local_files(path, [name]).get(name)
+    if found is None:
         return False
     # What may change has no mark, and is fetched again.
-    return size == info.size and (mark == found if mark is not None else FileName.parse(name) is not None)
+    return found.size == info.size and (mark == found.mark if mark is not None else FileName.parse(name) is not None)
 
 
 def _batches(names: Sequence[str], objects: _Objects) -> list[list[str]]:

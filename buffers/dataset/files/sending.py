@@ -21,7 +21,7 @@ from buffers.objects import INDEX, Index, ObjectInfo, ObjectStore, ObjectStoreEr
 from buffers.table import EpisodeTable
 from buffers.utils import format_bytes, progress_bar
 
-__all__ = ["Contents", "Transfer", "episodes_in", "read_index", "send", "size_and_mark"]
+__all__ = ["Contents", "Transfer", "episodes_in", "local_files", "read_index", "send"]
 
 _FORMAT = ".safetensors"
 _MARKED = 4096
@@ -141,7 +141,7 @@ class _Upload:
 
     def bring(self, contents: Contents) -> bool:
         """Send what is not there; False if files were gone, or have changed, before they were sent."""
-        files = _local_files(self._root, contents.names)
+        files = local_files(self._root, contents.names)
         if self._present is None:
             self._present = _present(self._store, {*files, *self._was_there})
             self._was_there &= {*self._present}
@@ -165,7 +165,7 @@ class _Upload:
             self._present.pop(files[at].name, None)
             bar.update(files[at].size)
         replaced = [file for file in files if file.name in changing and file.name in self._there]
-        found = _local_files(self._root, [file.name for file in replaced])
+        found = local_files(self._root, [file.name for file in replaced])
         for file in replaced:
             if found.get(file.name) != file:  # What was sent may be the one or the other.
                 del self._there[file.name]
@@ -215,21 +215,15 @@ def _check_kind(url: str, old: Index | None, said: Mapping[str, Any]) -> None:
             raise ValueError(f"{url} holds {found}, which would be removed. Choose another URL.")
 
 
-def _local_files(root: str, names: Iterable[str]) -> dict[str, _LocalFile]:
-    """Size and mark of each file, as far as they are still there."""
+def local_files(root: str, names: Iterable[str]) -> dict[str, _LocalFile]:
+    """Size and mark of each file of a directory, as far as they are there."""
     found = {}
     for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            found[name] = _LocalFile(name, *size_and_mark(os.path.join(root, name)))
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(root, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = os.pread(file.fileno(), _MARKED, 0)
+            found[name] = _LocalFile(name, size, mark_of(size, head, os.pread(file.fileno(), _MARKED, _tail(size))))
     return found
-
-
-def size_and_mark(path: str) -> tuple[int, int]:
-    """The size of a local file, and its mark, see `mark_of`."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head, tail = (os.pread(file.fileno(), _MARKED, offset) for offset in (0, _tail(size)))
-    return size, mark_of(size, head, tail)
 
 
 def _tail(size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 
 from buffers.dataset.files.directory import EpisodeFiles, FileName
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy, bytes_of
-from buffers.disk import DamagedEpisodeError, fill_from, size_of
+from buffers.disk import DamagedEpisodeError, size_of
 from buffers.fields import Fields
 from buffers.table import Windows
 from buffers.utils import ThreadLock
@@ -151,8 +152,12 @@ class WindowReader:
     ) -> None:
         """Fill rows of a batch, from `row` on, with rows of an episode, from `step` on."""
         for offset, view in ranges_of(layout, targets, row, step, num_rows):
-            if not fill_from(file.fileno(), view, offset):
-                raise DamagedEpisodeError("is shorter than its header says")
+            # One call reads at most 2 GB.
+            while view:
+                num_read = os.preadv(file.fileno(), [view], offset)
+                if num_read == 0:
+                    raise DamagedEpisodeError("is shorter than its header says")
+                view, offset = view[num_read:], offset + num_read
 
     def _find_layout(
         self, file: io.FileIO, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields
