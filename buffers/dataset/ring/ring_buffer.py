@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -16,22 +16,18 @@ from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.ring.rows import Kind, RingRows
 from buffers.dataset.saved_store import Arrays
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
-from buffers.sharing.column import Column, gather_windows
 from buffers.sharing.handover import Door, Owner, enter
 from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
 from buffers.utils import Process, format_bytes, usable_device
 
 __all__ = ["RingBufferDataset"]
 
-_MAX_SIZES = 8
 _LARGEST_HALF = float(np.finfo(np.float16).max)
-
-# For batches of one size, a function from offsets to the rows of each field; empty where `_read` is faster.
-ItemGathers = dict[str, Callable[[np.ndarray], torch.Tensor]]
 
 
 @final
@@ -96,28 +92,27 @@ class RingBufferDataset(EpisodeDataset):
         super().__init__(capacity, info, evictor)
 
     def _allocate(self, fields: Fields) -> None:
-        stored = {f"rows/{name}": self.stored_type(field) for name, field in fields.items()}
-        num_bytes = sum(field.nbytes for field in stored.values()) * self.capacity
+        kinds = self._kinds(fields)
+        num_bytes = sum(kind.stored.nbytes for kind in kinds.values()) * self.capacity
         needs = f"A `capacity` of {self.capacity} steps needs {format_bytes(num_bytes)} on {self.device}"
         try:
             if self.device.type == "cpu":
-                rows = {name: ((self.capacity, *t.shape), t.numpy_dtype) for name, t in stored.items()}
+                rows = RingRows.layout(kinds, self.capacity)
                 # Episodes leave in order, so a published table of this size never has to move a live one.
                 self._published = PublishedTable(SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)}))
-            self._set_columns(fields)
+            self._set_rows(fields)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             raise MemoryError(f"{needs}, which could not be allocated. Lower it.") from None
         total = _total_memory(self.device)
         if num_bytes > total:
             warnings.warn(f"{needs} once it is full, which has {format_bytes(total)} in all. Lower it.", stacklevel=2)
 
-    def _set_columns(self, fields: Fields) -> None:
+    def _kinds(self, fields: Fields) -> dict[str, Kind]:
+        return {name: Kind(self.stored_type(field), field.dtype) for name, field in fields.items()}
+
+    def _set_rows(self, fields: Fields) -> None:
         memory = None if self._published is None else self._published.memory
-        self._item_gathers: dict[tuple[int, int, int], ItemGathers] = {}
-        self._columns = {
-            name: Column(f"rows/{name}", self.stored_type(field), field.dtype, self.capacity, self.device, memory)
-            for name, field in fields.items()
-        }
+        self._rows = RingRows(self._kinds(fields), self.capacity, self.device, memory)
 
     def stored_type(self, field: TensorType) -> TensorType:
         """The type of a field in memory: float16 for float32 with `half_precision`, else the same."""
@@ -167,9 +162,7 @@ class RingBufferDataset(EpisodeDataset):
 
     def memory_of(self, start: int, num_rows: int) -> Arrays | None:
         """As `SavedStore.memory_of`."""
-        offset = start % self.capacity
-        found = {name: column.memory(offset, num_rows) for name, column in self._columns.items()}
-        return {name: rows for name, rows in found.items() if rows is not None} or None
+        return self._rows.memory(start % self.capacity, num_rows) or None
 
     def place_for(self, start: int, num_rows: int) -> Arrays | None:
         """As `SavedStore.place_for`, with the same step ids."""
@@ -200,8 +193,7 @@ class RingBufferDataset(EpisodeDataset):
         return cls(told["capacity"], info, None, told["device"], told["half_precision"])
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        for name, rows in episode.items():
-            self._columns[name].write(start % self.capacity, rows)
+        self._rows.write(start % self.capacity, episode)
 
     def _publish(self, row: TableRow) -> None:
         if self._published is not None:
@@ -219,8 +211,7 @@ class RingBufferDataset(EpisodeDataset):
             self._published.retire(self._oldest_step)
 
     def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
-        columns = [(self._columns[name], tensor) for name, tensor in out.items()]
-        gather_windows(columns, windows.start % self.capacity, windows.length)
+        self._rows.gather(windows.start % self.capacity, windows.length, out)
         return self.which_are_whole(windows)
 
     def read_stored(
@@ -228,10 +219,7 @@ class RingBufferDataset(EpisodeDataset):
     ) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read_stored`."""
         if out is None:
-            size = (len(windows.start), windows.length, torch.get_num_threads())
-            gathers = self._item_gathers.get(size)
-            if gathers is None:
-                gathers = self._find_item_gathers(size)
+            gathers = self._rows.item_gathers(len(windows.start), windows.length)
             if gathers:
                 offsets = windows.start % self.capacity
                 try:
@@ -240,15 +228,6 @@ class RingBufferDataset(EpisodeDataset):
                 except IndexError:
                     pass  # Padding reaches beyond an end of the ring.
         return super().read_stored(windows, out, names)
-
-    def _find_item_gathers(self, size: tuple[int, int, int]) -> ItemGathers:
-        found = {name: column.items(*size[:2]) for name, column in self._columns.items()}
-        # All fields or none: a batch made partly by numpy and partly by torch's threads takes longer than either.
-        gathers = {name: gather for name, gather in found.items() if gather is not None}
-        if len(self._item_gathers) == _MAX_SIZES:
-            self._item_gathers.clear()
-        self._item_gathers[size] = gathers if len(gathers) == len(found) else {}
-        return self._item_gathers[size]
 
     def which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """After reading: None if all are whole, else bool `(B,)`, False where rows may have been overwritten."""
@@ -328,10 +307,10 @@ class RingBufferDataset(EpisodeDataset):
     def __getstate__(self) -> dict[str, Any]:
         """A handle of a few kilobytes for a process that is being started; on a GPU, the data itself."""
         state = self.__dict__.copy()
-        state.pop("_item_gathers", None)
         state["_door"] = None
-        columns = state.pop("_columns", {})
+        rows = state.pop("_rows", None)
         if self._published is None:
+            columns = {} if rows is None else rows.columns
             state["tensors"] = {name: column.tensor for name, column in columns.items()}
         else:
             state["table"], state["_drawn_tables"], state["_infos"] = EpisodeTable(), {}, {}
@@ -343,9 +322,9 @@ class RingBufferDataset(EpisodeDataset):
         # An unpickled ring is a reader, even in the writer's process; on a GPU it has its own data.
         self._writer = Process.number if self._published is None else -1
         if self._fields is not None:
-            self._set_columns(self._fields)
+            self._set_rows(self._fields)
         for name, tensor in tensors.items():
-            self._columns[name].tensor.copy_(tensor)
+            self._rows.columns[name].tensor.copy_(tensor)
         self._refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
