@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from buffers.compression import Codec, EarlyBlocks
 from buffers.fields import Fields
 from buffers.saving import Pieces
 from buffers.table import GOES_ON, continuing
@@ -48,6 +49,7 @@ class Accumulator:
         overlap: Rows with which a piece begins that the piece before it ends with.
         emit: Called with each complete episode: its environment, `name -> (L, *shape)` as views that are valid during
             the call only, and how it was cut (see `table/cut.py`). The episode is closed before the call.
+        codecs: How the receiver compresses fields: whole blocks are compressed while their episode is open.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Accumulator:
         cut_after: int | None,
         overlap: int,
         emit: Callable[[int, dict[str, np.ndarray], int], object],
+        codecs: Mapping[str, Codec] | None = None,
     ) -> None:
         self.fields, self.num_envs, self.max_rows, self.cut_after = fields, num_envs, max_rows, cut_after
+        self._early = EarlyBlocks(codecs, num_envs, self._open_rows) if codecs else None
         self.overlap, self._emit = overlap, emit
         #: What a save has still to write of the open episodes; None if none is under way.
         self.unsaved: Pieces | None = None
@@ -80,9 +84,9 @@ class Accumulator:
         self._make_views()
 
     def __getstate__(self) -> dict[str, Any]:
-        lengths = self.lengths
+        lengths, arguments = self.lengths, (self.fields, self.num_envs, self.max_rows, self.cut_after, self.overlap)
         return {
-            "arguments": (self.fields, self.num_envs, self.max_rows, self.cut_after, self.overlap, self._emit),
+            "arguments": (*arguments, self._emit, None if self._early is None else self._early.codecs),
             "open": [self.read_open(env, length) for env, length in enumerate(lengths.tolist())],
             "lengths": lengths,
             "cuts": self.cuts,
@@ -148,6 +152,8 @@ class Accumulator:
         for column, value in zip(self._columns, row, strict=True):
             column[place] = value
         self._nexts[0] = place + 1
+        if self._early is not None:
+            self._early.advance()
         if is_last:
             self._close(0)
 
@@ -176,6 +182,8 @@ class Accumulator:
         self._write(rows, mask)
         self._next += 1 if mask is None else mask
         self._num_free -= 1
+        if self._early is not None:
+            self._early.advance()
         if is_last is not None:
             self._close_all(is_last, mask)
 
@@ -307,6 +315,8 @@ class Accumulator:
         if end == begin:
             return
         self._keep(env)
+        # First, so that Ctrl-C never leaves its blocks to the next episode.
+        episode = self._ended(env, begin, end)
         size, cut, length = self._sizes[env], self._cuts[env], end - begin
         self._cuts[env], self._nexts[env] = 0, begin
         # The next episode begins in as long a run as the last two needed, so those that are all long do not move.
@@ -314,7 +324,7 @@ class Accumulator:
         self._last_lengths[env] = length
         if next_size != size:
             self._start_run(env, next_size)
-        self._emit(env, self._episode(begin, end), cut)
+        self._emit(env, episode, cut)
         if next_size != size:
             self._give_back(size, begin)
 
@@ -322,12 +332,20 @@ class Accumulator:
         """Emit what is open of an episode that goes on."""
         self._keep(env)
         begin, end = self._begins[env], self._nexts[env]
+        episode = self._ended(env, begin, end)
         overlap = self._rows[end - self.overlap : end].copy()
         cut, self._cuts[env] = self._cuts[env] | GOES_ON, 0
         self._nexts[env] = begin
-        self._emit(env, self._episode(begin, end), cut)
+        self._emit(env, episode, cut)
         self._rows[begin : begin + len(overlap)] = overlap
         self._nexts[env], self._cuts[env] = begin + len(overlap), continuing(len(overlap))
+
+    def _open_rows(self, env: int) -> dict[str, np.ndarray]:
+        return self._episode(self._begins[env], self._nexts[env])
+
+    def _ended(self, env: int, begin: int, end: int) -> dict[str, np.ndarray]:
+        episode = self._episode(begin, end)
+        return episode if self._early is None else self._early.take(env, episode)
 
     def _episode(self, begin: int, end: int) -> dict[str, np.ndarray]:
         return {name: rows[begin:end] for name, rows in zip(self.fields.names, self._columns, strict=True)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 
+from buffers.compression import Codec
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.verification import VerificationMode
 from buffers.fields import Fields
@@ -23,6 +25,10 @@ class EpisodeSink(Protocol):
     @property
     def episode_capacity(self) -> int:
         """Steps of the longest episode that it takes."""
+
+    @property
+    def codecs(self) -> Mapping[str, Codec]:
+        """How it compresses fields, by name: whoever has rows of open episodes can compress them as they come."""
 
     @property
     def verification_mode(self) -> VerificationMode:

@@ -396,4 +396,5 @@ class EpisodeWriter:
             self.max_episode_length,
             self.overlap,
             self._outbox.put,
+            self.sink.codecs,
         )

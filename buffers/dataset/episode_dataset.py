@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from buffers.compression import Codec, Compress, checked_choice
 from buffers.dataset.composing.extension import Extension
 from buffers.dataset.episode_info import EpisodeInfo, checked_info
 from buffers.dataset.episode_source import Rows
@@ -33,6 +34,7 @@ class EpisodeDataset(SavedStore):
         capacity: In steps, over all episodes.
         info: Fields and checks; if it has `fields`, room is made for them now.
         evictor: Chooses the episode that leaves when room is needed; the oldest by default.
+        compress: For a store that can: which fields are compressed.
     """
 
     #: False if `_write` may fail (a full disk): then no episode is evicted before the new one is written.
@@ -41,14 +43,27 @@ class EpisodeDataset(SavedStore):
     refuses_values = False
     #: Whether threads may call `_read` while another adds and evicts. If not, they take turns.
     reads_beside_writers = False
+    #: How fields are compressed, by name.
+    codecs: Mapping[str, Codec] = {}
 
-    def __init__(self, capacity: int, info: EpisodeDatasetInfo | None = None, evictor: Evictor | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        info: EpisodeDatasetInfo | None = None,
+        evictor: Evictor | None = None,
+        compress: Compress | None = None,
+    ) -> None:
         super().__init__(capacity)
         if info is not None and not isinstance(info, EpisodeDatasetInfo):
             raise TypeError(f"`info` must be an EpisodeDatasetInfo, found {type(info).__name__}.")
         if evictor is not None and not isinstance(evictor, Evictor):
             raise TypeError(f"`evictor` must be an Evictor, found {type(evictor).__name__}.")
         self.evictor = FIFOEvictor() if evictor is None else evictor
+        told = None if info is None else info.compress
+        if told is not None and compress is not None:
+            raise ValueError("`compress` is given twice, as an argument and in `info`: leave one out.")
+        #: Which fields are compressed, and how, as it was given.
+        self.compress = checked_choice(told or compress or {})
         if info is not None:
             self.verification_mode = info.verification_mode
         #: Whether another dataset is extended by this one.

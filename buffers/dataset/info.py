@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from buffers.compression import Compress, checked_choice
 from buffers.dataset.verification import VerificationMode
 from buffers.fields import Fields, TensorType
 
@@ -25,11 +26,13 @@ class EpisodeDatasetInfo:
         fields: If given, room is made at construction and every episode must match; else the first episode decides.
         verification_mode: What is checked in added data.
         late_fields: Name and type of fields that are added as by `add_late_field`, with the default 0.
+        compress: As for `RingBufferDataset` and `IndividualFileDataset`.
     """
 
     fields: Fields | None = None
     verification_mode: VerificationMode = VerificationMode.BASIC_CHECKS
     late_fields: Mapping[str, TensorType] | None = None
+    compress: Compress | None = None
 
     def __post_init__(self) -> None:
         if self.fields is not None and not isinstance(self.fields, Fields):
@@ -38,3 +41,5 @@ class EpisodeDatasetInfo:
             raise TypeError(f"`verification_mode` must be a VerificationMode, found {self.verification_mode!r}.")
         if self.late_fields is not None and not isinstance(self.late_fields, Mapping):
             raise TypeError(f"`late_fields` must be a dict of types, found {type(self.late_fields).__name__}.")
+        if self.compress is not None:
+            checked_choice(self.compress)

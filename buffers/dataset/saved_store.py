@@ -14,7 +14,7 @@ from buffers.dataset.labelled_source import LabelledSource
 from buffers.dataset.saving import Unsaved
 from buffers.dataset.verification import VerificationMode
 from buffers.disk import Directory
-from buffers.saving import Pieces, Snapshot
+from buffers.saving import Pieces, Regions, Snapshot
 from buffers.table import Int64Array
 from buffers.utils import ThreadLock
 
@@ -89,11 +89,22 @@ class SavedStore(LabelledSource):
         """The memory of rows from step id `start` on, `name -> (num_rows, *shape)`; None if they have to be read."""
         return None
 
-    def place_for(self, start: int, num_rows: int) -> Arrays | None:
-        """The memory to which episodes that begin there can be read, for `adopt`; None if there is none."""
+    def region_bytes(self, starts: Int64Array) -> Int64Array | None:
+        """The bytes that the compressed fields of episodes with these first step ids take, `(n,)`; None without any."""
         return None
 
-    def adopt(self, episodes: Int64Array, infos: Mapping[int, EpisodeInfo]) -> None:
+    def regions_of(self, starts: Int64Array, num_bytes: Int64Array) -> np.ndarray:
+        """These bytes, uint8, of one episode behind the other; called under what keeps them from changing."""
+        raise NotImplementedError
+
+    def place_for(self, start: int, num_rows: int, regions: Regions | None = None) -> Arrays | None:
+        """The memory to which episodes that begin there can be read, for `adopt`; None if there is none.
+
+        `regions` are their compressed fields, which have no place there.
+        """
+        return None
+
+    def adopt(self, episodes: Int64Array, infos: Mapping[int, EpisodeInfo], regions: Regions | None = None) -> None:
         """Take episodes `(n, 4)`, newer than all others, whose rows have been read to `place_for` them."""
         raise NotImplementedError
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from buffers.compression import Codec
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.verification import VerificationMode
 from buffers.fields import Fields
@@ -92,6 +93,11 @@ class RemoteSink:
     def episode_capacity(self) -> int:
         """Steps of the longest episode that a shard takes."""
         return self._shards.description.episode_capacity
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """As `EpisodeSink.codecs`: shards compress."""
+        return {}
 
     @property
     def verification_mode(self) -> VerificationMode:

@@ -19,6 +19,7 @@ from buffers.fields import TensorType, as_tensor
 from buffers.objects import check_local
 from buffers.saving.packed_file import DamagedSaveError, PackedReader
 from buffers.saving.places import Places, ids_in, numbers_of
+from buffers.saving.regions import Regions
 from buffers.saving.tree import unpack_tree
 from buffers.table import Int64Array
 
@@ -74,6 +75,7 @@ class SavedPiece(NamedTuple):
     pieces: dict[str, Int64Array]  # By field, the piece of its array.
     episodes: Int64Array  # (n, 4), as in a table.
     is_live: npt.NDArray[np.bool_]  # (n,)
+    regions: tuple[str, Int64Array, Int64Array] | None = None  # Array, piece, and bytes of each episode, `(n,)`.
 
     def read(self, into: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """The rows of all its episodes, `field -> (rows, *shape)`."""
@@ -82,10 +84,18 @@ class SavedPiece(NamedTuple):
             for field, piece in self.pieces.items()
         }
 
+    def read_regions(self, codecs: Any) -> Regions | None:
+        """The compressed fields of all its episodes, by codecs that describe themselves so; None if there are none."""
+        if self.regions is None:
+            return None
+        name, piece, num_bytes = self.regions
+        return Regions(self.reader.read_piece(name, piece), num_bytes, codecs)
+
     @property
     def num_bytes(self) -> int:
         """Of its rows."""
-        return int(self.episodes[:, 1].sum()) * sum(kind.nbytes for kind in self.kinds.values())
+        beside = 0 if self.regions is None else int(self.regions[2].sum())
+        return int(self.episodes[:, 1].sum()) * sum(kind.nbytes for kind in self.kinds.values()) + beside
 
     @property
     def kinds(self) -> dict[str, TensorType]:
@@ -193,15 +203,38 @@ class Save(SaidOfSave):
         ends = episodes[:, 1].cumsum()
         fields = [name.removeprefix(f"{prefix}/") for name in reader.num_rows if name.startswith(f"{prefix}/")]
         pieces = {field: reader.pieces(f"{prefix}/{field}") for field in fields}
+        sizes, beside = self._regions_of(reader, store, len(episodes))
         bounds = next(iter(pieces.values()), np.zeros((0, 3), np.int64))[:, :2]
+        if not pieces and sizes is not None:
+            # All fields are compressed: the rows of a piece are those of its episodes.
+            at = np.append(0, sizes.cumsum()).searchsorted(np.append(0, (beside[:, 0] + beside[:, 1])))
+            rows = np.append(0, ends)[at]
+            bounds = np.stack([rows[:-1], np.diff(rows)], 1)
+        if sizes is not None and len(beside) != len(bounds):
+            raise reader.damaged("has compressed fields whose pieces are not those of its rows")
         if any((other[:, :2] != bounds).any() if len(other) == len(bounds) else True for other in pieces.values()):
             raise reader.damaged("has fields whose rows do not belong together")
         is_live = self.is_live(store, episodes[:, 2], number)
         for n, (row, num_rows) in enumerate(bounds.tolist()):
             first, end = ends.searchsorted([row, row + num_rows - 1], "right").tolist()
             if is_live[first : end + 1].any():
-                own = {field: pieces[field][n] for field in fields}
-                yield SavedPiece(reader, prefix, own, episodes[first : end + 1], is_live[first : end + 1])
+                own, within = {field: pieces[field][n] for field in fields}, slice(first, end + 1)
+                regions = None if sizes is None else (f"{store}/regions", beside[n], sizes[within])
+                if regions is not None and int(regions[2].sum()) != int(beside[n, 1]):
+                    raise reader.damaged("has compressed fields of other sizes than it says")
+                yield SavedPiece(reader, prefix, own, episodes[within], is_live[within], regions)
+
+    def _regions_of(
+        self, reader: PackedReader, store: int, num_episodes: int
+    ) -> tuple[Int64Array | None, npt.NDArray[np.int64]]:
+        """The bytes of the compressed fields of each episode in a file, None without any, and their pieces."""
+        name = f"{store}/region_bytes"
+        if name not in reader.num_rows:
+            return None, np.zeros((0, 3), np.int64)
+        sizes = reader.read(name)
+        if len(sizes) != num_episodes or (sizes <= 0).any():
+            raise reader.damaged("has compressed fields of sizes that cannot be")
+        return sizes, reader.pieces(f"{store}/regions")
 
     def check(self) -> None:
         """Check the headers of all that it needs; of linked files, whether the folders are there."""

@@ -13,6 +13,7 @@ from buffers.fields import TensorType
 from buffers.saving.packed_file import PackedWriter
 from buffers.saving.pieces import Pieces
 from buffers.saving.places import Places, files_to_pack
+from buffers.saving.regions import BYTE, REGIONS
 from buffers.saving.tree import pack_tree
 from buffers.table import Int64Array
 from buffers.utils import ThreadLock
@@ -72,6 +73,7 @@ class Snapshot:
         num_rows: Int64Array,
         read: Callable[[int], Mapping[str, np.ndarray]],
         lock: ThreadLock | None = None,
+        regions: tuple[str, Int64Array] | None = None,
     ) -> Pieces:
         """Rows that are read when they are written.
 
@@ -82,18 +84,23 @@ class Snapshot:
             num_rows: Rows of each piece, `(n,)`.
             read: The rows of a piece, by its number, `kinds -> (num_rows, *shape)`.
             lock: As `Pieces` has it.
+            regions: The name of an array of bytes that `read` has, too, under the name `REGIONS`, and how many each
+                piece has, `(n,)`.
         """
-        ends = num_rows.cumsum()
-        firsts = (ends - num_rows).tolist()
-        names = {field: f"{name}/{field}" for field in kinds}
-        for field, kind in kinds.items():
-            self._arrays[names[field]] = kind, int(ends[-1]) if len(ends) else 0
-        self._num_pieces += len(kinds) * len(bounds)
+        arrays = {field: (f"{name}/{field}", kind, num_rows) for field, kind in kinds.items()}
+        if regions is not None:
+            arrays[REGIONS] = regions[0], BYTE, regions[1]
+        firsts = {}
+        for field, (full_name, kind, sizes) in arrays.items():
+            self._arrays[full_name] = kind, int(sizes.sum())
+            firsts[field] = sizes.cumsum() - sizes
+        self._num_pieces += len(arrays) * len(bounds)
 
         def write(number: int) -> None:
             for field, array in read(number).items():
-                assert len(array) == num_rows[number]
-                self._put(names[field], firsts[number], array)
+                full_name, _, sizes = arrays[field]
+                assert len(array) == sizes[number]
+                self._put(full_name, int(firsts[field][number]), array)
 
         return self.pieces(bounds, write, lock)
 

@@ -6,32 +6,33 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, final
 
 import numpy as np
 import torch
 
-from buffers.dataset.episode_dataset import EpisodeDataset
+from buffers.compression import BlockRoom, Compress, CompressedEpisode, chosen_codecs
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.ring.rows import Kind, RingRows
-from buffers.dataset.saved_store import Arrays
+from buffers.dataset.ring.saving import SavedRing
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.sharing.handover import Door, Owner, enter
-from buffers.table import EpisodeTable, Int64Array, TableRow, Windows
-from buffers.utils import Process, format_bytes, usable_device
+from buffers.table import EpisodeTable, TableRow, Windows
+from buffers.utils import Process, format_bytes, integer, usable_device
 
 __all__ = ["RingBufferDataset"]
 
+_NO_REGION = np.empty(0, np.uint8)
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 @final
-class RingBufferDataset(EpisodeDataset):
+class RingBufferDataset(SavedRing):
     """Episodes in RAM or on a GPU; the oldest are overwritten by the newest.
 
     The row with step id s lies at offset `s % capacity`. An episode never wraps: one that does not fit before the end
@@ -54,10 +55,18 @@ class RingBufferDataset(EpisodeDataset):
         info: Fields and checks; if it has `fields`, memory is reserved now.
         evictor: `FIFOEvictor` or None; other datasets take any.
         device: Where episodes are stored and batches are made.
-        half_precision: Whether to store float32 as float16 (up to 65,504). Batches are float32 again.
+        half_precision: Whether to store float32 as float16 (up to 65,504), if it is not compressed. Batches are
+            float32 again.
+        compress: Fields to be kept compressed, and how: `{"obs/image": "lz4"}`, or by type, `{ColorImage: "lz4"}`.
+            "lz4" is fast, "zstd" smaller, "jpeg" lossy. Needs the extra `compress`; see `docs/memory.md`.
+            By default what `info` says.
+        capacity_bytes: The most bytes of compressed rows: the oldest episodes leave when that is reached, too.
 
     Raises:
-        ValueError: Another evictor than `FIFOEvictor`, or a device that is not available.
+        TypeError: `compress` is no dict from names, or types, to names of codecs.
+        ValueError: Another evictor than `FIFOEvictor`, a device that is not available or no CPU if rows are compressed,
+            or a field that there is not, or that a codec cannot compress.
+        ImportError: The library of a codec is missing.
         MemoryError: The memory for `capacity` steps could not be allocated. More than there is in all is a warning.
     """
 
@@ -70,6 +79,9 @@ class RingBufferDataset(EpisodeDataset):
         evictor: Evictor | None = None,
         device: torch.device | str = "cpu",
         half_precision: bool = False,
+        *,
+        compress: Compress | None = None,
+        capacity_bytes: int | None = None,
     ) -> None:
         if evictor is not None and type(evictor) is not FIFOEvictor:
             raise ValueError(
@@ -89,9 +101,19 @@ class RingBufferDataset(EpisodeDataset):
         # Where other processes attach; and in those, who shares it.
         self._door: Door | None = None
         self._owner: Owner | None = None
-        super().__init__(capacity, info, evictor)
+        self.capacity_bytes = None if capacity_bytes is None else integer("capacity_bytes", capacity_bytes, 1)
+        # Compressed rows; None if there are none, or before the fields are known.
+        self._room: BlockRoom | None = None
+        # Of the episode that is being stored.
+        self._region = _NO_REGION
+        super().__init__(capacity, info, evictor, compress)
+        if self.compress and self.device.type != "cpu":
+            raise ValueError(f"Rows are decompressed by the CPU: leave out `compress` for a ring on {self.device}.")
+        if self.capacity_bytes is not None and not self.compress:
+            raise ValueError("`capacity_bytes` bounds compressed rows: give `compress`, or leave it out.")
 
     def _allocate(self, fields: Fields) -> None:
+        self.codecs = chosen_codecs(self.compress, fields)
         kinds = self._kinds(fields)
         num_bytes = sum(kind.stored.nbytes for kind in kinds.values()) * self.capacity
         needs = f"A `capacity` of {self.capacity} steps needs {format_bytes(num_bytes)} on {self.device}"
@@ -100,6 +122,7 @@ class RingBufferDataset(EpisodeDataset):
                 rows = RingRows.layout(kinds, self.capacity)
                 # Episodes leave in order, so a published table of this size never has to move a live one.
                 self._published = PublishedTable(SharedArrays({**rows, **PublishedTable.layout(self.capacity + 2)}))
+            self._room = BlockRoom(self.codecs, self.capacity, self.capacity_bytes) if self.codecs else None
             self._set_rows(fields)
         except (MemoryError, torch.cuda.OutOfMemoryError):
             raise MemoryError(f"{needs}, which could not be allocated. Lower it.") from None
@@ -108,7 +131,11 @@ class RingBufferDataset(EpisodeDataset):
             warnings.warn(f"{needs} once it is full, which has {format_bytes(total)} in all. Lower it.", stacklevel=2)
 
     def _kinds(self, fields: Fields) -> dict[str, Kind]:
-        return {name: Kind(self.stored_type(field), field.dtype) for name, field in fields.items()}
+        return {
+            name: Kind(self.stored_type(field), field.dtype)
+            for name, field in fields.items()
+            if name not in self.codecs
+        }
 
     def _set_rows(self, fields: Fields) -> None:
         memory = None if self._published is None else self._published.memory
@@ -124,7 +151,8 @@ class RingBufferDataset(EpisodeDataset):
         if not self.half_precision:
             return
         for name, rows in episode.items():
-            if rows.dtype == np.float32 and (np.isfinite(rows) & (np.abs(rows) > _LARGEST_HALF)).any():
+            is_half = rows.dtype == np.float32 and name not in self.codecs
+            if is_half and (np.isfinite(rows) & (np.abs(rows) > _LARGEST_HALF)).any():
                 raise ValueError(
                     f"Field `{name}` holds numbers beyond {_LARGEST_HALF:.0f}, which half_precision=True cannot store."
                 )
@@ -150,50 +178,35 @@ class RingBufferDataset(EpisodeDataset):
         return start if length <= (num_left or self.capacity) else start + num_left
 
     def lacks_room(self, start: int, length: int) -> bool:
-        """Whether the oldest episode lies where `length` rows from step id `start` on will be written."""
-        return self.table.oldest_start < start + length - self.capacity and len(self.table) > 0
+        """Whether the oldest episode lies where `length` rows from step id `start` on will be written.
 
-    # Saves.
+        Or whether its compressed rows do.
+        """
+        if not len(self.table):
+            return False
+        is_full = self._room is not None and self._room.lacks(len(self._region))
+        return is_full or self.table.oldest_start < start + length - self.capacity
 
-    @property
-    def is_mapped(self) -> bool:  # type: ignore[override]
-        """Whether the rows are in memory of the CPU."""
-        return self.device.type == "cpu"
-
-    def memory_of(self, start: int, num_rows: int) -> Arrays | None:
-        """As `SavedStore.memory_of`."""
-        return self._rows.memory(start % self.capacity, num_rows) or None
-
-    def place_for(self, start: int, num_rows: int) -> Arrays | None:
-        """As `SavedStore.place_for`, with the same step ids."""
-        fits = start % self.capacity + num_rows <= self.capacity and start >= self.table.next_start
-        return self.memory_of(start, num_rows) if fits and not self.lacks_room(start, num_rows) else None
-
-    def adopt(self, episodes: Int64Array, infos: Mapping[int, EpisodeInfo]) -> None:
-        """As `SavedStore.adopt`."""
-        start, end = int(episodes[0, 0]), int(episodes[-1, :2].sum())
-        for sampler in self._listeners or ():
-            for row in map(tuple, episodes.tolist()):
-                sampler.episode_added(row, dict(infos.get(row[2], {})))
-        if self.late.by_name:
-            self.late.fill(start, end - start)
-        self._infos.update(infos)
-        self.table.extend(episodes)
-        if self._published is not None:
-            self._published.add_rows(episodes, self.table)
-
-    def describe_store(self) -> dict[str, Any]:
-        """As `SavedStore.describe_store`."""
-        own = {"device": str(self.device), "half_precision": self.half_precision}
-        return {**super().describe_store(), **own}
-
-    @classmethod
-    def made_as(cls, told: Mapping[str, Any], info: EpisodeDatasetInfo) -> RingBufferDataset:
-        """As `SavedStore.made_as`."""
-        return cls(told["capacity"], info, None, told["device"], told["half_precision"])
+    def store(self, episode: dict[str, np.ndarray], cut: int = 0, info: EpisodeInfo | None = None) -> int:
+        """As `EpisodeDataset.store`: compresses first, as only then it is known what must leave."""
+        if self._room is None:
+            return super().store(episode, cut, info)
+        self._check_length(len(next(iter(episode.values()))))
+        self._region = self._room.region(episode)
+        try:
+            if len(self._region) > self._room.capacity_bytes:
+                raise ValueError(
+                    f"An episode of {len(self._region):,} bytes, compressed, does not fit `capacity_bytes`="
+                    f"{self._room.capacity_bytes:,}."
+                )
+            return super().store(episode, cut, info)
+        finally:
+            self._region = _NO_REGION
 
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         self._rows.write(start % self.capacity, episode)
+        if self._room is not None:
+            self._room.write(start, self._region)
 
     def _publish(self, row: TableRow) -> None:
         if self._published is not None:
@@ -209,16 +222,22 @@ class RingBufferDataset(EpisodeDataset):
         self._oldest_step = start + length
         if self._published is not None:
             self._published.retire(self._oldest_step)
+        if self._room is not None:
+            self._room.erase(start)
 
     def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
-        self._rows.gather(windows.start % self.capacity, windows.length, out)
+        plain = out if self._room is None else {name: out[name] for name in out if name not in self.codecs}
+        self._rows.gather(windows.start % self.capacity, windows.length, plain)
+        if self._room is not None:
+            names = [name for name in out if name in self.codecs]
+            self._room.read(windows, out, self._find_oldest_step, names)
         return self.which_are_whole(windows)
 
     def read_stored(
         self, windows: Windows, out: Rows | None = None, names: Iterable[str] | None = None
     ) -> tuple[Rows, np.ndarray | None]:
         """As `EpisodeSource.read_stored`."""
-        if out is None:
+        if out is None and self._room is None:
             gathers = self._rows.item_gathers(len(windows.start), windows.length)
             if gathers:
                 offsets = windows.start % self.capacity
@@ -231,14 +250,17 @@ class RingBufferDataset(EpisodeDataset):
 
     def which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """After reading: None if all are whole, else bool `(B,)`, False where rows may have been overwritten."""
-        if self._published is None or Process.number == self._writer:
-            oldest_step = self._oldest_step
-        else:
-            oldest_step = self._published.oldest_step
+        oldest_step = self._find_oldest_step()
         if oldest_step <= windows.oldest_step:
             return None  # No episode has left since the draw.
         is_whole = windows.first_steps >= oldest_step
         return None if is_whole.all() else is_whole
+
+    def _find_oldest_step(self) -> int:
+        """Rows of smaller step ids may be overwritten."""
+        if self._published is None or Process.number == self._writer:
+            return self._oldest_step
+        return self._published.oldest_step
 
     # Other processes of this host.
 
@@ -330,12 +352,15 @@ class RingBufferDataset(EpisodeDataset):
     def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
         """A ring of its own with the same episodes."""
         info = EpisodeDatasetInfo(self.fields, self.verification_mode)
-        other = RingBufferDataset(self.capacity, info, None, self.device, self.half_precision)
+        more = {"compress": self.compress, "capacity_bytes": self.capacity_bytes}
+        other = RingBufferDataset(self.capacity, info, None, self.device, self.half_precision, **more)
         other.max_sampling_attempts = self.max_sampling_attempts
         with self._lock:
-            for start, _, episode_id, cut in self.table.rows.tolist():
+            for start, length, episode_id, cut in self.table.rows.tolist():
                 episode = self.arrays_of_id(episode_id)
                 if episode is not None:  # A reader finds one gone if the writer has overwritten it.
+                    if self._room is not None:
+                        episode = CompressedEpisode(episode, self._room.blocks(start, length), self.codecs)
                     other.table.skip_to(episode_id, start)
                     other.add(episode, cut, self._infos.get(episode_id))
             other.num_lost, other.num_dismissed = self.num_lost, self.num_dismissed

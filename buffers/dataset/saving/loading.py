@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from buffers.compression import DamagedBlockError, codec_as, rows_in
 from buffers.dataset.episode_info import EpisodeInfo, checked_info
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode
-from buffers.disk import Directory, as_damage, parse_fields
+from buffers.disk import DamagedEpisodeError, Directory, as_damage, parse_fields
 from buffers.fields import as_tensor
 from buffers.late import LateFieldInfo, PriorityField
 from buffers.saving import Save, SavedPiece
@@ -168,6 +169,7 @@ class _Loading:
     def __init__(self, save: Save, number: int, store: EpisodeDataset, kinds: Kinds) -> None:
         self._save, self._number, self._store = save, number, store
         self._told, self._files = save.stores[number], kinds["IndividualFileDataset"]
+        self._codecs: Mapping[str, Any] = self._told.get("compress", {})
         self._is_empty = self._told["fields"] is None
         self._takes_links = self._told["is_linked"] and store.takes_links(self._told["suffix"])
         # The live episodes `(n, 4)`, as the save has them, and where they are.
@@ -274,24 +276,41 @@ class _Loading:
         """Read straight to where the rows lie, if they can lie as they did; False if not."""
         store, episodes = self._store, piece.episodes
         start, num_rows = int(episodes[0, 0]), int(episodes[:, 1].sum())
-        if not is_wanted.all() or (memory := store.place_for(start, num_rows)) is None:
+        if not is_wanted.all():
+            return False
+        regions = piece.read_regions(self._codecs)
+        if (memory := store.place_for(start, num_rows, regions)) is None:
             return False
         if any(memory[name].dtype != kind.numpy_dtype for name, kind in piece.kinds.items()):
             return False
         piece.read(memory)
-        store.adopt(episodes, {n: infos[n] for n in episodes[:, 2].tolist() if n in infos} if infos else {})
+        store.adopt(episodes, {n: infos[n] for n in episodes[:, 2].tolist() if n in infos} if infos else {}, regions)
         return True
 
     def _store_piece(self, piece: SavedPiece, is_wanted: np.ndarray, infos: dict[int, EpisodeInfo]) -> None:
         store, rows, ends = self._store, piece.read(), piece.episodes[:, 1].cumsum()
-        fields = store.fields
+        fields, regions = store.fields, piece.read_regions(self._codecs)
         assert fields is not None  # They are settled.
         for number in is_wanted.nonzero()[0].tolist():
             start, length, episode_id, cut = piece.episodes[number].tolist()
             part = slice(int(ends[number]) - length, int(ends[number]))
             episode = {n: array[part].astype(fields[n].numpy_dtype, copy=False) for n, array in rows.items()}
+            if regions is not None:
+                episode = self._decompressed(episode, regions[number], length)
             store.table.skip_to(episode_id, start)
             store.store(episode, cut, infos.get(episode_id))
+
+    def _decompressed(self, episode: dict[str, np.ndarray], region: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        """All fields of an episode, in the order of the dataset's."""
+        fields = self._store.fields
+        assert fields is not None  # They are settled.
+        try:
+            with as_damage():
+                codecs = {name: codec_as(described, name, fields[name]) for name, described in self._codecs.items()}
+                episode = {**episode, **rows_in(region, codecs, length)}
+        except (DamagedBlockError, DamagedEpisodeError) as error:
+            raise self._save.reader.damaged(str(error)) from error
+        return {name: episode[name] for name in fields}
 
     # Late values.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,20 @@ import torch
 
 from buffers.conversion import as_array
 from buffers.disk import described_fields
-from buffers.fields import Fields, TensorType, Vector
+from buffers.fields import Fields, Scalar, TensorType, Vector
 from buffers.late import LateField, LateFieldInfo
-from buffers.saving import NOWHERE, Pieces, Places, Snapshot, cut_into_pieces, numbers_of, places_of, runs_of
+from buffers.saving import (
+    BYTE,
+    NOWHERE,
+    REGIONS,
+    Pieces,
+    Places,
+    Snapshot,
+    cut_into_pieces,
+    numbers_of,
+    places_of,
+    runs_of,
+)
 from buffers.table import EpisodeTable, Int64Array
 from buffers.utils import ThreadLock
 
@@ -29,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["SavedBeside", "Unsaved", "begin_source"]
 
 _MOST_EPISODES = 64
-_BYTE = TensorType((), torch.uint8)
 _EPISODE = Vector((4,), torch.int64)
 
 
@@ -97,9 +108,17 @@ def _live_bytes(stores: list[_Store]) -> dict[int, int]:
         if fields is None or store.dataset.has_files:
             continue
         for number in np.unique(store.saved_in[store.saved_in != NOWHERE]).tolist():
-            num_rows = int(store.table.lengths[store.saved_in == number].sum())
-            found[number] = found.get(number, 0) + num_rows * fields.nbytes
+            rows = store.table.rows[store.saved_in == number]
+            found[number] = found.get(number, 0) + _bytes_of(store.dataset, fields, rows)
     return found
+
+
+def _bytes_of(dataset: EpisodeDataset, fields: Fields, rows: Int64Array) -> int:
+    regions = dataset.region_bytes(rows[:, 0])
+    if regions is None:
+        return int(rows[:, 1].sum()) * fields.nbytes
+    row_bytes = sum(kind.nbytes for name, kind in fields.items() if name not in dataset.codecs)
+    return int(rows[:, 1].sum()) * row_bytes + int(regions.sum())
 
 
 def _begin_store(store: _Store, snapshot: Snapshot, packed: set[int]) -> dict[str, Any]:
@@ -141,7 +160,7 @@ def _begin_episodes(store: _Store, snapshot: Snapshot, packed: set[int]) -> tupl
     snapshot.needs |= {n for _, _, n in places if n != snapshot.number}
     infos = dataset.known_infos(rows[:, 2])
     text = json.dumps(infos, separators=(",", ":")).encode() if infos else b""
-    snapshot.array(f"{number}/infos", _BYTE, np.frombuffer(text, np.uint8))
+    snapshot.array(f"{number}/infos", BYTE, np.frombuffer(text, np.uint8))
     snapshot.array(f"{number}/episodes", _EPISODE, rows)
     return places, kept
 
@@ -162,7 +181,13 @@ def _begin_rows(store: _Store, snapshot: Snapshot, rows: Int64Array) -> Pieces:
     dataset: EpisodeDataset = store.dataset
     fields: Mapping[str, TensorType] = dataset.fields or {}
     kinds = {name: dataset.stored_type(kind) if dataset.is_mapped else kind for name, kind in fields.items()}
+    regions = dataset.region_bytes(rows[:, 0])
+    if regions is not None:
+        kinds = {name: kind for name, kind in kinds.items() if name not in dataset.codecs}
+        snapshot.array(f"{store.number}/region_bytes", Scalar((), torch.int64), regions)
     row_bytes, lap = sum(kind.nbytes for kind in kinds.values()), dataset.capacity if dataset.is_mapped else None
+    if regions is not None:
+        row_bytes += int(regions.sum()) // max(1, int(rows[:, 1].sum()))
     # Where episodes are read one by one, who evicts shall not have to wait for many.
     most = None if dataset.is_mapped else _MOST_EPISODES
     at, bounds = cut_into_pieces(rows, row_bytes, lap, most)
@@ -171,11 +196,20 @@ def _begin_rows(store: _Store, snapshot: Snapshot, rows: Int64Array) -> Pieces:
 
     def read(number: int) -> dict[str, np.ndarray]:
         memory = dataset.memory_of(int(bounds[number, 0]), int(num_rows[number]))
-        return _read_episodes(dataset, rows[at[number] : at[number + 1], 2]) if memory is None else memory
+        own = slice(at[number], at[number + 1])
+        if memory is None:
+            return _read_episodes(dataset, rows[own, 2])
+        if regions is not None:
+            memory[REGIONS] = dataset.regions_of(rows[own, 0], regions[own])
+        return memory
 
     # Where reading takes the lock of the dataset, which those who evict hold, it must be the first of the two.
     lock = None if dataset.reads_beside_writers else dataset.lock
-    return snapshot.rows(f"{store.number}/rows", kinds, bounds, num_rows, read, lock)
+    beside = None
+    if regions is not None:
+        sums = [int(regions[begin:end].sum()) for begin, end in pairwise(at.tolist())]
+        beside = f"{store.number}/regions", np.array(sums, np.int64)
+    return snapshot.rows(f"{store.number}/rows", kinds, bounds, num_rows, read, lock, beside)
 
 
 def _read_episodes(dataset: EpisodeDataset, ids: Int64Array) -> dict[str, np.ndarray]:

@@ -1,0 +1,29 @@
+"""Compression: rows of chosen fields in blocks of consecutive rows, each compressed alone."""
+
+from buffers.compression.blocks import CompressedEpisode, num_blocks, whole_blocks
+from buffers.compression.choice import Compress, checked_choice, chosen_codecs
+from buffers.compression.codecs import CODECS, Codec, DamagedBlockError, codec_as
+from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
+from buffers.compression.early import EarlyBlocks
+from buffers.compression.room import BlockRoom, blocks_in, rows_in
+
+__all__ = [
+    "CODECS",
+    "BlockRoom",
+    "Codec",
+    "Compress",
+    "CompressedEpisode",
+    "DamagedBlockError",
+    "EarlyBlocks",
+    "Fetched",
+    "Run",
+    "blocks_in",
+    "checked_choice",
+    "chosen_codecs",
+    "codec_as",
+    "decode_runs",
+    "num_blocks",
+    "rows_in",
+    "runs_of",
+    "whole_blocks",
+]

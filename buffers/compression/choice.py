@@ -1,0 +1,49 @@
+"""Which fields are compressed, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from buffers.compression.codecs import CODECS, Codec
+from buffers.fields import Fields, TensorType
+
+__all__ = ["Compress", "checked_choice", "chosen_codecs"]
+
+#: Codecs by the names of fields ("obs" stands for all below it), or by their types (`ColorImage`).
+Compress = Mapping[str | type[TensorType], str]
+
+
+def checked_choice(compress: Any) -> Compress:
+    """`compress` as it was given; TypeError or ValueError for what no fields could fit."""
+    if not isinstance(compress, Mapping):
+        raise TypeError(f'`compress` must be a dict, such as {{"obs/image": "lz4"}}, found {compress!r:.60}.')
+    for key, name in compress.items():
+        if not (isinstance(key, str) or (isinstance(key, type) and issubclass(key, TensorType))):
+            raise TypeError(
+                f"`compress` has keys that are names of fields, or types such as ColorImage, found {key!r}."
+            )
+        if not isinstance(name, str) or name not in CODECS:
+            raise ValueError(f"`compress` of {key!r} must be one of {sorted(CODECS)}, found {name!r:.60}.")
+    return dict(compress)
+
+
+def chosen_codecs(compress: Compress, fields: Fields) -> dict[str, Codec]:
+    """The codec of each field that is compressed. What is said of a name goes before what is said of a type.
+
+    Raises:
+        ValueError: A name that is no field, or a field that the codec cannot compress.
+        ImportError: The library of a codec is missing.
+    """
+    found: dict[str, str] = {}
+    by_type = {key: name for key, name in compress.items() if not isinstance(key, str)}
+    for field, kind in fields.items():
+        for key, name in by_type.items():
+            if isinstance(kind, key):
+                found[field] = name
+    # "obs/image" after "obs", as it says more.
+    for key in sorted((key for key in compress if isinstance(key, str)), key=len):
+        if not (below := fields.below(key)):
+            raise ValueError(f"`compress` names `{key}`, which is no field. There are {list(fields)}.")
+        found |= dict.fromkeys(below, compress[key])
+    return {field: CODECS[found[field]](field, fields[field]) for field in fields if field in found}

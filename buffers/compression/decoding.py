@@ -1,0 +1,159 @@
+"""Windows out of blocks. Each block that a batch needs is read and decompressed once, into the batch if that can be.
+
+    blocks of an episode    | 0       | 1       | 2       | 3       |
+    window                        # # # # # # # # #
+    decompressed                beside  in place  beside              what lies beside is then copied, in part
+
+Windows of a batch that share a block are decompressed together, beside the batch, and copied from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from buffers.compression.codecs import Codec, DamagedBlockError, scratch
+from buffers.table import Windows
+
+__all__ = ["Fetched", "Run", "decode_runs", "runs_of"]
+
+# From so many bytes on, threads share the work.
+_LARGE = 1 << 20
+
+
+class Fetched(NamedTuple):
+    """Consecutive blocks, as they are stored: where each ends, and their bytes, from which those ends count."""
+
+    ends: list[int]
+    data: bytes
+
+
+class Run(NamedTuple):
+    """Consecutive blocks of an episode, and the windows that are cut from them.
+
+    Attributes:
+        start: Step id of the episode's first row.
+        episode: Its id.
+        length: Its rows.
+        cut: As in `Windows`.
+        first: Block.
+        end: Block behind the last.
+        parts: For each window, the first row that it needs of the episode, their number, and the row of the batch,
+            `(B * T)`, to which the first goes.
+    """
+
+    start: int
+    episode: int
+    length: int
+    cut: int
+    first: int
+    end: int
+    parts: list[tuple[int, int, int]]
+
+
+def runs_of(windows: Windows, rows_per_block: int) -> list[Run]:
+    """The blocks that windows need, each once."""
+    skipped, num_rows = np.maximum(-windows.step, 0), windows.num_rows
+    steps = windows.step + skipped
+    rows = np.arange(len(steps)) * windows.length + skipped
+    firsts, ends = steps // rows_per_block, (steps + num_rows - 1) // rows_per_block + 1
+    cuts = np.zeros_like(steps) if windows.cut is None else windows.cut
+    order = np.lexsort((firsts, windows.episode))
+    columns = windows.start - windows.step, windows.episode, windows.episode_length, cuts, firsts, ends
+    found: list[Run] = []
+    taken = zip(*(column[order].tolist() for column in (*columns, steps, num_rows, rows)), strict=True)
+    for start, episode, length, cut, first, end, step, num, row in taken:
+        last = found[-1] if found else None
+        if last is not None and last.episode == episode and first < last.end:
+            last.parts.append((step, num, row))
+            if end > last.end:
+                found[-1] = last._replace(end=end)
+        else:
+            found.append(Run(start, episode, length, cut, first, end, [(step, num, row)]))
+    return found
+
+
+def decode_runs(
+    codec: Codec, runs: Iterable[Run], out: torch.Tensor, fetch: Callable[[Run], Fetched | None]
+) -> list[tuple[Run, DamagedBlockError]]:
+    """Fill `out`, `(B, T, *shape)`, by torch's number of threads; returns the runs that are damaged.
+
+    Args:
+        codec: Of the field.
+        runs: As `runs_of` found them.
+        out: Contiguous. Rows that no window has are left as they are.
+        fetch: The blocks of a run, asked of it in the caller's thread; None leaves it out.
+    """
+    rows = _rows_of(out, codec)
+    num_threads = torch.get_num_threads() if rows.nbytes >= _LARGE else 1
+    fetched = ((run, found) for run in runs if (found := fetch(run)) is not None)
+    if num_threads == 1:
+        return _decode_all(codec, rows, fetched)
+    shares = list(fetched)
+    parts = [shares[n::num_threads] for n in range(num_threads)]
+    pool = _threads(num_threads)
+    others = [pool.submit(_decode_all, codec, rows, part) for part in parts[1:]]
+    damaged = _decode_all(codec, rows, parts[0])
+    return damaged + [pair for other in others for pair in other.result()]
+
+
+def _rows_of(out: torch.Tensor, codec: Codec) -> np.ndarray:
+    plain = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
+    return plain.numpy().reshape(-1, *codec.kind.shape).view(codec.kind.numpy_dtype)
+
+
+def _decode_all(
+    codec: Codec, rows: np.ndarray, pairs: Iterable[tuple[Run, Fetched]]
+) -> list[tuple[Run, DamagedBlockError]]:
+    damaged = []
+    for run, (ends, data) in pairs:
+        decode = _decode_window if len(run.parts) == 1 else _decode_beside
+        try:
+            decode(codec, rows, run, ends, memoryview(data))
+        except DamagedBlockError as error:
+            damaged.append((run, error))
+    return damaged
+
+
+def _decode_window(codec: Codec, rows: np.ndarray, run: Run, ends: list[int], data: memoryview) -> None:
+    (step, num, row), size = run.parts[0], codec.rows_per_block
+    begin, at = 0, run.first * size
+    for end in ends:
+        # The block has rows [at, stop) of the episode, of which the window has some.
+        stop = min(at + size, run.length)
+        to, block = row + at - step, data[begin:end]
+        if at >= step and stop <= step + num:
+            codec.decode(block, rows[to : to + stop - at])
+        else:
+            beside = scratch(stop - at, codec.kind)
+            codec.decode(block, beside)
+            first, last = max(at, step), min(stop, step + num)
+            rows[row + first - step : row + last - step] = beside[first - at : last - at]
+        begin, at = end, stop
+
+
+def _decode_beside(codec: Codec, rows: np.ndarray, run: Run, ends: list[int], data: memoryview) -> None:
+    size, first_row = codec.rows_per_block, run.first * codec.rows_per_block
+    beside = scratch(min(run.end * size, run.length) - first_row, codec.kind)
+    begin = 0
+    for n, end in enumerate(ends):
+        codec.decode(data[begin:end], beside[n * size : (n + 1) * size])
+        begin = end
+    for step, num, row in run.parts:
+        rows[row : row + num] = beside[step - first_row : step - first_row + num]
+
+
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+
+
+def _threads(num: int) -> ThreadPoolExecutor:
+    """A pool of this process, which a fork does not inherit."""
+    global _pool
+    if _pool is None or _pool[:2] != (os.getpid(), num):
+        _pool = os.getpid(), num, ThreadPoolExecutor(num, "buffers-decode")
+    return _pool[2]

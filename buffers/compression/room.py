@@ -1,0 +1,205 @@
+"""BlockRoom: where the blocks of a ring's episodes lie, in memory that processes share.
+
+The blocks of an episode lie together, in a region; regions follow each other around a circle of addresses, of which
+only those take memory that hold live episodes:
+
+    place        by the ring offset of an episode's first row: where its region begins, in units of 64 bytes
+    region       | where the index of each field begins | index | blocks | index | blocks |
+    index        where each block of the field ends, counted from the first one's begin
+
+A reader copies blocks, then looks whether their episode was retired meanwhile, and only then decompresses: what is
+being overwritten is never decompressed. The writer retires an episode before it gives back, or overwrites, its region.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from buffers.compression.blocks import num_blocks, whole_blocks
+from buffers.compression.codecs import Codec
+from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
+from buffers.sharing import SharedArrays
+from buffers.table import Windows
+
+__all__ = ["BlockRoom", "blocks_in", "rows_in"]
+
+_UNIT, _WORD = 64, 8
+# `place` is of 32 bits.
+_MOST_BYTES = _UNIT << 32
+_PLACE, _BYTES = "place", "bytes"
+
+
+class BlockRoom:
+    """The compressed rows of a ring. One process writes; any number read.
+
+    Args:
+        codecs: By field.
+        capacity: Steps of the ring.
+        capacity_bytes: The most bytes of live regions; None for as many as `capacity` steps can take.
+    """
+
+    def __init__(self, codecs: Mapping[str, Codec], capacity: int, capacity_bytes: int | None = None) -> None:
+        self.codecs, self._capacity = dict(codecs), capacity
+        row_bytes = sum(codec.kind.nbytes for codec in codecs.values())
+        # The shortest episodes take the most: an index each, and what rounding adds.
+        most = capacity * (row_bytes + len(codecs) * 2 * _WORD + _UNIT)
+        self.capacity_bytes = min(most if capacity_bytes is None else capacity_bytes, _MOST_BYTES // 2)
+        # A region never wraps, so up to a region is left over at the end.
+        self._size = 2 * (-(-self.capacity_bytes // mmap.PAGESIZE) + 1) * mmap.PAGESIZE
+        layout = {_PLACE: ((capacity,), np.dtype(np.uint32)), _BYTES: ((self._size,), np.dtype(np.uint8))}
+        self.memory = SharedArrays(layout, sparse=True)
+        # The live regions, oldest first: the step id of the episode, where it begins and ends, on an endless line.
+        self._regions: deque[tuple[int, int, int]] = deque()
+        self._next = self._released = self.num_bytes = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._place, self._bytes = self.memory[_PLACE], self.memory[_BYTES]
+        self._words = self._bytes.view(np.uint64)
+        self._view = self._bytes.data
+
+    def __getstate__(self) -> dict[str, object]:
+        views = ("_place", "_bytes", "_words", "_view")
+        kept = {name: value for name, value in self.__dict__.items() if name not in views}
+        return {**kept, "_regions": deque()}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    # The writer's side.
+
+    def region(self, episode: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The blocks of an episode `name -> (L, *shape)`, as they will lie: uint8 `(num_bytes,)`."""
+        indices, blocks = [], []
+        for name, codec in self.codecs.items():
+            found = whole_blocks(codec, name, episode)
+            blocks.append(found)
+            indices.append(np.cumsum([len(block) for block in found], dtype=np.uint64))
+        begins, at = [], _WORD * len(blocks)
+        for index in indices:
+            begins.append(at)
+            at += index.nbytes + _aligned(int(index[-1]), _WORD)
+        region = np.zeros(_aligned(at, _UNIT), np.uint8)
+        region[: _WORD * len(begins)].view(np.uint64)[:] = begins
+        for begin, index, found in zip(begins, indices, blocks, strict=True):
+            first = begin + index.nbytes
+            region[begin:first] = index.view(np.uint8)
+            region[first : first + int(index[-1])] = np.frombuffer(b"".join(found), np.uint8)
+        return region
+
+    def lacks(self, num_bytes: int) -> bool:
+        """Whether an episode must leave before a region of so many bytes fits."""
+        return self.num_bytes + num_bytes > self.capacity_bytes
+
+    def write(self, start: int, region: np.ndarray) -> None:
+        """Keep the region of the episode that begins with step id `start`, for which there is room."""
+        begin, size = self._next, len(region)
+        left = -begin % self._size
+        if left < size and left:
+            begin += left
+        at = begin % self._size
+        self._bytes[at : at + size] = region
+        self._place[start % self._capacity] = at // _UNIT
+        self._regions.append((start, begin, begin + size))
+        self._next, self.num_bytes = begin + size, self.num_bytes + size
+
+    def erase(self, start: int) -> None:
+        """Give back the regions of episodes up to the one that begins with step id `start`, which is retired."""
+        while self._regions and self._regions[0][0] <= start:
+            _, begin, end = self._regions.popleft()
+            self.num_bytes -= end - begin
+        self._release(self._regions[0][1] if self._regions else self._next)
+
+    def _release(self, end: int) -> None:
+        """Give whole pages up to an address of the endless line back to the system."""
+        end -= end % mmap.PAGESIZE
+        while self._released < end:
+            at = self._released % self._size
+            stop = min(at + end - self._released, self._size)
+            self.memory.release(_BYTES, at, stop)
+            self._released += stop - at
+
+    def stored(self, start: int, num_bytes: int) -> np.ndarray:
+        """The memory of regions that follow each other, from that of the episode with step id `start` on."""
+        at = int(self._place[start % self._capacity]) * _UNIT
+        return self._bytes[at : at + num_bytes]
+
+    def sizes(self) -> dict[int, int]:
+        """The bytes of each live region, by the step id of its episode."""
+        return {start: end - begin for start, begin, end in self._regions}
+
+    def blocks(self, start: int, length: int) -> dict[str, list[bytes]]:
+        """Copies of all blocks of an episode, by field."""
+        return blocks_in(self.stored(start, self._size), self.codecs, length)
+
+    # A reader's side.
+
+    def read(
+        self, windows: Windows, out: Mapping[str, torch.Tensor], oldest_step: Callable[[], int], names: Sequence[str]
+    ) -> None:
+        """Fill `name -> (B, T, *shape)` for those of the fields that are compressed.
+
+        Rows of episodes that are retired meanwhile, those before `oldest_step`, may be left as they are. RuntimeError
+        if blocks are damaged otherwise.
+        """
+        runs: dict[int, list[Run]] = {}
+        for name in names:
+            codec = self.codecs[name]
+            size = codec.rows_per_block
+            if size not in runs:
+                runs[size] = runs_of(windows, size)
+            number = list(self.codecs).index(name)
+
+            def fetch(run: Run, number: int = number, codec: Codec = codec) -> Fetched | None:
+                found = self._copied(run, number, codec)
+                return found if run.start >= oldest_step() else None
+
+            damaged = decode_runs(codec, runs[size], out[name], fetch)
+            if damaged:
+                run, error = damaged[0]
+                raise RuntimeError(f"Field `{name}` of episode {run.episode} {error}: its memory was overwritten.")
+
+    def _copied(self, run: Run, number: int, codec: Codec) -> Fetched:
+        region = int(self._place[run.start % self._capacity]) * _UNIT
+        # What is being overwritten may say anything: slices stay within the memory, and a block within its rows.
+        index = (region + int(self._words[region // _WORD + number])) // _WORD
+        first = _WORD * (index + num_blocks(run.length, codec))
+        ends = self._words[index + max(0, run.first - 1) : index + run.end].tolist()
+        begin = ends.pop(0) if run.first and ends else 0
+        most = (run.end - run.first) * codec.rows_per_block * codec.kind.nbytes
+        end = ends[-1] if ends and begin <= ends[-1] <= begin + most else begin
+        data = self._view[first + begin : first + end].tobytes()
+        return Fetched([end - begin for end in ends], data)
+
+
+def blocks_in(region: np.ndarray, codecs: Mapping[str, Codec], length: int) -> dict[str, list[bytes]]:
+    """All blocks of an episode of so many rows, by field, from memory that begins with its region."""
+    found = {}
+    for number, (name, codec) in enumerate(codecs.items()):
+        begin = int(region[number * _WORD : (number + 1) * _WORD].view(np.uint64)[0])
+        first = begin + _WORD * num_blocks(length, codec)
+        ends = [0, *region[begin:first].view(np.uint64).tolist()]
+        found[name] = [region[first + a : first + b].tobytes() for a, b in pairwise(ends)]
+    return found
+
+
+def rows_in(region: np.ndarray, codecs: Mapping[str, Codec], length: int) -> dict[str, np.ndarray]:
+    """The rows of an episode, `name -> (length, *shape)`, from its region; DamagedBlockError if it is not one."""
+    found = {}
+    for name, blocks in blocks_in(region, codecs, length).items():
+        codec = codecs[name]
+        found[name] = rows = np.empty((length, *codec.kind.shape), codec.kind.numpy_dtype)
+        for n, block in enumerate(blocks):
+            codec.decode(memoryview(block), rows[n * codec.rows_per_block : (n + 1) * codec.rows_per_block])
+    return found
+
+
+def _aligned(num_bytes: int, unit: int) -> int:
+    return -(-num_bytes // unit) * unit

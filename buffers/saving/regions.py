@@ -1,0 +1,37 @@
+"""Compressed fields in a save: the bytes of one episode behind the other, as they lay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from buffers.fields import TensorType
+from buffers.table import Int64Array
+
+__all__ = ["BYTE", "REGIONS", "Regions"]
+
+BYTE = TensorType((), torch.uint8)
+#: Beside the names of fields, none of which is empty.
+REGIONS = ""
+
+
+class Regions(NamedTuple):
+    """The compressed fields of some episodes.
+
+    Attributes:
+        memory: uint8.
+        num_bytes: Of each episode, `(n,)`.
+        codecs: By field, as codecs describe themselves.
+    """
+
+    memory: np.ndarray
+    num_bytes: Int64Array
+    codecs: Mapping[str, Any]
+
+    def __getitem__(self, number: Any) -> np.ndarray:
+        """Those of one episode."""
+        end = int(self.num_bytes[: number + 1].sum())
+        return self.memory[end - int(self.num_bytes[number]) : end]
