@@ -32,7 +32,7 @@ class CompressedEpisode(dict[str, np.ndarray]):
     def blocks_by(self, name: str, codec: Codec) -> Sequence[bytes]:
         """The first blocks of a field, if it was that codec that has compressed them."""
         own = self._codecs.get(name)
-        return self._blocks.get(name, ()) if own is not None and own.describe() == codec.describe() else ()
+        return self._blocks.get(name, ()) if own is not None and own.key == codec.key else ()
 
 
 def num_blocks(length: int, codec: Codec) -> int:

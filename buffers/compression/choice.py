@@ -42,8 +42,8 @@ def chosen_codecs(compress: Compress, fields: Fields) -> dict[str, Codec]:
             if isinstance(kind, key):
                 found[field] = name
     # "obs/image" after "obs", as it says more.
-    for key in sorted((key for key in compress if isinstance(key, str)), key=len):
-        if not (below := fields.below(key)):
-            raise ValueError(f"`compress` names `{key}`, which is no field. There are {list(fields)}.")
-        found |= dict.fromkeys(below, compress[key])
+    for named in sorted((key for key in compress if isinstance(key, str)), key=len):
+        if not (below := fields.below(named)):
+            raise ValueError(f"`compress` names `{named}`, which is no field. There are {list(fields)}.")
+        found |= dict.fromkeys(below, compress[named])
     return {field: CODECS[found[field]](field, fields[field]) for field in fields if field in found}

@@ -19,11 +19,10 @@ import torch
 from buffers.fields import TensorType
 from buffers.utils import how_to_install
 
-__all__ = ["CODECS", "Codec", "DamagedBlockError", "codec_as", "scratch"]
+__all__ = ["CODECS", "Codec", "DamagedBlockError", "codec_as", "scratch_rows"]
 
-# How far back an LZ4 block can refer to.
-_LZ4_REACH = 1 << 16
-_ZSTD_LEVEL = 1
+# Bytes of a row.
+_SMALL, _LARGE = 1 << 13, 1 << 16
 _JPEG_QUALITY = 95
 
 
@@ -42,33 +41,36 @@ class Codec(ABC):
     name: str
     is_lossless = True
     rows_per_block: int
-    #: Whether each row of a block but the first is stored as what it differs in from the one before, bit by bit.
-    is_xor = False
 
     def __init__(self, field: str, kind: TensorType) -> None:
         if not kind.nbytes:
             raise ValueError(f"Field `{field}` has no bytes to compress: leave it out of `compress`.")
         self.field, self.kind = field, kind
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Equal for codecs that read each other's blocks."""
+        return self.name, self.rows_per_block
+
     def describe(self) -> dict[str, Any]:
         """What `codec_as` needs to make it again, as JSON can hold it."""
-        return {"codec": self.name, "rows_per_block": self.rows_per_block, "xor": self.is_xor}
+        return {"codec": self.name, "rows_per_block": self.rows_per_block}
 
     def __reduce__(self) -> Any:
         return codec_as, (self.describe(), self.field, self.kind)
 
     @abstractmethod
     def _encode(self, rows: np.ndarray) -> Any:
-        """Contiguous rows `(n, *shape)` as bytes."""
+        """The block of rows, which come as bytes, uint8 `(n,)`."""
 
     @abstractmethod
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
-        """Fill `out`; raises anything for what is damaged, or returns other than its bytes."""
+        """Fill `out`, uint8 `(n,)`, and return n; for what is damaged, raise anything, or return something else."""
 
     def encode(self, rows: np.ndarray) -> bytes:
         """A block of rows `(n, *shape)`."""
         rows = np.ascontiguousarray(rows)
-        block = self._encode(_differences(rows) if self.is_xor else rows)
+        block = self._encode(_as_bytes(rows))
         return bytes(block) if len(block) <= rows.nbytes - rows.nbytes // 8 - 1 else rows.tobytes()
 
     def decode(self, block: memoryview, out: np.ndarray) -> None:
@@ -77,38 +79,40 @@ class Codec(ABC):
             out.reshape(-1).view(np.uint8)[:] = block
             return
         try:
-            num_bytes = self._decode(block, out)
+            num_bytes = self._decode(block, _as_bytes(out))
+        except MemoryError:
+            raise
         except Exception as error:
             raise DamagedBlockError(
                 f"has a block of {len(block)} bytes that {self.name} cannot read: {error}"
             ) from None
         if num_bytes != out.nbytes:
             raise DamagedBlockError(f"has a block of {num_bytes} bytes of rows, expected {out.nbytes}")
-        if self.is_xor:
-            words = _as_words(out)
-            for n in range(1, len(words)):
-                np.bitwise_xor(words[n], words[n - 1], out=words[n])
 
 
 class Lz4(Codec):
     """LZ4: decompresses about as fast as memory is copied.
 
-    It finds the row before by itself, unless rows are longer than it can refer back; then they are stored `is_xor`.
+    It takes a byte for each 255 of a long match, so where rows are alike, its output is mostly these bytes, and LZ4 of
+    that output is up to three times smaller. A block is compressed twice, the second time with the size of the first.
     """
 
     name = "lz4"
 
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
-        self.is_xor = kind.nbytes > _LZ4_REACH
-        self.rows_per_block = 4 if self.is_xor else 8
+        # Of about 100 kB, but of rows enough to find what they share.
+        self.rows_per_block = 16 if kind.nbytes <= _SMALL else 8 if kind.nbytes <= _LARGE else 4
         self._lz4 = _library("cramjam").lz4
 
     def _encode(self, rows: np.ndarray) -> Any:
-        return self._lz4.compress_block(_as_bytes(rows), store_size=False)
+        return self._lz4.compress_block(self._lz4.compress_block(rows, store_size=False), store_size=True)
 
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
-        return self._lz4.decompress_block_into(block, _as_bytes(out))
+        # Without `output_len`, cramjam takes the first four bytes of a block for its size.
+        inner = scratch(int.from_bytes(block[:4], "little"), "inner", out.nbytes + out.nbytes // 128 + 64)
+        num_bytes = self._lz4.decompress_block_into(block[4:], inner, output_len=len(inner))
+        return self._lz4.decompress_block_into(inner[:num_bytes], out, output_len=len(out))
 
 
 class Zstd(Codec):
@@ -120,12 +124,14 @@ class Zstd(Codec):
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
         self._zstd = _library("cramjam").zstd
+        # A low level does not look back as far as the row before, if that is long.
+        self._level = 1 if kind.nbytes <= _LARGE else 9
 
     def _encode(self, rows: np.ndarray) -> Any:
-        return self._zstd.compress(_as_bytes(rows), _ZSTD_LEVEL)
+        return self._zstd.compress(rows, self._level)
 
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
-        return self._zstd.decompress_into(block, _as_bytes(out))
+        return self._zstd.decompress_into(block, out)
 
 
 class Jpeg(Codec):
@@ -160,10 +166,9 @@ CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (Lz4, Zstd, Jpeg)}
 def codec_as(described: Mapping[str, Any], field: str, kind: TensorType) -> Codec:
     """The codec that has described itself so. What is no description, or not known, is a LookupError or TypeError."""
     codec = CODECS[described["codec"]](field, kind)
-    rows_per_block, is_xor = described["rows_per_block"], described["xor"]
-    if type(rows_per_block) is not int or not 1 <= rows_per_block < 2**31 or type(is_xor) is not bool:
+    codec.rows_per_block = rows_per_block = described["rows_per_block"]
+    if type(rows_per_block) is not int or not 1 <= rows_per_block < 2**31:
         raise LookupError(f"{described!r:.200} describes no codec")
-    codec.rows_per_block, codec.is_xor = rows_per_block, is_xor
     return codec
 
 
@@ -178,28 +183,22 @@ def _as_bytes(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(-1).view(np.uint8)
 
 
-def _as_words(rows: np.ndarray) -> np.ndarray:
-    """Contiguous rows `(n, ...)` as `(n, m)` of the largest integers that their size allows."""
-    flat = rows.reshape(-1).view(np.uint8).reshape(len(rows), -1)
-    return flat.view(np.uint64) if flat.shape[1] % 8 == 0 else flat
-
-
-def _differences(rows: np.ndarray) -> np.ndarray:
-    """Contiguous rows, each but the first as what it differs in from the one before."""
-    words = _as_words(rows)
-    found = words.copy()
-    np.bitwise_xor(words[1:], words[:-1], out=found[1:])
-    return found
-
-
 _own = threading.local()
 
 
-def scratch(num_rows: int, kind: TensorType) -> np.ndarray:
-    """Memory of this thread's own for rows `(num_rows, *shape)`, until it is asked for again."""
-    num_bytes = num_rows * kind.nbytes
-    memory: np.ndarray | None = getattr(_own, "memory", None)
+def scratch(num_bytes: int, name: str, most: int) -> np.ndarray:
+    """Memory of this thread's own, uint8 `(num_bytes,)`, until it is asked for again; ValueError above `most`."""
+    if num_bytes > most:
+        raise ValueError(f"{num_bytes} bytes, expected at most {most}")
+    memory: np.ndarray | None = getattr(_own, name, None)
     if memory is None or len(memory) < num_bytes:
         # New memory costs more than decompressing into it.
-        _own.memory = memory = np.empty(num_bytes, np.uint8)
-    return memory[:num_bytes].view(kind.numpy_dtype).reshape(num_rows, *kind.shape)
+        memory = np.empty(num_bytes, np.uint8)
+        setattr(_own, name, memory)
+    return memory[:num_bytes]
+
+
+def scratch_rows(num_rows: int, kind: TensorType) -> np.ndarray:
+    """Memory of this thread's own for rows `(num_rows, *shape)`, until it is asked for again."""
+    num_bytes = num_rows * kind.nbytes
+    return scratch(num_bytes, "rows", num_bytes).view(kind.numpy_dtype).reshape(num_rows, *kind.shape)

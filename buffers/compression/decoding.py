@@ -10,14 +10,14 @@ Windows of a batch that share a block are decompressed together, beside the batc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from buffers.compression.codecs import Codec, DamagedBlockError, scratch
+from buffers.compression.codecs import Codec, DamagedBlockError, scratch_rows
 from buffers.table import Windows
 
 __all__ = ["Fetched", "Run", "decode_runs", "runs_of"]
@@ -30,7 +30,7 @@ class Fetched(NamedTuple):
     """Consecutive blocks, as they are stored: where each ends, and their bytes, from which those ends count."""
 
     ends: list[int]
-    data: bytes
+    data: bytes | bytearray
 
 
 class Run(NamedTuple):
@@ -56,11 +56,11 @@ class Run(NamedTuple):
     parts: list[tuple[int, int, int]]
 
 
-def runs_of(windows: Windows, rows_per_block: int) -> list[Run]:
-    """The blocks that windows need, each once."""
+def runs_of(windows: Windows, rows_per_block: int, positions: np.ndarray | None = None) -> list[Run]:
+    """The blocks that windows need, each once; `positions` are theirs in the batch, if they are some of it."""
     skipped, num_rows = np.maximum(-windows.step, 0), windows.num_rows
     steps = windows.step + skipped
-    rows = np.arange(len(steps)) * windows.length + skipped
+    rows = (np.arange(len(steps)) if positions is None else positions) * windows.length + skipped
     firsts, ends = steps // rows_per_block, (steps + num_rows - 1) // rows_per_block + 1
     cuts = np.zeros_like(steps) if windows.cut is None else windows.cut
     order = np.lexsort((firsts, windows.episode))
@@ -79,26 +79,23 @@ def runs_of(windows: Windows, rows_per_block: int) -> list[Run]:
 
 
 def decode_runs(
-    codec: Codec, runs: Iterable[Run], out: torch.Tensor, fetch: Callable[[Run], Fetched | None]
+    codec: Codec, runs: Iterable[tuple[Run, Fetched]], out: torch.Tensor
 ) -> list[tuple[Run, DamagedBlockError]]:
     """Fill `out`, `(B, T, *shape)`, by torch's number of threads; returns the runs that are damaged.
 
     Args:
         codec: Of the field.
-        runs: As `runs_of` found them.
+        runs: Some that `runs_of` found, with their blocks; asked for in the caller's thread.
         out: Contiguous. Rows that no window has are left as they are.
-        fetch: The blocks of a run, asked of it in the caller's thread; None leaves it out.
     """
     rows = _rows_of(out, codec)
     num_threads = torch.get_num_threads() if rows.nbytes >= _LARGE else 1
-    fetched = ((run, found) for run in runs if (found := fetch(run)) is not None)
     if num_threads == 1:
-        return _decode_all(codec, rows, fetched)
-    shares = list(fetched)
-    parts = [shares[n::num_threads] for n in range(num_threads)]
+        return _decode_all(codec, rows, runs)
+    fetched = list(runs)
     pool = _threads(num_threads)
-    others = [pool.submit(_decode_all, codec, rows, part) for part in parts[1:]]
-    damaged = _decode_all(codec, rows, parts[0])
+    others = [pool.submit(_decode_all, codec, rows, fetched[n::num_threads]) for n in range(1, num_threads)]
+    damaged = _decode_all(codec, rows, fetched[::num_threads])
     return damaged + [pair for other in others for pair in other.result()]
 
 
@@ -130,7 +127,7 @@ def _decode_window(codec: Codec, rows: np.ndarray, run: Run, ends: list[int], da
         if at >= step and stop <= step + num:
             codec.decode(block, rows[to : to + stop - at])
         else:
-            beside = scratch(stop - at, codec.kind)
+            beside = scratch_rows(stop - at, codec.kind)
             codec.decode(block, beside)
             first, last = max(at, step), min(stop, step + num)
             rows[row + first - step : row + last - step] = beside[first - at : last - at]
@@ -139,7 +136,7 @@ def _decode_window(codec: Codec, rows: np.ndarray, run: Run, ends: list[int], da
 
 def _decode_beside(codec: Codec, rows: np.ndarray, run: Run, ends: list[int], data: memoryview) -> None:
     size, first_row = codec.rows_per_block, run.first * codec.rows_per_block
-    beside = scratch(min(run.end * size, run.length) - first_row, codec.kind)
+    beside = scratch_rows(min(run.end * size, run.length) - first_row, codec.kind)
     begin = 0
     for n, end in enumerate(ends):
         codec.decode(data[begin:end], beside[n * size : (n + 1) * size])

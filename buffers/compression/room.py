@@ -52,7 +52,10 @@ class BlockRoom:
         self.capacity_bytes = min(most if capacity_bytes is None else capacity_bytes, _MOST_BYTES // 2)
         # A region never wraps, so up to a region is left over at the end.
         self._size = 2 * (-(-self.capacity_bytes // mmap.PAGESIZE) + 1) * mmap.PAGESIZE
-        layout = {_PLACE: ((capacity,), np.dtype(np.uint32)), _BYTES: ((self._size,), np.dtype(np.uint8))}
+        layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            _PLACE: ((capacity,), np.dtype(np.uint32)),
+            _BYTES: ((self._size,), np.dtype(np.uint8)),
+        }
         self.memory = SharedArrays(layout, sparse=True)
         # The live regions, oldest first: the step id of the episode, where it begins and ends, on an endless line.
         self._regions: deque[tuple[int, int, int]] = deque()
@@ -156,12 +159,10 @@ class BlockRoom:
             if size not in runs:
                 runs[size] = runs_of(windows, size)
             number = list(self.codecs).index(name)
-
-            def fetch(run: Run, number: int = number, codec: Codec = codec) -> Fetched | None:
-                found = self._copied(run, number, codec)
-                return found if run.start >= oldest_step() else None
-
-            damaged = decode_runs(codec, runs[size], out[name], fetch)
+            copied = ((run, self._copied(run, number, codec)) for run in runs[size])
+            # Whatever was copied of an episode that is not retired now is whole.
+            whole = (pair for pair in copied if pair[0].start >= oldest_step())
+            damaged = decode_runs(codec, whole, out[name])
             if damaged:
                 run, error = damaged[0]
                 raise RuntimeError(f"Field `{name}` of episode {run.episode} {error}: its memory was overwritten.")

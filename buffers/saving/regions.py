@@ -31,7 +31,6 @@ class Regions(NamedTuple):
     num_bytes: Int64Array
     codecs: Mapping[str, Any]
 
-    def __getitem__(self, number: Any) -> np.ndarray:
-        """Those of one episode."""
-        end = int(self.num_bytes[: number + 1].sum())
-        return self.memory[end - int(self.num_bytes[number]) : end]
+    def parts(self) -> list[np.ndarray]:
+        """Those of each episode."""
+        return np.split(self.memory, self.num_bytes.cumsum()[:-1])

@@ -11,6 +11,7 @@ from typing import Any, final, get_args
 import numpy as np
 import torch
 
+from buffers.compression import Compress
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.copies import open_copy, pickled_handle
 from buffers.dataset.files.directory import FileName
@@ -19,23 +20,22 @@ from buffers.dataset.files.object_directory import ObjectOptions, open_files
 from buffers.dataset.files.object_reader import window_reader
 from buffers.dataset.files.opening import Durability, Inspection, Mode, Verify, check_capacity, report_damage
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
-from buffers.dataset.files.saving import LinkedDataset
-from buffers.dataset.files.serialization import EpisodeSerializationStrategy, as_saved, check_strategy
+from buffers.dataset.files.serialization import EpisodeSerializationStrategy, check_strategy
+from buffers.dataset.files.writing import WrittenDataset
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.disk import DamagedEpisodeError, with_advice
 from buffers.evictor import Evictor
-from buffers.fields import Fields
 from buffers.late import LateFields
 from buffers.objects import DEFAULT_CACHE_BYTES
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.table import TableRow, Windows
-from buffers.utils import format_bytes, integer, one_of
+from buffers.utils import integer, one_of
 
 __all__ = ["IndividualFileDataset"]
 
 
 @final
-class IndividualFileDataset(LinkedDataset):
+class IndividualFileDataset(WrittenDataset):
     """Episodes on disk, one file each, in a directory that is its own index.
 
         >>> with IndividualFileDataset(capacity=10_000_000, directory="episodes") as dataset:
@@ -72,6 +72,7 @@ class IndividualFileDataset(LinkedDataset):
         cache_directory: Where blocks of objects are kept; by default `buffers/objects` in the user's folder of caches.
         cache_bytes: The most that these take; 0 for none.
         timeout: Seconds until the store must have answered a request.
+        compress: Fields that new episodes have compressed, as for `RingBufferDataset`. In the default format only.
 
     Attributes:
         damaged_files: (file name, what is wrong) of files that turned out not to be whole episodes.
@@ -113,13 +114,16 @@ class IndividualFileDataset(LinkedDataset):
         cache_directory: str | os.PathLike[str] | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         timeout: float = 10.0,
+        compress: Compress | None = None,
     ) -> None:
         if capacity is None and mode == "a":
             raise TypeError("`capacity` is missing. Only with mode='r', it can be left out.")
         strategy = SafetensorsSerialization() if serialization_strategy is None else serialization_strategy
         check_strategy(strategy)
         self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
-        super().__init__(1 if capacity is None else capacity, info, evictor)
+        super().__init__(1 if capacity is None else capacity, info, evictor, compress)
+        if self.compress and not isinstance(strategy, SafetensorsSerialization):
+            raise ValueError(f"Only the default format has compressed fields, found {type(strategy).__name__}.")
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -212,28 +216,6 @@ class IndividualFileDataset(LinkedDataset):
 
     # The methods of a storage.
 
-    def _allocate(self, fields: Fields) -> None:
-        self.serialization_strategy.check_dtypes(fields)
-
-    def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
-        fields, strategy = self._fields, self.serialization_strategy
-        assert fields is not None  # Settled before anything is written.
-        self._own.remove_uncounted(self.table.next_id)
-        self._own.newest = name = self._directory.name_of(
-            start, len(next(iter(episode.values()))), episode_id, self.cut
-        )
-        tensors, info = as_saved(episode, fields, name.length), self._info_to_write
-        try:
-            self._own.commit(str(name), lambda file: strategy.save_with_info(tensors, fields, file, info))
-        except OSError as error:
-            size = format_bytes(fields.nbytes * name.length)
-            what = f"An episode of {name.length} steps ({size}) could not be written, those before it are kept"
-            raise with_advice(error, self._directory.path, what) from error
-        self._is_bound = True
-
-    def _keep_info(self, episode_id: int, info: EpisodeInfo | None) -> None:
-        self._info_to_write = info or {}
-
     def _find_info(self, row: TableRow) -> EpisodeInfo:
         self._check_open()
         name = self._directory.name_of(*row)
@@ -266,15 +248,6 @@ class IndividualFileDataset(LinkedDataset):
     def _publish(self, row: TableRow) -> None:
         assert self._log is not None
         self._log.add(row, self.table)
-
-    def store(self, episode: dict[str, np.ndarray], cut: int = 0, info: EpisodeInfo | None = None) -> int:
-        """`EpisodeDataset.store`; after an error, neither the episode nor its file is there."""
-        try:
-            return super().store(episode, cut, info)
-        except Exception:
-            with contextlib.suppress(OSError):
-                self._own.remove_uncounted(self.table.next_id)
-            raise
 
     # Files that come and go.
 

@@ -10,7 +10,7 @@ import torch
 from buffers.dataset.files.directory import EpisodeFiles, FileName
 from buffers.dataset.files.object_directory import ObjectDirectory
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy, has_offsets
-from buffers.dataset.files.window_reader import Layout, Target, WindowReader, ranges_of
+from buffers.dataset.files.window_reader import Layout, Request, Target, WindowReader, ranges_of
 from buffers.disk import DamagedEpisodeError
 from buffers.fields import Fields
 from buffers.objects import ObjectFile, Part
@@ -64,6 +64,16 @@ class ObjectWindowReader(WindowReader):
         assert isinstance(file, ObjectFile)  # The directory opens no others.
         self._names[file] = name
         self._parts += [Part(file, offset, view) for offset, view in ranges_of(layout, targets, row, step, num_rows)]
+
+    def _fill(self, requests: list[Request], lost: dict[FileName, str | None]) -> None:
+        names: dict[ObjectFile, FileName] = {}
+        parts = []
+        for name, file, offset, data in requests:
+            assert isinstance(file, ObjectFile)  # The directory opens no others.
+            names[file] = name
+            parts.append(Part(file, offset, memoryview(data)))
+        for gone, error in self._directory.files.fill(parts).items():
+            lost[names[gone]] = str(error) if isinstance(error, DamagedEpisodeError) else None
 
 
 def window_reader(directory: EpisodeFiles) -> WindowReader:

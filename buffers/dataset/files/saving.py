@@ -58,7 +58,9 @@ class LinkedDataset(EpisodeDataset):
 
     def describe_store(self) -> dict[str, Any]:
         """As `EpisodeDataset.describe_store`."""
-        own = {"directory": self._directory.path, "suffix": self._directory.suffix, "durability": self.durability}
+        own: dict[str, Any] = {"directory": self._directory.path, "suffix": self._directory.suffix, "durability": self.durability}
+        if self.codecs:
+            own["compress"] = {name: codec.name for name, codec in self.codecs.items()}
         return {**super().describe_store(), **own, "mode": self.mode}
 
     @classmethod
@@ -66,6 +68,7 @@ class LinkedDataset(EpisodeDataset):
         """As `EpisodeDataset.made_as`, in the directory where it was."""
         strategy = _strategy(told["suffix"])
         options = {name: told[name] for name in ("directory", "durability", "mode")}
+        options["compress"] = told.get("compress")
         return cls(told["capacity"], info, serialization_strategy=strategy, **options)  # type: ignore[call-arg]
 
     def begin_links(self, snapshot: Snapshot, store: int, rows: Int64Array) -> Pieces:

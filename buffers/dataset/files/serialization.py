@@ -19,12 +19,15 @@ import torch
 from torch.torch_version import TorchVersion
 
 from buffers.dataset.episode_info import EpisodeInfo, checked_info, info_text
+from buffers.dataset.files.compressed import FieldBlocks
 from buffers.disk import DamagedEpisodeError, UnknownVersionError, as_damage, described_fields, parse_fields, parse_json
 from buffers.fields import Fields, TensorType, as_tensor
 
 __all__ = ["DamagedEpisodeError", "EpisodeSerializationStrategy", "UnknownVersionError"]
 
 FORMAT_VERSION = 1
+# Of files with compressed fields, which earlier versions of this library cannot read.
+COMPRESSED_VERSION = 2
 # The key of the schema in a file.
 SCHEMA_KEY = "buffers"
 # zipfile copies what it reads under the GIL, so a larger piece would stop other threads for longer.
@@ -110,6 +113,10 @@ class EpisodeSerializationStrategy(ABC):
         """Raise a DamagedEpisodeError if the file is seen to be damaged without reading its rows."""
         self.row_offsets(file, fields, length)
 
+    def block_places(self, file: io.FileIO) -> dict[str, FieldBlocks]:
+        """Where a file that has been checked has compressed fields; by default, there are none."""
+        return {}
+
     def verify(self, file: io.FileIO, fields: Fields, length: int) -> None:
         """Read the whole file and raise a DamagedEpisodeError if any byte that matters has changed."""
         self.load(file, fields, length)
@@ -140,7 +147,8 @@ def schema_text(fields: Fields, info: EpisodeInfo | None = None, **more: Any) ->
     """The version, the fields and an info as JSON in ASCII; equal ones give equal texts."""
     if info:
         more |= {"info": info, "info_checksum": _checksum(info)}
-    return json.dumps({"version": FORMAT_VERSION, **more, "fields": described_fields(fields)}, separators=(",", ":"))
+    version = COMPRESSED_VERSION if "compress" in more else FORMAT_VERSION
+    return json.dumps({"version": version, **more, "fields": described_fields(fields)}, separators=(",", ":"))
 
 
 def _checksum(info: EpisodeInfo) -> str:
@@ -156,9 +164,9 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
     """
     with as_damage():
         schema = parse_json(text)
-        if (version := schema["version"]) != FORMAT_VERSION:
+        if (version := schema["version"]) not in (FORMAT_VERSION, COMPRESSED_VERSION):
             raise UnknownVersionError(
-                f"is of version {version!r:.20} of the format; this library knows {FORMAT_VERSION}"
+                f"is of version {version!r:.20} of the format; this library knows up to {COMPRESSED_VERSION}"
             )
         fields = parse_fields(schema["fields"])
         schema["info"] = info = checked_info(schema.get("info", {}))
@@ -167,7 +175,9 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
         return fields, schema
 
 
-def as_saved(episode: Mapping[str, np.ndarray], fields: Fields, length: int) -> dict[str, torch.Tensor]:
+def as_saved(
+    episode: Mapping[str, np.ndarray], fields: Mapping[str, TensorType], length: int
+) -> dict[str, torch.Tensor]:
     """Copies of the rows as tensors, as `save` gets them; ValueError for other shapes than those of `length` rows."""
     tensors = {}
     for name, kind in fields.items():

@@ -6,23 +6,28 @@ import contextlib
 import io
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from buffers.compression import Codec, Fetched, Run, decode_runs, runs_of
+from buffers.dataset.files.compressed import BlockIndex, FieldBlocks
 from buffers.dataset.files.directory import EpisodeFiles, FileName
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy, bytes_of
 from buffers.disk import DamagedEpisodeError, size_of
+from buffers.disk.reading import fill_from
 from buffers.fields import Fields
 from buffers.table import Windows
 from buffers.utils import ThreadLock
 
-__all__ = ["Layout", "Target", "WindowReader", "ranges_of"]
+__all__ = ["Layout", "Request", "Target", "WindowReader", "ranges_of"]
 
 MAX_OPEN_FILES = 1024
 MAX_DECODED_BYTES = 256 * 2**20
+_MAX_LAYOUTS = 1 << 17
 
 
 class Layout(NamedTuple):
@@ -30,11 +35,16 @@ class Layout(NamedTuple):
 
     size: int
     offsets: tuple[int, ...]
+    #: Name and place of each field that is compressed.
+    blocks: tuple[tuple[str, FieldBlocks], ...] = ()
 
 
 # Position of the field, bytes of a row, memory.
 Target = tuple[int, int, memoryview]
-_OpenFile = tuple[io.FileIO, Layout]
+# With the index of each field that is compressed.
+_OpenFile = tuple[io.FileIO, Layout, dict[str, BlockIndex]]
+#: Bytes of a file from an offset on, and where they go.
+Request = tuple[FileName, io.FileIO, int, bytearray]
 
 
 class WindowReader:
@@ -65,7 +75,9 @@ class WindowReader:
         steps = (windows.step + skipped).tolist()
         rows = (np.arange(len(windows)) * windows.length + skipped).tolist()
         cuts = [0] * len(ids) if windows.cut is None else windows.cut.tolist()
-        targets = [(i, fields[name].nbytes, bytes_of(out[name])) for i, name in enumerate(fields) if name in out]
+        targets = {n: (i, fields[n].nbytes, bytes_of(out[n])) for i, n in enumerate(fields) if n in out}
+        all_targets = [*targets.values()]
+        compressed: dict[tuple[str, tuple[Any, ...]], tuple[Codec, list[int]]] = {}
         lost: dict[FileName, str | None] = {}
         source: _OpenFile | Mapping[str, torch.Tensor] | None = None
         episode_id = -1
@@ -79,7 +91,13 @@ class WindowReader:
                         name = FileName(episode_id, starts[b], lengths[b], cuts[b], self._directory.suffix)
                         source = self._find(name, strategy, fields)
                     if isinstance(source, tuple):
-                        self._read_rows(name, *source, targets, rows[b], steps[b], num)
+                        file, layout, indices = source
+                        plain = [targets[n] for n in targets if n not in indices] if indices else all_targets
+                        self._read_rows(name, file, layout, plain, rows[b], steps[b], num)
+                        for field, blocks in layout.blocks:
+                            if field in targets:
+                                _, found = compressed.setdefault((field, blocks.codec.key), (blocks.codec, []))
+                                found += range(b, b + num if windows.length == 1 else b + 1)
                     elif source is not None:
                         for field, tensor in out.items():
                             tensor.flatten(0, 1)[rows[b] : rows[b] + num] = source[field][steps[b] : steps[b] + num]
@@ -87,7 +105,48 @@ class WindowReader:
                     lost[name] = None
                 except DamagedEpisodeError as error:
                     source, lost[name] = None, self._look_again(name, strategy, fields, error)
+            for (field, _), (codec, positions) in compressed.items():
+                at = np.array(positions)
+                runs = runs_of(windows[at], codec.rows_per_block, at)
+                fetched = self._fetch(field, runs, partial(self._find, strategy=strategy, fields=fields), lost)
+                for run, damage in decode_runs(codec, fetched, out[field]):
+                    lost[self._name_of(run)] = str(damage)
         return lost
+
+    def _name_of(self, run: Run) -> FileName:
+        return FileName(run.episode, run.start, run.length, run.cut, self._directory.suffix)
+
+    def _fetch(
+        self, field: str, runs: list[Run], find: Callable[[FileName], Any], lost: dict[FileName, str | None]
+    ) -> Iterator[tuple[Run, Fetched]]:
+        """The blocks of those runs whose files are there and whole; the others are `lost`."""
+        asked: list[tuple[Run, BlockIndex, bytearray]] = []
+        requests: list[Request] = []
+        for run in runs:
+            name = self._name_of(run)
+            try:
+                file, layout, indices = find(name)
+            except (FileNotFoundError, DamagedEpisodeError) as error:
+                lost[name] = str(error) if isinstance(error, DamagedEpisodeError) else None
+                continue
+            begin, end = indices[field].span(run.first, run.end)
+            asked.append((run, indices[field], bytearray(end - begin)))
+            requests.append((name, file, dict(layout.blocks)[field].first + begin, asked[-1][2]))
+        self._fill(requests, lost)
+        for run, index, data in asked:
+            name = self._name_of(run)
+            if name not in lost:
+                try:
+                    found = index.fetched(run.first, run.end, data)
+                except DamagedEpisodeError as error:
+                    lost[name] = str(error)
+                else:
+                    yield run, found
+
+    def _fill(self, requests: list[Request], lost: dict[FileName, str | None]) -> None:
+        for name, file, offset, data in requests:
+            if not fill_from(file.fileno(), memoryview(data), offset):
+                lost[name] = "is shorter than its header says"
 
     def forget(self, episode_id: int) -> None:
         """Drop what is kept of an episode that is gone: now or, while another thread reads, before the next read."""
@@ -126,7 +185,8 @@ class WindowReader:
         if layout is not None:
             while len(self._files) >= self._max_open_files:
                 del self._files[next(iter(self._files))]
-            self._files[name.id] = opened = file, layout
+            indices = {field: blocks.read_index(file, name.length) for field, blocks in layout.blocks}
+            self._files[name.id] = opened = file, layout, indices
             return opened
         self._decoded[name.id] = episode = _load(file, name, strategy, fields)
         self._decoded_bytes += _num_bytes(episode)
@@ -167,8 +227,15 @@ class WindowReader:
             offsets = strategy.row_offsets(file, fields, name.length)
             if offsets is None:
                 return None
-            layout = Layout(size, tuple(offsets[field] for field in fields))
-            self._layouts[name.id] = layout = self._shared_layouts.setdefault(layout, layout)
+            blocks = tuple(strategy.block_places(file).items())
+            layout = Layout(size, tuple(offsets[field] for field in fields), blocks)
+            if blocks:
+                # Each is another one. They are found again if there are too many.
+                if len(self._layouts) >= _MAX_LAYOUTS:
+                    self._layouts.clear()
+                self._layouts[name.id] = layout
+            else:
+                self._layouts[name.id] = layout = self._shared_layouts.setdefault(layout, layout)
         if size != layout.size:
             raise DamagedEpisodeError(f"has {size} bytes, and had {layout.size} before")
         return layout

@@ -352,8 +352,15 @@ class RingBufferDataset(SavedRing):
     def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferDataset:
         """A ring of its own with the same episodes."""
         info = EpisodeDatasetInfo(self.fields, self.verification_mode)
-        more = {"compress": self.compress, "capacity_bytes": self.capacity_bytes}
-        other = RingBufferDataset(self.capacity, info, None, self.device, self.half_precision, **more)
+        other = RingBufferDataset(
+            self.capacity,
+            info,
+            None,
+            self.device,
+            self.half_precision,
+            compress=self.compress,
+            capacity_bytes=self.capacity_bytes,
+        )
         other.max_sampling_attempts = self.max_sampling_attempts
         with self._lock:
             for start, length, episode_id, cut in self.table.rows.tolist():

@@ -68,8 +68,8 @@ class SavedRing(EpisodeDataset):
     def adopt(self, episodes: Int64Array, infos: Mapping[int, EpisodeInfo], regions: Regions | None = None) -> None:
         """As `SavedStore.adopt`."""
         if self._room is not None and regions is not None:
-            for number, at in enumerate(episodes[:, 0].tolist()):
-                self._room.write(at, regions[number])
+            for start, region in zip(episodes[:, 0].tolist(), regions.parts(), strict=True):
+                self._room.write(start, region)
         start, end = int(episodes[0, 0]), int(episodes[-1, :2].sum())
         for sampler in self._listeners or ():
             for row in map(tuple, episodes.tolist()):

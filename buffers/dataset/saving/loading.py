@@ -290,13 +290,14 @@ class _Loading:
     def _store_piece(self, piece: SavedPiece, is_wanted: np.ndarray, infos: dict[int, EpisodeInfo]) -> None:
         store, rows, ends = self._store, piece.read(), piece.episodes[:, 1].cumsum()
         fields, regions = store.fields, piece.read_regions(self._codecs)
+        regions_of = [] if regions is None else regions.parts()
         assert fields is not None  # They are settled.
         for number in is_wanted.nonzero()[0].tolist():
             start, length, episode_id, cut = piece.episodes[number].tolist()
             part = slice(int(ends[number]) - length, int(ends[number]))
             episode = {n: array[part].astype(fields[n].numpy_dtype, copy=False) for n, array in rows.items()}
-            if regions is not None:
-                episode = self._decompressed(episode, regions[number], length)
+            if regions_of:
+                episode = self._decompressed(episode, regions_of[number], length)
             store.table.skip_to(episode_id, start)
             store.store(episode, cut, infos.get(episode_id))
 

@@ -1,0 +1,103 @@
+"""Compressed fields in a file: their blocks, and an index of them, as two tensors of safetensors."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from buffers.compression import Codec, DamagedBlockError, Fetched, codec_as, num_blocks, whole_blocks
+from buffers.disk import DamagedEpisodeError, read_at
+from buffers.fields import Fields
+
+__all__ = ["INDEX", "BlockIndex", "FieldBlocks", "codecs_of", "decoded", "described", "stored_blocks"]
+
+#: What the name of an index begins with, before that of the field.
+INDEX = "__blocks__/"
+
+
+class BlockIndex(NamedTuple):
+    """Where the blocks of a field end, counted from the first one's begin, and their CRC-32."""
+
+    ends: list[int]
+    checksums: list[int]
+
+    def span(self, first: int, end: int) -> tuple[int, int]:
+        """Where blocks [first, end) lie."""
+        return self.ends[first - 1] if first else 0, self.ends[end - 1]
+
+    def fetched(self, first: int, end: int, data: bytes | bytearray) -> Fetched:
+        """Blocks [first, end), from their bytes; a DamagedEpisodeError if these are not what was written."""
+        begin, _ = self.span(first, end)
+        ends = [stop - begin for stop in self.ends[first:end]]
+        memory = memoryview(data)
+        for number, (start, stop) in enumerate(pairwise([0, *ends]), first):
+            if zlib.crc32(memory[start:stop]) != self.checksums[number]:
+                raise DamagedEpisodeError(f"has a block, number {number}, that is not the one it was written with")
+        return Fetched(ends, data)
+
+
+class FieldBlocks(NamedTuple):
+    """Where a file has a compressed field: the offsets of its index and of its first block, and the bytes of these."""
+
+    codec: Codec
+    index_at: int
+    first: int
+    num_bytes: int
+
+    def read_index(self, file: Any, length: int) -> BlockIndex:
+        """The index, in a file of so many rows."""
+        num = num_blocks(length, self.codec)
+        entries = np.frombuffer(read_at(file, 8 * num, self.index_at), np.uint32)
+        if len(entries) != 2 * num:
+            raise DamagedEpisodeError("is shorter than its header says")
+        sizes, checksums = entries.reshape(num, 2).T
+        ends = sizes.cumsum(dtype=np.int64)
+        if int(ends[-1]) != self.num_bytes:
+            raise DamagedEpisodeError(f"has blocks of {int(ends[-1])} bytes, its header says {self.num_bytes}")
+        return BlockIndex(ends.tolist(), checksums.tolist())
+
+
+def stored_blocks(episode: Mapping[str, np.ndarray], codecs: Mapping[str, Codec]) -> dict[str, torch.Tensor]:
+    """The tensors of the compressed fields of an episode."""
+    found = {}
+    for name, codec in codecs.items():
+        blocks = whole_blocks(codec, name, episode)
+        entries = [(len(block), zlib.crc32(block)) for block in blocks]
+        found[name] = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
+        # Signed, as not every version of safetensors has unsigned integers of 32 bits.
+        found[INDEX + name] = torch.from_numpy(np.array(entries, np.uint32).view(np.int32))
+    return found
+
+
+def described(codecs: Mapping[str, Codec]) -> dict[str, Any]:
+    """What the schema of a file says of its compressed fields."""
+    return {name: codec.describe() for name, codec in codecs.items()}
+
+
+def codecs_of(schema: Mapping[str, Any], fields: Fields) -> dict[str, Codec]:
+    """The inverse of `described`."""
+    return {name: codec_as(told, name, fields[name]) for name, told in schema.get("compress", {}).items()}
+
+
+def decoded(blocks: FieldBlocks, file: Any, length: int) -> np.ndarray:
+    """All rows of a compressed field, `(length, *shape)`; a DamagedEpisodeError if a block is not what was written."""
+    codec, index = blocks.codec, blocks.read_index(file, length)
+    rows = np.empty((length, *codec.kind.shape), codec.kind.numpy_dtype)
+    data = read_at(file, blocks.num_bytes, blocks.first)
+    ends, _ = index.fetched(0, len(index.ends), data)
+    for (begin, end), part in zip(pairwise([0, *ends]), _parts(rows, codec), strict=True):
+        try:
+            codec.decode(memoryview(data)[begin:end], part)
+        except DamagedBlockError as error:
+            raise DamagedEpisodeError(str(error)) from error
+    return rows
+
+
+def _parts(rows: np.ndarray, codec: Codec) -> Iterator[np.ndarray]:
+    for first in range(0, len(rows), codec.rows_per_block):
+        yield rows[first : first + codec.rows_per_block]
