@@ -13,6 +13,7 @@ import torch
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_source import EpisodeSource
+from buffers.dataset.printing import compression_of
 from buffers.episode_returns import EpisodeReturns
 from buffers.fields import Fields
 from buffers.late import PRIORITY
@@ -354,7 +355,8 @@ class ReplayBuffer(ResumableBuffer):
             `num_episodes` and `num_timesteps` that are stored, `fill` (their share of the capacity), `reachable` (the
             share of the steps that lie in some window of T steps), `mean_episode_length`, `num_evicted` episodes so
             far, `num_batches` taken, `num_rejected_windows` (drawn again because their episode was evicted), `padding`
-            (its share in the last batch, if that has a `mask`; without workers);
+            (its share in the last batch, if that has a `mask`; without workers); with compressed fields,
+            `compressed_bytes` that they take, and `compression_ratio`, how often smaller that is;
             `mean_episode_return` of the last 100 complete episodes if there is a scalar `reward`; after a batch,
             `newest_age`: steps added since its newest row (not for a mixture); with a limiter, `samples_per_insert`
             (drawn steps for each added one, once there are both). Lengths and returns are those of
@@ -371,6 +373,7 @@ class ReplayBuffer(ResumableBuffer):
             "num_batches": stream.position,
             "num_rejected_windows": stream.num_rejected,
         }
+        found |= compression_of(dataset)
         if stream.padding is not None:
             found["padding"] = stream.padding
         missed = [sampler.num_missed for sampler in stream.drawer.samplers if sampler.num_missed is not None]

@@ -23,8 +23,8 @@ from buffers.loading import SequenceStream
 WIDE = Fields(x=TensorType((1100,), torch.int64), y=TensorType((600,), torch.int64), length=Scalar(dtype=torch.int64))
 
 
-def tiny_ring(capacity: int) -> RingBufferDataset:
-    return RingBufferDataset(capacity, EpisodeDatasetInfo(WIDE))
+def tiny_ring(capacity: int, compress: dict[str, str] | None = None) -> RingBufferDataset:
+    return RingBufferDataset(capacity, EpisodeDatasetInfo(WIDE), compress=compress)
 
 
 def tagged_episode(ring: RingBufferDataset, length: int) -> dict[str, np.ndarray]:

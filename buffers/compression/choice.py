@@ -46,4 +46,5 @@ def chosen_codecs(compress: Compress, fields: Fields) -> dict[str, Codec]:
         if not (below := fields.below(named)):
             raise ValueError(f"`compress` names `{named}`, which is no field. There are {list(fields)}.")
         found |= dict.fromkeys(below, compress[named])
-    return {field: CODECS[found[field]](field, fields[field]) for field in fields if field in found}
+    # Some have no bytes.
+    return {name: CODECS[found[name]](name, kind) for name, kind in fields.items() if name in found and kind.nbytes}

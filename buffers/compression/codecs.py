@@ -43,8 +43,6 @@ class Codec(ABC):
     rows_per_block: int
 
     def __init__(self, field: str, kind: TensorType) -> None:
-        if not kind.nbytes:
-            raise ValueError(f"Field `{field}` has no bytes to compress: leave it out of `compress`.")
         self.field, self.kind = field, kind
 
     @property

@@ -59,6 +59,8 @@ class BlockRoom:
         self.memory = SharedArrays(layout, sparse=True)
         # The live regions, oldest first: the step id of the episode, where it begins and ends, on an endless line.
         self._regions: deque[tuple[int, int, int]] = deque()
+        #: Of live regions, by field.
+        self.field_bytes = dict.fromkeys(codecs, 0)
         self._next = self._released = self.num_bytes = 0
         self._open()
 
@@ -110,6 +112,7 @@ class BlockRoom:
         at = begin % self._size
         self._bytes[at : at + size] = region
         self._place[start % self._capacity] = at // _UNIT
+        self._count(region, 1)
         self._regions.append((start, begin, begin + size))
         self._next, self.num_bytes = begin + size, self.num_bytes + size
 
@@ -117,8 +120,15 @@ class BlockRoom:
         """Give back the regions of episodes up to the one that begins with step id `start`, which is retired."""
         while self._regions and self._regions[0][0] <= start:
             _, begin, end = self._regions.popleft()
+            at = begin % self._size
+            self._count(self._bytes[at : at + end - begin], -1)
             self.num_bytes -= end - begin
         self._release(self._regions[0][1] if self._regions else self._next)
+
+    def _count(self, region: np.ndarray, sign: int) -> None:
+        begins = region[: _WORD * len(self.codecs)].view(np.uint64).tolist()
+        for name, (begin, end) in zip(self.codecs, pairwise([*begins, len(region)]), strict=True):
+            self.field_bytes[name] += sign * (end - begin)
 
     def _release(self, end: int) -> None:
         """Give whole pages up to an address of the endless line back to the system."""

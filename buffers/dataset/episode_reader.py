@@ -59,6 +59,10 @@ class EpisodeReader(IterableDataset, ABC):
     def _find_fields(self) -> None:
         """Set `_fields` if they can be known without an episode."""
 
+    def compressed_bytes(self) -> dict[str, int]:
+        """About how many bytes the compressed fields take, by name; without those that are not compressed."""
+        return {}
+
     def which_are_whole(self, windows: Windows) -> np.ndarray | None:
         """After reading, which windows may have been overwritten meanwhile, as `_read` returns."""
         return None

@@ -9,7 +9,7 @@ from buffers.utils import aligned, format_bytes
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
 
-__all__ = ["bytes_per_step", "counts_line", "fields_table"]
+__all__ = ["bytes_per_step", "compression_of", "counts_line", "fields_table", "stored_bytes"]
 
 
 def counts_line(source: EpisodeSource) -> str:
@@ -29,7 +29,7 @@ def fields_table(source: EpisodeSource) -> str:
     """A table of the fields, a line each: type, dtype, shape, bytes."""
     if source.fields is None:
         return "(no fields yet: the first episode decides)"
-    sizes = bytes_per_step(source)
+    sizes, compressed = bytes_per_step(source), source.compressed_bytes()
     rows = [("field", "type", "dtype", "shape", "bytes a step", "bytes stored")]
     for name, field in source.fields.items():
         stored = source.stored_type(field)
@@ -37,10 +37,28 @@ def fields_table(source: EpisodeSource) -> str:
         if stored.dtype != field.dtype:
             dtype += f" as {str(stored.dtype).removeprefix('torch.')}"
         num_bytes = format_bytes(sizes[name] * source.num_timesteps)
+        if name in compressed:
+            times = field.nbytes * source.num_timesteps / max(1, compressed[name])
+            num_bytes = f"{format_bytes(compressed[name])}, {times:.1f} times smaller"
         rows.append((name, type(field).__name__, dtype, str(field.shape), f"{sizes[name]:,}", num_bytes))
     total = sum(sizes.values())
-    rows.append(("total", "", "", "", f"{total:,}", format_bytes(total * source.num_timesteps)))
+    rows.append(("total", "", "", "", f"{total:,}", format_bytes(stored_bytes(source))))
     return "\n".join(aligned(rows))
+
+
+def compression_of(source: EpisodeSource) -> dict[str, float]:
+    """What `ReplayBuffer.stats` says of compressed fields; {} if there are none."""
+    compressed, fields = source.compressed_bytes(), source.fields or {}
+    if not compressed:
+        return {}
+    size, raw = sum(compressed.values()), sum(fields[name].nbytes for name in compressed) * source.num_timesteps
+    return {"compressed_bytes": size, "compression_ratio": raw / max(1, size)}
+
+
+def stored_bytes(source: EpisodeSource) -> int:
+    """The bytes of all stored steps."""
+    compressed, sizes = source.compressed_bytes(), bytes_per_step(source)
+    return sum(compressed.get(name, size * source.num_timesteps) for name, size in sizes.items())
 
 
 def bytes_per_step(source: EpisodeSource) -> dict[str, int]:

@@ -33,6 +33,8 @@ from buffers.utils import integer, one_of
 
 __all__ = ["IndividualFileDataset"]
 
+_NUM_SAMPLED = 16
+
 
 @final
 class IndividualFileDataset(WrittenDataset):
@@ -232,6 +234,18 @@ class IndividualFileDataset(WrittenDataset):
         for name, damage in lost.items():
             self._lose(name, damage)
         return ~np.isin(windows.episode, [name.id for name in lost]) if lost else None
+
+    def compressed_bytes(self) -> dict[str, int]:
+        """As `EpisodeReader.compressed_bytes`, by some of the files."""
+        rows = self.table.rows
+        sizes, num_steps = dict.fromkeys(self._fields or (), 0), 0
+        for row in rows[np.linspace(0, len(rows) - 1, min(_NUM_SAMPLED, len(rows))).astype(int)].tolist():
+            with contextlib.suppress(DamagedEpisodeError, FileNotFoundError):
+                name = str(self._directory.name_of(*row))
+                for field, blocks in self._directory.read(name, self.serialization_strategy.block_places).items():
+                    sizes[field] += blocks.num_bytes
+                num_steps += row[1]
+        return {field: size * self.num_timesteps // num_steps for field, size in sizes.items() if size}
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self.check_writable()

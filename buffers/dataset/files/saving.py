@@ -58,7 +58,11 @@ class LinkedDataset(EpisodeDataset):
 
     def describe_store(self) -> dict[str, Any]:
         """As `EpisodeDataset.describe_store`."""
-        own: dict[str, Any] = {"directory": self._directory.path, "suffix": self._directory.suffix, "durability": self.durability}
+        own: dict[str, Any] = {
+            "directory": self._directory.path,
+            "suffix": self._directory.suffix,
+            "durability": self.durability,
+        }
         if self.codecs:
             own["compress"] = {name: codec.name for name, codec in self.codecs.items()}
         return {**super().describe_store(), **own, "mode": self.mode}

@@ -256,6 +256,10 @@ class RingBufferDataset(SavedRing):
         is_whole = windows.first_steps >= oldest_step
         return None if is_whole.all() else is_whole
 
+    def compressed_bytes(self) -> dict[str, int]:
+        """As `EpisodeReader.compressed_bytes`; known in the process that made the ring."""
+        return {} if self._room is None or Process.number != self._writer else dict(self._room.field_bytes)
+
     def _find_oldest_step(self) -> int:
         """Rows of smaller step ids may be overwritten."""
         if self._published is None or Process.number == self._writer:

@@ -220,7 +220,8 @@ class _Loading:
             self._load_late()
         if (name := f"evictor{self._number}") in self._save.said:
             store.evictor.load_state_dict(self._save.state(name))
-        return told["is_linked"] == store.has_files and np.array_equal(store.table.rows, self._rows)
+        is_same = store.has_files or {n: codec.describe() for n, codec in store.codecs.items()} == self._codecs
+        return is_same and told["is_linked"] == store.has_files and np.array_equal(store.table.rows, self._rows)
 
     def _load_reader(self) -> bool:
         """Late values alone: rows are where they were, if the source has the same episodes."""
