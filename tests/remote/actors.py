@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from buffers import Recorder
 from buffers.dataset import EpisodeDataset, RingBufferDataset
 from buffers.remote import RemoteLoader, RemoteWriter, Shards
-from buffers.remote.on_ray import RayTransport
+from buffers.remote.on_ray import RayTransport, ShardActor
 from tests.logged_game import Game, Games
 from tests.remote.simulated import episode
 
@@ -20,12 +22,24 @@ def make_ring(number: int) -> EpisodeDataset:
     return RingBufferDataset(capacity=50_000)
 
 
-def process_of(shards: Shards, number: int) -> int:
-    """The process id of a shard."""
+def ask(shards: Shards, number: int, function: Callable[[ShardActor], Any]) -> Any:
+    """What a function returns in the process of a shard."""
     import ray
 
     assert isinstance(shards.transport, RayTransport)
-    return ray.get(shards.transport.handles[number].__ray_call__.remote(lambda _: os.getpid()), timeout=120)
+    return ray.get(shards.transport.handles[number].__ray_call__.remote(function), timeout=120)
+
+
+def process_of(shards: Shards, number: int) -> int:
+    """The process id of a shard."""
+    found: int = ask(shards, number, lambda _: os.getpid())
+    return found
+
+
+def with_a_child(shard: ShardActor) -> int:
+    """Start a process that has the lock of the shard as well; its id."""
+    assert shard._held is not None
+    return subprocess.Popen(["sleep", "600"], pass_fds=[shard._held.number], start_new_session=True).pid
 
 
 def stored(shards: Shards) -> list[list[dict[str, np.ndarray]]]:

@@ -13,9 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffers.remote import RemoteLoader, RemoteWriter, Shards, start_shards
+from buffers.remote import RemoteLoader, RemoteWriter, Shards, on_ray, start_shards
 from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
-from tests.remote.actors import Learning, Writing, make_ring, process_of, record, stored
+from tests.remote.actors import (
+    Learning,
+    Writing,
+    ask,
+    make_ring,
+    process_of,
+    record,
+    stored,
+    with_a_child,
+)
 from tests.remote.simulated import episode, number_of
 
 ray = pytest.importorskip("ray")
@@ -232,6 +241,24 @@ def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: P
         *range(300_000, ends[2]),
     ]
     assert len(ray.get(learners[0].take.remote(50), timeout=240)) == 50
+    shards.close()
+
+
+@pytest.mark.slow
+def test_a_shard_that_starts_again_waits_until_the_one_before_has_ended(cluster: None, tmp_path: Path) -> None:
+    shards = start_shards(1, make_ring, directory=tmp_path, num_cpus=0)
+    with RemoteWriter(shards, num_envs=1) as writer:
+        writer.add_episode(episode(1))
+        writer.wait_until_saved()
+    process, child = process_of(shards, 0), ask(shards, 0, with_a_child)
+    try:
+        os.kill(process, signal.SIGKILL)
+        time.sleep(on_ray._SECONDS_TO_END + 15.0)
+        assert shards.stats(1.0)["num_shards"] == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+    wait_until_back(shards)
+    assert numbers(shards, 0) == [1]
     shards.close()
 
 
