@@ -89,6 +89,47 @@ class Learning:
         return [int(next(self.loader)["source"][0]) for _ in range(num)]
 
 
+class AddingByALimiter:
+    """Adds episodes of 10 steps as the limiter lets it; how many steps it has added."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.writer, self.added = RemoteWriter(shards, num_envs=1, deadline=60.0), 0
+
+    def add(self, num_steps: int, is_patient: bool = True) -> int:
+        """Add so many steps at most; if it is not patient, only until it may not."""
+        end = self.added + num_steps
+        while self.added < end:
+            if self.writer.may_add:
+                self.writer.add_episode({"row": np.arange(10)})
+                self.added += 10
+                # It has news of the shard, then.
+                self.writer.wait_until_stored()
+            elif not is_patient:
+                break
+            else:
+                time.sleep(0.01)
+        return self.added
+
+
+class DrawingByALimiter:
+    """Draws batches of 8 x 5 steps as the limiter lets it; how many steps it has drawn."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.loader, self.drawn = RemoteLoader(shards, 8, 5, deadline=60.0), 0
+
+    def draw(self, until: str) -> int:
+        """Draw what is due, until there is a file and nothing is due."""
+        while True:
+            num = self.loader.num_batches_due
+            if num:
+                next(self.loader)
+                self.drawn += 40
+            elif os.path.exists(until):
+                return self.drawn
+            else:
+                time.sleep(0.01)
+
+
 def record(shards: Shards, num_steps: int, first_env: int) -> list[list[dict[str, list[Any]]]]:
     """Record two games that step together, in a task of Ray's; the logs of the environments."""
     games = Games(2, "next_step")

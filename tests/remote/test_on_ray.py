@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from buffers import SamplesPerInsert
 from buffers.remote import RemoteLoader, RemoteWriter, Shards, on_ray, start_shards
 from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
 from tests.remote.actors import (
+    AddingByALimiter,
+    DrawingByALimiter,
     Learning,
     Writing,
     ask,
@@ -259,6 +262,30 @@ def test_a_shard_that_starts_again_waits_until_the_one_before_has_ended(cluster:
         os.kill(child, signal.SIGKILL)
     wait_until_back(shards)
     assert numbers(shards, 0) == [1]
+    shards.close()
+
+
+@pytest.mark.slow
+def test_a_limiter_keeps_the_ratio_over_all_processes(cluster: None, tmp_path: Path) -> None:
+    limiter = SamplesPerInsert(ratio=4, tolerance=400, min_steps=100)
+    shards = start_shards(2, make_ring, limiter=limiter, num_cpus=0)
+    writers = [ray.remote(AddingByALimiter).options(num_cpus=0).remote(shards) for _ in range(2)]
+    learners = [ray.remote(DrawingByALimiter).options(num_cpus=0).remote(shards) for _ in range(2)]
+    # Of others, nobody knows an episode on its way and one in each shard, or batches under way and as many answers.
+    unknown_added, unknown_drawn = 2 * 3 * 10, 2 * 6 * 40
+    stop = tmp_path / "stop"
+
+    def add(is_patient: bool) -> int:
+        return sum(ray.get([writer.add.remote(2_000, is_patient) for writer in writers], timeout=500))
+
+    draws = [learner.draw.remote(str(stop)) for learner in learners]
+    added = add(is_patient=True)
+    stop.touch()
+    drawn = sum(ray.get(draws, timeout=500))
+    assert added == 4_000 and -400 - unknown_drawn <= 4 * (added - 100) - drawn <= 400 + 4 * unknown_added
+    # Learners that draw nothing hold the writers up.
+    added = add(is_patient=False)
+    assert added > 4_000 and 4 * (added - 100) - drawn <= 400 + 4 * unknown_added
     shards.close()
 
 
