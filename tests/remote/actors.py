@@ -22,6 +22,17 @@ def make_ring(number: int) -> EpisodeDataset:
     return RingBufferDataset(capacity=50_000)
 
 
+def shared_ring(name: str) -> Callable[[int], EpisodeDataset]:
+    """Makes rings that other processes of the machine attach to."""
+
+    def make(number: int) -> EpisodeDataset:
+        ring = RingBufferDataset(capacity=50_000)
+        ring.share(f"{name}-{number}")
+        return ring
+
+    return make
+
+
 def ask(shards: Shards, number: int, function: Callable[[ShardActor], Any]) -> Any:
     """What a function returns in the process of a shard."""
     import ray

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from buffers import SamplesPerInsert
+from buffers.dataset import RingBufferDataset
 from buffers.remote import RemoteLoader, RemoteWriter, Shards, on_ray, start_shards
 from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
 from tests.remote.actors import (
@@ -25,6 +26,7 @@ from tests.remote.actors import (
     make_ring,
     process_of,
     record,
+    shared_ring,
     stored,
     with_a_child,
 )
@@ -286,6 +288,35 @@ def test_a_limiter_keeps_the_ratio_over_all_processes(cluster: None, tmp_path: P
     # Learners that draw nothing hold the writers up.
     added = add(is_patient=False)
     assert added > 4_000 and 4 * (added - 100) - drawn <= 400 + 4 * unknown_added
+    shards.close()
+
+
+def test_a_learner_of_the_same_machine_attaches_to_the_ring_of_a_shard(cluster: None, tmp_path: Path) -> None:
+    name = f"test-{os.getpid()}"
+    shards = start_shards(1, shared_ring(name), directory=tmp_path, num_cpus=0)
+    writer = RemoteWriter(shards, num_envs=1)
+    for number in range(20):
+        writer.add_episode(episode(number))
+    writer.wait_until_saved()
+    ring = RingBufferDataset.attach(f"{name}-0")
+    batches = iter(ring.get_loader(64, 1, seed=0))
+    assert {number for _ in range(20) for number in next(batches)["number"].flatten().tolist()} == {*range(20)}
+    for number in range(20, 40):
+        writer.add_episode(episode(number))
+    writer.wait_until_stored()
+    assert {number for _ in range(40) for number in next(batches)["number"].flatten().tolist()} == {*range(40)}
+    os.kill(process_of(shards, 0), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=f"which shared a ring as `{name}-0`, has ended or has given the ring up"):
+        while True:
+            next(batches)
+    wait_until_back(shards)
+    writer.wait_until_saved()
+    ring = RingBufferDataset.attach(f"{name}-0")
+    assert sorted(int(rows["number"][0]) for rows in ring.episodes()) == list(range(40))
+    local, remote = ring.get_loader(8, 1, seed=1), RemoteLoader(shards, 8, 1, seed=1)
+    for one, other, _ in zip(local, remote, range(5), strict=False):
+        assert (one["number"] == other["number"]).all()
+    writer.close()
     shards.close()
 
 
