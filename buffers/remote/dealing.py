@@ -14,10 +14,18 @@ class Dealer:
     for the chairman assignment problem: of the shards that are owed enough, the one that would be owed a whole batch
     first.) Shares may change from batch to batch: then it is owed their sum. When shards come or go, what they are owed
     is forgotten, and it begins anew.
+
+    Args:
+        owed: To go on where another dealer stood, what it owed each shard.
     """
 
-    def __init__(self) -> None:
-        self._owed: dict[int, float] = {}
+    def __init__(self, owed: Mapping[int, float] | None = None) -> None:
+        self._owed = dict(owed or {})
+
+    @property
+    def owed(self) -> dict[int, float]:
+        """What each shard is owed, in batches; negative if it has had more than its share."""
+        return dict(self._owed)
 
     def next(self, weights: Mapping[int, float]) -> int:
         """The shard of the next batch, by weights of at least one shard, more than 0."""

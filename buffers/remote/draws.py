@@ -12,7 +12,8 @@ hangs has its batches given to the others, and no further ones until it answers.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from buffers.remote.dealing import Dealer
@@ -53,6 +54,9 @@ class Draws:
         deadline: Seconds after which a shard that has not answered is given no batch.
         num_in_flight: Batches that are asked for, or wait to be taken.
         position: The first batch.
+        owed: What the shards were owed before it, if another learner has drawn those before: `deal`.
+        first: The batch at position p is number `first + p * stride` of the stream that the ranks of a job share.
+        stride: The number of ranks.
     """
 
     def __init__(
@@ -63,12 +67,19 @@ class Draws:
         deadline: float = 10.0,
         num_in_flight: int = 3,
         position: int = 0,
+        owed: Mapping[int, float] | None = None,
+        first: int = 0,
+        stride: int = 1,
     ) -> None:
         self._transport, self._request, self._told = transport, request, told
         self._most, self.position, self._next = num_in_flight, position, position
         self._sides = [_Side(ShardCalls(transport, n, deadline)) for n in range(transport.num_shards)]
-        self._dealer = Dealer()
-        # By number of the batch, the shard that was asked last; and the numbers that are to be asked again.
+        self._dealer, self._first, self._stride = Dealer(owed), first, stride
+        # The name by which shards know what to draw. Another one has another, so calls of both cannot be mixed up.
+        self._name = secrets.token_hex(8)
+        # By position, what the shards were owed before the batch was dealt; for those that were not taken yet.
+        self._owed: dict[int, dict[int, float]] = {}
+        # By position, the shard that was asked last; and the positions that are to be asked again.
         self._asked: dict[int, int] = {}
         self._again: list[int] = []
         self._ready: dict[int, Delivery] = {}
@@ -94,7 +105,9 @@ class Draws:
     def take(self) -> Delivery | None:
         """The next batch, None if it is not here yet."""
         found = self._ready.pop(self.position, None)
-        self.position += found is not None
+        if found is not None:
+            del self._owed[self.position]
+            self.position += 1
         return found
 
     def _take(self, side: _Side, answer: Answer) -> None:
@@ -138,12 +151,14 @@ class Draws:
                 return
             n = heapq.heappop(self._again) if self._again else self._next
             self._next = max(self._next, n + 1)
+            self._owed[n] = self._dealer.owed
             shard = self._dealer.next(weights)
             self._asked[n] = shard
             self._ask(self._sides[shard], n)
 
     def _ask(self, side: _Side, n: int | None) -> None:
-        side.calls.ask(n, "draw", self._told(), None if side.is_told else self._request, n)
+        number = None if n is None else self._first + n * self._stride
+        side.calls.ask(n, "draw", self._told(), self._name, None if side.is_told else self._request, number)
 
     def _look_if_due(self, side: _Side) -> None:
         """Ask a shard that is given no batch how it is."""
@@ -158,6 +173,11 @@ class Draws:
             self._ask(side, None)
 
     # What there is.
+
+    @property
+    def deal(self) -> dict[int, float]:
+        """What the shards were owed before the batch at `position` was dealt, however many were asked for since."""
+        return self._owed.get(self.position, self._dealer.owed)
 
     @property
     def pending(self) -> list[Any]:

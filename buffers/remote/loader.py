@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from buffers.conversion import as_array
 from buffers.late import PRIORITY
+from buffers.loading.ranks import this_rank
 from buffers.remote.draws import Delivery, Draws
 from buffers.remote.limits import Balance, Limits, balance_of
 from buffers.remote.memory import BatchMemory
@@ -46,7 +47,8 @@ class RemoteLoader:
     batch are of one shard. (A `PrioritizedSampler` draws by priorities within a shard, and its weights are those of the
     shard; shares follow numbers of windows, not sums of priorities.) A shard without a window has no share. A shard
     that dies or hangs loses its share to the others, in proportion, until it answers again; no share is made up for.
-    While the shards stay the same and answer in time, the batches are a function of the seed alone.
+    While the shards stay the same and answer in time, the batches are a function of the seed alone, and a loader that
+    was resumed (`state_dict`) gives those that had come next.
 
     Batches are delivered in order, in memory of the learner's own, which is used again once no tensor of a batch is
     left. Step ids (`index`) are numbers to be handed back to `update`: they are of one life of one shard, so a shard
@@ -62,7 +64,7 @@ class RemoteLoader:
         timeout: Seconds that `next` waits for a batch.
         **options: As for `EpisodeSource.get_loader`: `sampler`, `transform`, which shards apply, `include`, in which
             "source" is int64 `(B,)`, the number of the shard, `seed`, `pad_before`, `pad_after`, `pad`, `offsets`,
-            `pack`, `split`, `rank`, `world_size`.
+            `pack`, `split`, `rank`, `world_size`, which with a seed are by default those of `torch.distributed`.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -102,15 +104,27 @@ class RemoteLoader:
                 "The limiter counts the B x T steps of a batch, but whole episodes (`sequence_length=None`) have no "
                 "fixed T: give a `sequence_length`, or `pack`."
             )
-        request = Request(self._batch_size, sequence_length, {**options, "include": include, "seed": self.seed})
+        ranks = options.get("rank"), options.get("world_size")
+        self._rank, self._world_size = this_rank(*ranks, are_shared_out=seed is not None)
+        # Shards are told the number that a batch has in the stream of all ranks.
+        sent = {**options, "include": include, "rank": 0, "world_size": 1}
+        self._request = Request(self._batch_size, sequence_length, sent)
         self._name, self._num_drawn = secrets.token_hex(8), 0
-        num_in_flight = integer("num_in_flight", num_in_flight, 1)
-        self._draws = Draws(shards.transport, request, self._told, self._deadline, num_in_flight)
-        self._draws.is_listening = shards.limits is not None
+        self._num_in_flight = integer("num_in_flight", num_in_flight, 1)
         self._updates = Updates(shards.transport, self._deadline)
         self._memory = BatchMemory()
         self._named: set[int] = set()
         self._is_closed = False
+        self._begin(0, {}, 0)
+
+    def _begin(self, position: int, owed: Mapping[int, float], offset: int) -> None:
+        """Ask for batches from a position on; the others are as for `SequenceStream` and `Dealer`."""
+        self._offset = offset
+        request = self._request._replace(options={**self._request.options, "seed": self.seed})
+        numbers = offset + self._rank, self._world_size
+        transport, asked_ahead = self._shards.transport, self._num_in_flight
+        self._draws = Draws(transport, request, self._told, self._deadline, asked_ahead, position, owed, *numbers)
+        self._draws.is_listening = self._shards.limits is not None
         self._meet()
 
     def _told(self) -> Told:
@@ -231,6 +245,46 @@ class RemoteLoader:
         self._check_open()
         self._advance(0.0)
         return bool(self._draws.weights)
+
+    # Resuming.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What another loader needs to go on with the next batch: numbers, strings and lists.
+
+        `seed`, and `position`, the number of batches delivered; `deal`, what each shard was owed then; with a limiter,
+        it knows the `learner` by name, and that it has drawn `num_drawn` steps. `rank`, `world_size` and `offset` say
+        which batches of one stream these were, where several ranks have shared them out.
+        """
+        deal = [[shard, owed] for shard, owed in self._draws.deal.items()]
+        state = {"seed": self.seed, "position": self.position, "deal": deal}
+        state |= {"learner": self._name, "num_drawn": self._num_drawn}
+        if self._world_size > 1 or self._offset:
+            state |= {"rank": self._rank, "world_size": self._world_size, "offset": self._offset}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader stood, made with the same arguments; batches that were under way are drawn again.
+
+        There may have been another number of ranks, all at this position, and another number of shards. A limiter takes
+        the loader for that learner, if it is of the same rank, so they must not both go on.
+
+        Raises:
+            ValueError: The state is not one of such a loader. Nothing has changed.
+            RuntimeError: No shard answers within the deadline.
+        """
+        names = ["deal", "learner", "num_drawn", "position", "seed"]
+        if not state.keys() >= {*names}:
+            raise ValueError(
+                f"The state of this loader has {names}, as `state_dict()` gives them, found {sorted(state)}."
+            )
+        seed, position, num_drawn = (integer(name, state[name], 0) for name in ("seed", "position", "num_drawn"))
+        owed = {integer("deal", shard, 0): number("deal", value, -math.inf) for shard, value in state["deal"]}
+        rank, world_size = this_rank(state.get("rank", 0), state.get("world_size", 1), False)
+        offset = integer("offset", state.get("offset", 0), -position * world_size)
+        self.seed = seed
+        if rank == self._rank:
+            self._name, self._num_drawn = state["learner"], num_drawn
+        self._begin(position, owed, offset + position * (world_size - self._world_size))
 
     # Late fields.
 

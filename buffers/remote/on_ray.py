@@ -7,6 +7,7 @@ What Ray 2.60 does, and what follows from it here:
     a process that hangs raises nothing                      deadlines above; no `ray.get` without a timeout
     received arrays are shared memory, read-only             learners copy, see `wire.from_wire`
     `max_restarts=-1` runs `__init__` again                  a shard goes on from its last save there
+    an error in `__init__` ends the actor for good           after a restart, it rather waits: `_hold`
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ __all__ = ["RayTransport", "start_shards"]
 #: Fetching an answer that is ready, from another machine perhaps.
 _SECONDS_TO_FETCH = 10.0
 _MOST_IDLE = 0.02
-#: One that was killed may take a while to end.
-_SECONDS_TO_END = 10.0
+#: One that was killed may take a while to end, which a shard that Ray starts again waits for much longer: it is the one
+#: before it that has the directory, not another run.
+_SECONDS_TO_END, _SECONDS_TO_END_BEFORE_A_RESTART = 10.0, 600.0
 _OURS = {"max_restarts": -1, "max_task_retries": 0}
 
 
@@ -50,7 +52,8 @@ def _hold(directory: str) -> Descriptor:
     """Keep others from the saves of a shard until its process ends; RuntimeError if another one has them."""
     os.makedirs(os.path.dirname(directory), exist_ok=True)
     held = Descriptor(os.open(f"{directory}.lock", os.O_RDWR | os.O_CREAT | NO_SURPRISES, 0o666))
-    end = time.monotonic() + _SECONDS_TO_END
+    is_restart = _ray().get_runtime_context().was_current_actor_reconstructed
+    end = time.monotonic() + (_SECONDS_TO_END_BEFORE_A_RESTART if is_restart else _SECONDS_TO_END)
     while True:
         try:
             fcntl.flock(held.number, fcntl.LOCK_EX | fcntl.LOCK_NB)

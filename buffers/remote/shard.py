@@ -152,22 +152,22 @@ class Shard:
 
     # Batches out.
 
-    def draw(self, told: Told, request: Request | None, n: int | None) -> Drawn:
-        """Batch n of a loader; with None, only how many windows there are.
+    def draw(self, told: Told, name: str, request: Request | None, n: int | None) -> Drawn:
+        """Batch n of what is known by a name; with None, only how many windows there are.
 
-        Asked again, it draws again, by the same random numbers. `request` makes the loader known.
+        Asked again, it draws again, by the same random numbers. `request` makes the name known.
         """
         self._ledger.loaders[told.loader] = told
-        if request is not None and told.loader not in self._streams:
+        if request is not None and name not in self._streams:
             loader = self.dataset.get_loader(request.batch_size, request.sequence_length, **request.options)
             loader.stream.assemble = partial(_assembled, loader.stream.assemble, self.life)
-            self._streams[told.loader] = loader.stream
+            self._streams[name] = loader.stream
             if len(self._streams) > _MOST_LOADERS:
                 self._streams.popitem(last=False)
-        stream = self._streams.get(told.loader)
+        stream = self._streams.get(name)
         if stream is None:
             return Drawn(False, 0, None, self._news())
-        self._streams.move_to_end(told.loader)
+        self._streams.move_to_end(name)
         self._save_if_due(False)
         dataset, sampler = self.dataset, stream.drawer.samplers[0]
         num_windows = dataset.num_to_draw(stream.sequence_length, stream.selection, sampler)

@@ -77,7 +77,7 @@ class Told(NamedTuple):
     """What a learner tells of itself.
 
     Attributes:
-        loader: Its name.
+        loader: Its name, which it keeps when it is resumed.
         num_drawn: Steps of the batches that were delivered.
         batch_steps: Steps of one batch.
         can_draw: Whether some shard has a window for it.
@@ -132,7 +132,7 @@ class Drawn(NamedTuple):
     """The answer to a learner.
 
     Attributes:
-        is_known: Whether the shard knows the loader. If not, it was started anew, and has to be told.
+        is_known: Whether the shard knows the request. If not, it was started anew, and has to be told.
         num_windows: How many windows there are to draw.
         batch: By `to_wire`; None if none was asked for, or there is no window.
     """

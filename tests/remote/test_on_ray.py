@@ -13,9 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffers.remote import RemoteLoader, RemoteWriter, Shards, start_shards
+from buffers import SamplesPerInsert
+from buffers.dataset import RingBufferDataset
+from buffers.remote import RemoteLoader, RemoteWriter, Shards, on_ray, start_shards
 from buffers.sampler import MixedSampler, PrioritizedSampler, UniformSampler
-from tests.remote.actors import Learning, Writing, make_ring, process_of, record, stored
+from tests.remote.actors import (
+    AddingByALimiter,
+    DrawingByALimiter,
+    Learning,
+    Writing,
+    ask,
+    make_ring,
+    process_of,
+    record,
+    shared_ring,
+    stored,
+    with_a_child,
+)
 from tests.remote.simulated import episode, number_of
 
 ray = pytest.importorskip("ray")
@@ -232,6 +246,77 @@ def test_whoever_is_killed_or_stopped_again_and_again(cluster: None, tmp_path: P
         *range(300_000, ends[2]),
     ]
     assert len(ray.get(learners[0].take.remote(50), timeout=240)) == 50
+    shards.close()
+
+
+@pytest.mark.slow
+def test_a_shard_that_starts_again_waits_until_the_one_before_has_ended(cluster: None, tmp_path: Path) -> None:
+    shards = start_shards(1, make_ring, directory=tmp_path, num_cpus=0)
+    with RemoteWriter(shards, num_envs=1) as writer:
+        writer.add_episode(episode(1))
+        writer.wait_until_saved()
+    process, child = process_of(shards, 0), ask(shards, 0, with_a_child)
+    try:
+        os.kill(process, signal.SIGKILL)
+        time.sleep(on_ray._SECONDS_TO_END + 15.0)
+        assert shards.stats(1.0)["num_shards"] == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+    wait_until_back(shards)
+    assert numbers(shards, 0) == [1]
+    shards.close()
+
+
+@pytest.mark.slow
+def test_a_limiter_keeps_the_ratio_over_all_processes(cluster: None, tmp_path: Path) -> None:
+    limiter = SamplesPerInsert(ratio=4, tolerance=400, min_steps=100)
+    shards = start_shards(2, make_ring, limiter=limiter, num_cpus=0)
+    writers = [ray.remote(AddingByALimiter).options(num_cpus=0).remote(shards) for _ in range(2)]
+    learners = [ray.remote(DrawingByALimiter).options(num_cpus=0).remote(shards) for _ in range(2)]
+    # Of others, nobody knows an episode on its way and one in each shard, or batches under way and as many answers.
+    unknown_added, unknown_drawn = 2 * 3 * 10, 2 * 6 * 40
+    stop = tmp_path / "stop"
+
+    def add(is_patient: bool) -> int:
+        return sum(ray.get([writer.add.remote(2_000, is_patient) for writer in writers], timeout=500))
+
+    draws = [learner.draw.remote(str(stop)) for learner in learners]
+    added = add(is_patient=True)
+    stop.touch()
+    drawn = sum(ray.get(draws, timeout=500))
+    assert added == 4_000 and -400 - unknown_drawn <= 4 * (added - 100) - drawn <= 400 + 4 * unknown_added
+    # Learners that draw nothing hold the writers up.
+    added = add(is_patient=False)
+    assert added > 4_000 and 4 * (added - 100) - drawn <= 400 + 4 * unknown_added
+    shards.close()
+
+
+def test_a_learner_of_the_same_machine_attaches_to_the_ring_of_a_shard(cluster: None, tmp_path: Path) -> None:
+    name = f"test-{os.getpid()}"
+    shards = start_shards(1, shared_ring(name), directory=tmp_path, num_cpus=0)
+    writer = RemoteWriter(shards, num_envs=1)
+    for number in range(20):
+        writer.add_episode(episode(number))
+    writer.wait_until_saved()
+    ring = RingBufferDataset.attach(f"{name}-0")
+    batches = iter(ring.get_loader(64, 1, seed=0))
+    assert {number for _ in range(20) for number in next(batches)["number"].flatten().tolist()} == {*range(20)}
+    for number in range(20, 40):
+        writer.add_episode(episode(number))
+    writer.wait_until_stored()
+    assert {number for _ in range(40) for number in next(batches)["number"].flatten().tolist()} == {*range(40)}
+    os.kill(process_of(shards, 0), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=f"which shared a ring as `{name}-0`, has ended or has given the ring up"):
+        while True:
+            next(batches)
+    wait_until_back(shards)
+    writer.wait_until_saved()
+    ring = RingBufferDataset.attach(f"{name}-0")
+    assert sorted(int(rows["number"][0]) for rows in ring.episodes()) == list(range(40))
+    local, remote = ring.get_loader(8, 1, seed=1), RemoteLoader(shards, 8, 1, seed=1)
+    for one, other, _ in zip(local, remote, range(5), strict=False):
+        assert (one["number"] == other["number"]).all()
+    writer.close()
     shards.close()
 
 

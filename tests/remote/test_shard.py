@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,9 @@ def test_others_are_told_of_learners_and_forget_none(tmp_path: Path) -> None:
     shard.add(pack(0, 5))
     for number in range(20):
         told = Told(f"loader {number}", 10 * number, 4, True)
-        assert shard.draw(told, Request(4, 1, {}), 0).num_windows == 15
-    assert not shard.draw(Told("loader 0", 0, 4, True), None, 0).is_known  # As after a restart; it is told again.
+        assert shard.draw(told, told.loader, Request(4, 1, {}), 0).num_windows == 15
+    # As after a restart; it is told again.
+    assert not shard.draw(Told("loader 0", 0, 4, True), "loader 0", None, 0).is_known
     shard.save()
     news = Shard(0, make_ring, str(tmp_path)).add(pack(5, 5)).news
     assert len(news.loaders) == 20 and news.num_added == 15 and news.loaders["loader 7"].num_drawn == 70
@@ -130,12 +132,18 @@ def test_a_full_dataset_evicts_and_stores_on() -> None:
     assert numbers(shard)[-1] == 99 and shard.stats()["num_evicted"] > 90
 
 
-def test_two_processes_do_not_save_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "_SECONDS_TO_END", 0.2)
+@pytest.mark.parametrize(("is_restart", "seconds"), [(False, 10), (True, 600)])
+def test_two_processes_do_not_save_in_one_directory_and_a_restarted_one_waits_longer(
+    is_restart: bool, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, waits = SimpleNamespace(was_current_actor_reconstructed=is_restart), [0.0]
+    monkeypatch.setattr(on_ray, "_ray", lambda: SimpleNamespace(get_runtime_context=lambda: context))
+    monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append))
     first = on_ray.ShardActor(0, make_ring, str(tmp_path), 60.0)
     first.add(pack(0, 3))
     with pytest.raises(RuntimeError, match="shard-0000 belongs to a shard that runs: two runs at a time cannot save"):
         on_ray.ShardActor(0, make_ring, str(tmp_path), 60.0)
+    assert sum(waits) == pytest.approx(seconds, abs=0.2)
     first.save()
     del first
     assert numbers(on_ray.ShardActor(0, make_ring, str(tmp_path), 60.0)) == [0, 1, 2]
