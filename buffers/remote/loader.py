@@ -16,7 +16,7 @@ from buffers.late import PRIORITY
 from buffers.loading.ranks import this_rank
 from buffers.remote.draws import Delivery, Draws
 from buffers.remote.limits import Balance, Limits, balance_of
-from buffers.remote.memory import BatchMemory
+from buffers.remote.memory import ReusedMemory
 from buffers.remote.shards import Shards
 from buffers.remote.transport import warn_of_new
 from buffers.remote.updates import Updates
@@ -112,7 +112,7 @@ class RemoteLoader:
         self._name, self._num_drawn = secrets.token_hex(8), 0
         self._num_in_flight = integer("num_in_flight", num_in_flight, 1)
         self._updates = Updates(shards.transport, self._deadline)
-        self._memory = BatchMemory()
+        self._memory = ReusedMemory(most_free=4, most_ratio=2.0)
         self._named: set[int] = set()
         self._is_closed = False
         self._begin(0, {}, 0)
@@ -179,13 +179,11 @@ class RemoteLoader:
 
     def _deliver(self, delivery: Delivery) -> Any:
         # The shards go on while the batch is copied.
-        self._draws.advance()
+        self._draws.deal()
         if delivery.error is not None:
             raise delivery.error
         self._num_drawn += self._batch_steps or 0
-        self._memory.begin(sizes_on_wire(delivery.batch))
-        batch = from_wire(delivery.batch, self._memory.new_tensor)
-        self._memory.end()
+        batch = from_wire(delivery.batch, self._memory.begin(sizes_on_wire(delivery.batch)))
         if self._has_source:
             if not isinstance(batch, dict):
                 raise TypeError(f"'source' of `include` needs a dict, but `transform` made a {type(batch).__name__}.")

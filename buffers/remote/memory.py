@@ -1,54 +1,60 @@
-"""Memory for the batches that a learner is given: used again once the last tensor of a batch is dropped."""
+"""Memory that is used again once nothing refers to what was made in it."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections import deque
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-import torch
 
-__all__ = ["BatchMemory"]
+__all__ = ["NewArray", "ReusedMemory"]
+
+#: An uninitialized array of a shape and dtype.
+NewArray = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
 _ALIGNMENT = 64
-_MOST_FREE = 4
 
 
-class BatchMemory:
-    """New memory costs a page fault for each of its pages, which is more than the copy itself.
+class ReusedMemory:
+    """Memory of batches, or of episodes. New memory costs a page fault a page, which is more than the copy itself.
 
-    A batch that is kept is never overwritten: its memory is used again when nothing refers to it any more.
+    What is kept is never overwritten: its memory is used again when nothing refers to it any more.
+
+    Args:
+        most_free: How many pieces of memory wait to be used again, at most.
+        most_ratio: Memory is used for what needs at least 1 / `most_ratio` of it.
     """
 
-    def __init__(self) -> None:
-        self._free: deque[np.ndarray] = deque(maxlen=_MOST_FREE)
-        self._memory, self._used = np.empty(0, np.uint8), 0
+    def __init__(self, most_free: int, most_ratio: float) -> None:
+        self._free: deque[np.ndarray] = deque(maxlen=most_free)
+        self._most_ratio = most_ratio
 
-    def begin(self, sizes: list[int]) -> None:
-        """Choose the memory of the next batch, whose tensors have so many bytes."""
-        num_bytes = sum(map(_aligned, sizes))
+    def begin(self, sizes: list[int]) -> NewArray:
+        """Choose memory for arrays of so many bytes, and return what makes them there, in this order."""
+        memory, used = self._take(sum(map(_aligned, sizes))), 0
+
+        def new_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            nonlocal used
+            num_bytes = math.prod(shape) * dtype.itemsize
+            part = memory[used : used + num_bytes]
+            used += _aligned(num_bytes)
+            return part.view(dtype).reshape(shape)
+
+        return new_array
+
+    def _take(self, num_bytes: int) -> np.ndarray:
         for _ in range(len(self._free)):
             base = self._free.popleft()
-            if num_bytes <= len(base) <= 2 * num_bytes + _ALIGNMENT:
+            if num_bytes <= len(base) <= self._most_ratio * num_bytes + _ALIGNMENT:
                 break
         else:
             base = np.empty(num_bytes + num_bytes // 8, np.uint8)
-        # A new array over it: it lives exactly as long as a tensor of the batch.
-        self._memory, self._used = np.frombuffer(base.data, np.uint8), 0
-        weakref.finalize(self._memory, self._free.append, base).atexit = False
-
-    def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-        """A tensor in the memory of the current batch."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        part = self._memory[self._used : self._used + num_bytes]
-        self._used += _aligned(num_bytes)
-        return torch.from_numpy(part).view(dtype).view(shape)
-
-    def end(self) -> None:
-        """Leave the memory to the batch."""
-        self._memory = np.empty(0, np.uint8)
+        # A new array over it: it lives exactly as long as an array that was made in it.
+        memory = np.frombuffer(base.data, np.uint8)
+        weakref.finalize(memory, self._free.append, base).atexit = False
+        return memory
 
 
 def _aligned(num_bytes: int) -> int:

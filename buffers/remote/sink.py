@@ -16,15 +16,18 @@ from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.verification import VerificationMode
 from buffers.fields import Fields
 from buffers.remote.limits import balance_of
+from buffers.remote.memory import ReusedMemory
 from buffers.remote.shards import Shards, ask_all
 from buffers.remote.transport import warn_of_new
 from buffers.remote.window import Kept, Window
-from buffers.remote.wire import num_bytes
+from buffers.remote.wire import copied, num_bytes
 from buffers.utils import format_bytes
 
 __all__ = ["RemoteSink"]
 
 _PAUSE = 0.05
+#: Bytes of an episode whose memory is used again: smaller ones get theirs from the allocator without page faults.
+_LARGE = 262_144
 
 
 class RemoteSink:
@@ -57,7 +60,10 @@ class RemoteSink:
         self._window = Window(self._transport, self.name, None, window_bytes, deadline, pack_bytes)
         self._window.is_listening = shards.limits is not None
         self._fields: Fields | None = None
-        self._lock, self._stop, self._has_thread = threading.Lock(), threading.Event(), has_thread
+        self._stop, self._has_thread = threading.Event(), has_thread
+        # Of the window; whoever changes it notifies those that wait for that.
+        self._lock = threading.Condition()
+        self._memory = ReusedMemory(most_free=128, most_ratio=1.25)
         self.num_added = 0
         # Shards of which a warning has told.
         self._named: set[int] = set()
@@ -131,7 +137,7 @@ class RemoteSink:
                 episode that was added before, which is said once. This episode was not taken.
         """
         self.check_writable()
-        rows = {name: np.array(values, order="C") for name, values in episode.items()}
+        rows = self._copy(episode)
         length = len(next(iter(rows.values())))
         kept = Kept(rows, length, cut, info, num_bytes(rows))
         end = self._transport.now() + self._deadline
@@ -143,16 +149,28 @@ class RemoteSink:
                 if self._window.has_room(kept.num_bytes):
                     self._window.put(kept)
                     self._window.send()
+                    self._lock.notify_all()
                     self.num_added += 1
                     return self.num_added - 1
-                self._window.advance()
-                pending, why = self._window.pending, self._window.why_full()
-            if self._transport.now() >= end:
-                raise RuntimeError(
-                    f"The writer's window of {format_bytes(self._window_bytes)} had no room for an episode within "
-                    f"{self._deadline:g} s: {why}. The episode was not taken."
-                )
-            self._transport.done(pending, _PAUSE)
+                if self._transport.now() >= end:
+                    raise RuntimeError(
+                        f"The writer's window of {format_bytes(self._window_bytes)} had no room for an episode within "
+                        f"{self._deadline:g} s: {self._window.why_full()}. The episode was not taken."
+                    )
+                self._rest()
+
+    def _copy(self, episode: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if num_bytes(episode) < _LARGE:
+            return {name: np.array(values, order="C") for name, values in episode.items()}
+        with self._lock:
+            new_array = self._memory.begin([values.nbytes for values in episode.values()])
+        return {name: copied(values, new_array) for name, values in episode.items()}
+
+    def _rest(self) -> None:
+        """Wait a moment for answers, and take them. Whoever calls holds the lock."""
+        # The thread takes them, if there is one: two that ask would do all of it twice.
+        if not (self._has_thread and self._lock.wait(_PAUSE)):
+            self._window.advance(0.0 if self._has_thread else _PAUSE)
 
     def _advance_without_thread(self) -> None:
         if not self._has_thread:
@@ -172,20 +190,19 @@ class RemoteSink:
     def wait(self, timeout: float, until_saved: bool) -> None:
         """Wait until all is stored, or saved; RuntimeError if it is not within the timeout."""
         end = self._transport.now() + timeout
-        while True:
-            with self._lock:
-                self._window.wants_save = until_saved
-                self._window.advance()
+        with self._lock:
+            self._window.wants_save = until_saved
+            self._window.advance()
+            while True:
                 self._raise_refusals()
                 left = self._window.num_unsaved if until_saved else self._window.num_unstored
-                pending, why = self._window.pending, self._window.why_full()
                 self._window.wants_save = until_saved and left > 0
-            if not left:
-                return
-            if self._transport.now() >= end:
-                what = "saved" if until_saved else "stored"
-                raise RuntimeError(f"{left} episodes were not {what} within {timeout:g} s: {why}. They are kept.")
-            self._transport.done(pending, _PAUSE)
+                if not left:
+                    return
+                if self._transport.now() >= end:
+                    what, why = "saved" if until_saved else "stored", self._window.why_full()
+                    raise RuntimeError(f"{left} episodes were not {what} within {timeout:g} s: {why}. They are kept.")
+                self._rest()
 
     def may_add(self, num_open_rows: int) -> bool:
         """Whether a step may be added on top of those in open episodes."""
@@ -218,10 +235,13 @@ class RemoteSink:
     def step(self) -> None:
         """What the thread does again and again: wait a moment for answers, take them, send what can be sent."""
         with self._lock:
+            if self._has_thread and not self._window.pending:
+                self._lock.wait(_PAUSE)
             pending = self._window.pending
-        self._transport.done(pending, _PAUSE)
+        done = self._transport.done(pending, _PAUSE if pending else 0.0)
         with self._lock:
-            self._window.advance()
+            self._window.go_on(done)
+            self._lock.notify_all()
 
     def close(self) -> None:
         """End the thread."""

@@ -126,7 +126,10 @@ class Window:
 
     def advance(self, seconds: float = 0.0) -> None:
         """Take the answers that have come, waiting up to so many seconds for the first, and send what can be sent."""
-        done = self._transport.done(self.pending, seconds)
+        self.go_on(self._transport.done(self.pending, seconds))
+
+    def go_on(self, done: set[Any]) -> None:
+        """As `advance`, where it is known which calls have an answer."""
         for lane in self._lanes:
             for answer in lane.calls.answers(done):
                 self._take(lane, answer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from buffers.conversion import as_array
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.verification import VerificationMode
 from buffers.fields import Fields
+from buffers.remote.memory import NewArray
 
 __all__ = [
     "Description",
@@ -22,6 +23,7 @@ __all__ = [
     "Receipt",
     "Request",
     "Told",
+    "copied",
     "from_wire",
     "num_bytes",
     "sizes_on_wire",
@@ -163,12 +165,12 @@ def _as_array(tensor: torch.Tensor) -> _Tensor:
     return _Tensor(np.ascontiguousarray(as_array("batch", plain)).reshape(plain.shape), tensor.dtype)
 
 
-def from_wire(batch: Any, new_tensor: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> Any:
+def from_wire(batch: Any, new_array: NewArray) -> Any:
     """A batch with tensors again, which are copies: what was received is read-only, and shared with others.
 
-    `new_tensor` gives memory for a shape and dtype.
+    `new_array` gives them memory.
     """
-    return tree_map_only(_Tensor, lambda leaf: _copied(leaf, new_tensor), batch)
+    return tree_map_only(_Tensor, lambda leaf: _copied(leaf, new_array), batch)
 
 
 def sizes_on_wire(batch: Any) -> list[int]:
@@ -176,11 +178,16 @@ def sizes_on_wire(batch: Any) -> list[int]:
     return [leaf.array.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, _Tensor)]
 
 
-def _copied(leaf: _Tensor, new_tensor: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> torch.Tensor:
-    tensor = new_tensor(leaf.array.shape, leaf.dtype)
-    plain = tensor.view(torch.int16) if leaf.dtype == torch.bfloat16 else tensor
-    np.copyto(plain.numpy(), leaf.array)
-    return tensor
+def _copied(leaf: _Tensor, new_array: NewArray) -> torch.Tensor:
+    tensor = torch.from_numpy(copied(leaf.array, new_array))
+    return tensor.view(torch.bfloat16) if leaf.dtype == torch.bfloat16 else tensor
+
+
+def copied(array: np.ndarray, new_array: NewArray) -> np.ndarray:
+    """A contiguous copy, in memory that `new_array` gives."""
+    copy = new_array(array.shape, array.dtype)
+    np.copyto(copy, array)
+    return copy
 
 
 def num_bytes(rows: Mapping[str, np.ndarray]) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +166,55 @@ def test_a_copy_of_the_caller_s_arrays_is_sent() -> None:
     rows["step"][:] = 99
     sink.wait(10.0, until_saved=False)
     assert world.numbers() == [[4]]
+
+
+class Prompt(Simulated):
+    """Answers at once, and takes calls of several threads, in real time."""
+
+    lock = threading.Lock()
+
+    def submit(self, shard: int, method: str, *arguments: Any) -> int:
+        with self.lock:
+            self.num_calls += 1
+            self.execute(self.num_calls, shard, method, arguments)
+            return self.num_calls
+
+    def done(self, calls: Collection[Any], seconds: float) -> set[Any]:
+        time.sleep(min(seconds, 0.001))
+        return {call for call in calls if call in self.results}
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+def test_a_thread_takes_the_answers_that_others_wait_for() -> None:
+    world = Prompt(2)
+    with RemoteWriter(handle(world), num_envs=1, window_bytes=2_000, pack_bytes=200) as writer:
+        for number in range(200):
+            writer.add_episode(episode(number))
+        writer.wait_until_stored()
+        assert sorted(n for shard in world.numbers() for n in shard) == list(range(200))
+
+
+def test_memory_of_large_episodes_is_used_again_once_nobody_keeps_them() -> None:
+    world = Simulated(1, make_dataset=lambda number: RingBufferDataset(200))
+    sink = made(world)
+    rows: dict[str, np.ndarray] = {"number": np.zeros((5, 8_192), np.int64), "step": np.zeros(5, np.int32)}
+    sink.settle_fields(Fields.from_episode(rows))
+    for first in (0, 6, 12):
+        world.stop(0)
+        for number in range(first, first + 6):
+            rows["number"][:], rows["step"][:] = number, range(5)
+            sink.add(rows)
+        rows["number"][:] = -1
+        world.go_on(0)
+        sink.wait(10.0, until_saved=False)
+        assert len(sink._memory._free) == 6
+    shard = world.shards[0]
+    assert shard is not None
+    for number, stored in enumerate(shard.episodes()):
+        assert (stored["number"] == number).all() and (stored["step"] == range(5)).all()
+    assert number == 17
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
