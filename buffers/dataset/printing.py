@@ -48,8 +48,8 @@ def fields_table(source: EpisodeSource) -> str:
 
 def compression_of(source: EpisodeSource) -> dict[str, float]:
     """What `ReplayBuffer.stats` says of compressed fields; {} if there are none."""
-    compressed, fields = source.compressed_bytes(), source.fields or {}
-    if not compressed:
+    compressed, fields = source.compressed_bytes(), source.fields
+    if not compressed or fields is None:
         return {}
     size, raw = sum(compressed.values()), sum(fields[name].nbytes for name in compressed) * source.num_timesteps
     return {"compressed_bytes": size, "compression_ratio": raw / max(1, size)}

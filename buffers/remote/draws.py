@@ -98,7 +98,7 @@ class Draws:
             if not side.calls.is_well:
                 for n in [n for n, shard in self._asked.items() if shard == side.calls.shard]:
                     self._withdraw(n)
-        self.deal()
+        self.ask_ahead()
         for side in self._sides:
             self._look_if_due(side)
 
@@ -141,7 +141,7 @@ class Draws:
         del self._asked[n]
         heapq.heappush(self._again, n)
 
-    def deal(self) -> None:
+    def ask_ahead(self) -> None:
         """Ask for what is missing, without a look at answers, which takes longer than all else here."""
         # The first to answer would have more than its share.
         if not all(side.is_heard or not side.calls.is_well for side in self._sides):

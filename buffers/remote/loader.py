@@ -179,7 +179,7 @@ class RemoteLoader:
 
     def _deliver(self, delivery: Delivery) -> Any:
         # The shards go on while the batch is copied.
-        self._draws.deal()
+        self._draws.ask_ahead()
         if delivery.error is not None:
             raise delivery.error
         self._num_drawn += self._batch_steps or 0

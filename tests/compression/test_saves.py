@@ -106,7 +106,7 @@ def test_a_buffer_resumes_with_open_episodes(tmp_path) -> None:
         for buffer in buffers:
             buffer.add_step(*step)
     buffers[1].save(tmp_path)
-    resumed = ReplayBuffer.load(tmp_path, RingBufferDataset(1_000, compress=ALL), 8, 4, num_envs=2, seed=0)
+    resumed = ReplayBuffer.load(tmp_path, RingBufferDataset(1_000, compress=ALL), batch_size=8, sequence_length=4)
     for step in steps[110:]:
         for buffer in (buffers[0], resumed):
             buffer.add_step(*step)
