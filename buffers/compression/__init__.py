@@ -1,6 +1,6 @@
 """Compression: rows of chosen fields in blocks of consecutive rows, each compressed alone."""
 
-from buffers.compression.blocks import CompressedEpisode, num_blocks, whole_blocks
+from buffers.compression.blocks import CompressedEpisode, decoded_rows, num_blocks, whole_blocks
 from buffers.compression.choice import Compress, checked_choice, chosen_codecs
 from buffers.compression.codecs import CODECS, Codec, DamagedBlockError, codec_as
 from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
@@ -22,6 +22,7 @@ __all__ = [
     "chosen_codecs",
     "codec_as",
     "decode_runs",
+    "decoded_rows",
     "num_blocks",
     "rows_in",
     "runs_of",

@@ -8,13 +8,13 @@ So row t is in block t // k, and a window of T rows needs at most T / k + 2 bloc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from buffers.compression.codecs import Codec
 
-__all__ = ["CompressedEpisode", "num_blocks", "whole_blocks"]
+__all__ = ["CompressedEpisode", "decoded_rows", "num_blocks", "whole_blocks"]
 
 
 class CompressedEpisode(dict[str, np.ndarray]):
@@ -47,3 +47,12 @@ def whole_blocks(codec: Codec, name: str, episode: Mapping[str, np.ndarray]) -> 
     for first in range(len(blocks) * num, len(rows), num):
         blocks.append(codec.encode(rows[first : first + num]))
     return blocks
+
+
+def decoded_rows(codec: Codec, blocks: Iterable[bytes | memoryview], length: int) -> np.ndarray:
+    """The rows of an episode, `(length, *shape)`, from all its blocks; DamagedBlockError if one is not theirs."""
+    memory, size, begin = np.empty(length * codec.kind.nbytes, np.uint8), codec.rows_per_block * codec.kind.nbytes, 0
+    for block in blocks:
+        codec.decode(memoryview(block), memory[begin : begin + size])
+        begin += size
+    return memory.view(codec.kind.numpy_dtype).reshape(length, *codec.kind.shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,13 @@ import torch
 from buffers.fields import TensorType
 from buffers.utils import how_to_install
 
-__all__ = ["CODECS", "Codec", "DamagedBlockError", "codec_as", "scratch_rows"]
+__all__ = ["CODECS", "Codec", "DamagedBlockError", "codec_as", "scratch"]
 
 # Bytes of a row.
 _SMALL, _LARGE = 1 << 13, 1 << 16
 _JPEG_QUALITY = 95
+# Bytes of the size that a block of LZ4 begins with.
+_SIZE = 4
 
 
 class DamagedBlockError(Exception):
@@ -67,32 +69,33 @@ class Codec(ABC):
 
     def encode(self, rows: np.ndarray) -> bytes:
         """A block of rows `(n, *shape)`."""
-        rows = np.ascontiguousarray(rows)
-        block = self._encode(_as_bytes(rows))
-        return bytes(block) if len(block) <= rows.nbytes - rows.nbytes // 8 - 1 else rows.tobytes()
+        memory = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        block = self._encode(memory)
+        return bytes(block) if _is_worth_it(block, memory) else memory.tobytes()
 
     def decode(self, block: memoryview, out: np.ndarray) -> None:
-        """Fill contiguous rows `(n, *shape)` from their block; DamagedBlockError if it is not one of theirs."""
-        if len(block) == out.nbytes:
-            out.reshape(-1).view(np.uint8)[:] = block
+        """Fill the memory of rows, uint8 `(n,)`, from their block; DamagedBlockError if it is not one of theirs."""
+        if len(block) == len(out):
+            out[:] = block
             return
         try:
-            num_bytes = self._decode(block, _as_bytes(out))
+            num_bytes = self._decode(block, out)
         except MemoryError:
             raise
         except Exception as error:
             raise DamagedBlockError(
                 f"has a block of {len(block)} bytes that {self.name} cannot read: {error}"
             ) from None
-        if num_bytes != out.nbytes:
-            raise DamagedBlockError(f"has a block of {num_bytes} bytes of rows, expected {out.nbytes}")
+        if num_bytes != len(out):
+            raise DamagedBlockError(f"has a block of {num_bytes} bytes of rows, expected {len(out)}")
 
 
 class Lz4(Codec):
     """LZ4: decompresses about as fast as memory is copied.
 
     It takes a byte for each 255 of a long match, so where rows are alike, its output is mostly these bytes, and LZ4 of
-    that output is up to three times smaller. A block is compressed twice, the second time with the size of the first.
+    that output is up to three times smaller. Where that helps, a block is compressed twice. It begins with the size of
+    the first output, as 4 bytes, or with 0 if there was no second time.
     """
 
     name = "lz4"
@@ -102,15 +105,25 @@ class Lz4(Codec):
         # Of about 100 kB, but of rows enough to find what they share.
         self.rows_per_block = 16 if kind.nbytes <= _SMALL else 8 if kind.nbytes <= _LARGE else 4
         self._lz4 = _library("cramjam").lz4
+        self._decompress = self._lz4.decompress_block_into
 
     def _encode(self, rows: np.ndarray) -> Any:
-        return self._lz4.compress_block(self._lz4.compress_block(rows, store_size=False), store_size=True)
+        once = self._lz4.compress_block(rows, store_size=False)
+        twice = self._lz4.compress_block(once, store_size=False)
+        size = len(once) if _is_worth_it(twice, once) else 0
+        return size.to_bytes(_SIZE, "little") + bytes(twice if size else once)
 
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
         # Without `output_len`, cramjam takes the first four bytes of a block for its size.
-        inner = scratch(int.from_bytes(block[:4], "little"), "inner", out.nbytes + out.nbytes // 128 + 64)
-        num_bytes = self._lz4.decompress_block_into(block[4:], inner, output_len=len(inner))
-        return self._lz4.decompress_block_into(inner[:num_bytes], out, output_len=len(out))
+        size, rest = int.from_bytes(block[:_SIZE], "little"), block[_SIZE:]
+        if size:
+            if size >= len(out):
+                return None
+            once = scratch(size, "once")
+            if self._decompress(rest, once, output_len=size) != size:
+                return None
+            rest = once.data
+        return self._decompress(rest, out, output_len=len(out))
 
 
 class Zstd(Codec):
@@ -177,26 +190,18 @@ def _library(name: str) -> Any:
         raise ImportError(f"`compress` needs {name} ({error}): {how_to_install('compress')}.") from None
 
 
-def _as_bytes(rows: np.ndarray) -> np.ndarray:
-    return rows.reshape(-1).view(np.uint8)
+def _is_worth_it(block: Sized, rows: Sized) -> bool:
+    return len(block) < len(rows) - len(rows) // 8
 
 
 _own = threading.local()
 
 
-def scratch(num_bytes: int, name: str, most: int) -> np.ndarray:
-    """Memory of this thread's own, uint8 `(num_bytes,)`, until it is asked for again; ValueError above `most`."""
-    if num_bytes > most:
-        raise ValueError(f"{num_bytes} bytes, expected at most {most}")
+def scratch(num_bytes: int, name: str) -> np.ndarray:
+    """Memory of this thread's own, uint8 `(num_bytes,)`, until that of this name is asked for again."""
     memory: np.ndarray | None = getattr(_own, name, None)
     if memory is None or len(memory) < num_bytes:
         # New memory costs more than decompressing into it.
         memory = np.empty(num_bytes, np.uint8)
         setattr(_own, name, memory)
     return memory[:num_bytes]
-
-
-def scratch_rows(num_rows: int, kind: TensorType) -> np.ndarray:
-    """Memory of this thread's own for rows `(num_rows, *shape)`, until it is asked for again."""
-    num_bytes = num_rows * kind.nbytes
-    return scratch(num_bytes, "rows", num_bytes).view(kind.numpy_dtype).reshape(num_rows, *kind.shape)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from buffers.compression.codecs import Codec, DamagedBlockError, scratch_rows
+from buffers.compression.codecs import Codec, DamagedBlockError, scratch
 from buffers.table import Windows
 
 __all__ = ["Fetched", "Run", "decode_runs", "runs_of"]
@@ -30,7 +30,7 @@ class Fetched(NamedTuple):
     """Consecutive blocks, as they are stored: where each ends, and their bytes, from which those ends count."""
 
     ends: list[int]
-    data: bytes | bytearray
+    data: bytes | bytearray | memoryview
 
 
 class Run(NamedTuple):
@@ -88,8 +88,8 @@ def decode_runs(
         runs: Some that `runs_of` found, with their blocks; asked for in the caller's thread.
         out: Contiguous. Rows that no window has are left as they are.
     """
-    rows = _rows_of(out, codec)
-    num_threads = torch.get_num_threads() if rows.nbytes >= _LARGE else 1
+    rows = out.view(-1).view(torch.uint8).numpy()
+    num_threads = torch.get_num_threads() if len(rows) >= _LARGE else 1
     if num_threads == 1:
         return _decode_all(codec, rows, runs)
     fetched = list(runs)
@@ -97,11 +97,6 @@ def decode_runs(
     others = [pool.submit(_decode_all, codec, rows, fetched[n::num_threads]) for n in range(1, num_threads)]
     damaged = _decode_all(codec, rows, fetched[::num_threads])
     return damaged + [pair for other in others for pair in other.result()]
-
-
-def _rows_of(out: torch.Tensor, codec: Codec) -> np.ndarray:
-    plain = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
-    return plain.numpy().reshape(-1, *codec.kind.shape).view(codec.kind.numpy_dtype)
 
 
 def _decode_all(
@@ -118,31 +113,33 @@ def _decode_all(
 
 
 def _decode_window(codec: Codec, rows: np.ndarray, run: Run, ends: list[int], data: memoryview) -> None:
-    (step, num, row), size = run.parts[0], codec.rows_per_block
-    begin, at = 0, run.first * size
+    (step, num, row), size, row_bytes = run.parts[0], codec.rows_per_block, codec.kind.nbytes
+    begin, at, last = 0, run.first * size, step + num
+    # Where row 0 of the episode would be in the batch.
+    origin = (row - step) * row_bytes
     for end in ends:
         # The block has rows [at, stop) of the episode, of which the window has some.
         stop = min(at + size, run.length)
-        to, block = row + at - step, data[begin:end]
-        if at >= step and stop <= step + num:
-            codec.decode(block, rows[to : to + stop - at])
+        if at >= step and stop <= last:
+            codec.decode(data[begin:end], rows[origin + at * row_bytes : origin + stop * row_bytes])
         else:
-            beside = scratch_rows(stop - at, codec.kind)
-            codec.decode(block, beside)
-            first, last = max(at, step), min(stop, step + num)
-            rows[row + first - step : row + last - step] = beside[first - at : last - at]
+            beside = scratch((stop - at) * row_bytes, "rows")
+            codec.decode(data[begin:end], beside)
+            own, end_of_own = max(at, step) * row_bytes, min(stop, last) * row_bytes
+            rows[origin + own : origin + end_of_own] = beside[own - at * row_bytes : end_of_own - at * row_bytes]
         begin, at = end, stop
 
 
 def _decode_beside(codec: Codec, rows: np.ndarray, run: Run, ends: list[int], data: memoryview) -> None:
-    size, first_row = codec.rows_per_block, run.first * codec.rows_per_block
-    beside = scratch_rows(min(run.end * size, run.length) - first_row, codec.kind)
+    size, row_bytes, first_row = codec.rows_per_block, codec.kind.nbytes, run.first * codec.rows_per_block
+    beside, block_bytes = scratch((min(run.end * size, run.length) - first_row) * row_bytes, "rows"), size * row_bytes
     begin = 0
     for n, end in enumerate(ends):
-        codec.decode(data[begin:end], beside[n * size : (n + 1) * size])
+        codec.decode(data[begin:end], beside[n * block_bytes : (n + 1) * block_bytes])
         begin = end
     for step, num, row in run.parts:
-        rows[row : row + num] = beside[step - first_row : step - first_row + num]
+        own = (step - first_row) * row_bytes
+        rows[row * row_bytes : (row + num) * row_bytes] = beside[own : own + num * row_bytes]
 
 
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None

@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from buffers.compression.blocks import num_blocks, whole_blocks
+from buffers.compression.blocks import decoded_rows, num_blocks, whole_blocks
 from buffers.compression.codecs import Codec
 from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
 from buffers.sharing import SharedArrays
@@ -206,9 +206,7 @@ def rows_in(region: np.ndarray, codecs: Mapping[str, Codec], length: int) -> dic
     found = {}
     for name, blocks in blocks_in(region, codecs, length).items():
         codec = codecs[name]
-        found[name] = rows = np.empty((length, *codec.kind.shape), codec.kind.numpy_dtype)
-        for n, block in enumerate(blocks):
-            codec.decode(memoryview(block), rows[n * codec.rows_per_block : (n + 1) * codec.rows_per_block])
+        found[name] = decoded_rows(codec, blocks, length)
     return found
 
 

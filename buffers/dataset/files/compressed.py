@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from buffers.compression import Codec, DamagedBlockError, Fetched, codec_as, num_blocks, whole_blocks
+from buffers.compression import Codec, DamagedBlockError, Fetched, codec_as, decoded_rows, num_blocks, whole_blocks
 from buffers.disk import DamagedEpisodeError, read_at
 from buffers.fields import Fields
 
@@ -30,7 +30,7 @@ class BlockIndex(NamedTuple):
         """Where blocks [first, end) lie."""
         return self.ends[first - 1] if first else 0, self.ends[end - 1]
 
-    def fetched(self, first: int, end: int, data: bytes | bytearray) -> Fetched:
+    def fetched(self, first: int, end: int, data: bytes | bytearray | memoryview) -> Fetched:
         """Blocks [first, end), from their bytes; a DamagedEpisodeError if these are not what was written."""
         begin, _ = self.span(first, end)
         ends = [stop - begin for stop in self.ends[first:end]]
@@ -86,18 +86,10 @@ def codecs_of(schema: Mapping[str, Any], fields: Fields) -> dict[str, Codec]:
 
 def decoded(blocks: FieldBlocks, file: Any, length: int) -> np.ndarray:
     """All rows of a compressed field, `(length, *shape)`; a DamagedEpisodeError if a block is not what was written."""
-    codec, index = blocks.codec, blocks.read_index(file, length)
-    rows = np.empty((length, *codec.kind.shape), codec.kind.numpy_dtype)
-    data = read_at(file, blocks.num_bytes, blocks.first)
+    index = blocks.read_index(file, length)
+    data = memoryview(read_at(file, blocks.num_bytes, blocks.first))
     ends, _ = index.fetched(0, len(index.ends), data)
-    for (begin, end), part in zip(pairwise([0, *ends]), _parts(rows, codec), strict=True):
-        try:
-            codec.decode(memoryview(data)[begin:end], part)
-        except DamagedBlockError as error:
-            raise DamagedEpisodeError(str(error)) from error
-    return rows
-
-
-def _parts(rows: np.ndarray, codec: Codec) -> Iterator[np.ndarray]:
-    for first in range(0, len(rows), codec.rows_per_block):
-        yield rows[first : first + codec.rows_per_block]
+    try:
+        return decoded_rows(blocks.codec, [data[a:b] for a, b in pairwise([0, *ends])], length)
+    except DamagedBlockError as error:
+        raise DamagedEpisodeError(str(error)) from error
