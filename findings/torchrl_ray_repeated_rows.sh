@@ -8,12 +8,12 @@
 # Other numbers of rows are an error about sizes.
 #
 # Why it hurts: who extends with a first block, and then adds step by step, fills the storage with copies eight times as
-# fast, evicts eight times as much, and draws later rows eight times as often as the first. Nothing is said.
+# fast, evicts eight times as much, and draws later rows eight times as often. Nothing is said.
 # What helps: transport="ray" (the default); or blocks of one size only, in each client.
 #
 # Seen (rows 0 to 7 in one `extend`, then row 8 by `add`):
-#   ray           add returned 8; 9 rows are stored: [0, 1, 2, 3, 4, 5, 6, 7, 8]
-#   distributed   add returned [8, 9, 10, 11, 12, 13, 14, 15]; 16 rows are stored; row 8 is 49.6 % of 6400 drawn rows
+#   ray           add returned 8; 9 rows are stored; row 8 is 11.0 % of 6400 drawn rows
+#   distributed   add returned [8, 9, 10, 11, 12, 13, 14, 15]; 16 rows are stored; row 8 is 51.0 % of 6400 drawn rows
 
 set -eu
 dir=$(mktemp -d)

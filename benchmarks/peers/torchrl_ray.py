@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.torchrl_ray STEPS BATCH_SIZE LENGTH NUM_BATCHES
 
-For each line on stdin it draws `NUM_BATCHES` of pixels, and prints the seconds. It has no batches asked for ahead: a
-`prefetch` is of threads in the actor, and `sample` waits for one answer after the other.
+For each line on stdin it draws `NUM_BATCHES` of pixels, and prints the seconds. Threads of the actor make batches ahead
+(`prefetch`), but `sample` waits for one answer after the other.
 """
 
 from __future__ import annotations
