@@ -1,4 +1,4 @@
-"""Shards on Ray, on one machine: batches from a shard beside those of a local worker, and episodes into shards.
+"""Shards on Ray, on one machine: batches from shards beside those of a local worker, episodes into shards, a kill.
 
 Each quantity is measured in turn with what it is compared to, in one run. A machine with few processors measures how
 these share them: shard, learner, writer and Ray's own processes are on the same ones.
@@ -6,9 +6,14 @@ these share them: shard, learner, writer and Ray's own processes are on the same
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import signal
+import subprocess
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.environments import python_of
 from benchmarks.peers.ours import info_of
 from benchmarks.timing import print_table
 from benchmarks.workers import fill
@@ -28,6 +34,7 @@ STORE = Store("pixels", 20_000)
 BATCH_SIZE, LENGTH = 16, 64
 NUM_BATCHES, NUM_LARGE, NUM_SMALL = 60, 60, 5_000
 LARGE_STEPS = 163
+SECONDS_OF_LEARNING = 0.01
 
 
 def filled_ring(shard: int) -> EpisodeDataset:
@@ -56,6 +63,7 @@ def remote(rounds: int) -> None:
     )
     try:
         _batches(max(1, rounds // 4))
+        _coming_back(max(1, rounds // 4))
         _large_episodes(max(1, rounds // 4))
         _small_episodes(max(1, rounds // 4))
     finally:
@@ -63,9 +71,10 @@ def remote(rounds: int) -> None:
 
 
 def _batches(rounds: int) -> None:
-    """Batches of pixels, 12.6 MB, from a worker of a local ring, and from a shard that holds the same.
+    """Batches of pixels, 12.6 MB, from a worker of a local ring, from shards that hold the same, and from a peer.
 
-    `ray.put` alone, of as many bytes, is what any batch must take that crosses by Ray.
+    `ray.put` alone, of as many bytes, is what any batch must take that crosses by Ray. Two shards can be faster than
+    one only where there are processors for them, and for the learner.
     """
     import ray
 
@@ -78,17 +87,127 @@ def _batches(rounds: int) -> None:
         return time.perf_counter() - begin
 
     loader = filled_ring(0).get_loader(BATCH_SIZE, LENGTH, num_workers=1, seed=0)
-    with start_shards(1, filled_ring, num_cpus=0) as shards:
+    with (
+        start_shards(1, filled_ring, num_cpus=0) as one,
+        start_shards(2, filled_ring, num_cpus=0) as two,
+        _torchrl() as peer,
+    ):
         iterators: dict[str, Iterator[Any]] = {
             "a worker": iter(loader),
-            "a shard": RemoteLoader(shards, BATCH_SIZE, LENGTH, seed=0),
+            "a shard": RemoteLoader(one, BATCH_SIZE, LENGTH, seed=0),
+            "two shards": RemoteLoader(two, BATCH_SIZE, LENGTH, seed=0),
         }
         measured = {name: partial(_take, batches) for name, batches in iterators.items()}
-        found = _in_turn({**measured, "ray.put alone": put}, rounds)
+        found = _in_turn({**measured, "ray.put alone": put, **peer}, rounds)
+        _behind_a_learner(iterators, rounds)
         measured.clear()
         iterators.clear()
-    rows = [(name, f"{times * 1e6 / NUM_BATCHES:,.0f}", f"{NUM_BATCHES / times:,.0f}") for name, times in found.items()]
-    print_table("Batches of pixels, 16 x 64, 12.6 MB", ("from", "us a batch", "batches a second"), rows)
+    rows = [
+        (name, f"{t * 1e6 / NUM_BATCHES:,.0f}", f"{NUM_BATCHES / t:,.0f}", f"{found['a shard'] / t:.2f}")
+        for name, t in found.items()
+    ]
+    header = ("from", "us a batch", "batches a second", "of a shard's")
+    print_table(f"Batches of pixels, 16 x 64, 12.6 MB, {os.cpu_count()} processors", header, rows)
+
+
+@contextlib.contextmanager
+def _torchrl() -> Iterator[dict[str, Callable[[], float]]]:
+    """TorchRL's buffer on a Ray of its own, if its environment is there: `python -m benchmarks environments`."""
+    python = python_of("torchrl")
+    if python is None:
+        print("torchrl: left out, as it has no environment", flush=True)
+        yield {}
+        return
+    command = [str(python), "-m", "benchmarks.peers.torchrl_ray", *map(str, (STORE.num_steps, BATCH_SIZE, LENGTH))]
+    process = subprocess.Popen(
+        [*command, str(NUM_BATCHES)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    sent, received = process.stdin, process.stdout
+
+    def draw() -> float:
+        print(file=sent, flush=True)
+        return float(received.readline())
+
+    # Ray itself prints there, too.
+    assert any(line == "ready\n" for line in received), "torchrl: it has ended"
+    try:
+        yield {"TorchRL's RayReplayBuffer": draw}
+    finally:
+        process.communicate()
+
+
+def _behind_a_learner(iterators: dict[str, Iterator[Any]], rounds: int) -> None:
+    """What `next` takes while a learner computes for 10 ms between two batches."""
+
+    def wait_for(batches: Iterator[Any]) -> float:
+        waited = 0.0
+        for _ in range(NUM_BATCHES):
+            _compute(SECONDS_OF_LEARNING)
+            begin = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - begin
+        return waited
+
+    found = _in_turn({name: partial(wait_for, batches) for name, batches in iterators.items()}, rounds)
+    rows = [(name, f"{times * 1e6 / NUM_BATCHES:,.0f}") for name, times in found.items()]
+    print_table("The same behind a learner that computes for 10 ms", ("from", "us in `next`"), rows)
+
+
+def _compute(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def _coming_back(rounds: int) -> None:
+    """One of two shards is killed while a learner draws: until it answers again, and how long batches stay away.
+
+    Without episodes of note, it is what Ray and the imports of a process take; with 123 MB, a save is loaded as well.
+    """
+    rows = []
+    for title, num_steps in (("1 MB each", 100), ("123 MB each", 10_000)):
+        found = [_kill_one(num_steps) for _ in range(rounds)]
+        rows.append((title, *(f"{value:.2f}" for value in np.median(found, axis=0))))
+    header = ("two shards of", "s until it answers", "s until it sends a batch", "s the longest gap between batches")
+    print_table("A shard that is killed, and the batches meanwhile", header, rows)
+
+
+def _kill_one(num_steps: int) -> tuple[float, float, float]:
+    """Seconds until the shard answers, until a batch comes from it, and the most between two batches."""
+    import ray
+
+    episode = {"image": np.random.randint(0, 256, (100, 64, 64, 3), np.uint8)}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        warnings.catch_warnings(),
+        start_shards(2, empty_ring, directory=directory, num_cpus=0) as shards,
+        RemoteWriter(shards, num_envs=1) as writer,
+    ):
+        warnings.simplefilter("ignore")
+        for _ in range(2 * num_steps // 100):
+            writer.add_episode(episode)
+        writer.wait_until_saved()
+        loader = RemoteLoader(shards, BATCH_SIZE, 1, include=("source",))
+        for _ in range(20):
+            next(loader)
+        handle = shards.transport.handles[0]
+        os.kill(ray.get(handle.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        begin = before = time.perf_counter()
+        answered, gap, is_lost = 0.0, 0.0, False
+        while True:
+            source = int(next(loader)["source"][0])
+            now = time.perf_counter()
+            gap, before = max(gap, now - before), now
+            is_lost |= 0 in loader.troubles
+            if is_lost and not answered and 0 not in loader.troubles:
+                answered = now - begin
+            if answered and source == 0:
+                return answered, now - begin, gap
 
 
 def _take(batches: Iterator[Any]) -> float:

@@ -24,8 +24,6 @@ def rows(seed: int, num: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, rng.integers(2, 256), (40, 50), dtype=np.uint8)
     first = noise if seed % 3 else np.zeros((40, 50), np.uint8)
-        rng.integers(0, rng.integers(2, 256), (40, 50), dtype=np.uint8) if seed % 3 else np.zeros((40, 50), np.uint8)
-    )
     found = np.broadcast_to(first, (num, 40, 50)).copy()
     for n in range(num):
         found[n, rng.integers(40)] = n
