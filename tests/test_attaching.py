@@ -405,3 +405,24 @@ def test_readers_that_come_and_go_leave_no_descriptor() -> None:
 def test_a_ring_on_a_gpu_is_not_shared() -> None:
     with pytest.raises(ValueError, match="A ring on cuda makes its batches there"):
         RingBufferDataset(100, device="cuda").share("ring")
+
+
+def write_compressed(connection: Connection) -> None:
+    """Share a ring of tagged episodes, compressed."""
+    ring = RingBufferDataset(1_000, compress={"obs": "lz4", "code": "zstd"})
+    for number in range(40):
+        ring.add_episode(tagged.episode(1 + number % 40, number))
+    ring.share("ring")
+    connection.send("shared")
+    connection.recv()
+
+
+def test_compressed_fields_are_read_by_those_that_attach() -> None:
+    pytest.importorskip("cramjam")
+    with Other(write_compressed) as writer:
+        assert writer.answer() == "shared"
+        ring = RingBufferDataset.attach("ring")
+        for batch in itertools.islice(ring.get_loader(16, 8, seed=0), 10):
+            assert len(tagged.origins(batch)) == 16
+        assert tagged.numbers(ring) == list(range(40))[-ring.num_episodes :]
+        writer.connection.send("stop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import time
@@ -16,6 +17,23 @@ from buffers.remote import RemoteLoader, RemoteWriter, Shards
 from buffers.remote.on_ray import RayTransport, ShardActor
 from tests.logged_game import Game, Games
 from tests.remote.simulated import episode
+
+
+def start_ray(**options: Any) -> None:
+    """A Ray of this process's own; tried again where a busy machine takes longer than Ray waits for its processes."""
+    import ray
+
+    for attempt in range(4):
+        try:
+            ray.init(address="local", log_to_driver=False, include_dashboard=False, **options)
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == 3:
+                raise
+            # Those that were killed end, and another thing that the machine does, perhaps.
+            time.sleep(10.0)
+            gc.collect()
 
 
 def make_ring(number: int) -> EpisodeDataset:

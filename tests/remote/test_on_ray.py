@@ -27,6 +27,7 @@ from tests.remote.actors import (
     process_of,
     record,
     shared_ring,
+    start_ray,
     stored,
     with_a_child,
 )
@@ -45,8 +46,7 @@ def cluster() -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # It starts a process for each CPU, which takes seconds of one.
-        options = {"num_cpus": 1, "object_store_memory": 300_000_000, "include_dashboard": False}
-        ray.init(address="local", log_to_driver=False, **options)
+        start_ray(num_cpus=1, object_store_memory=300_000_000)
         yield
         ray.shutdown()
     with pytest.raises(RuntimeError, match="Call `ray.init"):
