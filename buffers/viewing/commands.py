@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         default="size",
         help="read each file and check all of its content; otherwise, only its size is checked",
     )
+    inspect.add_argument(
+        "--compression",
+        action="store_true",
+        help="try lz4 and zstd on a sample of what is stored, and print what they save and cost (extra `compress`)",
+    )
     _add_transfers(commands)
     _add_copies(commands)
     return parser
@@ -210,7 +215,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from buffers.viewing.inspection import InspectionError, inspect_directory
 
     try:
-        inspect_directory(options.directory, options.episode, options.output, options.verify)
+        inspect_directory(options.directory, options.episode, options.output, options.verify, options.compression)
     except InspectionError as error:
         print(error, file=sys.stderr)
         return 1

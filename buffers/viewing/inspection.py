@@ -18,12 +18,13 @@ from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.files.individual_file import IndividualFileDataset
 from buffers.dataset.files.opening import Verify
 from buffers.dataset.printing import fields_table
-from buffers.disk import DAMAGED, NO_SURPRISES
+from buffers.disk import DAMAGED, NO_SURPRISES, DamagedEpisodeError
 from buffers.disk.lock import LOCK
 from buffers.interop import FormatError
 from buffers.interop.origin import read_origin
 from buffers.saving import is_save_directory
 from buffers.utils import aligned, format_bytes
+from buffers.viewing.compression import try_on_files, try_on_save
 from buffers.viewing.saves import describe_saves
 from buffers.viewing.tracks import to_numpy
 
@@ -40,7 +41,9 @@ class InspectionError(Exception):
     """Why a directory or episode cannot be inspected, in one line."""
 
 
-def inspect_directory(path: str, episode_id: int | None, output: str | None, verify: Verify) -> None:
+def inspect_directory(
+    path: str, episode_id: int | None, output: str | None, verify: Verify, compression: bool = False
+) -> None:
     """Print what is in a directory, or in one of its episodes, and draw it.
 
     Args:
@@ -48,10 +51,16 @@ def inspect_directory(path: str, episode_id: int | None, output: str | None, ver
         episode_id: The episode to print; None for the whole directory.
         output: The file of the picture; None for no picture.
         verify: How much of each file is checked.
+        compression: Instead, print how well what is stored can be compressed.
 
     Raises:
         InspectionError: There is no such directory or episode, or the picture cannot be written.
     """
+    if compression:
+        if episode_id is not None or output is not None or verify == "full":
+            raise InspectionError("--compression goes without --episode, --output and --verify.")
+        _print([path, *_try_codecs(path)])
+        return
     if is_save_directory(path):
         if episode_id is not None or output is not None:
             raise InspectionError("A save has no episode to print or draw before it is loaded.")
@@ -98,6 +107,20 @@ def _open(path: str, verify: Verify) -> IndividualFileDataset:
         raise InspectionError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InspectionError(f"{path} cannot be inspected: {error}") from error
+
+
+def _try_codecs(path: str) -> list[str]:
+    try:
+        if is_save_directory(path):
+            return try_on_save(path)
+        with _open(path, "size") as dataset, warnings.catch_warnings():
+            # Of damaged files, which are left out.
+            warnings.simplefilter("ignore", UserWarning)
+            if dataset.is_empty:
+                raise InspectionError(f"{path} holds no whole episode of a known format.")
+            return try_on_files(dataset)
+    except (ImportError, DamagedEpisodeError) as error:
+        raise InspectionError(str(error)) from error
 
 
 # The dataset.
