@@ -372,8 +372,8 @@ class ReplayBuffer(ResumableBuffer):
             "num_evicted": dataset.num_evicted,
             "num_batches": stream.position,
             "num_rejected_windows": stream.num_rejected,
+            **compression_of(dataset),
         }
-        found |= compression_of(dataset)
         if stream.padding is not None:
             found["padding"] = stream.padding
         missed = [sampler.num_missed for sampler in stream.drawer.samplers if sampler.num_missed is not None]

@@ -173,7 +173,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "too deep": lambda path: put(path.read_bytes()[:8] + b"[" * 1000)(path),
     "a flipped bit in the header": flip(8 * 1000),
     "a flipped bit in the rows": flip(-20),
-    "another version": say(lambda about: about.update(version=2)),
+    "another version": say(lambda about: about.update(version=3)),
     "rows that are not a number": say(lambda about: about["arrays"][ROWS].__setitem__(2, float("nan"))),
     "rows below zero": say(lambda about: about["arrays"][ROWS].__setitem__(2, -1)),
     "rows beyond memory": say(lambda about: about["arrays"][ROWS].__setitem__(2, 2**47)),

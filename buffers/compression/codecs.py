@@ -118,10 +118,10 @@ class Lz4(Codec):
         size, rest = int.from_bytes(block[:_SIZE], "little"), block[_SIZE:]
         if size:
             if size >= len(out):
-                return None
+                return 0
             once = scratch(size, "once")
             if self._decompress(rest, once, output_len=size) != size:
-                return None
+                return 0
             rest = once.data
         return self._decompress(rest, out, output_len=len(out))
 

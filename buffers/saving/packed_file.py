@@ -29,6 +29,8 @@ from buffers.fields import TensorType
 __all__ = ["DamagedSaveError", "PackedReader", "PackedWriter", "checksum"]
 
 FORMAT_VERSION = 1
+# Of files with compressed fields, which earlier versions of this library cannot load.
+COMPRESSED_VERSION = 2
 _PIECES, _SAID = "pieces", "buffers"
 _MAX_HEADER = 64 * 2**20
 _ROW_OF_HEADER = -1
@@ -211,7 +213,8 @@ def _layout(described: Mapping[str, Any], num_pieces: int, header_bytes: int) ->
 
 
 def _header(described: Mapping[str, Any], num_pieces: int, said: Mapping[str, Any]) -> bytes:
-    about = {"version": FORMAT_VERSION, "arrays": described, "num_pieces": num_pieces, "said": said}
+    version = COMPRESSED_VERSION if any(name.endswith("/region_bytes") for name in described) else FORMAT_VERSION
+    about = {"version": version, "arrays": described, "num_pieces": num_pieces, "said": said}
     tensors: dict[str, Any] = {"__metadata__": {_SAID: json.dumps(about, separators=(",", ":"))}}
     for name, kind, num, offset in _entries(described, num_pieces):
         dtype, shape = safetensors_type(kind)
@@ -229,8 +232,8 @@ def _parse(descriptor: int, file_bytes: int) -> tuple[bytes, dict[str, Any], int
     if len(header) < 8 + size or not size:
         raise DamagedEpisodeError("has no whole header")
     about = parse_json(parse_json(header[8:])["__metadata__"][_SAID])
-    if about["version"] != FORMAT_VERSION:
-        raise DamagedEpisodeError(f"is of version {about['version']!r:.20}; this library knows {FORMAT_VERSION}")
+    if about["version"] not in (FORMAT_VERSION, COMPRESSED_VERSION):
+        raise DamagedEpisodeError(f"is of version {about['version']!r:.20}; this library knows {COMPRESSED_VERSION}")
     described, num_pieces = about["arrays"], about["num_pieces"]
     numbers = [n for _, shape, num in described.values() for n in (*shape, num)]
     if not all(type(n) is int and 0 <= n < 2**48 for n in (*numbers, num_pieces)):

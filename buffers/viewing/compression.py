@@ -205,7 +205,7 @@ def _try(codec: Codec, sample: Iterable[np.ndarray]) -> _Trial:
 def _decode(codec: Codec, blocks: Iterable[bytes], into: np.ndarray) -> None:
     num = codec.rows_per_block
     for number, block in enumerate(blocks):
-        codec.decode(memoryview(block), into[number * num : (number + 1) * num])
+        codec.decode(memoryview(block), into[number * num : (number + 1) * num].reshape(-1).view(np.uint8))
 
 
 def _least_time(function: Callable[..., Any], *arguments: Any) -> float:

@@ -41,6 +41,8 @@ class Layout(NamedTuple):
 
 # Position of the field, bytes of a row, memory.
 Target = tuple[int, int, memoryview]
+# By field and codec, as files may have different ones: the codec, and the positions of windows.
+_Compressed = dict[tuple[str, tuple[str, int]], tuple[Codec, list[int]]]
 # With the index of each field that is compressed.
 _OpenFile = tuple[io.FileIO, Layout, dict[str, BlockIndex]]
 #: Bytes of a file from an offset on, and where they go.
@@ -77,7 +79,7 @@ class WindowReader:
         cuts = [0] * len(ids) if windows.cut is None else windows.cut.tolist()
         targets = {n: (i, fields[n].nbytes, bytes_of(out[n])) for i, n in enumerate(fields) if n in out}
         all_targets = [*targets.values()]
-        compressed: dict[tuple[str, tuple[Any, ...]], tuple[Codec, list[int]]] = {}
+        compressed: _Compressed = {}
         lost: dict[FileName, str | None] = {}
         source: _OpenFile | Mapping[str, torch.Tensor] | None = None
         episode_id = -1
@@ -94,10 +96,9 @@ class WindowReader:
                         file, layout, indices = source
                         plain = [targets[n] for n in targets if n not in indices] if indices else all_targets
                         self._read_rows(name, file, layout, plain, rows[b], steps[b], num)
-                        for field, blocks in layout.blocks:
-                            if field in targets:
-                                _, found = compressed.setdefault((field, blocks.codec.key), (blocks.codec, []))
-                                found += range(b, b + num if windows.length == 1 else b + 1)
+                        positions = range(b, b + num if windows.length == 1 else b + 1)
+                        for field, (codec, *_) in layout.blocks:
+                            compressed.setdefault((field, codec.key), (codec, []))[1].extend(positions)
                     elif source is not None:
                         for field, tensor in out.items():
                             tensor.flatten(0, 1)[rows[b] : rows[b] + num] = source[field][steps[b] : steps[b] + num]
@@ -105,13 +106,23 @@ class WindowReader:
                     lost[name] = None
                 except DamagedEpisodeError as error:
                     source, lost[name] = None, self._look_again(name, strategy, fields, error)
-            for (field, _), (codec, positions) in compressed.items():
-                at = np.array(positions)
-                runs = runs_of(windows[at], codec.rows_per_block, at)
-                fetched = self._fetch(field, runs, partial(self._find, strategy=strategy, fields=fields), lost)
-                for run, damage in decode_runs(codec, fetched, out[field]):
-                    lost[self._name_of(run)] = str(damage)
+            self._read_blocks(compressed, windows, out, partial(self._find, strategy=strategy, fields=fields), lost)
         return lost
+
+    def _read_blocks(
+        self,
+        compressed: _Compressed,
+        windows: Windows,
+        out: Mapping[str, torch.Tensor],
+        find: Callable[[FileName], Any],
+        lost: dict[FileName, str | None],
+    ) -> None:
+        for (field, _), (codec, positions) in compressed.items():
+            if field in out:
+                at = np.array(positions)
+                fetched = self._fetch(field, runs_of(windows[at], codec.rows_per_block, at), find, lost)
+                damaged = decode_runs(codec, fetched, out[field])
+                lost |= {self._name_of(run): str(damage) for run, damage in damaged}
 
     def _name_of(self, run: Run) -> FileName:
         return FileName(run.episode, run.start, run.length, run.cut, self._directory.suffix)
