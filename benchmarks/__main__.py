@@ -28,7 +28,7 @@ OURS = ("samplers", "wrapping", "padding", "priorities_growth", "holding_up")
 # Ours alone.
 ALONE = (
     *("recording", "workers", "attaching", "filing", "composing", "learning", "interop"),
-    *("remote", "objects", "scaling"),
+    *("remote", "objects", "scaling", "compression"),
 )
 QUICK_SCALE, QUICK_ROUNDS = 10, 5
 

@@ -31,6 +31,8 @@ NAMES = (
     *(f"{game}-rgb" for game in GAMES),
     *("pendulum-64", "minigrid-64", "mujoco-64", "noise-64"),
 )
+# Steps of an episode that is cut from them.
+_SHORTEST, _LONGEST = 200, 1_000
 # How often the action before is repeated.
 _STICKINESS = 0.25
 
@@ -53,6 +55,15 @@ def frames(name: str, num: int, folder: Path | None = None) -> np.ndarray:
     if not path.exists() or len(np.load(path, mmap_mode="r")) < num:
         _make(name, num, path)
     return np.array(np.load(path, mmap_mode="r")[:num])
+
+
+def episodes(found: np.ndarray, num_steps: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Views of 200 to 1,000 frames each, from anywhere on, across the end to the first, until there are `num_steps`."""
+    rng, repeated = np.random.default_rng(seed), np.concatenate([found, found[:_LONGEST]])
+    while num_steps > 0:
+        first, length = rng.integers(len(found)), rng.integers(_SHORTEST, _LONGEST + 1)
+        yield repeated[first : first + length]
+        num_steps -= length
 
 
 def _make(name: str, num: int, path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from benchmarks.peers.lerobot_reading import LeRobotProcess, milliseconds_a_batch
 from benchmarks.peers.ours import info_of
 from benchmarks.saving import FOLDER
-from benchmarks.timing import print_table
+from benchmarks.timing import in_turn, print_table
 from benchmarks.workloads import EPISODE_LENGTH, OFFSETS, Store, blocks
 from buffers.dataset import IndividualFileDataset
 from buffers.interop import hdf5, import_episodes, lerobot
@@ -47,17 +47,6 @@ def episodes(num_steps: int) -> Iterator[dict[str, np.ndarray]]:
     for rows in blocks(Store("pixels", num_steps)):
         for begin in range(0, len(rows["reward"]), EPISODE_LENGTH):
             yield {name: values[begin : begin + EPISODE_LENGTH] for name, values in rows.items()}
-
-
-def in_turn(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each function answers, in each round; the first round is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(1 + rounds):
-        for name, function in functions.items():
-            taken = function()
-            if number:
-                found[name].append(taken)
-    return found
 
 
 def lines(found: dict[str, list[float]], limit: str, unit: float = 1.0) -> list[tuple[str, ...]]:

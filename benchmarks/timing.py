@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+Key, Value = TypeVar("Key"), TypeVar("Value")
 # One measurement of a contestant is as many calls as fill this time.
 SECONDS_PER_MEASUREMENT = 0.005
 PERIOD = 32
@@ -53,6 +55,17 @@ def microseconds(function: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         function()
     return (time.perf_counter() - begin) / calls * 1e6
+
+
+def in_turn(functions: Mapping[Key, Callable[[], Value]], rounds: int) -> dict[Key, list[Value]]:
+    """What each function answers, in each round; the first round is not counted."""
+    found: dict[Key, list[Value]] = {key: [] for key in functions}
+    for number in range(1 + rounds):
+        for key, function in functions.items():
+            taken = function()
+            if number:
+                found[key].append(taken)
+    return found
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
