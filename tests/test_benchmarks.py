@@ -403,7 +403,8 @@ def test_ours_crossing_an_episode_stops_the_run(tiny, monkeypatch):
 
 
 def test_every_contestant_has_its_environment_pinned():
-    assert {spec.environment for spec in CONTESTANTS.values()} - {None} == set(NAMES)
+    # One makes frames, and measures nothing.
+    assert {spec.environment for spec in CONTESTANTS.values()} - {None} == set(NAMES) - {"frames"}
 
 
 # What is made of it.

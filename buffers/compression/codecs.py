@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ _SMALL, _LARGE = 1 << 13, 1 << 16
 _JPEG_QUALITY = 95
 # Bytes of the size that a block of LZ4 begins with.
 _SIZE = 4
+# LZ4 is tried a second time where the first has made rows so many times smaller.
+_LEAST_TIMES = 12
 
 
 class DamagedBlockError(Exception):
@@ -109,9 +111,11 @@ class Lz4(Codec):
 
     def _encode(self, rows: np.ndarray) -> Any:
         once = self._lz4.compress_block(rows, store_size=False)
-        twice = self._lz4.compress_block(once, store_size=False)
-        size = len(once) if _is_worth_it(twice, once) else 0
-        return size.to_bytes(_SIZE, "little") + bytes(twice if size else once)
+        if len(once) < len(rows) // _LEAST_TIMES:
+            twice = self._lz4.compress_block(once, store_size=False)
+            if _is_worth_it(twice, once):
+                return len(once).to_bytes(_SIZE, "little") + bytes(twice)
+        return bytes(_SIZE) + bytes(once)
 
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
         # Without `output_len`, cramjam takes the first four bytes of a block for its size.
@@ -134,15 +138,20 @@ class Zstd(Codec):
 
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
-        self._zstd = _library("cramjam").zstd
+        self._zstd = _library("zstandard")
         # A low level does not look back as far as the row before, if that is long.
         self._level = 1 if kind.nbytes <= _LARGE else 9
 
     def _encode(self, rows: np.ndarray) -> Any:
-        return self._zstd.compress(rows, self._level)
+        compressor = _kept(f"compressor{self._level}", lambda: self._zstd.ZstdCompressor(level=self._level))
+        return compressor.compress(rows)
 
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
-        return self._zstd.decompress_into(block, out)
+        # Reading would stop where `out` is full.
+        if self._zstd.frame_content_size(block) != len(out):
+            return 0
+        with _kept("decompressor", self._zstd.ZstdDecompressor).stream_reader(block) as reader:
+            return reader.readinto(out)
 
 
 class Jpeg(Codec):
@@ -195,6 +204,15 @@ def _is_worth_it(block: Sized, rows: Sized) -> bool:
 
 
 _own = threading.local()
+
+
+def _kept(name: str, make: Callable[[], Any]) -> Any:
+    """What this thread has made under a name: contexts of a library cost as much as a block."""
+    found = getattr(_own, name, None)
+    if found is None:
+        found = make()
+        setattr(_own, name, found)
+    return found
 
 
 def scratch(num_bytes: int, name: str) -> np.ndarray:
