@@ -355,10 +355,9 @@ class ReplayBuffer(ResumableBuffer):
             `num_episodes` and `num_timesteps` that are stored, `fill` (their share of the capacity), `reachable` (the
             share of the steps that lie in some window of T steps), `mean_episode_length`, `num_evicted` episodes so
             far, `num_batches` taken, `num_rejected_windows` (drawn again because their episode was evicted), `padding`
-            (its share in the last batch, if that has a `mask`; without workers); of compressed fields, `compressed_bytes`
-            and `compression_ratio` (how often smaller these are);
-            `mean_episode_return` of the last 100 complete episodes if there is a scalar `reward`; after a batch,
-            `newest_age`: steps added since its newest row (not for a mixture); with a limiter, `samples_per_insert`
+            (its share in the last batch, if that has a `mask`; without workers); of compressed fields,
+            `compressed_bytes` and `compression_ratio`; `mean_episode_return` of the last 100 complete episodes if there
+            is a scalar `reward`; after a batch, `newest_age`: steps added since its newest row (not for a mixture); with a limiter, `samples_per_insert`
             (drawn steps for each added one, once there are both). Lengths and returns are those of
             episodes, not of the pieces that `max_episode_length` cuts.
         """

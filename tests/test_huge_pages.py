@@ -47,7 +47,7 @@ def test_rows_are_as_they_were_added_whatever_the_kernel_does(num_granted, copy_
     ring, lengths = RingBufferDataset(CAPACITY), [7_001, 30_000, 1, 12_345, 50_000, 3]
     for number in range(14):
         ring.add_episode(episode(number, lengths[number % len(lengths)]))
-        pages = ring._columns["x"]._pages
+        pages = ring._rows.columns["x"]._pages
         if number == 0 and num_granted is not None:
             assert pages is not None
             kernel = pages._memory = Kernel(pages._memory, num_granted)  # type: ignore[assignment]
@@ -67,7 +67,8 @@ from buffers.dataset import RingBufferDataset
 from tests import reading
 ring = RingBufferDataset(50_000)
 ring.add_episode({"x": np.ones((30_000, 150), np.uint8)})
-own, *others = [one._columns["x"].tensor.data_ptr() for one in (ring, *[reading.reader_of(ring) for _ in range(3)])]
+rings = ring, *[reading.reader_of(ring) for _ in range(3)]
+own, *others = [one._rows.columns["x"].tensor.data_ptr() for one in rings]
 print([(other - own) % (1 << 21) for other in others])
 """
 
@@ -114,7 +115,7 @@ def test_arrays_of_nothing_and_those_of_others_have_none() -> None:
 
 def bytes_of(ring: RingBufferDataset, name: str) -> int:
     """What the kernel says of the memory of a ring, in bytes: "Rss", "ShmemPmdMapped", ..."""
-    address = int(ring._columns["x"].array.ctypes.data)  # type: ignore[union-attr]
+    address = int(ring._rows.columns["x"].array.ctypes.data)  # type: ignore[union-attr]
     for text in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         begin, end = (int(part, 16) for part in text.split(" ")[0].split("-"))
         if begin <= address < end:
@@ -128,7 +129,7 @@ def test_huge_pages_hold_what_is_written_and_no_more() -> None:
     assert bytes_of(ring, "Rss") <= 10_000 * ROW_BYTES + 2 * HUGE_PAGE
     for number in range(1, 40):
         ring.add_episode({**episode(number, 10_000), **done})
-    pages = ring._columns["x"]._pages
+    pages = ring._rows.columns["x"]._pages
     assert isinstance(pages, HugePages)
     if pages._end == 0:
         pytest.skip("this kernel has none for shared memory")

@@ -8,8 +8,8 @@ from buffers.compression.early import EarlyBlocks
 from buffers.compression.room import BlockRoom, blocks_in, rows_in
 
 __all__ = [
-    "CODECS",
     "BlockRoom",
+    "CODECS",
     "Codec",
     "Compress",
     "CompressedEpisode",

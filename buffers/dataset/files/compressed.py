@@ -14,7 +14,7 @@ from buffers.compression import Codec, DamagedBlockError, Fetched, codec_as, dec
 from buffers.disk import DamagedEpisodeError, read_at
 from buffers.fields import Fields
 
-__all__ = ["INDEX", "BlockIndex", "FieldBlocks", "codecs_of", "decoded", "described", "stored_blocks"]
+__all__ = ["BlockIndex", "FieldBlocks", "INDEX", "codecs_of", "decoded", "described", "stored_blocks"]
 
 #: What the name of an index begins with, before that of the field.
 INDEX = "__blocks__/"

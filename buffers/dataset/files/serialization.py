@@ -164,10 +164,9 @@ def parse_schema(text: str | bytes) -> tuple[Fields, dict[str, Any]]:
     """
     with as_damage():
         schema = parse_json(text)
-        if (version := schema["version"]) not in (FORMAT_VERSION, COMPRESSED_VERSION):
-            raise UnknownVersionError(
-                f"is of version {version!r:.20} of the format; this library knows up to {COMPRESSED_VERSION}"
-            )
+        known = COMPRESSED_VERSION if "compress" in schema else FORMAT_VERSION
+        if (version := schema["version"]) != known:
+            raise UnknownVersionError(f"is of version {version!r:.20} of the format; this library knows {known}")
         fields = parse_fields(schema["fields"])
         schema["info"] = info = checked_info(schema.get("info", {}))
         if info and schema["info_checksum"] != _checksum(info):
