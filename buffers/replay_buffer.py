@@ -357,9 +357,9 @@ class ReplayBuffer(ResumableBuffer):
             far, `num_batches` taken, `num_rejected_windows` (drawn again because their episode was evicted), `padding`
             (its share in the last batch, if that has a `mask`; without workers); of compressed fields,
             `compressed_bytes` and `compression_ratio`; `mean_episode_return` of the last 100 complete episodes if there
-            is a scalar `reward`; after a batch, `newest_age`: steps added since its newest row (not for a mixture); with a limiter, `samples_per_insert`
-            (drawn steps for each added one, once there are both). Lengths and returns are those of
-            episodes, not of the pieces that `max_episode_length` cuts.
+            is a scalar `reward`; after a batch, `newest_age`: steps added since its newest row (not for a mixture);
+            with a limiter, `samples_per_insert` (drawn steps for each added one, once there are both). Lengths and
+            returns are those of episodes, not of the pieces that `max_episode_length` cuts.
         """
         dataset, stream = self.dataset, self.dataloader.stream
         found: dict[str, float] = {
