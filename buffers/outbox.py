@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from buffers.dataset.episode_info import EpisodeInfo
+from buffers.dataset.verification import RefusedEpisodeError
 from buffers.sink import EpisodeSink
 from buffers.table import GOES_ON
 
@@ -18,7 +19,10 @@ Rows = dict[str, np.ndarray]
 
 
 class Outbox:
-    """Passes episodes to the sink. Keeps copies of those that wait, oldest first, and the sink's last error."""
+    """Passes episodes to the sink. Keeps copies of those that wait, oldest first, and the sink's last error.
+
+    Those that the sink can never store do not wait: they are gone, with an error that is raised once.
+    """
 
     def __init__(self, sink: EpisodeSink, on_stored: Callable[[int, Rows, int], object] | None) -> None:
         self._sink, self._on_stored = sink, on_stored
@@ -41,6 +45,14 @@ class Outbox:
         if self.waiting or not self._is_stored(env, episode, cut, info):
             self.waiting.append((env, {name: rows.copy() for name, rows in episode.items()}, cut, info))
 
+    def check(self) -> None:
+        """Raise the sink's last error: again and again while an episode waits, and once if none does."""
+        error = self.error
+        if not self.waiting:
+            self.error = None
+        if error is not None:
+            raise error
+
     def retry(self) -> None:
         """Store what waits, up to the first that fails."""
         self.error = None
@@ -54,6 +66,9 @@ class Outbox:
     def _is_stored(self, env: int, episode: Rows, cut: int, info: EpisodeInfo | None) -> bool:
         try:
             self._sink.add(episode, cut, info)
+        except RefusedEpisodeError as error:
+            self.error = error
+            return True
         except Exception as error:
             self.error = error
             return False

@@ -365,7 +365,7 @@ class ReplayBuffer(ResumableBuffer):
         found: dict[str, float] = {
             "num_episodes": dataset.num_episodes,
             "num_timesteps": dataset.num_timesteps,
-            "fill": dataset.num_timesteps / dataset.capacity,
+            "fill": dataset.fill,
             "reachable": self._reachable,
             "mean_episode_length": dataset.table.mean_length,
             "num_evicted": dataset.num_evicted,

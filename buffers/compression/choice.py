@@ -15,7 +15,7 @@ Compress = Mapping[str | type[TensorType], str]
 
 
 def checked_choice(compress: Any) -> Compress:
-    """`compress` as it was given; TypeError or ValueError for what no fields could fit."""
+    """`compress` as it was given; TypeError or ValueError for what no fields could fit, ImportError for a library."""
     if not isinstance(compress, Mapping):
         raise TypeError(f'`compress` must be a dict, such as {{"obs/image": "lz4"}}, found {compress!r:.60}.')
     for key, name in compress.items():
@@ -25,6 +25,7 @@ def checked_choice(compress: Any) -> Compress:
             )
         if not isinstance(name, str) or name not in CODECS:
             raise ValueError(f"`compress` of {key!r} must be one of {sorted(CODECS)}, found {name!r:.60}.")
+        CODECS[name].library()
     return dict(compress)
 
 
@@ -44,7 +45,10 @@ def chosen_codecs(compress: Compress, fields: Fields) -> dict[str, Codec]:
     # "obs/image" after "obs", as it says more.
     for named in sorted((key for key in compress if isinstance(key, str)), key=len):
         if not (below := fields.below(named)):
-            raise ValueError(f"`compress` names `{named}`, which is no field. There are {list(fields)}.")
+            raise ValueError(
+                f"`compress` names `{named}`, which is no field of the steps (late fields are not compressed). There "
+                f"are {list(fields)}."
+            )
         found |= dict.fromkeys(below, compress[named])
     # Some have no bytes.
     return {name: CODECS[found[name]](name, kind) for name, kind in fields.items() if name in found and kind.nbytes}

@@ -61,6 +61,11 @@ class Codec(ABC):
     def __reduce__(self) -> Any:
         return codec_as, (self.describe(), self.field, self.kind)
 
+    @classmethod
+    @abstractmethod
+    def library(cls) -> Any:
+        """What compresses; an ImportError that says how to install it."""
+
     @abstractmethod
     def _encode(self, rows: np.ndarray) -> Any:
         """The block of rows, which come as bytes, uint8 `(n,)`."""
@@ -102,11 +107,16 @@ class Lz4(Codec):
 
     name = "lz4"
 
+    @classmethod
+    def library(cls) -> Any:
+        """As `Codec.library`."""
+        return _library("cramjam")
+
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
         # Of about 100 kB, but of rows enough to find what they share.
         self.rows_per_block = 16 if kind.nbytes <= _SMALL else 8 if kind.nbytes <= _LARGE else 4
-        self._lz4 = _library("cramjam").lz4
+        self._lz4 = self.library().lz4
         self._decompress = self._lz4.decompress_block_into
 
     def _encode(self, rows: np.ndarray) -> Any:
@@ -136,11 +146,16 @@ class Zstd(Codec):
     name = "zstd"
     rows_per_block = 16
 
+    @classmethod
+    def library(cls) -> Any:
+        """As `Codec.library`."""
+        return _library("zstandard")
+
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
-        self._zstd = _library("zstandard")
+        self._zstd = self.library()
         # A low level does not look back as far as the row before, if that is long.
-        self._level = 1 if kind.nbytes <= _LARGE else 9
+        self._level = 1 if kind.nbytes <= 2 * _SMALL else 9
 
     def _encode(self, rows: np.ndarray) -> Any:
         compressor = _kept(f"compressor{self._level}", lambda: self._zstd.ZstdCompressor(level=self._level))
@@ -161,12 +176,20 @@ class Jpeg(Codec):
     is_lossless = False
     rows_per_block = 1
 
+    @classmethod
+    def library(cls) -> Any:
+        """As `Codec.library`."""
+        return _library("simplejpeg")
+
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
         shape = kind.shape
         if kind.dtype != torch.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))):
-            raise ValueError(f"JPEG takes images, uint8 (H, W), (H, W, 1) or (H, W, 3); field `{field}` is {kind}.")
-        self._jpeg = _library("simplejpeg")
+            raise ValueError(
+                f"JPEG takes images, uint8 (H, W), (H, W, 1) or (H, W, 3); field `{field}` is {kind}. Name the fields "
+                "that are, or choose another codec for it."
+            )
+        self._jpeg = self.library()
         self._colors = "RGB" if shape[2:] == (3,) else "GRAY"
         self._shape = (*shape[:2], 3 if self._colors == "RGB" else 1)
 

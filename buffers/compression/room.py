@@ -32,7 +32,7 @@ __all__ = ["BlockRoom", "blocks_in", "rows_in"]
 _UNIT, _WORD = 64, 8
 # `place` is of 32 bits.
 _MOST_BYTES = _UNIT << 32
-_PLACE, _BYTES = "place", "bytes"
+_PLACE, _BYTES, _COUNTS = "place", "bytes", "counts"
 
 
 class BlockRoom:
@@ -55,28 +55,37 @@ class BlockRoom:
         layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {
             _PLACE: ((capacity,), np.dtype(np.uint32)),
             _BYTES: ((self._size,), np.dtype(np.uint8)),
+            _COUNTS: ((1 + len(codecs),), np.dtype(np.int64)),
         }
         self.memory = SharedArrays(layout, sparse=True)
         # The live regions, oldest first: the step id of the episode, where it begins and ends, on an endless line.
         self._regions: deque[tuple[int, int, int]] = deque()
-        #: Of live regions, by field.
-        self.field_bytes = dict.fromkeys(codecs, 0)
-        self._next = self._released = self.num_bytes = 0
+        self._next = self._released = 0
         self._open()
 
     def _open(self) -> None:
-        self._place, self._bytes = self.memory[_PLACE], self.memory[_BYTES]
+        self._place, self._bytes, self._counts = (self.memory[name] for name in (_PLACE, _BYTES, _COUNTS))
         self._words = self._bytes.view(np.uint64)
         self._view = self._bytes.data
 
     def __getstate__(self) -> dict[str, object]:
-        views = ("_place", "_bytes", "_words", "_view")
+        views = ("_place", "_bytes", "_counts", "_words", "_view")
         kept = {name: value for name, value in self.__dict__.items() if name not in views}
         return {**kept, "_regions": deque()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._open()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all live regions."""
+        return int(self._counts[0])
+
+    @property
+    def field_bytes(self) -> dict[str, int]:
+        """Of live regions, by field."""
+        return dict(zip(self.codecs, self._counts[1:].tolist(), strict=True))
 
     # The writer's side.
 
@@ -114,7 +123,7 @@ class BlockRoom:
         self._place[start % self._capacity] = at // _UNIT
         self._count(region, 1)
         self._regions.append((start, begin, begin + size))
-        self._next, self.num_bytes = begin + size, self.num_bytes + size
+        self._next = begin + size
 
     def erase(self, start: int) -> None:
         """Give back the regions of episodes up to the one that begins with step id `start`, which is retired."""
@@ -122,13 +131,11 @@ class BlockRoom:
             _, begin, end = self._regions.popleft()
             at = begin % self._size
             self._count(self._bytes[at : at + end - begin], -1)
-            self.num_bytes -= end - begin
         self._release(self._regions[0][1] if self._regions else self._next)
 
     def _count(self, region: np.ndarray, sign: int) -> None:
         begins = region[: _WORD * len(self.codecs)].view(np.uint64).tolist()
-        for name, (begin, end) in zip(self.codecs, pairwise([*begins, len(region)]), strict=True):
-            self.field_bytes[name] += sign * (end - begin)
+        self._counts += sign * np.diff([*begins, len(region)], prepend=begins[0] - len(region))
 
     def _release(self, end: int) -> None:
         """Give whole pages up to an address of the endless line back to the system."""

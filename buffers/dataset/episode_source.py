@@ -254,6 +254,11 @@ class EpisodeSource(SavedSource):
         return self.num_episodes == 0
 
     @property
+    def fill(self) -> float:
+        """The share of the capacity that is taken."""
+        return self.num_timesteps / self.capacity
+
+    @property
     def is_full(self) -> bool:
         """Whether every step is taken, or an episode has been evicted to make room."""
         return self.num_evicted > self.num_dismissed or self.num_timesteps == self.capacity

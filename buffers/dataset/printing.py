@@ -18,6 +18,8 @@ def counts_line(source: EpisodeSource) -> str:
     # A reader of files sees all there are, whatever its own capacity.
     if source.longest_window > source.capacity:
         stored = f"{source.num_timesteps:,} steps (read-only)"
+    elif (most := getattr(source, "capacity_bytes", None)) is not None:
+        stored += f", {format_bytes(sum(source.compressed_bytes().values()))} of {format_bytes(most)} compressed"
     line = f"{type(source).__name__}: {source.num_episodes:,} episodes, {stored}"
     if not source.is_empty:
         lengths = source.table.lengths
@@ -32,7 +34,7 @@ def fields_table(source: EpisodeSource) -> str:
     sizes, compressed = bytes_per_step(source), source.compressed_bytes()
     rows = [("field", "type", "dtype", "shape", "bytes a step", "bytes stored")]
     for name, field in source.fields.items():
-        stored = source.stored_type(field)
+        stored = field if name in compressed else source.stored_type(field)
         dtype = str(field.dtype).removeprefix("torch.")
         if stored.dtype != field.dtype:
             dtype += f" as {str(stored.dtype).removeprefix('torch.')}"
@@ -62,5 +64,9 @@ def stored_bytes(source: EpisodeSource) -> int:
 
 
 def bytes_per_step(source: EpisodeSource) -> dict[str, int]:
-    """The bytes of a stored step, by the name of the field."""
-    return {name: source.stored_type(field).nbytes for name, field in (source.fields or {}).items()}
+    """The bytes of a stored step, by the name of the field; before they are compressed."""
+    compressed = source.compressed_bytes()
+    return {
+        name: (field if name in compressed else source.stored_type(field)).nbytes
+        for name, field in (source.fields or {}).items()
+    }

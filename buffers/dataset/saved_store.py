@@ -40,6 +40,8 @@ class SavedStore(LabelledSource):
     verification_mode = VerificationMode.BASIC_CHECKS
     #: Whether its episodes are files, which are saved by links.
     has_files = False
+    #: The most bytes of compressed rows; None if only steps bound them.
+    capacity_bytes: int | None = None
     #: Whether `memory_of` finds memory.
     is_mapped = False
 

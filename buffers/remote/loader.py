@@ -196,7 +196,7 @@ class RemoteLoader:
             troubles.get(n, f"shard {n} " + ("has sent none" if n in weights else "has no episode that is long enough"))
             for n in range(len(self._shards))
         ]
-        return f"No batch came within {self._timeout:g} s: {'; '.join(found)}."
+        return f"No batch came within `timeout`={self._timeout:g} s: {'; '.join(found)}."
 
     def _wait_until_due(self) -> None:
         limits = self._shards.limits

@@ -212,7 +212,7 @@ def start_shards(
     if failures:
         transport.end()
         texts = "; ".join(f"shard {n}: {error}" for n, error in failures.items())
-        raise RuntimeError(f"{len(failures)} of {num_shards} shards did not start: {texts}.")
+        raise RuntimeError(f"{len(failures)} of {num_shards} shards did not start: {texts.rstrip('.')}.")
     return Shards(transport, answers[0], limits)
 
 

@@ -80,6 +80,21 @@ def test_print_and_stats_say_what_it_saves(tmp_path) -> None:
         assert "times smaller" in repr(files)
 
 
+def test_a_directory_goes_on_as_its_newest_episode(tmp_path) -> None:
+    def codecs(compress: Any) -> dict[str, str]:
+        with IndividualFileDataset(1_000, directory=tmp_path, durability="rename", compress=compress) as files:
+            files.add_episode(tagged.episode(30, 0))
+            return {name: codec.name for name, codec in files.codecs.items()}
+
+    assert codecs(None) == {}
+    assert codecs({"obs": "zstd"}) == codecs(None) == {"obs/state": "zstd", "obs/pixels": "zstd"}
+    assert codecs({}) == codecs(None) == {}
+    with IndividualFileDataset(directory=tmp_path, mode="r") as files:
+        sizes = files.compressed_bytes()
+        # Three of five are not compressed.
+        assert sizes.keys() == {"obs/state", "obs/pixels"} and sizes["obs/pixels"] > 3 * 30 * 24
+
+
 def one_file(path: Path) -> Path:
     with IndividualFileDataset(1_000, directory=path, compress={"image": "lz4"}) as files:
         rng = np.random.default_rng(0)

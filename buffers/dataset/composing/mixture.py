@@ -159,6 +159,15 @@ class MixtureDataset(EpisodeSource):
         """The datasets that hold the episodes."""
         return self._leaves
 
+    def compressed_bytes(self) -> dict[str, int]:
+        """As `EpisodeReader.compressed_bytes`, with the bytes that a field takes where it is not compressed."""
+        found = [(leaf.compressed_bytes(), leaf.num_timesteps) for leaf in self._leaves]
+        return {
+            name: sum(sizes.get(name, num_steps * kind.nbytes) for sizes, num_steps in found)
+            for name, kind in (self.fields or {}).items()
+            if any(name in sizes for sizes, _ in found)
+        }
+
     @property
     def stores(self) -> list[EpisodeDataset]:
         """As `EpisodeSource.stores`, of all members."""

@@ -74,7 +74,8 @@ class IndividualFileDataset(WrittenDataset):
         cache_directory: Where blocks of objects are kept; by default `buffers/objects` in the user's folder of caches.
         cache_bytes: The most that these take; 0 for none.
         timeout: Seconds until the store must have answered a request.
-        compress: Fields that new episodes have compressed, as for `RingBufferDataset`. In the default format only.
+        compress: Fields that new episodes have compressed, as for `RingBufferDataset`; in the default format only. By
+            default those that the newest episode in the directory has; `{}` for none.
 
     Attributes:
         damaged_files: (file name, what is wrong) of files that turned out not to be whole episodes.
@@ -124,6 +125,7 @@ class IndividualFileDataset(WrittenDataset):
         check_strategy(strategy)
         self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
         super().__init__(1 if capacity is None else capacity, info, evictor, compress)
+        self._goes_on_compressing = compress is None and (info is None or info.compress is None)
         if self.compress and not isinstance(strategy, SafetensorsSerialization):
             raise ValueError(f"Only the default format has compressed fields, found {type(strategy).__name__}.")
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
@@ -160,6 +162,8 @@ class IndividualFileDataset(WrittenDataset):
 
     def _open_for_writing(self, verify: Verify, shrink: bool) -> None:
         inspection = self._scan(verify)
+        if self._goes_on_compressing:
+            self._compress_as_before()
         if self.table.num_steps > self.capacity and not shrink:
             check_capacity(self, self._own)
         for name in inspection.listing.temporaries:
@@ -237,15 +241,17 @@ class IndividualFileDataset(WrittenDataset):
 
     def compressed_bytes(self) -> dict[str, int]:
         """As `EpisodeReader.compressed_bytes`, by some of the files."""
-        rows = self.table.rows
+        rows, compressed = self.table.rows, set[str]()
         sizes, num_steps = dict.fromkeys(self._fields or (), 0), 0
         for row in rows[np.linspace(0, len(rows) - 1, min(_NUM_SAMPLED, len(rows))).astype(int)].tolist():
             with contextlib.suppress(DamagedEpisodeError, FileNotFoundError):
                 name = str(self._directory.name_of(*row))
-                for field, blocks in self._directory.read(name, self.serialization_strategy.block_places).items():
-                    sizes[field] += blocks.num_bytes
+                places = self._directory.read(name, self.serialization_strategy.block_places)
+                for field, kind in (self._fields or {}).items():
+                    sizes[field] += places[field].num_bytes if field in places else row[1] * kind.nbytes
+                compressed |= places.keys()
                 num_steps += row[1]
-        return {field: size * self.num_timesteps // num_steps for field, size in sizes.items() if size}
+        return {field: sizes[field] * self.num_timesteps // num_steps for field in sizes if field in compressed}
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self.check_writable()

@@ -15,7 +15,7 @@ from buffers.dataset.files.compressed import stored_blocks
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.saving import LinkedDataset
 from buffers.dataset.files.serialization import as_saved
-from buffers.disk import with_advice
+from buffers.disk import DamagedEpisodeError, with_advice
 from buffers.fields import Fields
 from buffers.utils import format_bytes
 
@@ -24,6 +24,15 @@ __all__ = ["WrittenDataset"]
 
 class WrittenDataset(LinkedDataset):
     """What a dataset of files does to add an episode."""
+
+    def _compress_as_before(self) -> None:
+        """Choose the codecs of the newest episode."""
+        if len(self.table):
+            name = str(self._directory.name_of(*self.table.episode(len(self.table) - 1)))
+            with contextlib.suppress(DamagedEpisodeError, FileNotFoundError):
+                places = self._directory.read(name, self.serialization_strategy.block_places)
+                self.compress = {field: blocks.codec.name for field, blocks in places.items()}
+                self.codecs = chosen_codecs(self.compress, self._fields) if self._fields is not None else {}
 
     def _allocate(self, fields: Fields) -> None:
         self.serialization_strategy.check_dtypes(fields)

@@ -18,6 +18,7 @@ from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.ring.rows import Kind, RingRows
 from buffers.dataset.ring.saving import SavedRing
+from buffers.dataset.verification import RefusedEpisodeError
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
@@ -148,7 +149,8 @@ class RingBufferDataset(SavedRing):
         return field
 
     def _check(self, episode: dict[str, np.ndarray]) -> None:
-        if not self.half_precision:
+        # Before the fields are known, neither are the codecs; `store` checks again.
+        if not self.half_precision or (self.compress and self._fields is None):
             return
         for name, rows in episode.items():
             is_half = rows.dtype == np.float32 and name not in self.codecs
@@ -195,9 +197,10 @@ class RingBufferDataset(SavedRing):
         self._region = self._room.region(episode)
         try:
             if len(self._region) > self._room.capacity_bytes:
-                raise ValueError(
+                raise RefusedEpisodeError(
                     f"An episode of {len(self._region):,} bytes, compressed, does not fit `capacity_bytes`="
-                    f"{self._room.capacity_bytes:,}."
+                    f"{self._room.capacity_bytes:,}, and is left out. Raise it, or cut long episodes by "
+                    "`max_episode_length`."
                 )
             return super().store(episode, cut, info)
         finally:
@@ -257,8 +260,14 @@ class RingBufferDataset(SavedRing):
         return None if is_whole.all() else is_whole
 
     def compressed_bytes(self) -> dict[str, int]:
-        """As `EpisodeReader.compressed_bytes`; known in the process that made the ring."""
-        return {} if self._room is None or Process.number != self._writer else dict(self._room.field_bytes)
+        """As `EpisodeReader.compressed_bytes`."""
+        return {} if self._room is None else self._room.field_bytes
+
+    @property
+    def fill(self) -> float:
+        """As `EpisodeSource.fill`; or of `capacity_bytes`, if that is more."""
+        full = 0.0 if self._room is None or self.capacity_bytes is None else self._room.num_bytes / self.capacity_bytes
+        return max(full, super().fill)
 
     def _find_oldest_step(self) -> int:
         """Rows of smaller step ids may be overwritten."""

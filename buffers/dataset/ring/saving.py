@@ -26,7 +26,6 @@ class SavedRing(EpisodeDataset):
 
     device: torch.device
     half_precision: bool
-    capacity_bytes: int | None
     _rows: RingRows
     _room: BlockRoom | None
     _published: PublishedTable | None

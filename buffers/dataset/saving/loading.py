@@ -214,6 +214,12 @@ class _Loading:
                 store.take_links({}, self._rows[:0], self._save.number)
             self._load_pieces(stays, update)
             self._copy_links(stays)
+            if store.capacity_bytes is not None and len(store.table) < stays.sum():
+                warnings.warn(
+                    f"{len(store.table)} of the {int(stays.sum())} episodes that were saved, the newest, fit "
+                    f"`capacity_bytes`={store.capacity_bytes:,}.",
+                    stacklevel=2,
+                )
         next_id, next_start = told["next"]
         store.restored(next_id, next_start, told["counts"])
         if not self._is_empty:
