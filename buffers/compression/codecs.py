@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _JPEG_QUALITY = 95
 # Bytes of the size that a block of LZ4 begins with.
 _SIZE = 4
 # LZ4 is tried a second time where the first has made rows so many times smaller.
-_LEAST_TIMES = 12
+_LEAST_TIMES = 8
 
 
 class DamagedBlockError(Exception):
@@ -78,7 +78,7 @@ class Codec(ABC):
         """A block of rows `(n, *shape)`."""
         memory = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         block = self._encode(memory)
-        return bytes(block) if _is_worth_it(block, memory) else memory.tobytes()
+        return bytes(block) if len(block) < len(memory) - len(memory) // 8 else memory.tobytes()
 
     def decode(self, block: memoryview, out: np.ndarray) -> None:
         """Fill the memory of rows, uint8 `(n,)`, from their block; DamagedBlockError if it is not one of theirs."""
@@ -123,7 +123,7 @@ class Lz4(Codec):
         once = self._lz4.compress_block(rows, store_size=False)
         if len(once) < len(rows) // _LEAST_TIMES:
             twice = self._lz4.compress_block(once, store_size=False)
-            if _is_worth_it(twice, once):
+            if len(twice) < len(once) - len(once) // 16:
                 return len(once).to_bytes(_SIZE, "little") + bytes(twice)
         return bytes(_SIZE) + bytes(once)
 
@@ -220,10 +220,6 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"`compress` needs {name} ({error}): {how_to_install('compress')}.") from None
-
-
-def _is_worth_it(block: Sized, rows: Sized) -> bool:
-    return len(block) < len(rows) - len(rows) // 8
 
 
 _own = threading.local()

@@ -252,7 +252,11 @@ def test_which_fields_are_compressed() -> None:
         ("lz4", TypeError, "`compress` must be a dict"),
         ({1: "lz4"}, TypeError, "are names of fields, or types such as ColorImage, found 1"),
         ({"obs": "gzip"}, ValueError, r"`compress` of 'obs' must be one of \['jpeg', 'lz4', 'zstd'\], found 'gzip'"),
-        ({"image": "lz4"}, ValueError, r"`compress` names `image`, which is no field of .* There are \['obs', 'empty'\]"),
+        (
+            {"image": "lz4"},
+            ValueError,
+            r"`compress` names `image`, which is no field of .* There are \['obs', 'empty'\]",
+        ),
         ({"obs": "jpeg"}, ValueError, r"JPEG takes images, .* field `obs` is float32 \(4,\)"),
     ],
 )

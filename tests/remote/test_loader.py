@@ -154,7 +154,9 @@ def test_without_a_window_it_waits_and_says_what_each_shard_lacks() -> None:
     world.stop(1)
     with (
         pytest.warns(RuntimeWarning, match="Shard 1"),
-        pytest.raises(RuntimeError, match="within `timeout`=20 s: shard 0 has no episode that is long enough; shard 1 has not"),
+        pytest.raises(
+            RuntimeError, match="within `timeout`=20 s: shard 0 has no episode that is long enough; shard 1 has not"
+        ),
     ):
         next(loader)
     dataset_of(world, 0).add_episode(rows(0, 9))
