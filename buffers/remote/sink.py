@@ -136,7 +136,6 @@ class RemoteSink:
             RuntimeError: There was no room within the deadline; names who holds it up. Or a shard has refused an
                 episode that was added before, which is said once. This episode was not taken.
         """
-        self.check_writable()
         rows = self._copy(episode)
         length = len(next(iter(rows.values())))
         kept = Kept(rows, length, cut, info, num_bytes(rows))
@@ -144,6 +143,7 @@ class RemoteSink:
         while True:
             self._warn_of_troubles()
             with self._lock:
+                self.check_writable()
                 self._advance_without_thread()
                 self._raise_refusals()
                 if self._window.has_room(kept.num_bytes):
@@ -177,6 +177,10 @@ class RemoteSink:
             self._window.advance()
 
     def _warn_of_troubles(self) -> None:
+        with self._lock:
+            if self._window.troubles.keys() - self._named:
+                # The answers may be there, if the thread had no turn for long: this process was stopped, or computed.
+                self._window.advance()
         self._named = warn_of_new(self.troubles, self._named, "New episodes go to the others.", stacklevel=3)
 
     def _raise_refusals(self) -> None:
@@ -243,9 +247,12 @@ class RemoteSink:
             self._window.go_on(done)
             self._lock.notify_all()
 
-    def close(self) -> None:
-        """End the thread."""
-        self._stop.set()
+    def close(self, timeout: float = 60.0) -> None:
+        """End the thread, and wait until all is stored; RuntimeError as for `wait`."""
+        with self._lock:
+            self._stop.set()
+        # Another thread may have added an episode after the last look.
+        self.wait(timeout, until_saved=False)
 
 
 def _send(sink: weakref.ref[RemoteSink], stop: threading.Event) -> None:

@@ -234,6 +234,11 @@ class Window:
                 break
             chosen.append(episode)
             size += episode.num_bytes
+        try:
+            rows = _joined([episode.rows for episode in chosen])
+        except MemoryError:
+            lane.failure, lane.not_before = "MemoryError, of this process", self._transport.now() + RETRY_AFTER
+            return
         pack = Pack(
             self._writer,
             lane.first,
@@ -242,7 +247,7 @@ class Window:
             [episode.cut for episode in chosen],
             [episode.info for episode in chosen],
             self.fields if chosen else None,
-            _joined([episode.rows for episode in chosen]),
+            rows,
             self._wants_save(lane),
         )
         lane.sent += len(chosen)
