@@ -61,8 +61,10 @@ class RemoteSink:
         self._window.is_listening = shards.limits is not None
         self._fields: Fields | None = None
         self._stop, self._has_thread = threading.Event(), has_thread
-        # Of the window; whoever changes it notifies those that wait for that.
-        self._lock = threading.Condition()
+        # Of the window; whoever changes it notifies those that wait for that. `with` takes the lock itself: Ctrl-C on
+        # the way into the condition can leave it locked. Of one thread at a time, which Ctrl-C in `wait` relies on.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._memory = ReusedMemory(most_free=128, most_ratio=1.25)
         self.num_added = 0
         # Shards of which a warning has told.
@@ -149,7 +151,7 @@ class RemoteSink:
                 if self._window.has_room(kept.num_bytes):
                     self._window.put(kept)
                     self._window.send()
-                    self._lock.notify_all()
+                    self._changed.notify_all()
                     self.num_added += 1
                     return self.num_added - 1
                 if self._transport.now() >= end:
@@ -169,7 +171,7 @@ class RemoteSink:
     def _rest(self) -> None:
         """Wait a moment for answers, and take them. Whoever calls holds the lock."""
         # The thread takes them, if there is one: two that ask would do all of it twice.
-        if not (self._has_thread and self._lock.wait(_PAUSE)):
+        if not (self._has_thread and self._changed.wait(_PAUSE)):
             self._window.advance(0.0 if self._has_thread else _PAUSE)
 
     def _advance_without_thread(self) -> None:
@@ -240,12 +242,12 @@ class RemoteSink:
         """What the thread does again and again: wait a moment for answers, take them, send what can be sent."""
         with self._lock:
             if self._has_thread and not self._window.pending:
-                self._lock.wait(_PAUSE)
+                self._changed.wait(_PAUSE)
             pending = self._window.pending
         done = self._transport.done(pending, _PAUSE if pending else 0.0)
         with self._lock:
             self._window.go_on(done)
-            self._lock.notify_all()
+            self._changed.notify_all()
 
     def close(self, timeout: float = 60.0) -> None:
         """End the thread, and wait until all is stored; RuntimeError as for `wait`."""

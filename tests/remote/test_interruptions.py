@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 import warnings
@@ -91,6 +93,38 @@ def test_a_batch_that_ctrl_c_has_kept_from_being_fetched_comes_next(number: int)
             num_interrupts += 1
     assert num_interrupts == 1
     assert all((one == other).all() for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("line", range(1, 120, 3))
+def test_ctrl_c_in_the_window_takes_no_episode_that_was_acknowledged(line: int) -> None:
+    world = Simulated(2)
+    sink = made(world)
+    sink.settle_fields(FIELDS)
+    world.stop(0)
+    world.stop(1)
+    for number in range(8):
+        sink.add(episode(number))
+    world.go_on(0)
+    world.go_on(1)
+    world.time += 1.0
+    left = line
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= event == "line" and frame.f_code.co_name in ("put", "send", "_deal", "_send_again")
+        if not left:
+            left = -1
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    with contextlib.suppress(KeyboardInterrupt):
+        sink.add(episode(8))
+    sys.settrace(None)
+    sink.add(episode(9))
+    sink.wait(30.0, until_saved=False)
+    found = sorted(n for shard in world.numbers() for n in shard if n != 8)
+    assert found == [0, 1, 2, 3, 4, 5, 6, 7, 9]
 
 
 class FarAway(Simulated):
