@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from buffers.remote.dealing import Dealer
@@ -23,6 +23,9 @@ from buffers.remote.wire import Drawn, News, Request, Told
 __all__ = ["Delivery", "Draws"]
 
 _LOOK_SOON, _LOOK_LATER = 0.1, 1.0
+#: For a batch that is ready.
+_SECONDS_TO_COME = 1.0
+_NO_SHARD = -1
 
 
 class Delivery(NamedTuple):
@@ -54,7 +57,8 @@ class Draws:
         deadline: Seconds after which a shard that has not answered is given no batch.
         num_in_flight: Batches that are asked for, or wait to be taken.
         position: The first batch.
-        owed: What the shards were owed before it, if another learner has drawn those before: `deal`.
+        owed: What the shards were owed, if another learner has drawn the batches before: `deal`.
+        dealt: The shards that it had asked for the first batches: `dealt`.
         first: The batch at position p is number `first + p * stride` of the stream that the ranks of a job share.
         stride: The number of ranks.
     """
@@ -68,6 +72,7 @@ class Draws:
         num_in_flight: int = 3,
         position: int = 0,
         owed: Mapping[int, float] | None = None,
+        dealt: Sequence[int] = (),
         first: int = 0,
         stride: int = 1,
     ) -> None:
@@ -77,8 +82,8 @@ class Draws:
         self._dealer, self._first, self._stride = Dealer(owed), first, stride
         # The name by which shards know what to draw. Another one has another, so calls of both cannot be mixed up.
         self._name = secrets.token_hex(8)
-        # By position, what the shards were owed before the batch was dealt; for those that were not taken yet.
-        self._owed: dict[int, dict[int, float]] = {}
+        # By position, the shards that another learner had asked, until they are asked here.
+        self._planned = {position + n: shard for n, shard in enumerate(dealt)}
         # By position, the shard that was asked last; and the positions that are to be asked again.
         self._asked: dict[int, int] = {}
         self._again: list[int] = []
@@ -90,23 +95,34 @@ class Draws:
 
     def advance(self, seconds: float = 0.0) -> None:
         """Take the answers that have come, waiting up to so many seconds for the first, and ask for what is missing."""
-        done = self._transport.done(self.pending, seconds)
-        for side in self._sides:
-            for answer in side.calls.answers(done):
-                self._take(side, answer)
+        self._take_answers(seconds)
+        # A batch comes from another machine only while somebody waits for it: after a learner was busy for long, its
+        # shard is not late.
+        while any(side.calls.is_late and self._asked_of(side) for side in self._sides):
+            if not self._take_answers(_SECONDS_TO_COME):
+                break
         for side in self._sides:
             if not side.calls.is_well:
-                for n in [n for n, shard in self._asked.items() if shard == side.calls.shard]:
+                for n in self._asked_of(side):
                     self._withdraw(n)
         self.ask_ahead()
         for side in self._sides:
             self._look_if_due(side)
 
+    def _take_answers(self, seconds: float) -> bool:
+        done = self._transport.done(self.pending, seconds)
+        for side in self._sides:
+            for answer in side.calls.answers(done):
+                self._take(side, answer)
+        return bool(done)
+
+    def _asked_of(self, side: _Side) -> list[int]:
+        return [n for n, shard in self._asked.items() if shard == side.calls.shard]
+
     def take(self) -> Delivery | None:
         """The next batch, None if it is not here yet."""
         found = self._ready.pop(self.position, None)
         if found is not None:
-            del self._owed[self.position]
             self.position += 1
         return found
 
@@ -152,8 +168,9 @@ class Draws:
                 return
             n = heapq.heappop(self._again) if self._again else self._next
             self._next = max(self._next, n + 1)
-            self._owed[n] = self._dealer.owed
-            shard = self._dealer.next(weights)
+            shard = self._planned.pop(n, _NO_SHARD)
+            if shard not in weights:
+                shard = self._dealer.next(weights)
             self._asked[n] = shard
             self._ask(self._sides[shard], n)
 
@@ -177,8 +194,16 @@ class Draws:
 
     @property
     def deal(self) -> dict[int, float]:
-        """What the shards were owed before the batch at `position` was dealt, however many were asked for since."""
-        return self._owed.get(self.position, self._dealer.owed)
+        """What the shards are owed, after all batches that were dealt."""
+        return self._dealer.owed
+
+    @property
+    def dealt(self) -> list[int]:
+        """The shards of the batches at `position` and on that were dealt; -1 for one that has none at the moment."""
+        ready = {n: delivery.shard for n, delivery in self._ready.items()}
+        found = {**self._planned, **self._asked, **ready}
+        end = max(self._next, max(found, default=-1) + 1)
+        return [found.get(n, _NO_SHARD) for n in range(self.position, end)]
 
     @property
     def pending(self) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,15 +115,15 @@ class RemoteLoader:
         self._memory = ReusedMemory(most_free=4, most_ratio=2.0)
         self._named: set[int] = set()
         self._is_closed = False
-        self._begin(0, {}, 0)
+        self._begin(0, {}, (), 0)
 
-    def _begin(self, position: int, owed: Mapping[int, float], offset: int) -> None:
-        """Ask for batches from a position on; the others are as for `SequenceStream` and `Dealer`."""
+    def _begin(self, position: int, owed: Mapping[int, float], dealt: Sequence[int], offset: int) -> None:
+        """Ask for batches from a position on; the others are as for `SequenceStream` and `Draws`."""
         self._offset = offset
         request = self._request._replace(options={**self._request.options, "seed": self.seed})
         numbers = offset + self._rank, self._world_size
-        transport, asked_ahead = self._shards.transport, self._num_in_flight
-        self._draws = Draws(transport, request, self._told, self._deadline, asked_ahead, position, owed, *numbers)
+        transport, told, asked_ahead = self._shards.transport, self._told, self._num_in_flight
+        self._draws = Draws(transport, request, told, self._deadline, asked_ahead, position, owed, dealt, *numbers)
         self._draws.is_listening = self._shards.limits is not None
         self._meet()
 
@@ -249,12 +249,13 @@ class RemoteLoader:
     def state_dict(self) -> dict[str, Any]:
         """What another loader needs to go on with the next batch: numbers, strings and lists.
 
-        `seed`, and `position`, the number of batches delivered; `deal`, what each shard was owed then; with a limiter,
-        it knows the `learner` by name, and that it has drawn `num_drawn` steps. `rank`, `world_size` and `offset` say
-        which batches of one stream these were, where several ranks have shared them out.
+        `seed`, and `position`, the number of batches delivered; `dealt`, the shards that were asked for batches under
+        way, and `deal`, what each shard is owed after them; with a limiter, it knows the `learner` by name, and that it
+        has drawn `num_drawn` steps. `rank`, `world_size` and `offset` say which batches of one stream these were, where
+        several ranks have shared them out.
         """
         deal = [[shard, owed] for shard, owed in self._draws.deal.items()]
-        state = {"seed": self.seed, "position": self.position, "deal": deal}
+        state = {"seed": self.seed, "position": self.position, "deal": deal, "dealt": self._draws.dealt}
         state |= {"learner": self._name, "num_drawn": self._num_drawn}
         if self._world_size > 1 or self._offset:
             state |= {"rank": self._rank, "world_size": self._world_size, "offset": self._offset}
@@ -267,22 +268,26 @@ class RemoteLoader:
         the loader for that learner, if it is of the same rank, so they must not both go on.
 
         Raises:
+            TypeError: A value of the state is of another type. Nothing has changed.
             ValueError: The state is not one of such a loader. Nothing has changed.
             RuntimeError: No shard answers within the deadline.
         """
-        names = ["deal", "learner", "num_drawn", "position", "seed"]
+        names = ["deal", "dealt", "learner", "num_drawn", "position", "seed"]
         if not state.keys() >= {*names}:
             raise ValueError(
                 f"The state of this loader has {names}, as `state_dict()` gives them, found {sorted(state)}."
             )
         seed, position, num_drawn = (integer(name, state[name], 0) for name in ("seed", "position", "num_drawn"))
         owed = {integer("deal", shard, 0): number("deal", value, -math.inf) for shard, value in state["deal"]}
+        dealt, learner = [integer("dealt", shard, -1) for shard in state["dealt"]], state["learner"]
+        if not isinstance(learner, str):
+            raise TypeError(f"`learner` must be a string, found {type(learner).__name__}.")
         rank, world_size = this_rank(state.get("rank", 0), state.get("world_size", 1), False)
         offset = integer("offset", state.get("offset", 0), -position * world_size)
         self.seed = seed
         if rank == self._rank:
-            self._name, self._num_drawn = state["learner"], num_drawn
-        self._begin(position, owed, offset + position * (world_size - self._world_size))
+            self._name, self._num_drawn = learner, num_drawn
+        self._begin(position, owed, dealt, offset + position * (world_size - self._world_size))
 
     # Late fields.
 

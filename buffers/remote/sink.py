@@ -61,8 +61,10 @@ class RemoteSink:
         self._window.is_listening = shards.limits is not None
         self._fields: Fields | None = None
         self._stop, self._has_thread = threading.Event(), has_thread
-        # Of the window; whoever changes it notifies those that wait for that.
-        self._lock = threading.Condition()
+        # Of the window; whoever changes it notifies those that wait for that. `with` takes the lock itself: Ctrl-C on
+        # the way into the condition can leave it locked. Of one thread at a time, which Ctrl-C in `wait` relies on.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._memory = ReusedMemory(most_free=128, most_ratio=1.25)
         self.num_added = 0
         # Shards of which a warning has told.
@@ -136,7 +138,6 @@ class RemoteSink:
             RuntimeError: There was no room within the deadline; names who holds it up. Or a shard has refused an
                 episode that was added before, which is said once. This episode was not taken.
         """
-        self.check_writable()
         rows = self._copy(episode)
         length = len(next(iter(rows.values())))
         kept = Kept(rows, length, cut, info, num_bytes(rows))
@@ -144,12 +145,13 @@ class RemoteSink:
         while True:
             self._warn_of_troubles()
             with self._lock:
+                self.check_writable()
                 self._advance_without_thread()
                 self._raise_refusals()
                 if self._window.has_room(kept.num_bytes):
                     self._window.put(kept)
                     self._window.send()
-                    self._lock.notify_all()
+                    self._changed.notify_all()
                     self.num_added += 1
                     return self.num_added - 1
                 if self._transport.now() >= end:
@@ -169,7 +171,7 @@ class RemoteSink:
     def _rest(self) -> None:
         """Wait a moment for answers, and take them. Whoever calls holds the lock."""
         # The thread takes them, if there is one: two that ask would do all of it twice.
-        if not (self._has_thread and self._lock.wait(_PAUSE)):
+        if not (self._has_thread and self._changed.wait(_PAUSE)):
             self._window.advance(0.0 if self._has_thread else _PAUSE)
 
     def _advance_without_thread(self) -> None:
@@ -177,6 +179,10 @@ class RemoteSink:
             self._window.advance()
 
     def _warn_of_troubles(self) -> None:
+        with self._lock:
+            if self._window.troubles.keys() - self._named:
+                # The answers may be there, if the thread had no turn for long: this process was stopped, or computed.
+                self._window.advance()
         self._named = warn_of_new(self.troubles, self._named, "New episodes go to the others.", stacklevel=3)
 
     def _raise_refusals(self) -> None:
@@ -236,16 +242,19 @@ class RemoteSink:
         """What the thread does again and again: wait a moment for answers, take them, send what can be sent."""
         with self._lock:
             if self._has_thread and not self._window.pending:
-                self._lock.wait(_PAUSE)
+                self._changed.wait(_PAUSE)
             pending = self._window.pending
         done = self._transport.done(pending, _PAUSE if pending else 0.0)
         with self._lock:
             self._window.go_on(done)
-            self._lock.notify_all()
+            self._changed.notify_all()
 
-    def close(self) -> None:
-        """End the thread."""
-        self._stop.set()
+    def close(self, timeout: float = 60.0) -> None:
+        """End the thread, and wait until all is stored; RuntimeError as for `wait`."""
+        with self._lock:
+            self._stop.set()
+        # Another thread may have added an episode after the last look.
+        self.wait(timeout, until_saved=False)
 
 
 def _send(sink: weakref.ref[RemoteSink], stop: threading.Event) -> None:

@@ -97,6 +97,9 @@ class ShardCalls:
             call = self._transport.submit(self.shard, method, *arguments)
         except ShardLostError as error:
             call = error
+        except Exception as error:
+            # No memory, or no disk, for what is sent. Whoever asks has done its part, and asks again as after a loss.
+            call = ShardLostError(f"it could not be asked: {type(error).__name__}: {error}")
         self._asked.append(_Asked(call, about, now))
 
     @property
@@ -120,8 +123,10 @@ class ShardCalls:
                 self._asked.remove(asked)
                 yield self._lost(asked, asked.call)
             elif asked.call in done:
+                answer = self._answer(asked)
+                # Not before: Ctrl-C while it is fetched leaves it to the next time.
                 self._asked.remove(asked)
-                yield self._answer(asked)
+                yield answer
                 if self._failure is None:
                     # A shard answers in order, so those before it will have no answer. Large ones take their time.
                     overtaken = [

@@ -64,11 +64,14 @@ class _Lane:
         """The number of the next episode."""
         return self.first + len(self.episodes)
 
-    def put(self, episode: Kept) -> None:
-        """Add an episode at the end."""
-        self.episodes.append(episode)
-        self.num_bytes += episode.num_bytes
-        self.given += episode.num_bytes
+    def take(self, queue: deque[Kept]) -> int:
+        """Add the first episode of a queue at the end, and return its size."""
+        size = queue[0].num_bytes
+        # One call of C's, so that Ctrl-C does not come between and lose it.
+        self.episodes.extend(map(deque.popleft, (queue,)))
+        self.num_bytes += size
+        self.given += size
+        return size
 
     def forget(self, saved: int) -> None:
         """Forget the episodes with lower numbers."""
@@ -117,8 +120,9 @@ class Window:
 
     def put(self, episode: Kept) -> None:
         """Take an episode; `has_room` was asked."""
-        self._queue.append(episode)
+        # In this order: Ctrl-C in between must not leave an episode that is owed to no shard.
         self._queue_bytes += episode.num_bytes
+        self._queue.append(episode)
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether an episode of this size may be put; one that is larger than the window has it to itself."""
@@ -203,10 +207,9 @@ class Window:
             while self._queue and self._fits(lane) and self._is_owed(lane, share):
                 if size and size + self._queue[0].num_bytes > self._pack_bytes:
                     break
-                episode = self._queue.popleft()
-                self._queue_bytes -= episode.num_bytes
-                size += episode.num_bytes
-                lane.put(episode)
+                taken = lane.take(self._queue)
+                self._queue_bytes -= taken
+                size += taken
             self._send_again(lane)
 
     def _takes(self, lane: _Lane) -> bool:
@@ -234,6 +237,11 @@ class Window:
                 break
             chosen.append(episode)
             size += episode.num_bytes
+        try:
+            rows = _joined([episode.rows for episode in chosen])
+        except MemoryError:
+            lane.failure, lane.not_before = "MemoryError, of this process", self._transport.now() + RETRY_AFTER
+            return
         pack = Pack(
             self._writer,
             lane.first,
@@ -242,7 +250,7 @@ class Window:
             [episode.cut for episode in chosen],
             [episode.info for episode in chosen],
             self.fields if chosen else None,
-            _joined([episode.rows for episode in chosen]),
+            rows,
             self._wants_save(lane),
         )
         lane.sent += len(chosen)

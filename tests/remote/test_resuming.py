@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from itertools import islice
 from typing import Any
 
@@ -46,7 +47,29 @@ def test_a_resumed_loader_gives_the_batches_that_had_come_next(seed: int | None,
     other = resumed(shards, whole, num_in_flight=2)
     assert other.position == num_taken and other.seed == whole.seed
     assert_same(taken(other, 60), taken(whole, 60))
-    assert other.state_dict()["deal"] == whole.state_dict()["deal"]
+    assert_same(taken(resumed(shards, other), 20), taken(whole, 20))
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("num_taken", [0, 3, 4, 5, 6, 7, 12])
+def test_a_shard_that_has_hung_does_not_change_what_comes_next(stopped: int, num_taken: int) -> None:
+    world, shards = filled(103, 303, 53)
+    whole = RemoteLoader(shards, 8, 4, seed=3, num_in_flight=6, deadline=1.0, **OPTIONS)
+    taken(whole, 4)
+    world.stop(stopped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        taken(whole, num_taken)
+        world.go_on(stopped)
+        while whole.troubles:
+            world.time += 0.1
+            assert whole.can_sample
+    other = resumed(shards, whole, num_in_flight=2)
+    # And once more, with batches under way that the first one had asked for.
+    again = resumed(shards, other)
+    expected = taken(whole, 30)
+    assert_same(taken(other, 30), expected)
+    assert_same(taken(again, 30), expected)
 
 
 def test_a_loader_that_goes_back_draws_the_same_again() -> None:
@@ -151,7 +174,8 @@ def test_a_state_for_other_shards_loads_and_deals_anew() -> None:
     loader = RemoteLoader(shards, 8, 4, **OPTIONS)
     taken(loader, 5)
     _, more = filled(50, 50, 50)
-    sources = [int(batch["source"][0]) for batch in taken(resumed(more, loader), 9)]
+    # Those that were under way come from where they were asked for.
+    sources = [int(batch["source"][0]) for batch in taken(resumed(more, loader), 3 + 9)[3:]]
     assert sorted(sources) == [0] * 3 + [1] * 3 + [2] * 3
 
 
@@ -161,6 +185,8 @@ def test_a_state_for_other_shards_loads_and_deals_anew() -> None:
         ({"seed": -1}, ValueError, "`seed` must be at least 0"),
         ({"position": 1.5}, TypeError, "`position` must be an integer"),
         ({"num_drawn": -1}, ValueError, "`num_drawn` must be at least 0"),
+        ({"learner": ["x"]}, TypeError, "`learner` must be a string, found list"),
+        ({"dealt": [0, -2]}, ValueError, "`dealt` must be at least -1"),
         ({"deal": [[-1, 0.5]]}, ValueError, "`deal` must be at least 0"),
         ({"deal": [[0, float("nan")]]}, ValueError, "`deal` must be finite"),
         ({"rank": 2, "world_size": 2}, ValueError, "`rank` must be less than `world_size`=2"),
@@ -180,6 +206,6 @@ def test_a_wrong_state_is_an_error_and_changes_nothing(change: Any, error: type[
 def test_the_state_of_a_local_loader_is_refused() -> None:
     world, shards = filled(50)
     local = dataset_of(world, 0).get_loader(8, 4)
-    names = r"\['deal', 'learner', 'num_drawn', 'position', 'seed'\]"
+    names = r"\['deal', 'dealt', 'learner', 'num_drawn', 'position', 'seed'\]"
     with pytest.raises(ValueError, match=rf"has {names}, as `state_dict\(\)` gives them, found \['position', 'seed'\]"):
         RemoteLoader(shards, 8, 4).load_state_dict(local.state_dict())
