@@ -82,7 +82,9 @@ def test_less_room_keeps_the_newest(tmp_path) -> None:
     ring = filled(ALL)
     ring.save(tmp_path)
     total = sum(ring.compressed_bytes().values())
-    loaded = RingBufferDataset.load(tmp_path, RingBufferDataset(1_000, compress=ALL, capacity_bytes=total // 2))
+    small = RingBufferDataset(1_000, compress=ALL, capacity_bytes=total // 2)
+    with pytest.warns(UserWarning, match="fit `capacity_bytes`"):
+        loaded = RingBufferDataset.load(tmp_path, small)
     assert 0 < loaded.num_episodes < ring.num_episodes
     assert tagged.numbers(loaded) == tagged.numbers(ring)[-loaded.num_episodes :]
 
