@@ -143,6 +143,9 @@ class Accumulator:
 
     def add_row(self, row: Sequence[np.ndarray | float], is_first: bool, is_last: bool) -> None:
         """`add_rows` for a single environment, with `(*shape)` a field."""
+        if self._early is not None:
+            # Before the row, as a call that fails, or that Ctrl-C ends, must not have taken it.
+            self._early.advance()
         if is_first:
             self._close(0)
         place = self._nexts[0]
@@ -152,8 +155,6 @@ class Accumulator:
         for column, value in zip(self._columns, row, strict=True):
             column[place] = value
         self._nexts[0] = place + 1
-        if self._early is not None:
-            self._early.advance()
         if is_last:
             self._close(0)
 
@@ -175,6 +176,9 @@ class Accumulator:
         Raises:
             ValueError: An episode would be longer than `max_rows`; nothing has changed.
         """
+        if self._early is not None:
+            # As in `add_row`.
+            self._early.advance()
         if not self._num_free:
             self._make_room(is_first, mask)
         if is_first is not None:
@@ -182,8 +186,6 @@ class Accumulator:
         self._write(rows, mask)
         self._next += 1 if mask is None else mask
         self._num_free -= 1
-        if self._early is not None:
-            self._early.advance()
         if is_last is not None:
             self._close_all(is_last, mask)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from buffers.compression import EpisodeTooLargeError
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.dataset.verification import RefusedEpisodeError
 from buffers.sink import EpisodeSink
 from buffers.table import GOES_ON
 
@@ -28,6 +28,8 @@ class Outbox:
         self._sink, self._on_stored = sink, on_stored
         self.waiting: deque[tuple[int, Rows, int, EpisodeInfo | None]] = deque()
         self.error: Exception | None = None
+        #: Of an episode that the sink will never take, and that is dropped.
+        self.refusal: Exception | None = None
         # By environment, for the episodes that end in the current call.
         self.infos: dict[int, EpisodeInfo] = {}
 
@@ -45,13 +47,10 @@ class Outbox:
         if self.waiting or not self._is_stored(env, episode, cut, info):
             self.waiting.append((env, {name: rows.copy() for name, rows in episode.items()}, cut, info))
 
-    def check(self) -> None:
-        """Raise the sink's last error: again and again while an episode waits, and once if none does."""
-        error = self.error
-        if not self.waiting:
-            self.error = None
-        if error is not None:
-            raise error
+    def take_refusal(self) -> Exception | None:
+        """The error of an episode that was dropped, once."""
+        refusal, self.refusal = self.refusal, None
+        return refusal
 
     def retry(self) -> None:
         """Store what waits, up to the first that fails."""
@@ -66,8 +65,9 @@ class Outbox:
     def _is_stored(self, env: int, episode: Rows, cut: int, info: EpisodeInfo | None) -> bool:
         try:
             self._sink.add(episode, cut, info)
-        except RefusedEpisodeError as error:
-            self.error = error
+        except EpisodeTooLargeError as error:
+            # If it waited, all that comes after it would, too.
+            self.refusal = error
             return True
         except Exception as error:
             self.error = error

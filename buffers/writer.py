@@ -116,7 +116,7 @@ class EpisodeWriter:
         finally:
             if info is not None:
                 self._outbox.infos = {}
-        if self._outbox.error is not None:
+        if self._outbox.waiting or self._outbox.refusal is not None:
             self.check_stored()
 
     def add(
@@ -225,7 +225,8 @@ class EpisodeWriter:
 
     def check_stored(self) -> None:
         """Raise the sink's last error if an episode waits."""
-        self._outbox.check()
+        if error := self._outbox.take_refusal() or self._outbox.error:
+            raise error
 
     def _complete(self, mask: np.ndarray | None, truncate: bool = False) -> None:
         self._check_open()

@@ -5,7 +5,7 @@ from buffers.compression.choice import Compress, checked_choice, chosen_codecs
 from buffers.compression.codecs import CODECS, Codec, DamagedBlockError, codec_as
 from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
 from buffers.compression.early import EarlyBlocks
-from buffers.compression.room import BlockRoom, blocks_in, rows_in
+from buffers.compression.room import BlockRoom, EpisodeTooLargeError, blocks_in, rows_in
 
 __all__ = [
     "BlockRoom",
@@ -15,6 +15,7 @@ __all__ = [
     "CompressedEpisode",
     "DamagedBlockError",
     "EarlyBlocks",
+    "EpisodeTooLargeError",
     "Fetched",
     "Run",
     "blocks_in",

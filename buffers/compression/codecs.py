@@ -26,6 +26,8 @@ _SMALL, _LARGE = 1 << 13, 1 << 16
 _JPEG_QUALITY = 95
 # Bytes of the size that a block of LZ4 begins with.
 _SIZE = 4
+# Of a block that somebody else has written: who reads a row decompresses all of its block.
+_MOST_ROWS = 1 << 10
 # LZ4 is tried a second time where the first has made rows so many times smaller.
 _LEAST_TIMES = 8
 
@@ -199,7 +201,7 @@ class Jpeg(Codec):
 
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
         found = self._jpeg.decode_jpeg(block, colorspace=self._colors, buffer=out.reshape(self._shape))
-        return found.nbytes
+        return found.nbytes if found.shape == self._shape else 0
 
 
 #: By their names.
@@ -210,7 +212,7 @@ def codec_as(described: Mapping[str, Any], field: str, kind: TensorType) -> Code
     """The codec that has described itself so. What is no description, or not known, is a LookupError or TypeError."""
     codec = CODECS[described["codec"]](field, kind)
     codec.rows_per_block = rows_per_block = described["rows_per_block"]
-    if type(rows_per_block) is not int or not 1 <= rows_per_block < 2**31:
+    if type(rows_per_block) is not int or not 1 <= rows_per_block <= _MOST_ROWS:
         raise LookupError(f"{described!r:.200} describes no codec")
     return codec
 

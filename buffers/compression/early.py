@@ -42,7 +42,7 @@ class EarlyBlocks:
         self._blocks: list[dict[str, list[bytes]]] = [{} for _ in range(num_envs)]
 
     def advance(self) -> None:
-        """A row was added: compress what is due."""
+        """A row is about to be added: compress what is due."""
         for _ in range(self._num_each_step):
             self._compress(self._turn)
             self._turn = (self._turn + 1) % self._num_envs

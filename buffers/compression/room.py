@@ -27,12 +27,16 @@ from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
 from buffers.sharing import SharedArrays
 from buffers.table import Windows
 
-__all__ = ["BlockRoom", "blocks_in", "rows_in"]
+__all__ = ["BlockRoom", "EpisodeTooLargeError", "blocks_in", "rows_in"]
 
 _UNIT, _WORD = 64, 8
 # `place` is of 32 bits.
 _MOST_BYTES = _UNIT << 32
 _PLACE, _BYTES, _COUNTS = "place", "bytes", "counts"
+
+
+class EpisodeTooLargeError(ValueError):
+    """An episode that cannot be stored, whatever leaves."""
 
 
 class BlockRoom:
@@ -55,12 +59,13 @@ class BlockRoom:
         layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {
             _PLACE: ((capacity,), np.dtype(np.uint32)),
             _BYTES: ((self._size,), np.dtype(np.uint8)),
-            _COUNTS: ((1 + len(codecs),), np.dtype(np.int64)),
+            _COUNTS: ((len(codecs),), np.dtype(np.int64)),
         }
         self.memory = SharedArrays(layout, sparse=True)
-        # The live regions, oldest first: the step id of the episode, where it begins and ends, on an endless line.
-        self._regions: deque[tuple[int, int, int]] = deque()
-        self._next = self._released = 0
+        # The live regions, oldest first: the step id of the episode, where it begins and ends, on an endless line; and
+        # the bytes of all regions up to it, so that Ctrl-C never leaves a sum that is wrong.
+        self._regions: deque[tuple[int, int, int, int]] = deque()
+        self._next = self._released = self._written = 0
         self._open()
 
     def _open(self) -> None:
@@ -78,14 +83,9 @@ class BlockRoom:
         self._open()
 
     @property
-    def num_bytes(self) -> int:
-        """Of all live regions."""
-        return int(self._counts[0])
-
-    @property
     def field_bytes(self) -> dict[str, int]:
         """Of live regions, by field."""
-        return dict(zip(self.codecs, self._counts[1:].tolist(), strict=True))
+        return dict(zip(self.codecs, self._counts.tolist(), strict=True))
 
     # The writer's side.
 
@@ -108,6 +108,24 @@ class BlockRoom:
             region[first : first + int(index[-1])] = np.frombuffer(b"".join(found), np.uint8)
         return region
 
+    @property
+    def num_bytes(self) -> int:
+        """Of live regions."""
+        return self._bytes_from(0)
+
+    def _bytes_from(self, number: int) -> int:
+        if number == len(self._regions):
+            return 0
+        _, begin, end, written = self._regions[number]
+        return self._regions[-1][3] - written + end - begin
+
+    def lacks_beside(self, start: int, num_bytes: int) -> bool:
+        """Whether such a region does not fit even if all episodes before the one with step id `start` leave."""
+        number = len(self._regions)
+        while number and self._regions[number - 1][0] >= start:
+            number -= 1
+        return self._bytes_from(number) + num_bytes > self.capacity_bytes
+
     def lacks(self, num_bytes: int) -> bool:
         """Whether an episode must leave before a region of so many bytes fits."""
         return self.num_bytes + num_bytes > self.capacity_bytes
@@ -122,20 +140,28 @@ class BlockRoom:
         self._bytes[at : at + size] = region
         self._place[start % self._capacity] = at // _UNIT
         self._count(region, 1)
-        self._regions.append((start, begin, begin + size))
+        self._written += size
         self._next = begin + size
+        self._regions.append((start, begin, begin + size, self._written))
 
-    def erase(self, start: int) -> None:
-        """Give back the regions of episodes up to the one that begins with step id `start`, which is retired."""
-        while self._regions and self._regions[0][0] <= start:
-            _, begin, end = self._regions.popleft()
-            at = begin % self._size
-            self._count(self._bytes[at : at + end - begin], -1)
+    def erase(self, oldest_step: int) -> None:
+        """Give back the regions of episodes that begin before a step id, which are retired."""
+        while self._regions and self._regions[0][0] < oldest_step:
+            self._uncount(self._regions.popleft())
         self._release(self._regions[0][1] if self._regions else self._next)
+
+    def forget(self, next_start: int) -> None:
+        """Forget regions of episodes that were not stored in the end: the next begins with this step id, or later."""
+        while self._regions and self._regions[-1][0] >= next_start:
+            self._uncount(self._regions.pop())
+
+    def _uncount(self, region: tuple[int, int, int, int]) -> None:
+        at = region[1] % self._size
+        self._count(self._bytes[at : at + region[2] - region[1]], -1)
 
     def _count(self, region: np.ndarray, sign: int) -> None:
         begins = region[: _WORD * len(self.codecs)].view(np.uint64).tolist()
-        self._counts += sign * np.diff([*begins, len(region)], prepend=begins[0] - len(region))
+        self._counts += sign * np.diff([*begins, len(region)])
 
     def _release(self, end: int) -> None:
         """Give whole pages up to an address of the endless line back to the system."""
@@ -153,7 +179,7 @@ class BlockRoom:
 
     def sizes(self) -> dict[int, int]:
         """The bytes of each live region, by the step id of its episode."""
-        return {start: end - begin for start, begin, end in self._regions}
+        return {start: end - begin for start, begin, end, _ in self._regions}
 
     def blocks(self, start: int, length: int) -> dict[str, list[bytes]]:
         """Copies of all blocks of an episode, by field."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,11 @@ class EpisodeDataset(SavedStore):
     def episode_capacity(self) -> int:
         """The most steps of an episode that can be added, here or to the dataset behind this one."""
         return self.capacity if self.extension is None else max(self.capacity, self.extension.other.episode_capacity)
+
+    @contextlib.contextmanager
+    def prepared(self, episode: dict[str, np.ndarray]) -> Iterator[bool]:
+        """Until it ends, `lacks_room` is about this episode; yields False if there can never be room for it."""
+        yield len(next(iter(episode.values()))) <= self.capacity
 
     def store(self, episode: dict[str, np.ndarray], cut: int = 0, info: EpisodeInfo | None = None) -> int:
         """As `add`, but not to the dataset behind."""

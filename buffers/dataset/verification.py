@@ -11,11 +11,7 @@ import torch
 from buffers.conversion import dtype_name
 from buffers.fields import Fields, TensorType, as_tensor
 
-__all__ = ["RefusedEpisodeError", "VerificationMode"]
-
-
-class RefusedEpisodeError(ValueError):
-    """An episode that can never be stored: whoever kept it to try again leaves it out."""
+__all__ = ["VerificationMode"]
 
 
 class VerificationMode(enum.Enum):

@@ -11,11 +11,13 @@ import torch
 from buffers.fields import TensorType
 from buffers.table import Int64Array
 
-__all__ = ["BYTE", "REGIONS", "Regions"]
+__all__ = ["BYTE", "REGIONS", "REGION_UNIT", "Regions"]
 
 BYTE = TensorType((), torch.uint8)
 #: Beside the names of fields, none of which is empty.
 REGIONS = ""
+#: Regions are multiples of so many bytes.
+REGION_UNIT = 64
 
 
 class Regions(NamedTuple):

@@ -19,7 +19,7 @@ from buffers.fields import TensorType, as_tensor
 from buffers.objects import check_local
 from buffers.saving.packed_file import DamagedSaveError, PackedReader
 from buffers.saving.places import Places, ids_in, numbers_of
-from buffers.saving.regions import Regions
+from buffers.saving.regions import REGION_UNIT, Regions
 from buffers.saving.tree import unpack_tree
 from buffers.table import Int64Array
 
@@ -231,8 +231,8 @@ class Save(SaidOfSave):
         name = f"{store}/region_bytes"
         if name not in reader.num_rows:
             return None, np.zeros((0, 3), np.int64)
-        sizes = reader.read(name)
-        if len(sizes) != num_episodes or (sizes <= 0).any():
+        sizes, most = reader.read(name), reader.num_rows[f"{store}/regions"]
+        if len(sizes) != num_episodes or ((sizes <= 0) | (sizes > most) | (sizes % REGION_UNIT != 0)).any():
             raise reader.damaged("has compressed fields of sizes that cannot be")
         return sizes, reader.pieces(f"{store}/regions")
 

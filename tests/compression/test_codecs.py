@@ -97,3 +97,11 @@ def test_a_missing_library_is_named(monkeypatch) -> None:
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"`compress` needs cramjam .*pip install '.\[compress\]'"):
         RingBufferDataset(10, compress={"x": "lz4"})
+
+
+def test_an_image_of_another_shape_and_as_many_bytes_is_an_error() -> None:
+    kind = TensorType((16, 32, 3), torch.uint8)
+    image = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None], (1, 16, 32, 3))
+    block = CODECS["jpeg"]("x", TensorType((32, 16, 3), torch.uint8)).encode(image.reshape(1, 32, 16, 3))
+    with pytest.raises(DamagedBlockError):
+        CODECS["jpeg"]("x", kind).decode(memoryview(block), memory(16 * 32 * 3))

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,46 @@ def test_whole_blocks_uses_what_another_codec_has_made_no_more(tmp_path) -> None
     codecs = ring.codecs["obs/pixels"], files.codecs["obs/pixels"]
     assert len(whole_blocks(codecs[0], "x", {"x": np.zeros((50, 4, 2, 3), np.uint8)})) == 4
     assert {codec.name for codec in codecs} == {"lz4", "zstd"}
+
+
+def rewritten(file: Path, rows_per_block: int, length: int) -> None:
+    """Let a file, whose only field `x` is compressed, say that its first block is of so many rows, and all are."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    schema = json.loads(header["__metadata__"]["buffers"])
+    schema["length"], schema["compress"]["x"]["rows_per_block"] = length, rows_per_block
+    header["__metadata__"]["buffers"] = json.dumps(schema)
+    begin, end = header["x"]["data_offsets"]
+    blocks, index = body[begin:end], np.zeros((-(-length // rows_per_block), 2), np.uint32)
+    index[0] = len(blocks), zlib.crc32(blocks)
+    header["__blocks__/x"] |= {"shape": list(index.shape), "data_offsets": [0, index.nbytes]}
+    header["x"]["data_offsets"] = [index.nbytes, index.nbytes + len(blocks)]
+    text = json.dumps(header).encode()
+    file.with_name(file.name.replace("-40.", f"-{length}.")).write_bytes(
+        len(text).to_bytes(8, "little") + text + index.tobytes() + blocks
+    )
+    file.unlink()
+
+
+@pytest.mark.parametrize(("rows_per_block", "length"), [(1 << 28, 1 << 28), (1 << 11, 1 << 11), (16, 1 << 25)])
+def test_a_file_that_claims_more_than_it_can_hold_is_set_aside(rows_per_block, length, tmp_path) -> None:
+    with IndividualFileDataset(100, directory=tmp_path, compress={"x": "lz4"}) as dataset:
+        dataset.add_episode({"x": np.zeros((40, 100), np.uint8)})
+    (file,) = tmp_path.glob("*.safetensors")
+    rewritten(file, rows_per_block, length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        reader = IndividualFileDataset(directory=tmp_path, mode="r")
+    assert reader.is_empty or rows_per_block == 16
+    if not reader.is_empty:
+        with pytest.warns(UserWarning, match="bytes of blocks"), pytest.raises(RuntimeError, match="gone"):
+            reader.get_episode(0)
+
+
+def test_open_files_keep_little_of_their_indices(tmp_path) -> None:
+    dataset = IndividualFileDataset(10_000, directory=tmp_path, compress={"x": "lz4"})
+    dataset.add_episode({"x": np.random.default_rng(0).integers(0, 256, (10_000, 10), dtype=np.uint8)})
+    next(iter(dataset.get_loader(8, 1)))
+    ((_, _, indices),) = dataset._reader._files.values()
+    assert sum(column.nbytes for column in indices["x"]) == 12 * 625

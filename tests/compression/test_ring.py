@@ -327,3 +327,20 @@ def test_a_block_that_is_read_without_looking_again_is_torn(monkeypatch) -> None
     assert (out["x"] == -1).all(), "it was retired, and is not decompressed"
     room.read(windows, out, lambda: 0, ["x"])
     assert (out["x"] != torch.arange(8)[:, None]).any(), "the mutant gives rows of another episode"
+
+
+def test_a_reader_copies_whole_episodes_while_the_writer_overwrites(monkeypatch) -> None:
+    ring = RingBufferDataset(100, compress=ALL)
+    for number in range(4):
+        ring.add_episode(tagged.episode(25, number))
+    reader = RingBufferDataset.__new__(RingBufferDataset)
+    reader.__setstate__(ring.__getstate__())
+    read = reader.arrays_of_id
+
+    def overtaken(episode_id: int) -> Any:
+        episode = read(episode_id)
+        ring.add_episode(tagged.episode(25, episode_id + 4))
+        return episode
+
+    monkeypatch.setattr(reader, "arrays_of_id", overtaken)
+    assert tagged.numbers(copy.deepcopy(reader)) == [0, 1, 2, 3]

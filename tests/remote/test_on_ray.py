@@ -153,7 +153,7 @@ def test_a_shard_that_hangs_is_named_and_all_others_go_on(shards: Shards) -> Non
     os.kill(process, signal.SIGSTOP)
     try:
         begin = time.monotonic()
-        with pytest.warns(RuntimeWarning, match="Shard 1 has not answered for 5 s"):
+        with pytest.warns(RuntimeWarning, match="Shard 1 has not answered for [5-9] s"):
             while 1 not in loader.troubles:
                 next(loader)
             next(loader)  # It may have become so since the last one.

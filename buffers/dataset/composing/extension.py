@@ -138,17 +138,20 @@ class Extension:
     def add(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], cut: int, info: EpisodeInfo | None) -> int:
         """Store an episode in both; returns its id here, -1 if it is too long for here."""
         length = _length(episode)
-        if length > dataset.capacity:
-            self._warn(
-                "too long",
-                f"An episode of {length} steps is longer than the `capacity` of {dataset.capacity} steps: it, and "
-                f"others like it, are kept by the {type(self.other).__name__} only.",
-            )
-            self.other.add(episode, cut, info)
-            return -1
-        dataset.check(episode)
-        was_full = dataset.is_full
-        newest = self._add_to_both(dataset, episode, cut, info)
+        with dataset.prepared(episode) as fits:
+            if not fits:
+                is_long = length > dataset.capacity
+                limit = f"`capacity` of {dataset.capacity} steps" if is_long else "`capacity_bytes`"
+                self._warn(
+                    "too long" if is_long else "too large",
+                    f"An episode of {length} steps is {'longer' if is_long else 'larger'} than the {limit}: it, and "
+                    f"others like it, are kept by the {type(self.other).__name__} only.",
+                )
+                self.other.add(episode, cut, info)
+                return -1
+            dataset.check(episode)
+            was_full = dataset.is_full
+            newest = self._add_to_both(dataset, episode, cut, info)
         self._num_additions += was_full
         if was_full and self._num_additions % self._every == 0 and not self.other.is_empty:
             self._bring(dataset, newest, dataset.capacity - length)
@@ -190,12 +193,15 @@ class Extension:
                     continue  # It has left `other`, and its info with it.
                 if length > most or self._is_here(dataset, other_id) or not self._is_accepted(dataset, episode, info):
                     continue
-                if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
-                    # Next time: dropping it would favour short ones.
-                    self._waiting.appendleft(drawn._replace(info=info))
-                    return
-                self._note(dataset, other_id, dataset.table.next_id)
-                dataset.store(episode, cut, info)
+                with dataset.prepared(episode) as fits:
+                    if not fits:
+                        continue
+                    if length > room or not dataset.make_room(dataset.start_of_next(length), length, keep=newest):
+                        # Next time: dropping it would favour short ones.
+                        self._waiting.appendleft(drawn._replace(info=info))
+                        return
+                    self._note(dataset, other_id, dataset.table.next_id)
+                    dataset.store(episode, cut, info)
                 room -= length
         except Exception as error:
             self._warn(what, f"Episodes of the {type(self.other).__name__} cannot be {what}: {error!r}")
@@ -235,11 +241,12 @@ class Extension:
             info = _info_or_none(self.other, other_id)
             if episode is None or info is None:
                 continue
-            if dataset.lacks_room(dataset.start_of_next(_length(episode)), _length(episode)):
-                continue
-            if self._is_accepted(dataset, episode, info):
-                self._note(dataset, other_id, dataset.table.next_id)
-                dataset.store(episode, cut, info)
+            with dataset.prepared(episode) as fits:
+                if not fits or dataset.lacks_room(dataset.start_of_next(_length(episode)), _length(episode)):
+                    continue
+                if self._is_accepted(dataset, episode, info):
+                    self._note(dataset, other_id, dataset.table.next_id)
+                    dataset.store(episode, cut, info)
         return dataset.num_episodes - num_before
 
     def _is_accepted(self, dataset: EpisodeDataset, episode: dict[str, np.ndarray], info: EpisodeInfo) -> bool:

@@ -23,21 +23,24 @@ INDEX = "__blocks__/"
 class BlockIndex(NamedTuple):
     """Where the blocks of a field end, counted from the first one's begin, and their CRC-32."""
 
-    ends: list[int]
-    checksums: list[int]
+    # Arrays, as one lies beside each open file.
+    ends: np.ndarray
+    checksums: np.ndarray
 
     def span(self, first: int, end: int) -> tuple[int, int]:
         """Where blocks [first, end) lie."""
-        return self.ends[first - 1] if first else 0, self.ends[end - 1]
+        return int(self.ends[first - 1]) if first else 0, int(self.ends[end - 1])
 
     def fetched(self, first: int, end: int, data: bytes | bytearray | memoryview) -> Fetched:
         """Blocks [first, end), from their bytes; a DamagedEpisodeError if these are not what was written."""
         begin, _ = self.span(first, end)
-        ends = [stop - begin for stop in self.ends[first:end]]
-        memory = memoryview(data)
-        for number, (start, stop) in enumerate(pairwise([0, *ends]), first):
-            if zlib.crc32(memory[start:stop]) != self.checksums[number]:
-                raise DamagedEpisodeError(f"has a block, number {number}, that is not the one it was written with")
+        ends, memory = (self.ends[first:end] - begin).tolist(), memoryview(data)
+        checksums = self.checksums[first:end].tolist()
+        for number, (start, stop) in enumerate(pairwise([0, *ends])):
+            if zlib.crc32(memory[start:stop]) != checksums[number]:
+                raise DamagedEpisodeError(
+                    f"has a block, number {first + number}, that is not the one it was written with"
+                )
         return Fetched(ends, data)
 
 
@@ -59,7 +62,7 @@ class FieldBlocks(NamedTuple):
         ends = sizes.cumsum(dtype=np.int64)
         if int(ends[-1]) != self.num_bytes:
             raise DamagedEpisodeError(f"has blocks of {int(ends[-1])} bytes, its header says {self.num_bytes}")
-        return BlockIndex(ends.tolist(), checksums.tolist())
+        return BlockIndex(ends, checksums.copy())
 
 
 def stored_blocks(episode: Mapping[str, np.ndarray], codecs: Mapping[str, Codec]) -> dict[str, torch.Tensor]:

@@ -32,6 +32,8 @@ _MAX_HEADER = 16 * 2**20
 # How much longer the header of 10**9 - 1 rows is than that of one row: 8 digits in the shape and 9 in each of the two
 # offsets of a field, and padding.
 _MORE_DIGITS, _PADDING = 26, 8
+# LZ4 twice makes rows up to 255 * 255 times smaller, and nothing else more: what says more would fill the memory.
+_MOST_TIMES = 1 << 17
 _BYTE = TensorType((), torch.uint8)
 
 
@@ -218,7 +220,8 @@ def _expected(
     """The dtype, shape and bytes that a tensor must have; of blocks, the entry says how many bytes they are."""
     if name in codecs:
         size = entry["shape"][0]
-        if type(size) is not int or not 1 <= size <= length * fields[name].nbytes:
+        row_bytes = length * fields[name].nbytes
+        if type(size) is not int or not 1 <= size <= row_bytes <= size * _MOST_TIMES:
             raise DamagedEpisodeError(f"has {size!r:.50} bytes of blocks of `{name}`")
         return "U8", [size], size
     if name not in fields:

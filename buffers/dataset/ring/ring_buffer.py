@@ -16,9 +16,8 @@ from buffers.compression import BlockRoom, Compress, CompressedEpisode, chosen_c
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
+from buffers.dataset.ring.admission import AdmittingRing
 from buffers.dataset.ring.rows import Kind, RingRows
-from buffers.dataset.ring.saving import SavedRing
-from buffers.dataset.verification import RefusedEpisodeError
 from buffers.evictor import Evictor, FIFOEvictor
 from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
@@ -28,12 +27,11 @@ from buffers.utils import Process, format_bytes, integer, usable_device
 
 __all__ = ["RingBufferDataset"]
 
-_NO_REGION = np.empty(0, np.uint8)
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 @final
-class RingBufferDataset(SavedRing):
+class RingBufferDataset(AdmittingRing):
     """Episodes in RAM or on a GPU; the oldest are overwritten by the newest.
 
     The row with step id s lies at offset `s % capacity`. An episode never wraps: one that does not fit before the end
@@ -105,8 +103,6 @@ class RingBufferDataset(SavedRing):
         self.capacity_bytes = None if capacity_bytes is None else integer("capacity_bytes", capacity_bytes, 1)
         # Compressed rows; None if there are none, or before the fields are known.
         self._room: BlockRoom | None = None
-        # Of the episode that is being stored.
-        self._region = _NO_REGION
         super().__init__(capacity, info, evictor, compress)
         if self.compress and self.device.type != "cpu":
             raise ValueError(f"Rows are decompressed by the CPU: leave out `compress` for a ring on {self.device}.")
@@ -189,23 +185,6 @@ class RingBufferDataset(SavedRing):
         is_full = self._room is not None and self._room.lacks(len(self._region))
         return is_full or self.table.oldest_start < start + length - self.capacity
 
-    def store(self, episode: dict[str, np.ndarray], cut: int = 0, info: EpisodeInfo | None = None) -> int:
-        """As `EpisodeDataset.store`: compresses first, as only then it is known what must leave."""
-        if self._room is None:
-            return super().store(episode, cut, info)
-        self._check_length(len(next(iter(episode.values()))))
-        self._region = self._room.region(episode)
-        try:
-            if len(self._region) > self._room.capacity_bytes:
-                raise RefusedEpisodeError(
-                    f"An episode of {len(self._region):,} bytes, compressed, does not fit `capacity_bytes`="
-                    f"{self._room.capacity_bytes:,}, and is left out. Raise it, or cut long episodes by "
-                    "`max_episode_length`."
-                )
-            return super().store(episode, cut, info)
-        finally:
-            self._region = _NO_REGION
-
     def _write(self, episode: dict[str, np.ndarray], start: int, episode_id: int) -> None:
         self._rows.write(start % self.capacity, episode)
         if self._room is not None:
@@ -225,8 +204,6 @@ class RingBufferDataset(SavedRing):
         self._oldest_step = start + length
         if self._published is not None:
             self._published.retire(self._oldest_step)
-        if self._room is not None:
-            self._room.erase(start)
 
     def _read(self, windows: Windows, out: Rows) -> np.ndarray | None:
         plain = out if self._room is None else {name: out[name] for name in out if name not in self.codecs}
@@ -266,8 +243,8 @@ class RingBufferDataset(SavedRing):
     @property
     def fill(self) -> float:
         """As `EpisodeSource.fill`; or of `capacity_bytes`, if that is more."""
-        full = 0.0 if self._room is None or self.capacity_bytes is None else self._room.num_bytes / self.capacity_bytes
-        return max(full, super().fill)
+        num_bytes = sum(self.compressed_bytes().values())
+        return max(super().fill, 0.0 if self.capacity_bytes is None else num_bytes / self.capacity_bytes)
 
     def _find_oldest_step(self) -> int:
         """Rows of smaller step ids may be overwritten."""
@@ -379,7 +356,8 @@ class RingBufferDataset(SavedRing):
             for start, length, episode_id, cut in self.table.rows.tolist():
                 episode = self.arrays_of_id(episode_id)
                 if episode is not None:  # A reader finds one gone if the writer has overwritten it.
-                    if self._room is not None:
+                    # A reader's could be overwritten meanwhile.
+                    if self._room is not None and Process.number == self._writer:
                         episode = CompressedEpisode(episode, self._room.blocks(start, length), self.codecs)
                     other.table.skip_to(episode_id, start)
                     other.add(episode, cut, self._infos.get(episode_id))

@@ -20,7 +20,7 @@ from buffers.disk import DamagedEpisodeError, Directory, as_damage, parse_fields
 from buffers.fields import as_tensor
 from buffers.late import LateFieldInfo, PriorityField
 from buffers.saving import Save, SavedPiece
-from buffers.table import EpisodeTable, Int64Array
+from buffers.table import EpisodeTable, Int64Array, TableRow
 from buffers.utils import progress_bar
 
 if TYPE_CHECKING:
@@ -276,8 +276,7 @@ class _Loading:
         for at in stays.nonzero()[0].tolist() if self._folders else ():
             row = self._rows[at].tolist()
             episode, info = self._files.read_link(self._folders[at], row, self._told["suffix"], self._store.fields)
-            self._store.table.skip_to(row[2], row[0])
-            self._store.store(episode, row[3], info)
+            self._keep(episode, row, info)
 
     def _is_in_place(self, piece: SavedPiece, is_wanted: np.ndarray, infos: dict[int, EpisodeInfo]) -> bool:
         """Read straight to where the rows lie, if they can lie as they did; False if not."""
@@ -305,8 +304,14 @@ class _Loading:
             episode = {n: array[part].astype(fields[n].numpy_dtype, copy=False) for n, array in rows.items()}
             if regions_of:
                 episode = self._decompressed(episode, regions_of[number], length)
-            store.table.skip_to(episode_id, start)
-            store.store(episode, cut, infos.get(episode_id))
+            self._keep(episode, (start, length, episode_id, cut), infos.get(episode_id))
+
+    def _keep(self, episode: dict[str, np.ndarray], row: TableRow, info: EpisodeInfo | None) -> None:
+        start, _, episode_id, cut = row
+        with self._store.prepared(episode) as fits:
+            if fits:
+                self._store.table.skip_to(episode_id, start)
+                self._store.store(episode, cut, info)
 
     def _decompressed(self, episode: dict[str, np.ndarray], region: np.ndarray, length: int) -> dict[str, np.ndarray]:
         """All fields of an episode, in the order of the dataset's."""
