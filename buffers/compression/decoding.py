@@ -22,8 +22,9 @@ from buffers.table import Windows
 
 __all__ = ["Fetched", "Run", "decode_runs", "runs_of"]
 
-# From so many bytes on, threads share the work.
-_LARGE = 1 << 20
+# From so many bytes of a batch, and of a block, on, threads share the work: of smaller blocks, they spend more time
+# waiting for each other's Python than they save.
+_LARGE, _LARGE_BLOCK = 1 << 20, 3 << 16
 
 
 class Fetched(NamedTuple):
@@ -89,7 +90,8 @@ def decode_runs(
         out: Contiguous. Rows that no window has are left as they are.
     """
     rows = out.view(-1).view(torch.uint8).numpy()
-    num_threads = torch.get_num_threads() if len(rows) >= _LARGE else 1
+    is_shared = len(rows) >= _LARGE and codec.rows_per_block * codec.kind.nbytes >= _LARGE_BLOCK
+    num_threads = torch.get_num_threads() if is_shared else 1
     if num_threads == 1:
         return _decode_all(codec, rows, runs)
     fetched = list(runs)
