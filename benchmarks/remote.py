@@ -71,7 +71,7 @@ def remote(rounds: int) -> None:
 
 
 def _batches(rounds: int) -> None:
-    """Batches of pixels, 12.6 MB, from a worker of a local ring, from shards that hold the same, and from a peer.
+    """Batches of pixels, 12.6 MB, from a worker of a local ring, from shards that hold the same, and from peers.
 
     `ray.put` alone, of as many bytes, is what any batch must take that crosses by Ray. Two shards can be faster than
     one only where there are processors for them, and for the learner.
@@ -90,7 +90,8 @@ def _batches(rounds: int) -> None:
     with (
         start_shards(1, filled_ring, num_cpus=0) as one,
         start_shards(2, filled_ring, num_cpus=0) as two,
-        _torchrl() as peer,
+        _peer("torchrl") as torchrl,
+        _peer("reverb") as reverb,
     ):
         iterators: dict[str, Iterator[Any]] = {
             "a worker": iter(loader),
@@ -98,7 +99,7 @@ def _batches(rounds: int) -> None:
             "two shards": RemoteLoader(two, BATCH_SIZE, LENGTH, seed=0),
         }
         measured = {name: partial(_take, batches) for name, batches in iterators.items()}
-        found = _in_turn({**measured, "ray.put alone": put, **peer}, rounds)
+        found = _in_turn({**measured, "ray.put alone": put, **torchrl, **reverb}, rounds)
         _behind_a_learner(iterators, rounds)
         measured.clear()
         iterators.clear()
@@ -110,15 +111,22 @@ def _batches(rounds: int) -> None:
     print_table(f"Batches of pixels, 16 x 64, 12.6 MB, {os.cpu_count()} processors", header, rows)
 
 
+#: By environment, the module that draws there, and what it is.
+_PEERS = {
+    "torchrl": ("benchmarks.peers.torchrl_ray", "TorchRL's RayReplayBuffer"),
+    "reverb": ("benchmarks.peers.reverb_server", "Reverb, a server"),
+}
+
+
 @contextlib.contextmanager
-def _torchrl() -> Iterator[dict[str, Callable[[], float]]]:
-    """TorchRL's buffer on a Ray of its own, if its environment is there: `python -m benchmarks environments`."""
-    python = python_of("torchrl")
+def _peer(environment: str) -> Iterator[dict[str, Callable[[], float]]]:
+    """A peer in processes of its own, if its environment is there: `python -m benchmarks environments`."""
+    python, (module, title) = python_of(environment), _PEERS[environment]
     if python is None:
-        print("torchrl: left out, as it has no environment", flush=True)
+        print(f"{environment}: left out, as it has no environment", flush=True)
         yield {}
         return
-    command = [str(python), "-m", "benchmarks.peers.torchrl_ray", *map(str, (STORE.num_steps, BATCH_SIZE, LENGTH))]
+    command = [str(python), "-m", module, *map(str, (STORE.num_steps, BATCH_SIZE, LENGTH))]
     process = subprocess.Popen(
         [*command, str(NUM_BATCHES)],
         stdin=subprocess.PIPE,
@@ -134,9 +142,9 @@ def _torchrl() -> Iterator[dict[str, Callable[[], float]]]:
         return float(received.readline())
 
     # Ray itself prints there, too.
-    assert any(line == "ready\n" for line in received), "torchrl: it has ended"
+    assert any(line == "ready\n" for line in received), f"{environment}: it has ended"
     try:
-        yield {"TorchRL's RayReplayBuffer": draw}
+        yield {title: draw}
     finally:
         process.communicate()
 

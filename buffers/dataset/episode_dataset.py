@@ -64,7 +64,7 @@ class EpisodeDataset(SavedStore):
         if told is not None and compress is not None:
             raise ValueError("`compress` is given twice, as an argument and in `info`: leave one out.")
         #: Which fields are compressed, and how, as it was given.
-        self.compress = checked_choice(told or compress or {})
+        self.compress = checked_choice({} if told is None and compress is None else told or compress)
         if info is not None:
             self.verification_mode = info.verification_mode
         #: Whether another dataset is extended by this one.
