@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.reverb_server STEPS BATCH_SIZE LENGTH NUM_BATCHES
 
-Every window of an episode is an item, drawn uniformly. Items share the chunks of their steps. With STEPS alone, it is the
-server, which prints its port.
+Every window of an episode is an item, drawn uniformly. Items share the chunks of their steps. With STEPS alone, it is
+the server, which prints its port.
 """
 
 from __future__ import annotations
