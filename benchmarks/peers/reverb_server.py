@@ -8,6 +8,7 @@ the server, which prints its port.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -25,8 +26,7 @@ TABLE = "windows"
 def serve(num_steps: int) -> None:
     server = reverb.Server([_table(num_steps)], port=None)
     print(server.port, flush=True)
-    sys.stdin.read()
-    server.stop()
+    server.wait()
 
 
 def main() -> None:
@@ -35,6 +35,9 @@ def main() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         draw(f"localhost:{int(server.stdout.readline())}", num_steps, batch_size, length, num_batches)
+        server.kill()
+    # Threads of its dataset wait for more.
+    os._exit(0)
 
 
 def draw(address: str, num_steps: int, batch_size: int, length: int, num_batches: int) -> None:
