@@ -2,7 +2,7 @@
 
 from buffers.compression.blocks import CompressedEpisode, decoded_rows, num_blocks, whole_blocks
 from buffers.compression.choice import Compress, checked_choice, chosen_codecs
-from buffers.compression.codecs import CODECS, Codec, DamagedBlockError, codec_as
+from buffers.compression.codecs import CODECS, Codec, DamagedBlockError, codec_as, codecs_as, described
 from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
 from buffers.compression.early import EarlyBlocks
 from buffers.compression.room import BlockRoom, EpisodeTooLargeError, blocks_in, rows_in
@@ -22,8 +22,10 @@ __all__ = [
     "checked_choice",
     "chosen_codecs",
     "codec_as",
+    "codecs_as",
     "decode_runs",
     "decoded_rows",
+    "described",
     "num_blocks",
     "rows_in",
     "runs_of",

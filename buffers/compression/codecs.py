@@ -1,8 +1,8 @@
 """Codecs: a block of consecutive rows of one field to bytes, and back.
 
 Rows that follow each other are alike, so they are compressed together. A block is what other programs know by the same
-name: a plain LZ4 block, a zstd frame, a JPEG file. One that would save less than an eighth is the rows as they are,
-which is told by its size.
+name: an LZ4 block behind a size, a zstd frame, a JPEG file. One that would save less than an eighth is the rows as they
+are, which is told by its size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from buffers.fields import TensorType
 from buffers.utils import how_to_install
 
-__all__ = ["CODECS", "Codec", "DamagedBlockError", "codec_as", "scratch"]
+__all__ = ["CODECS", "Codec", "DamagedBlockError", "codec_as", "codecs_as", "described", "scratch"]
 
 # Bytes of a row.
 _SMALL, _LARGE = 1 << 13, 1 << 16
@@ -45,7 +45,8 @@ class Codec(ABC):
     """
 
     name: str
-    is_lossless = True
+    #: The module that compresses, imported where it is needed.
+    library_name: str
     rows_per_block: int
 
     def __init__(self, field: str, kind: TensorType) -> None:
@@ -64,9 +65,13 @@ class Codec(ABC):
         return codec_as, (self.describe(), self.field, self.kind)
 
     @classmethod
-    @abstractmethod
     def library(cls) -> Any:
         """What compresses; an ImportError that says how to install it."""
+        try:
+            return importlib.import_module(cls.library_name)
+        except ImportError as error:
+            advice = how_to_install("compress")
+            raise ImportError(f"`compress` needs {cls.library_name} ({error}): {advice}.") from None
 
     @abstractmethod
     def _encode(self, rows: np.ndarray) -> Any:
@@ -107,12 +112,7 @@ class Lz4(Codec):
     the first output, as 4 bytes, or with 0 if there was no second time.
     """
 
-    name = "lz4"
-
-    @classmethod
-    def library(cls) -> Any:
-        """As `Codec.library`."""
-        return _library("cramjam")
+    name, library_name = "lz4", "cramjam"
 
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
@@ -145,13 +145,8 @@ class Lz4(Codec):
 class Zstd(Codec):
     """zstd: smaller, and a few times slower than LZ4 both ways."""
 
-    name = "zstd"
+    name, library_name = "zstd", "zstandard"
     rows_per_block = 16
-
-    @classmethod
-    def library(cls) -> Any:
-        """As `Codec.library`."""
-        return _library("zstandard")
 
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
@@ -174,14 +169,8 @@ class Zstd(Codec):
 class Jpeg(Codec):
     """JPEG at quality 95: lossy, a row by itself. For images as cameras see them."""
 
-    name = "jpeg"
-    is_lossless = False
+    name, library_name = "jpeg", "simplejpeg"
     rows_per_block = 1
-
-    @classmethod
-    def library(cls) -> Any:
-        """As `Codec.library`."""
-        return _library("simplejpeg")
 
     def __init__(self, field: str, kind: TensorType) -> None:
         super().__init__(field, kind)
@@ -217,11 +206,14 @@ def codec_as(described: Mapping[str, Any], field: str, kind: TensorType) -> Code
     return codec
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"`compress` needs {name} ({error}): {how_to_install('compress')}.") from None
+def described(codecs: Mapping[str, Codec]) -> dict[str, Any]:
+    """How each field is compressed, in their order, as JSON can hold it."""
+    return {name: codec.describe() for name, codec in codecs.items()}
+
+
+def codecs_as(described: Mapping[str, Any], fields: Mapping[str, TensorType]) -> dict[str, Codec]:
+    """The inverse of `described`, with the errors of `codec_as`."""
+    return {name: codec_as(told, name, fields[name]) for name, told in described.items()}
 
 
 _own = threading.local()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from buffers.utils import aligned, format_bytes
@@ -9,7 +10,7 @@ from buffers.utils import aligned, format_bytes
 if TYPE_CHECKING:
     from buffers.dataset.episode_source import EpisodeSource
 
-__all__ = ["bytes_per_step", "compression_of", "counts_line", "fields_table", "stored_bytes"]
+__all__ = ["bytes_per_step", "compression_of", "counts_line", "fields_table"]
 
 
 def counts_line(source: EpisodeSource) -> str:
@@ -31,20 +32,22 @@ def fields_table(source: EpisodeSource) -> str:
     """A table of the fields, a line each: type, dtype, shape, bytes."""
     if source.fields is None:
         return "(no fields yet: the first episode decides)"
-    sizes, compressed = bytes_per_step(source), source.compressed_bytes()
+    compressed = source.compressed_bytes()
+    sizes, total_bytes = bytes_per_step(source, compressed), 0
     rows = [("field", "type", "dtype", "shape", "bytes a step", "bytes stored")]
     for name, field in source.fields.items():
         stored = field if name in compressed else source.stored_type(field)
         dtype = str(field.dtype).removeprefix("torch.")
         if stored.dtype != field.dtype:
             dtype += f" as {str(stored.dtype).removeprefix('torch.')}"
-        num_bytes = format_bytes(sizes[name] * source.num_timesteps)
+        raw = sizes[name] * source.num_timesteps
+        num_bytes = compressed.get(name, raw)
+        total_bytes += num_bytes
+        said = format_bytes(num_bytes)
         if name in compressed:
-            times = field.nbytes * source.num_timesteps / max(1, compressed[name])
-            num_bytes = f"{format_bytes(compressed[name])}, {times:.1f} times smaller"
-        rows.append((name, type(field).__name__, dtype, str(field.shape), f"{sizes[name]:,}", num_bytes))
-    total = sum(sizes.values())
-    rows.append(("total", "", "", "", f"{total:,}", format_bytes(stored_bytes(source))))
+            said += f", {raw / max(1, num_bytes):.1f} times smaller"
+        rows.append((name, type(field).__name__, dtype, str(field.shape), f"{sizes[name]:,}", said))
+    rows.append(("total", "", "", "", f"{sum(sizes.values()):,}", format_bytes(total_bytes)))
     return "\n".join(aligned(rows))
 
 
@@ -57,15 +60,8 @@ def compression_of(source: EpisodeSource) -> dict[str, float]:
     return {"compressed_bytes": size, "compression_ratio": raw / max(1, size)}
 
 
-def stored_bytes(source: EpisodeSource) -> int:
-    """The bytes of all stored steps."""
-    compressed, sizes = source.compressed_bytes(), bytes_per_step(source)
-    return sum(compressed.get(name, size * source.num_timesteps) for name, size in sizes.items())
-
-
-def bytes_per_step(source: EpisodeSource) -> dict[str, int]:
-    """The bytes of a stored step, by the name of the field; before they are compressed."""
-    compressed = source.compressed_bytes()
+def bytes_per_step(source: EpisodeSource, compressed: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of a stored step, by the name of the field; of `compressed` ones, before they are."""
     return {
         name: (field if name in compressed else source.stored_type(field)).nbytes
         for name, field in (source.fields or {}).items()

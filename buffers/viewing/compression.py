@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from buffers.compression import CODECS, Codec, codec_as, rows_in, whole_blocks
+from buffers.compression import CODECS, Codec, codecs_as, rows_in, whole_blocks
 from buffers.conversion import as_array
 from buffers.dataset.files.individual_file import IndividualFileDataset
 from buffers.disk import as_damage, parse_fields
@@ -103,8 +103,7 @@ def _linked(save: Save, number: int, fields: Fields, num: int) -> Iterator[Episo
 
 
 def _packed(save: Save, number: int, fields: Fields, num: int) -> Iterator[Episode]:
-    described = save.stores[number].get("compress", {})
-    codecs = {name: codec_as(of_field, name, fields[name]) for name, of_field in described.items()}
+    codecs = codecs_as(save.stores[number].get("compress", {}), fields)
     pieces = save.pieces(number)
     places = np.array([(n, at) for n, piece in enumerate(pieces) for at in piece.is_live.nonzero()[0].tolist()])
     for n, at in evenly_spaced(places, num).tolist():

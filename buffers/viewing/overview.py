@@ -124,7 +124,8 @@ def _draw_fill(ax: Axes, dataset: EpisodeSource) -> None:
 def _draw_bytes(ax: Axes, dataset: EpisodeSource) -> None:
     fields = dataset.fields
     assert fields is not None  # The caller checked.
-    sizes = [num_bytes * dataset.num_timesteps for num_bytes in bytes_per_step(dataset).values()]
+    by_field = bytes_per_step(dataset, dataset.compressed_bytes())
+    sizes = [num_bytes * dataset.num_timesteps for num_bytes in by_field.values()]
     _set_title(ax, f"bytes by field: {format_bytes(sum(sizes))}")
     bars = ax.barh(range(len(sizes)), sizes, color=COLORS[4], height=0.8)
     ax.bar_label(bars, labels=[format_bytes(size) for size in sizes], padding=3, fontsize=TICK_SIZE)

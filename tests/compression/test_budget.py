@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +115,7 @@ class CtrlC:
         self.left = at
 
     def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-        # What is raised when an object of an earlier round is collected is lost.
-        if "/buffers/" not in frame.f_code.co_filename or frame.f_code.co_name == "__del__":
+        if "/buffers/" not in frame.f_code.co_filename:
             return None
         self.left -= event == "line"
         if not self.left and event == "line":
@@ -124,6 +124,9 @@ class CtrlC:
 
     def interrupts(self, call: Callable[[], object]) -> bool:
         before = sys.gettrace()
+        # What is raised while objects of an earlier round are collected is lost.
+        gc.collect()
+        gc.disable()
         sys.settrace(self)
         try:
             call()
@@ -131,6 +134,7 @@ class CtrlC:
             return True
         finally:
             sys.settrace(before)
+            gc.enable()
         return False
 
 

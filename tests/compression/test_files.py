@@ -20,6 +20,7 @@ from buffers import ReplayBuffer
 from buffers.compression import whole_blocks
 from buffers.dataset import EpisodeDataset, IndividualFileDataset
 from buffers.dataset.fields import TensorType
+from buffers.dataset.files.directory import EpisodeDirectory
 from buffers.dataset.files.serialization import UnknownVersionError, parse_schema
 from buffers.dataset.individual_file import NumpyCompressedSerialization
 from buffers.dataset.info import EpisodeDatasetInfo
@@ -243,3 +244,19 @@ def test_open_files_keep_little_of_their_indices(tmp_path) -> None:
     next(iter(dataset.get_loader(8, 1)))
     ((_, _, indices),) = dataset._reader._files.values()
     assert sum(column.nbytes for column in indices["x"]) == 12 * 625
+
+
+def test_print_looks_into_few_files_and_not_again(tmp_path, monkeypatch) -> None:
+    files, opened = filled(tmp_path), []
+    real_open = EpisodeDirectory.open
+
+    def counted(self: EpisodeDirectory, name: str) -> Any:
+        opened.append(name)
+        return real_open(self, name)
+
+    monkeypatch.setattr(EpisodeDirectory, "open", counted)
+    for _ in range(3):
+        assert "times smaller" in repr(files) and ReplayBuffer(files, 4, 4).stats()["compression_ratio"] > 0
+    assert 0 < len(opened) <= 16
+    files.close()
+    assert "times smaller" in repr(files) and len(opened) <= 16

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from buffers.compression import Codec, DamagedBlockError, Fetched, codec_as, decoded_rows, num_blocks, whole_blocks
+from buffers.compression import Codec, DamagedBlockError, Fetched, decoded_rows, num_blocks, whole_blocks
 from buffers.disk import DamagedEpisodeError, read_at
-from buffers.fields import Fields
 
-__all__ = ["BlockIndex", "FieldBlocks", "INDEX", "codecs_of", "decoded", "described", "stored_blocks"]
+__all__ = ["BlockIndex", "FieldBlocks", "INDEX", "decoded", "stored_blocks"]
 
 #: What the name of an index begins with, before that of the field.
 INDEX = "__blocks__/"
@@ -75,16 +74,6 @@ def stored_blocks(episode: Mapping[str, np.ndarray], codecs: Mapping[str, Codec]
         # Signed, as not every version of safetensors has unsigned integers of 32 bits.
         found[INDEX + name] = torch.from_numpy(np.array(entries, np.uint32).view(np.int32))
     return found
-
-
-def described(codecs: Mapping[str, Codec]) -> dict[str, Any]:
-    """What the schema of a file says of its compressed fields."""
-    return {name: codec.describe() for name, codec in codecs.items()}
-
-
-def codecs_of(schema: Mapping[str, Any], fields: Fields) -> dict[str, Codec]:
-    """The inverse of `described`."""
-    return {name: codec_as(told, name, fields[name]) for name, told in schema.get("compress", {}).items()}
 
 
 def decoded(blocks: FieldBlocks, file: Any, length: int) -> np.ndarray:

@@ -33,8 +33,6 @@ from buffers.utils import integer, one_of
 
 __all__ = ["IndividualFileDataset"]
 
-_NUM_SAMPLED = 16
-
 
 @final
 class IndividualFileDataset(WrittenDataset):
@@ -238,20 +236,6 @@ class IndividualFileDataset(WrittenDataset):
         for name, damage in lost.items():
             self._lose(name, damage)
         return ~np.isin(windows.episode, [name.id for name in lost]) if lost else None
-
-    def compressed_bytes(self) -> dict[str, int]:
-        """As `EpisodeReader.compressed_bytes`, by some of the files."""
-        rows, compressed = self.table.rows, set[str]()
-        sizes, num_steps = dict.fromkeys(self._fields or (), 0), 0
-        for row in rows[np.linspace(0, len(rows) - 1, min(_NUM_SAMPLED, len(rows))).astype(int)].tolist():
-            with contextlib.suppress(DamagedEpisodeError, FileNotFoundError):
-                name = str(self._directory.name_of(*row))
-                places = self._directory.read(name, self.serialization_strategy.block_places)
-                for field, kind in (self._fields or {}).items():
-                    sizes[field] += places[field].num_bytes if field in places else row[1] * kind.nbytes
-                compressed |= places.keys()
-                num_steps += row[1]
-        return {field: sizes[field] * self.num_timesteps // num_steps for field in sizes if field in compressed}
 
     def _erase(self, episode_id: int, start: int, length: int) -> None:
         self.check_writable()

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, final
 import safetensors.torch
 import torch
 
-from buffers.compression import Codec, num_blocks
+from buffers.compression import Codec, codecs_as, described, num_blocks
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.dataset.files.compressed import INDEX, FieldBlocks, codecs_of, decoded, described
+from buffers.dataset.files.compressed import INDEX, FieldBlocks, decoded
 from buffers.dataset.files.serialization import (
     SCHEMA_KEY,
     EpisodeSerializationStrategy,
@@ -194,7 +194,7 @@ def _read_header(file: io.FileIO) -> _Header:
 def _parse_header(header: bytes) -> _Header:
     entries = parse_json(header)
     fields, schema = parse_schema(entries.pop("__metadata__")[SCHEMA_KEY])
-    codecs = codecs_of(schema, fields)
+    codecs = codecs_as(schema.get("compress", {}), fields)
     expected_names = {*fields, *(INDEX + name for name in codecs)}
     if entries.keys() != expected_names:
         found = f"{sorted(entries)!r:.200}, its schema {sorted(expected_names)!r:.200}"

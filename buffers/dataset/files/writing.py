@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from buffers.compression import chosen_codecs
 from buffers.dataset.episode_info import EpisodeInfo
-from buffers.dataset.files.compressed import stored_blocks
+from buffers.dataset.files.compressed import FieldBlocks, stored_blocks
 from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.saving import LinkedDataset
 from buffers.dataset.files.serialization import as_saved
@@ -21,16 +21,21 @@ from buffers.utils import format_bytes
 
 __all__ = ["WrittenDataset"]
 
+_NUM_SAMPLED = 16
+
 
 class WrittenDataset(LinkedDataset):
-    """What a dataset of files does to add an episode."""
+    """What a dataset of files does to add an episode, and what it knows of fields that are compressed."""
+
+    # Episodes when files were last looked at, and what they said.
+    _sample: tuple[int, dict[str, float]] = (0, {})
+    _is_closed: bool
 
     def _compress_as_before(self) -> None:
         """Choose the codecs of the newest episode."""
         if len(self.table):
-            name = str(self._directory.name_of(*self.table.episode(len(self.table) - 1)))
             with contextlib.suppress(DamagedEpisodeError, FileNotFoundError):
-                places = self._directory.read(name, self.serialization_strategy.block_places)
+                places = self._places_in(self.table.episode(len(self.table) - 1))
                 self.compress = {field: blocks.codec.name for field, blocks in places.items()}
                 self.codecs = chosen_codecs(self.compress, self._fields) if self._fields is not None else {}
 
@@ -74,3 +79,27 @@ class WrittenDataset(LinkedDataset):
             with contextlib.suppress(OSError):
                 self._own.remove_uncounted(self.table.next_id)
             raise
+
+    def compressed_bytes(self) -> dict[str, int]:
+        """As `EpisodeReader.compressed_bytes`, by some of the files: others once an eighth of the episodes is new."""
+        num_looked_at, sizes = self._sample
+        if abs(len(self.table) - num_looked_at) > num_looked_at // 8 and not self._is_closed:
+            self._sample = len(self.table), (sizes := self._sampled_sizes())
+        return {field: int(size * self.num_timesteps) for field, size in sizes.items()}
+
+    def _sampled_sizes(self) -> dict[str, float]:
+        """Bytes of a step, of the fields that some of the files have compressed."""
+        rows, compressed = self.table.rows, set[str]()
+        sizes, num_steps = dict.fromkeys(self._fields or (), 0), 0
+        for row in rows[np.linspace(0, len(rows) - 1, min(_NUM_SAMPLED, len(rows))).astype(int)].tolist():
+            with contextlib.suppress(DamagedEpisodeError, FileNotFoundError):
+                places = self._places_in(row)
+                for field, kind in (self._fields or {}).items():
+                    sizes[field] += places[field].num_bytes if field in places else row[1] * kind.nbytes
+                compressed |= places.keys()
+                num_steps += row[1]
+        return {field: sizes[field] / num_steps for field in sizes if field in compressed}
+
+    def _places_in(self, row: Sequence[int]) -> dict[str, FieldBlocks]:
+        """Where the file of an episode has compressed fields."""
+        return self._directory.read(str(self._directory.name_of(*row)), self.serialization_strategy.block_places)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.compression import BlockRoom
+from buffers.compression import BlockRoom, described
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.info import EpisodeDatasetInfo
@@ -58,7 +58,7 @@ class SavedRing(EpisodeDataset):
         if not fits or self.lacks_room(start, num_rows) or (regions is None) != (self._room is None):
             return None
         if self._room is not None and regions is not None:
-            own = {name: codec.describe() for name, codec in self.codecs.items()}
+            own = described(self.codecs)
             # In the same order: regions are by the numbers of fields.
             if [*regions.codecs.items()] != [*own.items()] or self._room.lacks(int(regions.num_bytes.sum())):
                 return None
@@ -84,8 +84,7 @@ class SavedRing(EpisodeDataset):
         """As `SavedStore.describe_store`."""
         own: dict[str, Any] = {"device": str(self.device), "half_precision": self.half_precision}
         if self.codecs:
-            codecs = {name: codec.describe() for name, codec in self.codecs.items()}
-            own |= {"compress": codecs, "capacity_bytes": self.capacity_bytes}
+            own |= {"compress": described(self.codecs), "capacity_bytes": self.capacity_bytes}
         return {**super().describe_store(), **own}
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from buffers.compression import DamagedBlockError, codec_as, rows_in
+from buffers.compression import DamagedBlockError, codecs_as, described, rows_in
 from buffers.dataset.episode_info import EpisodeInfo, checked_info
 from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.dataset.verification import VerificationMode
@@ -226,7 +226,7 @@ class _Loading:
             self._load_late()
         if (name := f"evictor{self._number}") in self._save.said:
             store.evictor.load_state_dict(self._save.state(name))
-        is_same = store.has_files or {n: codec.describe() for n, codec in store.codecs.items()} == self._codecs
+        is_same = store.has_files or described(store.codecs) == self._codecs
         return is_same and told["is_linked"] == store.has_files and np.array_equal(store.table.rows, self._rows)
 
     def _load_reader(self) -> bool:
@@ -319,8 +319,7 @@ class _Loading:
         assert fields is not None  # They are settled.
         try:
             with as_damage():
-                codecs = {name: codec_as(described, name, fields[name]) for name, described in self._codecs.items()}
-                episode = {**episode, **rows_in(region, codecs, length)}
+                episode = {**episode, **rows_in(region, codecs_as(self._codecs, fields), length)}
         except (DamagedBlockError, DamagedEpisodeError) as error:
             raise self._save.reader.damaged(str(error)) from error
         return {name: episode[name] for name in fields}
