@@ -125,7 +125,6 @@ class CtrlC:
     def interrupts(self, call: Callable[[], object]) -> bool:
         before = sys.gettrace()
         # What is raised while objects of an earlier round are collected is lost.
-        gc.collect()
         gc.disable()
         sys.settrace(self)
         try:
