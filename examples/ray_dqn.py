@@ -79,26 +79,50 @@ def loss_of(net: torch.nn.Module, target: torch.nn.Module, batch: dict[str, torc
     return torch.nn.functional.smooth_l1_loss(value, goal)
 
 
+class Collection:
+    """Keeps all actors at work: whoever has done with its last weights gets new ones, nobody waits for a slow one."""
+
+    def __init__(self, shards: Shards, net: torch.nn.Module) -> None:
+        remote_actor: Any = ray.remote(Actor)
+        self.net = net
+        self.actors = [remote_actor.remote(shards, seed) for seed in (1, 2)]
+        self.calls: dict[Any, Any] = {}
+        self.returns = dict.fromkeys(self.actors, 0.0)
+
+    def go_on(self, epsilon: float) -> None:
+        """Give idle actors the net's weights; returns at once."""
+        done = ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0)[0] if self.calls else []
+        for call in done:
+            self.returns[self.calls.pop(call)] = ray.get(call, timeout=10)
+        for actor in set(self.actors) - {*self.calls.values()}:
+            weights = ray.put(self.net.state_dict())
+            self.calls[actor.collect.remote(weights, epsilon, 0.2)] = actor
+
+    @property
+    def mean_return(self) -> float:
+        """Over the last episodes of all actors."""
+        return float(np.mean(list(self.returns.values())))
+
+    def close(self) -> None:
+        """Hand over what is recorded, before the shards end."""
+        ray.get([actor.close.remote() for actor in self.actors], timeout=60)
+
+
 def train(shards: Shards, num_updates: int) -> float:
     """Train, print how it goes, and return the mean return of the last episodes."""
-    remote_actor: Any = ray.remote(Actor)
-    actors = [remote_actor.remote(shards, seed) for seed in (1, 2)]
     net, target = make_net(), make_net()
     target.load_state_dict(net.state_dict())
     optimizer = torch.optim.Adam(net.parameters(), 5e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, num_updates)
-    collecting: dict[Any, Any] = {}
-    found = dict.fromkeys(actors, 0.0)
+    collection = Collection(shards, net)
     with RemoteLoader(shards, batch_size=128, sequence_length=2, transform=to_transitions, timeout=120.0) as loader:
         for update in range(num_updates):
-            # Whoever has done with its last weights gets new ones. Nobody waits for a slow actor.
-            done = ray.wait(list(collecting), num_returns=len(collecting), timeout=0)[0] if collecting else []
-            for call in done:
-                found[collecting.pop(call)] = ray.get(call, timeout=10)
-            for actor in set(actors) - {*collecting.values()}:
-                weights = ray.put(net.state_dict())
-                epsilon = max(0.05, 1.0 - 3.0 * update / num_updates)
-                collecting[actor.collect.remote(weights, epsilon, 0.2)] = actor
+            epsilon = max(0.05, 1.0 - 3.0 * update / num_updates)
+            collection.go_on(epsilon)
+            # `next` alone would wait for steps that idle actors never take.
+            while not loader.num_batches_due:
+                time.sleep(0.005)
+                collection.go_on(epsilon)
             loss = loss_of(net, target, next(loader))
             optimizer.zero_grad()
             loss.backward()
@@ -109,10 +133,10 @@ def train(shards: Shards, num_updates: int) -> float:
                 for slow, fast in zip(target.parameters(), net.parameters(), strict=True):
                     slow.lerp_(fast, TAU)
             if update % 1_000 == 999:
-                mean = float(np.mean(list(found.values())))
-                print(f"{update + 1:6} updates: mean return {mean:.0f}, {_shown(loader.stats())}", flush=True)
-    ray.get([actor.close.remote() for actor in actors], timeout=60)
-    return float(np.mean(list(found.values())))
+                shown = _shown(loader.stats())
+                print(f"{update + 1:6} updates: mean return {collection.mean_return:.0f}, {shown}", flush=True)
+    collection.close()
+    return collection.mean_return
 
 
 def _shown(stats: dict[str, float]) -> str:
