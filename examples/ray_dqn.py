@@ -132,7 +132,7 @@ def train(shards: Shards, num_updates: int) -> float:
             with torch.no_grad():
                 for slow, fast in zip(target.parameters(), net.parameters(), strict=True):
                     slow.lerp_(fast, TAU)
-            if update % 1_000 == 999:
+            if update % 500 == 499:
                 shown = _shown(loader.stats())
                 print(f"{update + 1:6} updates: mean return {collection.mean_return:.0f}, {shown}", flush=True)
     collection.close()

@@ -40,7 +40,7 @@ from tests.faults import in_child, status_of
 from tests.saving_helpers import contents
 
 NUM_ENVS, CAPACITY, SEED = 8, 600, 5
-FIRST_BATCH, NUM_BATCHES, SAVE_EVERY = 40, 1000, 25
+FIRST_BATCH, SAVE_EVERY = 40, 25
 
 SAMPLERS: dict[str, Callable[[], Sampler | None]] = {
     "uniform": lambda: None,
@@ -150,9 +150,9 @@ def digest(values: Any) -> str:
     return found.hexdigest()
 
 
-def go(folder: Path, *arguments: Any) -> None:
+def go(folder: Path, num_batches: int, *arguments: Any) -> None:
     torch.set_num_threads(1)
-    Run(folder, *arguments).go(FIRST_BATCH + NUM_BATCHES)
+    Run(folder, *arguments).go(FIRST_BATCH + num_batches)
 
 
 def log_of(folder: Path) -> dict[int, set[str]]:
@@ -163,16 +163,16 @@ def log_of(folder: Path) -> dict[int, set[str]]:
     return found
 
 
-def assert_goes_on(folder: Path, num_kills: int, *arguments: Any) -> None:
+def assert_goes_on(folder: Path, num_kills: int, num_batches: int, *arguments: Any) -> None:
     whole, killed = folder / "whole", folder / "killed"
     whole.mkdir()
     killed.mkdir()
     begin = time.monotonic()
-    assert status_of(in_child(lambda: go(whole, *arguments))) == 0
+    assert status_of(in_child(lambda: go(whole, num_batches, *arguments))) == 0
     seconds = time.monotonic() - begin
     choice, left = random.Random(repr(arguments)), num_kills
     while not (killed / "contents").exists():
-        pid = in_child(lambda: go(killed, *arguments))
+        pid = in_child(lambda: go(killed, num_batches, *arguments))
         if left:
             # It has to get on between kills: it may have just begun.
             time.sleep(choice.uniform(0.02, max(0.5, 2 * seconds / num_kills)))
@@ -180,7 +180,7 @@ def assert_goes_on(folder: Path, num_kills: int, *arguments: Any) -> None:
             left -= 1
         assert status_of(pid) in (0, -signal.SIGKILL)
     expected = log_of(whole)
-    assert len(expected) == NUM_BATCHES and all(len(found) == 1 for found in expected.values())
+    assert len(expected) == num_batches and all(len(found) == 1 for found in expected.values())
     assert log_of(killed) == expected
     assert (killed / "contents").read_text() == (whole / "contents").read_text()
 
@@ -200,10 +200,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_a_run_that_is_killed_and_resumed_draws_the_same_batches_and_stores_the_same(case, folder) -> None:
-    assert_goes_on(folder, 3, *case)
+    assert_goes_on(folder, 3, 250, *case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_hundreds_of_kills_change_nothing(case, folder) -> None:
-    assert_goes_on(folder, 25, *case)
+    assert_goes_on(folder, 25, 1000, *case)

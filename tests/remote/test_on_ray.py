@@ -77,8 +77,9 @@ def wait_until_back(shards: Shards, timeout: float = 240.0) -> None:
 
 def test_recorders_in_other_processes_store_what_their_environments_logged(cluster: None) -> None:
     shards = start_shards(2, make_ring, num_cpus=0)
-    tasks = [ray.remote(record).options(num_cpus=0).remote(shards, 200, first) for first in (0, 2)]
-    logs = [log for found in ray.get(tasks, timeout=240) for log in found]
+    task = ray.remote(record).options(num_cpus=0).remote(shards, 200, 0)
+    own = record(shards, 200, 2)
+    logs = [*ray.get(task, timeout=240), *own]
     found = {(int(rows["obs"][0, 0]), int(rows["obs"][0, 1])): rows for side in stored(shards) for rows in side}
     expected = {(env, n): told for env, log in enumerate(logs) for n, told in enumerate(log) if told["action"]}
     # A first row without a transition is not kept; nor is there one behind the last reset.
@@ -174,18 +175,20 @@ def test_a_shard_that_hangs_is_named_and_all_others_go_on(shards: Shards) -> Non
 
 
 def test_a_writer_that_is_killed_takes_nothing_that_was_stored(shards: Shards) -> None:
-    actors = [ray.remote(Writing).options(num_cpus=0).remote(shards, first) for first in (40_000, 60_000)]
-    ray.get([actor.add.remote(0.5) for actor in actors], timeout=120)
-    sure = ray.get(actors[0].wait.remote(), timeout=120)
-    process = ray.get(actors[0].process.remote(), timeout=120)
-    actors[0].add.remote(30.0)
+    actor, other = ray.remote(Writing).options(num_cpus=0).remote(shards, 40_000), Writing(shards, 60_000)
+    ray.get(actor.add.remote(0.5), timeout=120)
+    other.add(0.5)
+    sure = ray.get(actor.wait.remote(), timeout=120)
+    process = ray.get(actor.process.remote(), timeout=120)
+    actor.add.remote(30.0)
     time.sleep(0.5)
     os.kill(process, signal.SIGKILL)
-    end = ray.get(actors[1].wait.remote(), timeout=120)
+    end = other.wait()
     time.sleep(0.5)
     found = numbers(shards, 40_000)
     assert found == list(range(40_000, 40_000 + len(found))) and len(found) >= sure - 40_000
     assert numbers(shards, 60_000) == list(range(60_000, end))
+    other.writer.close()
 
 
 def test_a_learner_that_is_killed_holds_up_nobody(shards: Shards) -> None:
@@ -193,12 +196,13 @@ def test_a_learner_that_is_killed_holds_up_nobody(shards: Shards) -> None:
         for number in range(80_000, 80_050):
             writer.add_episode(episode(number))
         writer.wait_until_stored()
-        actors = [ray.remote(Learning).options(num_cpus=0).remote(shards) for _ in range(2)]
-        process = ray.get(actors[0].process.remote(), timeout=120)
-        actors[0].take.remote(1_000_000)
+        actor, other = ray.remote(Learning).options(num_cpus=0).remote(shards), Learning(shards)
+        process = ray.get(actor.process.remote(), timeout=120)
+        actor.take.remote(1_000_000)
         os.kill(process, signal.SIGKILL)
-        assert {*ray.get(actors[1].take.remote(100), timeout=120)} == {0, 1}
+        assert {*other.take(100)} == {0, 1}
         assert numbers(shards, 80_000) == list(range(80_000, 80_050))
+        other.loader.close()
 
 
 @pytest.mark.slow
