@@ -152,3 +152,15 @@ def test_a_save_of_files_says_how_new_ones_are_written(before: Any, compress: An
     loaded = ReplayBuffer.load(tmp_path / "save")
     with loaded, loaded.dataset as dataset:
         assert dataset.compress == compress
+
+
+@pytest.mark.parametrize(("compress", "expected"), [(None, {"x": "lz4"}), ({}, {})], ids=str)
+def test_files_that_take_saved_ones_go_on_as_these_were_written(compress: Any, expected: Any, tmp_path: Path) -> None:
+    with IndividualFileDataset(1_000, directory=tmp_path / "old", compress={"x": "lz4"}) as dataset:
+        dataset.add_episode({"x": np.zeros((100, 50))})
+        dataset.save(tmp_path / "save")
+    with IndividualFileDataset(1_000, directory=tmp_path / "new", compress=compress) as dataset:
+        IndividualFileDataset.load(tmp_path / "save", dataset)
+        dataset.add_episode({"x": np.zeros((100, 50))})
+        places = [dataset._places_in(dataset.table.episode(position)) for position in range(2)]
+        assert places[0].keys() == {"x"} and places[1].keys() == expected.keys()

@@ -17,6 +17,7 @@ from buffers.dataset.files.saving import LinkedDataset
 from buffers.dataset.files.serialization import as_saved
 from buffers.disk import DamagedEpisodeError, with_advice
 from buffers.fields import Fields
+from buffers.table import Int64Array
 from buffers.utils import format_bytes
 
 __all__ = ["WrittenDataset"]
@@ -38,6 +39,11 @@ class WrittenDataset(LinkedDataset):
                 places = self._places_in(self.table.episode(len(self.table) - 1))
                 self.compress = {field: blocks.codec.name for field, blocks in places.items()}
                 self.codecs = chosen_codecs(self.compress, self._fields) if self._fields is not None else {}
+
+    def _replace(self, rows: Int64Array) -> None:
+        super()._replace(rows)
+        if self._goes_on_compressing:
+            self._compress_as_before()
 
     def _allocate(self, fields: Fields) -> None:
         self.serialization_strategy.check_dtypes(fields)
