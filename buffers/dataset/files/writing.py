@@ -32,6 +32,12 @@ class WrittenDataset(LinkedDataset):
     _sample: tuple[int, dict[str, float]] = (0, {})
     _is_closed: bool
 
+    def _check_format(self) -> None:
+        """ValueError if fields are to be compressed in a format that cannot: one that was given, or is in the files."""
+        strategy = self.serialization_strategy
+        if self.compress and not isinstance(strategy, SafetensorsSerialization):
+            raise ValueError(f"Only the default format has compressed fields, found {type(strategy).__name__}.")
+
     def _compress_as_before(self) -> None:
         """Choose the codecs of the newest episode."""
         if len(self.table):
