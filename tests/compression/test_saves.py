@@ -132,7 +132,11 @@ def test_what_has_changed_in_a_save_is_damage(tmp_path) -> None:
 
 @pytest.mark.parametrize("compress", [{"x": "lz4"}, {TensorType: "zstd"}, {TensorType: "lz4", "x": "zstd"}], ids=str)
 def test_a_save_of_an_empty_ring_says_what_is_to_be_compressed(compress: Any, tmp_path: Path) -> None:
-    ReplayBuffer(RingBufferDataset(1_000, compress=compress, capacity_bytes=5_000), 4, num_envs=1).save(tmp_path)
+    empty = RingBufferDataset(1_000, compress=compress, capacity_bytes=5_000)
+    with pytest.raises(ValueError, match="does not fit `capacity_bytes`"):
+        # Its fields are not those of the ring.
+        empty.add_episode({"x": np.random.default_rng(0).random((100, 50)), "y": np.zeros(100)})
+    ReplayBuffer(empty, 4, num_envs=1).save(tmp_path)
     ring = ReplayBuffer.load(tmp_path).dataset
     assert isinstance(ring, RingBufferDataset)
     assert ring.compress == compress and ring.capacity_bytes == 5_000

@@ -66,7 +66,7 @@ class LinkedDataset(EpisodeDataset):
             "suffix": self._directory.suffix,
             "durability": self.durability,
         }
-        if self.codecs:
+        if self.codecs and self._fields is not None:
             own["compress"] = {name: codec.name for name, codec in self.codecs.items()}
         elif not self._goes_on_compressing:
             # There are no fields yet, or nothing is to be compressed.

@@ -84,8 +84,9 @@ class SavedRing(EpisodeDataset):
         """As `SavedStore.describe_store`."""
         own: dict[str, Any] = {"device": str(self.device), "half_precision": self.half_precision}
         if self.compress:
-            # Without fields, there are no codecs yet.
-            how = {"compress": described(self.codecs)} if self.codecs else {"choice": described_choice(self.compress)}
+            # Without fields, there are no codecs yet, or those of a first episode that was refused.
+            is_known = self._fields is not None and len(self.codecs) > 0
+            how = {"compress": described(self.codecs)} if is_known else {"choice": described_choice(self.compress)}
             own |= {**how, "capacity_bytes": self.capacity_bytes}
         return {**super().describe_store(), **own}
 
