@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from buffers import fields as field_types
 from buffers.compression.codecs import CODECS, Codec
 from buffers.fields import Fields, TensorType
 
-__all__ = ["Compress", "checked_choice", "chosen_codecs"]
+__all__ = ["Compress", "checked_choice", "choice_as", "chosen_codecs", "described_choice"]
+
+_TYPES = {*field_types.__all__} - {"Fields"}
 
 #: Codecs by the names of fields ("obs" stands for all below it), or by their types (`ColorImage`).
 Compress = Mapping[str | type[TensorType], str]
@@ -52,3 +55,16 @@ def chosen_codecs(compress: Compress, fields: Fields) -> dict[str, Codec]:
         found |= dict.fromkeys(below, compress[named])
     # Some have no bytes.
     return {name: CODECS[found[name]](name, kind) for name, kind in fields.items() if name in found and kind.nbytes}
+
+
+def described_choice(compress: Compress) -> dict[str, dict[str, str]]:
+    """A choice for fields that are not known yet, as JSON can hold it."""
+    names = {key: codec for key, codec in compress.items() if isinstance(key, str)}
+    types = {key.__name__: codec for key, codec in compress.items() if not isinstance(key, str)}
+    return {"names": names, "types": types}
+
+
+def choice_as(described: Mapping[str, Mapping[str, str]]) -> Compress:
+    """The inverse of `described_choice`. Types of a user's own are left out: fields that are found have none."""
+    types = {getattr(field_types, name): codec for name, codec in described["types"].items() if name in _TYPES}
+    return {**described["names"], **types}

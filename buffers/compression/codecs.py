@@ -97,11 +97,20 @@ class Codec(ABC):
         except MemoryError:
             raise
         except Exception as error:
+            if self._can_read(block, out):
+                raise  # A signal handler has raised it.
             raise DamagedBlockError(
                 f"has a block of {len(block)} bytes that {self.name} cannot read: {error}"
             ) from None
         if num_bytes != len(out):
             raise DamagedBlockError(f"has a block of {num_bytes} bytes of rows, expected {len(out)}")
+
+    def _can_read(self, block: memoryview, out: np.ndarray) -> bool:
+        """Whether a block can be read after all."""
+        try:
+            return self._decode(block, out) == len(out)
+        except Exception:
+            return False
 
 
 class Lz4(Codec):

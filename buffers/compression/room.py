@@ -65,7 +65,7 @@ class BlockRoom:
         # The live regions, oldest first: the step id of the episode, where it begins and ends, on an endless line; and
         # the bytes of all regions up to it, so that Ctrl-C never leaves a sum that is wrong.
         self._regions: deque[tuple[int, int, int, int]] = deque()
-        self._next = self._released = self._written = 0
+        self._next = self._released = 0
         self._open()
 
     def _open(self) -> None:
@@ -132,7 +132,9 @@ class BlockRoom:
 
     def write(self, start: int, region: np.ndarray) -> None:
         """Keep the region of the episode that begins with step id `start`, for which there is room."""
-        begin, size = self._next, len(region)
+        # Behind the last region: what was forgotten leaves no gap, of which many would reach around to live regions.
+        _, _, begin, written = self._regions[-1] if self._regions else (0, 0, self._next, 0)
+        size = len(region)
         left = -begin % self._size
         if left < size and left:
             begin += left
@@ -140,9 +142,8 @@ class BlockRoom:
         self._bytes[at : at + size] = region
         self._place[start % self._capacity] = at // _UNIT
         self._count(region, 1)
-        self._written += size
         self._next = begin + size
-        self._regions.append((start, begin, begin + size, self._written))
+        self._regions.append((start, begin, begin + size, written + size))
 
     def erase(self, oldest_step: int) -> None:
         """Give back the regions of episodes that begin before a step id, which are retired."""
@@ -154,6 +155,12 @@ class BlockRoom:
         """Forget regions of episodes that were not stored in the end: the next begins with this step id, or later."""
         while self._regions and self._regions[-1][0] >= next_start:
             self._uncount(self._regions.pop())
+        counted = self.num_bytes - _WORD * len(self.codecs) * len(self._regions)
+        if int(self._counts.sum()) != counted:
+            # Ctrl-C came between a region and its count.
+            self._counts[:] = 0
+            for _, begin, end, _ in self._regions:
+                self._count(self._bytes[begin % self._size :][: end - begin], 1)
 
     def _uncount(self, region: tuple[int, int, int, int]) -> None:
         at = region[1] % self._size

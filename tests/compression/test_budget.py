@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,42 @@ def test_ctrl_c_while_blocks_are_compressed_takes_no_row(monkeypatch) -> None:
         buffer.add_step({"x": 20, "n": 0}, True)
     buffer.add_step({"x": 20, "n": 0}, True)
     assert ring.get_episode(0)["x"].tolist() == list(range(21))
+
+
+def test_additions_that_fail_take_no_room_of_live_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = ring_of(60_000)
+    for number in range(4):
+        ring.add_episode(noise(number))
+    before = ring.compressed_bytes()
+    with monkeypatch.context() as patched:
+        # After its rows were written.
+        patched.setattr(ring.table, "append", lambda *_: 1 / 0)
+        for number in range(20):
+            with pytest.raises(ZeroDivisionError):
+                ring.add_episode(noise(100 + number))
+    for number, episode in enumerate(ring.episodes()):
+        assert np.array_equal(episode["x"], noise(number)["x"])
+    ring.add_episode(noise(4))
+    assert numbers(ring) == [0, 1, 2, 3, 4] and ring.compressed_bytes()["x"] == before["x"] * 5 // 4
+
+
+def test_bytes_are_counted_anew_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = ring_of(60_000)
+    ring.add_episode(noise(0))
+    room, one = ring._room, ring.compressed_bytes()["x"]
+    assert room is not None
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "_regions", type("Interrupted", (deque,), {"append": interrupted})(room._regions))
+        for number in range(1, 4):
+            with pytest.raises(KeyboardInterrupt):
+                ring.add_episode(noise(number))
+    ring.add_episode(noise(4))
+    assert ring.compressed_bytes()["x"] == 2 * one
+    counted: list[int] = []
+    monkeypatch.setattr(room, "_count", lambda region, sign: counted.append(sign))
+    ring.add_episode(noise(5))
+    assert counted == [1], "and not otherwise"

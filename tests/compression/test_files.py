@@ -184,6 +184,13 @@ def _header(file: Path) -> bytes:
 def test_only_the_default_format_has_compressed_fields(tmp_path) -> None:
     with pytest.raises(ValueError, match="Only the default format has compressed fields, found NumpyCompressed"):
         IndividualFileDataset(10, None, None, tmp_path, NumpyCompressedSerialization(), compress=ALL)
+    with IndividualFileDataset(100, None, None, tmp_path, NumpyCompressedSerialization()) as dataset:
+        dataset.add_episode(tagged.episode(10, 0))
+    # Without a strategy, the format is that of the files.
+    with pytest.raises(ValueError, match="Only the default format has compressed fields, found NumpyCompressed"):
+        IndividualFileDataset(100, directory=tmp_path, compress=ALL)
+    with IndividualFileDataset(100, directory=tmp_path) as dataset:
+        assert dataset.num_episodes == 1
 
 
 def test_whole_blocks_uses_what_another_codec_has_made_no_more(tmp_path) -> None:

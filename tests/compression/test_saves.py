@@ -128,3 +128,43 @@ def test_what_has_changed_in_a_save_is_damage(tmp_path) -> None:
         file.write_bytes(changed)
         with pytest.raises(DamagedSaveError):
             RingBufferDataset.load(tmp_path)
+
+
+@pytest.mark.parametrize("compress", [{"x": "lz4"}, {TensorType: "zstd"}, {TensorType: "lz4", "x": "zstd"}], ids=str)
+def test_a_save_of_an_empty_ring_says_what_is_to_be_compressed(compress: Any, tmp_path: Path) -> None:
+    empty = RingBufferDataset(1_000, compress=compress, capacity_bytes=5_000)
+    with pytest.raises(ValueError, match="does not fit `capacity_bytes`"):
+        # Its fields are not those of the ring.
+        empty.add_episode({"x": np.random.default_rng(0).random((100, 50)), "y": np.zeros(100)})
+    ReplayBuffer(empty, 4, num_envs=1).save(tmp_path)
+    ring = ReplayBuffer.load(tmp_path).dataset
+    assert isinstance(ring, RingBufferDataset)
+    assert ring.compress == compress and ring.capacity_bytes == 5_000
+    ring.add_episode({"x": np.zeros((100, 50))})
+    assert ring.codecs["x"].name == compress.get("x", "zstd")
+
+
+@pytest.mark.parametrize("before", [None, {"x": "lz4"}], ids=str)
+@pytest.mark.parametrize("compress", [{"x": "zstd"}, {}], ids=str)
+def test_a_save_of_files_says_how_new_ones_are_written(before: Any, compress: Any, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    if before is not None:
+        with IndividualFileDataset(1_000, directory=files, compress=before) as dataset:
+            dataset.add_episode({"x": np.zeros((100, 50))})
+    with IndividualFileDataset(1_000, directory=files, compress=compress) as dataset:
+        ReplayBuffer(dataset, 4, num_envs=1).save(tmp_path / "save")
+    loaded = ReplayBuffer.load(tmp_path / "save")
+    with loaded, loaded.dataset as dataset:
+        assert dataset.compress == compress
+
+
+@pytest.mark.parametrize(("compress", "expected"), [(None, {"x": "lz4"}), ({}, {})], ids=str)
+def test_files_that_take_saved_ones_go_on_as_these_were_written(compress: Any, expected: Any, tmp_path: Path) -> None:
+    with IndividualFileDataset(1_000, directory=tmp_path / "old", compress={"x": "lz4"}) as dataset:
+        dataset.add_episode({"x": np.zeros((100, 50))})
+        dataset.save(tmp_path / "save")
+    with IndividualFileDataset(1_000, directory=tmp_path / "new", compress=compress) as dataset:
+        IndividualFileDataset.load(tmp_path / "save", dataset)
+        dataset.add_episode({"x": np.zeros((100, 50))})
+        places = [dataset._places_in(dataset.table.episode(position)) for position in range(2)]
+        assert places[0].keys() == {"x"} and places[1].keys() == expected.keys()

@@ -124,8 +124,7 @@ class IndividualFileDataset(WrittenDataset):
         self.serialization_strategy, self._given_strategy = strategy, serialization_strategy
         super().__init__(1 if capacity is None else capacity, info, evictor, compress)
         self._goes_on_compressing = compress is None and (info is None or info.compress is None)
-        if self.compress and not isinstance(strategy, SafetensorsSerialization):
-            raise ValueError(f"Only the default format has compressed fields, found {type(strategy).__name__}.")
+        self._check_format()
         self.max_sampling_attempts = integer("max_sampling_attempts", max_sampling_attempts, 1)
         self.durability = one_of("durability", durability, get_args(Durability))
         self.mode = one_of("mode", mode, get_args(Mode))
@@ -160,6 +159,7 @@ class IndividualFileDataset(WrittenDataset):
 
     def _open_for_writing(self, verify: Verify, shrink: bool) -> None:
         inspection = self._scan(verify)
+        self._check_format()
         if self._goes_on_compressing:
             self._compress_as_before()
         if self.table.num_steps > self.capacity and not shrink:

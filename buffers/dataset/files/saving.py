@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from buffers.compression import choice_as, described_choice
 from buffers.conversion import as_array
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
@@ -40,6 +41,8 @@ class LinkedDataset(EpisodeDataset):
     _reader: WindowReader
     _log: PublishedTable | None
     _is_bound: bool
+    # Whether new episodes are compressed as the newest one is.
+    _goes_on_compressing: bool
 
     @abstractmethod
     def sync(self) -> None:
@@ -63,8 +66,11 @@ class LinkedDataset(EpisodeDataset):
             "suffix": self._directory.suffix,
             "durability": self.durability,
         }
-        if self.codecs:
+        if self.codecs and self._fields is not None:
             own["compress"] = {name: codec.name for name, codec in self.codecs.items()}
+        elif not self._goes_on_compressing:
+            # There are no fields yet, or nothing is to be compressed.
+            own["choice"] = described_choice(self.compress)
         return {**super().describe_store(), **own, "mode": self.mode}
 
     @classmethod
@@ -72,7 +78,7 @@ class LinkedDataset(EpisodeDataset):
         """As `EpisodeDataset.made_as`, in the directory where it was."""
         strategy = _strategy(told["suffix"])
         options = {name: told[name] for name in ("directory", "durability", "mode")}
-        options["compress"] = told.get("compress")
+        options["compress"] = choice_as(told["choice"]) if "choice" in told else told.get("compress")
         return cls(told["capacity"], info, serialization_strategy=strategy, **options)  # type: ignore[call-arg]
 
     def begin_links(self, snapshot: Snapshot, store: int, rows: Int64Array) -> Pieces:

@@ -17,6 +17,7 @@ from buffers.dataset.files.saving import LinkedDataset
 from buffers.dataset.files.serialization import as_saved
 from buffers.disk import DamagedEpisodeError, with_advice
 from buffers.fields import Fields
+from buffers.table import Int64Array
 from buffers.utils import format_bytes
 
 __all__ = ["WrittenDataset"]
@@ -31,6 +32,12 @@ class WrittenDataset(LinkedDataset):
     _sample: tuple[int, dict[str, float]] = (0, {})
     _is_closed: bool
 
+    def _check_format(self) -> None:
+        """ValueError if fields are to be compressed in a format that cannot: one that was given, or is in the files."""
+        strategy = self.serialization_strategy
+        if self.compress and not isinstance(strategy, SafetensorsSerialization):
+            raise ValueError(f"Only the default format has compressed fields, found {type(strategy).__name__}.")
+
     def _compress_as_before(self) -> None:
         """Choose the codecs of the newest episode."""
         if len(self.table):
@@ -38,6 +45,11 @@ class WrittenDataset(LinkedDataset):
                 places = self._places_in(self.table.episode(len(self.table) - 1))
                 self.compress = {field: blocks.codec.name for field, blocks in places.items()}
                 self.codecs = chosen_codecs(self.compress, self._fields) if self._fields is not None else {}
+
+    def _replace(self, rows: Int64Array) -> None:
+        super()._replace(rows)
+        if self._goes_on_compressing:
+            self._compress_as_before()
 
     def _allocate(self, fields: Fields) -> None:
         self.serialization_strategy.check_dtypes(fields)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffers.compression import BlockRoom, described
+from buffers.compression import BlockRoom, choice_as, described, described_choice
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.info import EpisodeDatasetInfo
@@ -83,8 +83,11 @@ class SavedRing(EpisodeDataset):
     def describe_store(self) -> dict[str, Any]:
         """As `SavedStore.describe_store`."""
         own: dict[str, Any] = {"device": str(self.device), "half_precision": self.half_precision}
-        if self.codecs:
-            own |= {"compress": described(self.codecs), "capacity_bytes": self.capacity_bytes}
+        if self.compress:
+            # Without fields, there are no codecs yet, or those of a first episode that was refused.
+            is_known = self._fields is not None and len(self.codecs) > 0
+            how = {"compress": described(self.codecs)} if is_known else {"choice": described_choice(self.compress)}
+            own |= {**how, "capacity_bytes": self.capacity_bytes}
         return {**super().describe_store(), **own}
 
     @classmethod
@@ -94,4 +97,6 @@ class SavedRing(EpisodeDataset):
         if "compress" in told:
             codecs = {name: described["codec"] for name, described in told["compress"].items()}
             more = {"compress": codecs, "capacity_bytes": told["capacity_bytes"]}
+        elif "choice" in told:
+            more = {"compress": choice_as(told["choice"]), "capacity_bytes": told["capacity_bytes"]}
         return cls(told["capacity"], info, None, told["device"], told["half_precision"], **more)  # type: ignore[call-arg]
