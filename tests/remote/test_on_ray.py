@@ -129,6 +129,11 @@ def test_fewer_shards_than_have_saved_are_refused(cluster: None, tmp_path: Path)
         start_shards(2, make_ring, directory=tmp_path)
 
 
+def test_a_url_is_no_directory_of_saves(cluster: None) -> None:
+    with pytest.raises(ValueError, match="s3://bucket/replay is a URL, and a local directory is needed. Shards save"):
+        start_shards(2, make_ring, directory="s3://bucket/replay")
+
+
 def test_shards_draw_by_priorities_that_come_back(shards: Shards) -> None:
     with RemoteWriter(shards, num_envs=1) as writer:
         for number in range(30_000, 30_040):
