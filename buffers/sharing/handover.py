@@ -37,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HEADER = struct.Struct("=Q")
 _CREDENTIALS = struct.Struct("=3i")
 _MOST_DESCRIPTORS = 253  # That one message can carry.
+_MOST_BYTES_OF_A_PATH = 107  # Of a Unix socket.
 _SECONDS_TO_ANSWER, _PAUSE = 5.0, 0.02
 # Asking the kernel takes as long as a small part of a batch.
 _SECONDS_BETWEEN_LOOKS = 0.05
@@ -59,7 +60,7 @@ class Door:
     That may hold `SharedArrays`. While it is None, they wait. `describe` is called by a thread.
 
     Raises:
-        ValueError: The name is not one for a file.
+        ValueError: The name is not one for a file, or its path is too long for a socket.
         RuntimeError: Another process uses it; or this is not Linux.
     """
 
@@ -151,7 +152,7 @@ def enter(name: str, timeout: float) -> tuple[Any, Owner]:
     """What the process that listens under a name describes, and that process.
 
     Raises:
-        ValueError: The name is not one for a file.
+        ValueError: The name is not one for a file, or its path is too long for a socket.
         RuntimeError: Within `timeout` seconds, no process of this user has shared anything under this name; or this is
             not Linux.
     """
@@ -267,7 +268,13 @@ def _path_of(name: str) -> str:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise RuntimeError(f"{folder} must be a directory that only you can enter (mode 0700).")
-    return os.path.join(folder, name)
+    path = os.path.join(folder, name)
+    if len(os.fsencode(path)) > _MOST_BYTES_OF_A_PATH:
+        raise ValueError(
+            f"{path} is longer than the {_MOST_BYTES_OF_A_PATH} bytes of a socket's path. Choose a shorter name, or "
+            "a shorter folder: set $XDG_RUNTIME_DIR to the same one wherever the ring is used."
+        )
+    return path
 
 
 @contextlib.contextmanager
