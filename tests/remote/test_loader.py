@@ -374,3 +374,30 @@ def test_a_batch_has_its_seconds_once_it_is_due() -> None:
 
     shard.draw = draw  # type: ignore[method-assign]
     assert next(loader)["row"].shape == (8, 5) and world.time > 20.0
+
+
+@pytest.mark.filterwarnings("ignore:Shard 1 is lost:RuntimeWarning")
+def test_a_limiter_counts_what_a_shard_without_saves_had_stored() -> None:
+    world = Simulated(2)
+    shards = shards_of(world, Limits.of(SamplesPerInsert(1.0, tolerance=40.0, timeout=5.0)))
+    sink, loader = RemoteSink(shards, has_thread=False), RemoteLoader(shards, 8, 5)
+    sink.settle_fields(Fields.from_episode(rows(0, 10)))
+
+    def run(num_steps: int) -> None:
+        added = 0
+        while added < num_steps:
+            if sink.may_add(0):
+                sink.add(rows(0, 10))
+                added += 10
+            world.time += 0.1
+            for _ in range(loader.num_batches_due):
+                next(loader)
+
+    run(2_000)
+    for _ in range(2):
+        drawn = loader.position
+        world.kill(1)
+        world.start(1)
+        run(1_000)
+        assert 20 <= loader.position - drawn <= 30
+    assert loader.stats()["num_added"] == pytest.approx(4_000, abs=50)
