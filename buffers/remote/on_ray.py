@@ -217,7 +217,9 @@ def start_shards(
         transport.end()
         texts = "; ".join(f"shard {n}: {error}" for n, error in failures.items())
         raise RuntimeError(f"{len(failures)} of {num_shards} shards did not start: {texts.rstrip('.')}.")
-    return Shards(transport, answers[0], limits)
+    # Any shard may be given the longest episode.
+    longest = min(answer.episode_capacity for answer in answers)
+    return Shards(transport, answers[0]._replace(episode_capacity=longest), limits)
 
 
 def _check_saves(directory: str, num_shards: int) -> None:

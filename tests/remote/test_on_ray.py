@@ -333,6 +333,14 @@ def test_a_shard_that_cannot_start_says_why(cluster: None) -> None:
         start_shards(1, fail, num_cpus=0)  # type: ignore[arg-type]
 
 
+def test_no_episode_is_longer_than_the_smallest_shard_takes(cluster: None) -> None:
+    with start_shards(2, lambda shard: RingBufferDataset(100 - 50 * shard), num_cpus=0) as shards:
+        writer = RemoteWriter(shards, num_envs=1)
+        with pytest.raises(ValueError, match="An episode of 51 steps does not fit a `capacity` of 50 steps"):
+            writer.add_episode({"row": np.arange(51)})
+        writer.close()
+
+
 def test_batches_are_the_learners_own(cluster: None) -> None:
     with start_shards(1, make_ring, num_cpus=0) as shards, RemoteWriter(shards, num_envs=1) as writer:
         writer.add_episode({"image": np.arange(20 * 64 * 64 * 3).reshape(20, 64, 64, 3).astype(np.uint8)})
