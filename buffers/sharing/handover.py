@@ -37,7 +37,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HEADER = struct.Struct("=Q")
 _CREDENTIALS = struct.Struct("=3i")
 _MOST_DESCRIPTORS = 253  # That one message can carry.
-_MOST_BYTES_OF_A_PATH = 107  # Of a Unix socket.
 _SECONDS_TO_ANSWER, _PAUSE = 5.0, 0.02
 # Asking the kernel takes as long as a small part of a batch.
 _SECONDS_BETWEEN_LOOKS = 0.05
@@ -269,10 +268,9 @@ def _path_of(name: str) -> str:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise RuntimeError(f"{folder} must be a directory that only you can enter (mode 0700).")
     path = os.path.join(folder, name)
-    if len(os.fsencode(path)) > _MOST_BYTES_OF_A_PATH:
+    if len(os.fsencode(path)) > 107:  # The most that a Unix socket takes.
         raise ValueError(
-            f"{path} is longer than the {_MOST_BYTES_OF_A_PATH} bytes of a socket's path. Choose a shorter name, or "
-            "a shorter folder: set $XDG_RUNTIME_DIR to the same one wherever the ring is used."
+            f"{path} is longer than the 107 bytes of a socket's path. Shorten the name or $XDG_RUNTIME_DIR."
         )
     return path
 
