@@ -269,9 +269,7 @@ def _path_of(name: str) -> str:
         raise RuntimeError(f"{folder} must be a directory that only you can enter (mode 0700).")
     path = os.path.join(folder, name)
     if len(os.fsencode(path)) > 107:  # The most that a Unix socket takes.
-        raise ValueError(
-            f"{path} is longer than the 107 bytes of a socket's path. Shorten the name or $XDG_RUNTIME_DIR."
-        )
+        raise ValueError(f"{path} is longer than the 107 bytes of a socket's path. Choose a shorter name or folder.")
     return path
 
 
