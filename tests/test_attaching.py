@@ -321,6 +321,9 @@ def test_a_name_is_of_one_ring() -> None:
             other.share(name)
         with pytest.raises(ValueError, match="`name` must be 1 to 64 letters"):
             RingBufferDataset.attach(name)
+    for timeout in (float("nan"), float("inf"), -1):
+        with pytest.raises(ValueError, match="`timeout` must be finite, at least 0"):
+            RingBufferDataset.attach("ring", timeout)
 
 
 def test_a_folder_that_others_can_enter_is_refused(folder: Path) -> None:
@@ -332,6 +335,14 @@ def test_a_folder_that_others_can_enter_is_refused(folder: Path) -> None:
     folder.symlink_to(folder.parent)
     with pytest.raises(RuntimeError, match="must be a directory that only you can enter"):
         filled().share("ring")
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ("d" * 90)).mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("d" * 90)))
+    for use in (filled().share, RingBufferDataset.attach):
+        with pytest.raises(ValueError, match="/buffers/ring is longer than the 107 bytes of a socket's path"):
+            use("ring")
 
 
 def test_a_file_that_is_in_the_way_is_named(folder: Path) -> None:

@@ -78,13 +78,15 @@ class ObjectStore:
         timeout: Seconds until a request is given up, all attempts together.
 
     Raises:
-        ValueError: A URL that goes through a cache of fsspec, or that it does not know; from requests, too: an option
-            that it does not know.
+        ValueError: A URL without a bucket or folder, through a cache of fsspec, or that fsspec does not know; from
+            requests, too: an option that it does not know.
         ImportError: fsspec, or what it needs for this kind of URL, is missing.
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None, timeout: float = 10.0) -> None:
         self.url = url.rstrip("/")
+        if not is_url(self.url):  # What is left, `s3:`, is a local folder for fsspec.
+            raise ValueError(f"{url} names no bucket or folder. Add one, as in {url.partition('://')[0]}://name.")
         self.timeout = number("timeout", timeout, 0.01)
         protocols = self.url.partition("://")[0]
         if "cache" in protocols or "blockcache" in protocols:
@@ -96,8 +98,7 @@ class ObjectStore:
         self._lock = ThreadLock()
         self._process = -1
         self._opened: tuple[Any, str] = None, ""
-        #: What was asked for, and what it brought.
-        self.num_requests, self.num_bytes = 0, 0
+        self.num_requests, self.num_bytes = 0, 0  #: What was asked for, and what it brought.
         self._connect()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -167,8 +168,7 @@ class ObjectStore:
                 raise OSError(errno.EIO, f"{len(data)} bytes came")
 
         try:
-            asked = {"start": start, "end": end}
-            data = await self._request(what, "cat_file", self._path(name), name=name, check=check, **asked)
+            data = await self._request(what, "cat_file", self._path(name), name=name, check=check, start=start, end=end)
         except FileNotFoundError as error:
             return error
         except ObjectStoreError as error:
@@ -337,8 +337,8 @@ def _connected(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def _wrong_options(url: str, options: Mapping[str, Any], error: TypeError) -> ValueError:
-    names = ", ".join(map(repr, options)) or "none"
-    return ValueError(f"{url} cannot be reached with these `storage_options` ({names}): {error}. Correct them.")
+    found = f"{url} cannot be reached with these `storage_options` ({', '.join(map(repr, options)) or 'none'})"
+    return ValueError(f"{found}: {error}. Correct them.")
 
 
 def _is_async(fs: Any) -> bool:

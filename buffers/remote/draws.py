@@ -46,6 +46,11 @@ class _Side:
         self.is_heard = self.is_told = False
         self.news: News | None = None
 
+    @property
+    def heard(self) -> tuple[int, int] | None:
+        """The last that is known of it: its life, and the steps that it had stored by then."""
+        return None if self.news is None else (self.news.life, self.news.num_added)
+
 
 class Draws:
     """Asks for batches `position`, `position + 1`, ... and has them in this order. Not for several threads at a time.
@@ -176,7 +181,8 @@ class Draws:
 
     def _ask(self, side: _Side, n: int | None) -> None:
         number = None if n is None else self._first + n * self._stride
-        side.calls.ask(n, "draw", self._told(), self._name, None if side.is_told else self._request, number)
+        request = None if side.is_told else self._request
+        side.calls.ask(n, "draw", self._told(), self._name, request, number, side.heard)
 
     def _look_if_due(self, side: _Side) -> None:
         """Ask a shard that is given no batch how it is."""

@@ -16,7 +16,7 @@ class Ledger:
     It is saved with the episodes, at the same moment, so it knows what is there after a restart, and nothing else.
 
     Attributes:
-        num_added: Steps that were ever stored.
+        num_added: Steps that were ever stored, as far as that is known.
         num_missing: Episodes that were lost with an earlier life, and that their writers do not keep any more.
         loaders: What learners have told, by name.
     """
@@ -24,7 +24,7 @@ class Ledger:
     def __init__(self) -> None:
         self._next: dict[str, int] = {}
         self._refused: dict[str, dict[int, str]] = {}
-        self.num_added = self.num_missing = 0
+        self.num_added = self.num_missing = self._num_before = 0
         self.loaders: dict[str, Told] = {}
 
     def open(self, writer: str, kept_from: int) -> int:
@@ -42,6 +42,12 @@ class Ledger:
         """Note that the next episode of a writer is stored, with so many steps of its own."""
         self._next[writer] += 1
         self.num_added += num_steps
+
+    def count_before(self, num_steps: int) -> None:
+        """Note how many steps earlier lives have stored, as somebody knows who was there."""
+        more = max(0, num_steps - self._num_before)
+        self._num_before += more
+        self.num_added += more
 
     def refuse(self, writer: str, why: str) -> None:
         """Note that the next episode of a writer can never be stored."""

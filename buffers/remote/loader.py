@@ -157,9 +157,9 @@ class RemoteLoader:
             Exception: What `transform` or the sampler has raised on the shard. The next call goes on.
         """
         self._check_open()
-        end = self._now() + self._timeout
         self._advance(0.0)
         self._wait_until_due()
+        end = self._now() + self._timeout
         while (delivery := self._draws.take()) is None:
             if self._now() >= end:
                 raise RuntimeError(self._why_none())
@@ -173,9 +173,8 @@ class RemoteLoader:
             if holder.error is not None:
                 error, holder.error = holder.error, None
                 raise error
-        self._named = warn_of_new(
-            self._draws.troubles, self._named, "Its share of the batches goes to the others.", stacklevel=4
-        )
+        consequence = "Its share of the batches goes to the others."
+        self._named = warn_of_new(self._draws.troubles, self._named, consequence, stacklevel=4)
 
     def _deliver(self, delivery: Delivery) -> Any:
         # The shards go on while the batch is copied.
@@ -379,6 +378,9 @@ class RemoteLoader:
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("The loader is closed.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("A RemoteLoader belongs to its process: pass the Shards, and make a loader where it draws.")
 
     def __enter__(self) -> RemoteLoader:
         return self

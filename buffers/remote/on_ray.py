@@ -24,6 +24,7 @@ from typing import Any
 from buffers.dataset.episode_dataset import EpisodeDataset
 from buffers.disk import NO_SURPRISES, Descriptor
 from buffers.limiter import SamplesPerInsert
+from buffers.objects import check_local
 from buffers.remote.limits import Limits
 from buffers.remote.shard import Shard, place_of
 from buffers.remote.shards import Shards, ask_all
@@ -196,7 +197,10 @@ def start_shards(
     if unfit := [name for name in ("max_concurrency", "concurrency_groups", *_OURS) if name in ray_options]:
         raise ValueError(f"Shards answer in order, and their retries are their own: leave out {unfit}.")
     limits = None if limiter is None else Limits.of(limiter)
-    path = None if directory is None else os.path.abspath(os.fspath(directory))
+    path = None
+    if directory is not None:
+        check_local(os.fspath(directory), "Shards save to a directory; on a cluster, to one that all machines share")
+        path = os.path.abspath(os.fspath(directory))
     seconds = number("save_every", save_every, 0.0), number("start_timeout", start_timeout, 0.0)
     if path is not None:
         _check_saves(path, num_shards)
@@ -213,7 +217,9 @@ def start_shards(
         transport.end()
         texts = "; ".join(f"shard {n}: {error}" for n, error in failures.items())
         raise RuntimeError(f"{len(failures)} of {num_shards} shards did not start: {texts.rstrip('.')}.")
-    return Shards(transport, answers[0], limits)
+    # Any shard may be given the longest episode.
+    longest = min(answer.episode_capacity for answer in answers)
+    return Shards(transport, answers[0]._replace(episode_capacity=longest), limits)
 
 
 def _check_saves(directory: str, num_shards: int) -> None:

@@ -152,12 +152,18 @@ class Shard:
 
     # Batches out.
 
-    def draw(self, told: Told, name: str, request: Request | None, n: int | None) -> Drawn:
+    def draw(
+        self, told: Told, name: str, request: Request | None, n: int | None, heard: tuple[int, int] | None = None
+    ) -> Drawn:
         """Batch n of what is known by a name; with None, only how many windows there are.
 
-        Asked again, it draws again, by the same random numbers. `request` makes the name known.
+        Asked again, it draws again, by the same random numbers. `request` makes the name known. `heard` is a life of
+        this shard, and the steps that were stored by then.
         """
         self._ledger.loaders[told.loader] = told
+        if heard is not None and heard[0] != self.life and self._directory is None:
+            # Learners have drawn for these steps: a limiter that forgot them would hold learners up for as many more.
+            self._ledger.count_before(heard[1])
         if request is not None and name not in self._streams:
             loader = self.dataset.get_loader(request.batch_size, request.sequence_length, **request.options)
             loader.stream.assemble = partial(_assembled, loader.stream.assemble, self.life)

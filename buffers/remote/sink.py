@@ -140,7 +140,8 @@ class RemoteSink:
         """
         rows = self._copy(episode)
         length = len(next(iter(rows.values())))
-        kept = Kept(rows, length, cut, info, num_bytes(rows))
+        # Episodes are dealt by their bytes, and rows may have none.
+        kept = Kept(rows, length, cut, info, max(num_bytes(rows), 1))
         end = self._transport.now() + self._deadline
         while True:
             self._warn_of_troubles()

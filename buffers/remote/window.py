@@ -115,6 +115,8 @@ class Window:
         self.is_listening = False
         #: Whether somebody waits until all is saved.
         self.wants_save = False
+        # Whether an episode found no room.
+        self._is_short = False
         #: Why shards can never store episodes that they were sent; the writer takes them out.
         self.refusals: list[str] = []
 
@@ -125,8 +127,12 @@ class Window:
         self._queue.append(episode)
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether an episode of this size may be put; one that is larger than the window has it to itself."""
-        return self.num_bytes == 0 or self.num_bytes + num_bytes <= self._most_bytes
+        """Whether an episode of this size may be put; one that is larger than the window has it to itself.
+
+        If it may not, shards are asked to save, until there is room.
+        """
+        self._is_short = self.num_bytes > 0 and self.num_bytes + num_bytes > self._most_bytes
+        return not self._is_short
 
     def advance(self, seconds: float = 0.0) -> None:
         """Take the answers that have come, waiting up to so many seconds for the first, and send what can be sent."""
@@ -270,7 +276,9 @@ class Window:
             self._send(lane, [])
 
     def _wants_save(self, lane: _Lane) -> bool:
-        return lane.num_bytes > self._share / 2 or (self.wants_save and bool(lane.episodes))
+        # A large episode may have to wait for room that small ones take, however few they are.
+        is_in_the_way = self._is_short or (bool(self._queue) and not self._fits(lane))
+        return bool(lane.episodes) and (lane.num_bytes > self._share / 2 or self.wants_save or is_in_the_way)
 
     # What there is.
 

@@ -59,7 +59,7 @@ class Door:
     That may hold `SharedArrays`. While it is None, they wait. `describe` is called by a thread.
 
     Raises:
-        ValueError: The name is not one for a file.
+        ValueError: The name is not one for a file, or its path is too long for a socket.
         RuntimeError: Another process uses it; or this is not Linux.
     """
 
@@ -119,8 +119,7 @@ def _hand_over(connection: socket.socket, describe: Callable[[], Any]) -> bool:
     if _peer(connection)[1] != os.geteuid():
         return False
     try:
-        found = describe()
-        if found is None:
+        if (found := describe()) is None:
             return False
         content, arrays = _pickled(found)
     except Exception as error:  # It belongs to who asks; others can still be answered.
@@ -151,7 +150,7 @@ def enter(name: str, timeout: float) -> tuple[Any, Owner]:
     """What the process that listens under a name describes, and that process.
 
     Raises:
-        ValueError: The name is not one for a file.
+        ValueError: The name is not one for a file, or its path is too long for a socket.
         RuntimeError: Within `timeout` seconds, no process of this user has shared anything under this name; or this is
             not Linux.
     """
@@ -173,10 +172,9 @@ def enter(name: str, timeout: float) -> tuple[Any, Owner]:
         except FileNotFoundError:
             reason = f"No process of yours shares a ring as `{name}`"
         except ConnectionRefusedError:
-            is_other = os.path.lexists(path) and not _is_socket(path)
-            reason = (
-                f"{path} is no shared ring" if is_other else f"The process that shared a ring as `{name}` has ended"
-            )
+            reason = f"The process that shared a ring as `{name}` has ended"
+            if os.path.lexists(path) and not _is_socket(path):
+                reason = f"{path} is no shared ring"
         except (EOFError, ConnectionError, BlockingIOError):
             reason = f"The ring that is shared as `{name}` has no fields yet"
         except TimeoutError:
@@ -267,7 +265,9 @@ def _path_of(name: str) -> str:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise RuntimeError(f"{folder} must be a directory that only you can enter (mode 0700).")
-    return os.path.join(folder, name)
+    if len(os.fsencode(path := os.path.join(folder, name))) > 107:  # The most that a Unix socket takes.
+        raise ValueError(f"{path} is longer than the 107 bytes of a socket's path. Choose a shorter name or folder.")
+    return path
 
 
 @contextlib.contextmanager

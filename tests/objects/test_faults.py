@@ -198,6 +198,9 @@ def test_urls_where_directories_belong_are_refused(tmp_path: Path) -> None:
     for url in ("simplecache::s3://a/b", "blockcache://x", "filecache::memory://a"):
         with pytest.raises(ValueError, match="a cache of fsspec, which returns wrong bytes"):
             ObjectStore(url)
+    for url in ("s3://", "file:///", "memory://"):
+        with pytest.raises(ValueError, match=f"{url} names no bucket or folder. Add one"):
+            ObjectStore(url)
     with pytest.raises(ValueError, match="`cache_bytes` must be at least 0"):
         reader("memory://x", cache_bytes=-1)
     with pytest.raises(ValueError, match="nonsense"):

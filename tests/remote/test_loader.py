@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,13 @@ def doubled(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "twice": batch["a"]["b"].double() * 2, "name": "x"}
 
 
+def test_a_loader_is_no_handle() -> None:
+    loader = RemoteLoader(filled(20)[1], 4, 2)
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="A RemoteLoader belongs to its process: pass the Shards"):
+            copied(loader)  # type: ignore[operator]
+
+
 def test_whole_episodes_come_padded() -> None:
     _, shards = filled(5, 7)
     for batch, _ in zip(RemoteLoader(shards, 3), range(4), strict=False):
@@ -347,3 +356,48 @@ def test_next_waits_until_a_batch_is_due_and_says_for_what() -> None:
     assert loader.num_batches_due == 0
     with pytest.raises(RuntimeError, match="waited 5 s for steps to be added: 0 were added and 0 drawn, 40 a batch"):
         next(loader)
+
+
+def test_a_batch_has_its_seconds_once_it_is_due() -> None:
+    world = Simulated(1)
+    limits = Limits.of(SamplesPerInsert(1.0, timeout=600.0))
+    loader = RemoteLoader(shards_of(world, limits), 8, 5, timeout=5.0)
+    shard = world.shards[0]
+    assert shard is not None
+    draw_as_before = shard.draw
+
+    def draw(*arguments: Any) -> Any:
+        if world.time > 20.0 and not shard.dataset.num_episodes:
+            shard.dataset.add_episode(rows(0, 50))
+            shard._ledger.num_added = 50
+        return draw_as_before(*arguments)
+
+    shard.draw = draw  # type: ignore[method-assign]
+    assert next(loader)["row"].shape == (8, 5) and world.time > 20.0
+
+
+@pytest.mark.filterwarnings("ignore:Shard 1 is lost:RuntimeWarning")
+def test_a_limiter_counts_what_a_shard_without_saves_had_stored() -> None:
+    world = Simulated(2)
+    shards = shards_of(world, Limits.of(SamplesPerInsert(1.0, tolerance=40.0, timeout=5.0)))
+    sink, loader = RemoteSink(shards, has_thread=False), RemoteLoader(shards, 8, 5)
+    sink.settle_fields(Fields.from_episode(rows(0, 10)))
+
+    def run(num_steps: int) -> None:
+        added = 0
+        while added < num_steps:
+            if sink.may_add(0):
+                sink.add(rows(0, 10))
+                added += 10
+            world.time += 0.1
+            for _ in range(loader.num_batches_due):
+                next(loader)
+
+    run(2_000)
+    for _ in range(2):
+        drawn = loader.position
+        world.kill(1)
+        world.start(1)
+        run(1_000)
+        assert 20 <= loader.position - drawn <= 30
+    assert loader.stats()["num_added"] == pytest.approx(4_000, abs=50)

@@ -130,6 +130,11 @@ def test_fewer_shards_than_have_saved_are_refused(cluster: None, tmp_path: Path)
         start_shards(2, make_ring, directory=tmp_path)
 
 
+def test_a_url_is_no_directory_of_saves(cluster: None) -> None:
+    with pytest.raises(ValueError, match="s3://bucket/replay is a URL, and a local directory is needed. Shards save"):
+        start_shards(2, make_ring, directory="s3://bucket/replay")
+
+
 def test_shards_draw_by_priorities_that_come_back(shards: Shards) -> None:
     with RemoteWriter(shards, num_envs=1) as writer:
         for number in range(30_000, 30_040):
@@ -330,6 +335,14 @@ def test_a_shard_that_cannot_start_says_why(cluster: None) -> None:
 
     with pytest.raises(RuntimeError, match="1 of 1 shards did not start: shard 0: .*ValueError: no disk for 0."):
         start_shards(1, fail, num_cpus=0)  # type: ignore[arg-type]
+
+
+def test_no_episode_is_longer_than_the_smallest_shard_takes(cluster: None) -> None:
+    with start_shards(2, lambda shard: RingBufferDataset(100 - 50 * shard), num_cpus=0) as shards:
+        writer = RemoteWriter(shards, num_envs=1)
+        with pytest.raises(ValueError, match="An episode of 51 steps does not fit a `capacity` of 50 steps"):
+            writer.add_episode({"row": np.arange(51)})
+        writer.close()
 
 
 def test_batches_are_the_learners_own(cluster: None) -> None:

@@ -136,6 +136,25 @@ def test_a_full_window_asks_for_a_save(tmp_path: Path) -> None:
     assert sorted(number for shard in world.numbers() for number in shard) == list(range(500))
 
 
+@pytest.mark.parametrize("num_bytes", [SIZE, 30 * SIZE, 70 * SIZE, 95 * SIZE, 200 * SIZE])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_large_episode_does_not_wait_until_few_small_ones_are_saved_by_the_clock(
+    num_bytes: int, num_shards: int, tmp_path: Path
+) -> None:
+    world = Simulated(num_shards, tmp_path, save_every=1e9)
+    window = Window(world, "writer", FIELDS, num_bytes=100 * SIZE)
+    for _ in adding(window, 12 * num_shards):
+        assert world.time < 5
+    settle(world, window)
+    for number in range(12 * num_shards, 12 * num_shards + 4):
+        end = world.time + 5.0
+        while not window.has_room(num_bytes):
+            assert world.time < end, window.why_full()
+            window.advance(0.05)
+        window.put(kept(number)._replace(num_bytes=num_bytes))
+    settle(world, window, 10.0)
+
+
 def test_a_shard_that_hangs_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     world = Simulated(2, tmp_path)
     window = Window(world, "writer", FIELDS, num_bytes=20 * SIZE, deadline=10.0)

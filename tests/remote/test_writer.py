@@ -67,6 +67,16 @@ def test_an_episode_larger_than_the_window_has_it_to_itself(tmp_path: Path) -> N
     assert sorted(n for shard in world.numbers() for n in shard) == [0, 1, 2, 3, 4]
 
 
+def test_rows_without_bytes_are_stored() -> None:
+    world = Simulated(2)
+    sink = made(world)
+    rows = {"nothing": np.zeros((3, 0), np.float32)}
+    sink.settle_fields(Fields.from_episode(rows))
+    sink.add(rows)
+    sink.wait(5.0, until_saved=False)
+    assert [shard.dataset.num_timesteps for shard in world.shards if shard is not None] == [3, 0]
+
+
 def test_waiting_for_a_shard_that_hangs_is_an_error_that_names_it(tmp_path: Path) -> None:
     world = Simulated(1, tmp_path)
     sink = made(world)

@@ -23,7 +23,7 @@ from buffers.fields import Fields, TensorType
 from buffers.sharing import PublishedTable, SharedArrays
 from buffers.sharing.handover import Door, Owner, enter
 from buffers.table import EpisodeTable, TableRow, Windows
-from buffers.utils import Process, format_bytes, integer, usable_device
+from buffers.utils import Process, format_bytes, integer, number, usable_device
 
 __all__ = ["RingBufferDataset"]
 
@@ -286,10 +286,10 @@ class RingBufferDataset(AdmittingRing):
             timeout: Seconds to wait for a ring of that name, and its first episode or fields.
 
         Raises:
-            ValueError: A name that `share` would not take.
+            ValueError: A name that `share` would not take, or a timeout that is no finite number.
             RuntimeError: There is no such ring in time; or this is not Linux.
         """
-        state, owner = enter(name, timeout)
+        state, owner = enter(name, number("timeout", timeout, 0.0))
         ring = cls.__new__(cls)
         ring.__setstate__({**state, "_owner": owner})
         return ring
