@@ -185,6 +185,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(driver, "THREADS", {})
 
 
+@pytest.mark.slow
 def test_contestants_in_processes_of_their_own_are_verified_and_timed(tiny):
     with Driver(["copy", "gather", "ours"], rounds=3) as running:
         (row,) = running.run("sampling")
@@ -199,6 +200,7 @@ def test_contestants_in_processes_of_their_own_are_verified_and_timed(tiny):
     assert distribution["rule"] == "all windows alike" and distribution["last_step"]
 
 
+@pytest.mark.slow
 def test_offsets_are_verified_of_ours_with_and_without_workers_and_gathered_alike(tiny, monkeypatch):
     small = Workload("offsets", "small", Store("pixels", 400, 20), 8)
     monkeypatch.setattr(driver, "workloads", lambda part, scale: [small])
@@ -211,6 +213,7 @@ def test_offsets_are_verified_of_ours_with_and_without_workers_and_gathered_alik
     assert check_sequences(gather, small) == {"num_sequences": 160, "num_crossing": 0}
 
 
+@pytest.mark.slow
 def test_priorities_are_checked_drawn_and_updated_by_those_who_can(tiny, monkeypatch, capsys):
     rows = Workload("priorities", "", Store("state", 400, 20, prioritized=True), 8, 1)
     tasks = (PRIORITIZED, UPDATED, UPDATE, RECENCY)
@@ -313,6 +316,7 @@ def test_a_row_that_comes_back_changed_is_noticed(name):
         check_rows(rows, SAVED.store, 3)
 
 
+@pytest.mark.slow
 def test_saves_are_measured_in_turn_beside_the_plain_copy(monkeypatch, tmp_path):
     monkeypatch.setattr(saving, "workloads", lambda part, scale: [SAVED])
     monkeypatch.setattr(saving, "FOLDER", tmp_path)

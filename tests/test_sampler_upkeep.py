@@ -93,9 +93,9 @@ def _weights(index: Any, table: EpisodeTable) -> np.ndarray:
 
 
 @pytest.mark.parametrize("action", [Prioritized.draw, Prioritized.update])
-@pytest.mark.parametrize("length", [1, 5, None])
-def test_what_is_cut_off_leaves_priorities_as_they_are_given(action, length) -> None:
-    for made in each_cut(lambda _: Prioritized(length, action is Prioritized.update), action, 1):
+@pytest.mark.parametrize(("length", "every"), [(1, 2), (5, 3), (None, 2), pytest.param(5, 1, marks=pytest.mark.slow)])
+def test_what_is_cut_off_leaves_priorities_as_they_are_given(action, length, every) -> None:
+    for made in each_cut(lambda _: Prioritized(length, action is Prioritized.update), action, every):
         made.check()
 
 

@@ -86,8 +86,9 @@ def raised_after(num_calls: int, error: Exception, function: Callable[[], Any]) 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("error", [RuntimeError, ValueError, TimeoutError])
-@pytest.mark.parametrize("what", ["rows", "directory", "info"])
+@pytest.mark.parametrize(
+    ("what", "error"), [("rows", RuntimeError), ("directory", ValueError), ("info", TimeoutError), ("rows", ValueError)]
+)
 @each_strategy
 def test_a_good_file_survives_a_signal_handler_that_raises(tmp_path, strategy, what, error) -> None:
     dataset = IndividualFileDataset(100, None, None, tmp_path, strategy, durability="rename")

@@ -200,7 +200,7 @@ visualizer, batch = MatplotlibVisualizer(dataset_of()), {"image": film(5)}
 """
 
 
-@pytest.mark.parametrize("magic", ["", "%matplotlib widget"])
+@pytest.mark.parametrize("magic", [pytest.param("", marks=pytest.mark.slow), "%matplotlib widget"])
 def test_a_cell_of_a_notebook_shows_an_interactive_figure_once(magic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     if magic:

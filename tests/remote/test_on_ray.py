@@ -300,6 +300,7 @@ def test_a_limiter_keeps_the_ratio_over_all_processes(cluster: None, tmp_path: P
     shards.close()
 
 
+@pytest.mark.slow
 def test_a_learner_of_the_same_machine_attaches_to_the_ring_of_a_shard(cluster: None, tmp_path: Path) -> None:
     name = f"test-{os.getpid()}"
     shards = start_shards(1, shared_ring(name), directory=tmp_path, num_cpus=0)
