@@ -28,8 +28,8 @@ class Outbox:
         self._sink, self._on_stored = sink, on_stored
         self.waiting: deque[tuple[int, Rows, int, EpisodeInfo | None]] = deque()
         self.error: Exception | None = None
-        #: Of an episode that the sink will never take, and that is dropped.
-        self.refusal: Exception | None = None
+        #: Of episodes that the sink will never take, and that are dropped.
+        self.refusals: list[EpisodeTooLargeError] = []
         # By environment, for the episodes that end in the current call.
         self.infos: dict[int, EpisodeInfo] = {}
 
@@ -48,9 +48,11 @@ class Outbox:
             self.waiting.append((env, {name: rows.copy() for name, rows in episode.items()}, cut, info))
 
     def take_refusal(self) -> Exception | None:
-        """The error of an episode that was dropped, once."""
-        refusal, self.refusal = self.refusal, None
-        return refusal
+        """The error of the episodes that were dropped, once."""
+        refusals, self.refusals = self.refusals, []
+        if len(refusals) > 1:
+            return EpisodeTooLargeError(f"{refusals[0]} The same goes for {len(refusals) - 1} more.")
+        return refusals[0] if refusals else None
 
     def retry(self) -> None:
         """Store what waits, up to the first that fails."""
@@ -67,7 +69,7 @@ class Outbox:
             self._sink.add(episode, cut, info)
         except EpisodeTooLargeError as error:
             # If it waited, all that comes after it would, too.
-            self.refusal = error
+            self.refusals.append(error)
             return True
         except Exception as error:
             self.error = error

@@ -116,7 +116,7 @@ class EpisodeWriter:
         finally:
             if info is not None:
                 self._outbox.infos = {}
-        if self._outbox.waiting or self._outbox.refusal is not None:
+        if self._outbox.waiting or self._outbox.refusals:
             self.check_stored()
 
     def add(

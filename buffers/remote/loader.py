@@ -19,7 +19,7 @@ from buffers.remote.limits import Balance, Limits, balance_of
 from buffers.remote.memory import ReusedMemory
 from buffers.remote.shards import Shards
 from buffers.remote.transport import warn_of_new
-from buffers.remote.updates import Updates
+from buffers.remote.updates import Updates, sources_of
 from buffers.remote.wire import Request, Told, from_wire, sizes_on_wire
 from buffers.utils import integer, number, usable_device
 
@@ -180,6 +180,8 @@ class RemoteLoader:
         # The shards go on while the batch is copied.
         self._draws.ask_ahead()
         if delivery.error is not None:
+            if isinstance(delivery.error, StopIteration):
+                raise RuntimeError("`transform` or the sampler has raised StopIteration.") from delivery.error
             raise delivery.error
         self._num_drawn += self._batch_steps or 0
         batch = from_wire(delivery.batch, self._memory.begin(sizes_on_wire(delivery.batch)))
@@ -267,11 +269,13 @@ class RemoteLoader:
         the loader for that learner, if it is of the same rank, so they must not both go on.
 
         Raises:
-            TypeError: A value of the state is of another type. Nothing has changed.
+            TypeError: The state, or a value of it, is of another type. Nothing has changed.
             ValueError: The state is not one of such a loader. Nothing has changed.
             RuntimeError: No shard answers within the deadline.
         """
         names = ["deal", "dealt", "learner", "num_drawn", "position", "seed"]
+        if not isinstance(state, Mapping):
+            raise TypeError(f"`state` must be a dict, as `state_dict()` gives it, found {type(state).__name__}.")
         if not state.keys() >= {*names}:
             raise ValueError(
                 f"The state of this loader has {names}, as `state_dict()` gives them, found {sorted(state)}."
@@ -302,6 +306,7 @@ class RemoteLoader:
             source: The shard, a number or `(B,)`, as `include=("source",)` gives it. May be left out if there is one.
 
         Raises:
+            TypeError: `index` is not of integers.
             ValueError: Other sizes, or no such shard. What a shard refuses is raised by a later call.
         """
         self._check_open()
@@ -309,22 +314,11 @@ class RemoteLoader:
         rows = {name: as_array(name, _float(value)) for name, value in values.items()}
         if unfit := [name for name, value in rows.items() if value.shape[: ids.ndim] != ids.shape]:
             raise ValueError(f"`index` has shape {ids.shape}, and so must {unfit} begin.")
-        sources = self._sources(ids, source)
+        sources = sources_of(ids, source, len(self._shards))
         for shard in np.unique(sources).tolist():
             is_its = sources == shard
             self._updates.send(shard, ids[is_its], {name: value[is_its] for name, value in rows.items()})
         self._advance(0.0)
-
-    def _sources(self, ids: np.ndarray, source: Any) -> np.ndarray:
-        """The shard of each row of `ids`, `(B,)`."""
-        if source is None and len(self._shards) > 1:
-            raise ValueError("Several shards have step ids of their own: pass `source`, with `include=('source',)`.")
-        given = as_array("source", 0 if source is None else source)
-        if given.ndim > 1 or (given.ndim == 1 and given.shape != ids.shape[:1]):
-            raise ValueError(f"`source` has shape {given.shape}, expected a number or {ids.shape[:1]}.")
-        if given.dtype.kind not in "iu" or given.size and not 0 <= given.min() <= given.max() < len(self._shards):
-            raise ValueError(f"`source` must be numbers of shards, 0 to {len(self._shards) - 1}, found {source!r:.60}.")
-        return np.broadcast_to(given, ids.shape[:1])
 
     def update_priorities(self, index: Any, values: Any, source: Any = None) -> None:
         """Give rows the priorities that a `PrioritizedSampler` draws by.

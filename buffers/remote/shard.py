@@ -27,7 +27,8 @@ from buffers.utils import ThreadLock
 
 __all__ = ["Shard", "local_ids", "place_of", "remote_ids"]
 
-_MOST_LOADERS = 16
+# Whose requests are known. There may be 64 learners, and loaders that have ended are not heard of.
+_MOST_LOADERS = 128
 #: Step ids of a batch say which life of the shard they are of: after a restart, the same ids may be of other rows.
 _LIFE_BITS, _ID_BITS = 18, 44
 _NO_STEP = -2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from buffers.conversion import as_array
 from buffers.remote.transport import ShardCalls, ShardLostError, Transport
 
-__all__ = ["Updates"]
+__all__ = ["Updates", "sources_of"]
 
 #: Updates that a shard has not answered; more are not sent, as it hangs.
 _MOST_PENDING = 64
@@ -47,3 +50,17 @@ class Updates:
                     self.num_lost += 1
                 else:
                     self.error = answer.error
+
+
+def sources_of(ids: np.ndarray, source: Any, num_shards: int) -> np.ndarray:
+    """The shard of each row of step ids, `(B,)`; errors are those of `RemoteLoader.update`."""
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"`index` must be step ids, which are integers, found {ids.dtype}.")
+    if source is None and num_shards > 1:
+        raise ValueError("Several shards have step ids of their own: pass `source`, with `include=('source',)`.")
+    given = as_array("source", 0 if source is None else source)
+    if given.ndim > 1 or (given.ndim == 1 and given.shape != ids.shape[:1]):
+        raise ValueError(f"`source` has shape {given.shape}, expected a number or {ids.shape[:1]}.")
+    if given.dtype.kind not in "iu" or given.size and not 0 <= given.min() <= given.max() < num_shards:
+        raise ValueError(f"`source` must be numbers of shards, 0 to {num_shards - 1}, found {source!r:.60}.")
+    return np.broadcast_to(given, ids.shape[:1])

@@ -92,6 +92,7 @@ def test_a_buffer_drops_an_episode_that_is_too_large_and_goes_on(num_envs) -> No
         except ValueError as error:
             errors.append(str(error))
     assert len(errors) == 1 and "does not fit `capacity_bytes`" in errors[0]
+    assert ("The same goes for 1 more." in errors[0]) == (num_envs == 2)
     assert ring.num_episodes == 1  # The newest of those that fit.
     with pytest.raises(ValueError, match="does not fit `capacity_bytes`"):
         buffer.flush()  # 20 steps are open.

@@ -297,6 +297,31 @@ def test_what_a_transform_raises_reaches_the_learner_and_the_next_call_goes_on()
     assert next(loader)["row"].shape == (4, 2)
 
 
+def test_a_transform_that_raises_stop_iteration_does_not_end_the_loop() -> None:
+    def stop(batch: Any) -> Any:
+        raise StopIteration
+
+    _, shards = filled(20)
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        for _ in RemoteLoader(shards, 4, 2, transform=stop):
+            pass
+
+
+def test_a_float_index_is_an_error_at_once() -> None:
+    loader = RemoteLoader(filled(20)[1], 4, 2)
+    with pytest.raises(TypeError, match="`index` must be step ids, which are integers, found float32"):
+        loader.update_priorities(torch.zeros(4, 2), torch.zeros(4), 0)
+
+
+def test_a_shard_knows_all_of_64_learners() -> None:
+    world, shards = filled(20)
+    loaders = [RemoteLoader(shards, 1, 2, num_in_flight=1) for _ in range(64)]
+    for loader in loaders:
+        next(loader)
+    shard = world.shards[0]
+    assert shard is not None and len(shard._streams) == 64
+
+
 @pytest.mark.parametrize(
     ("index", "values", "source", "match"),
     [

@@ -203,6 +203,13 @@ def test_a_wrong_state_is_an_error_and_changes_nothing(change: Any, error: type[
     assert loader.state_dict() == before
 
 
+@pytest.mark.parametrize("state", [None, [1]])
+def test_a_state_that_is_no_dict_is_a_named_error(state: Any) -> None:
+    _, shards = filled(50)
+    with pytest.raises(TypeError, match="`state` must be a dict"):
+        RemoteLoader(shards, 8, 4).load_state_dict(state)
+
+
 def test_the_state_of_a_local_loader_is_refused() -> None:
     world, shards = filled(50)
     local = dataset_of(world, 0).get_loader(8, 4)

@@ -116,14 +116,14 @@ def test_others_are_told_of_learners_and_forget_none(tmp_path: Path) -> None:
 
     shard = Shard(0, make_ring, str(tmp_path))
     shard.add(pack(0, 5))
-    for number in range(20):
+    for number in range(130):
         told = Told(f"loader {number}", 10 * number, 4, True)
         assert shard.draw(told, told.loader, Request(4, 1, {}), 0).num_windows == 15
     # As after a restart; it is told again.
     assert not shard.draw(Told("loader 0", 0, 4, True), "loader 0", None, 0).is_known
     shard.save()
     news = Shard(0, make_ring, str(tmp_path)).add(pack(5, 5)).news
-    assert len(news.loaders) == 20 and news.num_added == 15 and news.loaders["loader 7"].num_drawn == 70
+    assert len(news.loaders) == 130 and news.num_added == 15 and news.loaders["loader 7"].num_drawn == 70
 
 
 def test_a_full_dataset_evicts_and_stores_on() -> None:
