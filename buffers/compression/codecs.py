@@ -109,6 +109,8 @@ class Codec(ABC):
         """Whether a block can be read after all."""
         try:
             return self._decode(block, out) == len(out)
+        except MemoryError:
+            raise
         except Exception:
             return False
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from buffers.compression import CODECS
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import TensorType
 from tests import tagged
@@ -47,3 +49,16 @@ def test_an_episode_is_not_damaged_because_a_handler_raises(tmp_path: Path, make
         num_calls += 1
     assert num_calls > 20 and kinds == {TimeoutError}
     assert dataset._read(windows, out) is None
+
+
+def test_a_lack_of_memory_is_no_damage_when_a_block_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = CODECS["lz4"]("x", TensorType((100,), torch.uint8))
+    rows = np.zeros((16, 100), np.uint8)
+    block, errors = memoryview(codec.encode(rows)), [ValueError("a handler"), MemoryError()]
+
+    def fail(block: memoryview, out: np.ndarray) -> object:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(codec, "_decode", fail)
+    with pytest.raises(MemoryError):
+        codec.decode(block, np.empty(1600, np.uint8))
