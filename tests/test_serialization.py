@@ -253,11 +253,9 @@ def test_a_directory_of_a_later_version_is_an_error(tmp_path) -> None:
         IndividualFileDataset(90, directory=tmp_path)
     assert sorted(name for name in os.listdir(tmp_path) if name.startswith("0")) == names
     (tmp_path / names[0]).write_bytes(contents[0])
-    with (
-        pytest.warns(UserWarning, match="1 files in .* moved into .*: 0000000001-.*: it is of version 2"),
-        IndividualFileDataset(90, directory=tmp_path, verify="header") as dataset,
-    ):
-        assert dataset.num_episodes == 1
+    with pytest.raises(ValueError, match="/0000000001-.* is of version 2 of the format; .* Nothing was changed"):
+        IndividualFileDataset(90, directory=tmp_path, verify="header")
+    assert sorted(name for name in os.listdir(tmp_path) if name.startswith("0")) == names
     with pytest.raises(UnknownVersionError, match="version 7"):
         serialization.parse_schema('{"version":7}')
 

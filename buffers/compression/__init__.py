@@ -5,7 +5,7 @@ from buffers.compression.choice import Compress, checked_choice, choice_as, chos
 from buffers.compression.codecs import CODECS, Codec, DamagedBlockError, codec_as, codecs_as, described
 from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
 from buffers.compression.early import EarlyBlocks
-from buffers.compression.room import BlockRoom, EpisodeTooLargeError, blocks_in, rows_in
+from buffers.compression.room import MOST_BYTES, BlockRoom, EpisodeTooLargeError, blocks_in, rows_in
 
 __all__ = [
     "BlockRoom",
@@ -17,6 +17,7 @@ __all__ = [
     "EarlyBlocks",
     "EpisodeTooLargeError",
     "Fetched",
+    "MOST_BYTES",
     "Run",
     "blocks_in",
     "checked_choice",

@@ -27,11 +27,11 @@ from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
 from buffers.sharing import SharedArrays
 from buffers.table import Windows
 
-__all__ = ["BlockRoom", "EpisodeTooLargeError", "blocks_in", "rows_in"]
+__all__ = ["MOST_BYTES", "BlockRoom", "EpisodeTooLargeError", "blocks_in", "rows_in"]
 
 _UNIT, _WORD = 64, 8
-# `place` is of 32 bits.
-_MOST_BYTES = _UNIT << 32
+#: Of live regions. There are twice as many addresses, which `place` has in 32 bits.
+MOST_BYTES = _UNIT << 31
 _PLACE, _BYTES, _COUNTS = "place", "bytes", "counts"
 
 
@@ -45,7 +45,8 @@ class BlockRoom:
     Args:
         codecs: By field.
         capacity: Steps of the ring.
-        capacity_bytes: The most bytes of live regions; None for as many as `capacity` steps can take.
+        capacity_bytes: The most bytes of live regions, up to `MOST_BYTES`; None for as many as `capacity` steps can
+            take.
     """
 
     def __init__(self, codecs: Mapping[str, Codec], capacity: int, capacity_bytes: int | None = None) -> None:
@@ -53,7 +54,7 @@ class BlockRoom:
         row_bytes = sum(codec.kind.nbytes for codec in codecs.values())
         # The shortest episodes take the most: an index each, and what rounding adds.
         most = capacity * (row_bytes + len(codecs) * 2 * _WORD + _UNIT)
-        self.capacity_bytes = min(most if capacity_bytes is None else capacity_bytes, _MOST_BYTES // 2)
+        self.capacity_bytes = min(most, MOST_BYTES) if capacity_bytes is None else capacity_bytes
         # A region never wraps, so up to a region is left over at the end.
         self._size = 2 * (-(-self.capacity_bytes // mmap.PAGESIZE) + 1) * mmap.PAGESIZE
         layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {

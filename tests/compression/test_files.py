@@ -149,21 +149,58 @@ def test_a_truncated_file_is_set_aside(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"codec": "gzip"}, {"rows_per_block": 0}, {"rows_per_block": 2**40}, {"rows_per_block": "16"}]
+    "change", [{"codec": None}, {"rows_per_block": 0}, {"rows_per_block": 2**40}, {"rows_per_block": "16"}]
 )
 def test_a_header_that_describes_no_codec_is_damage(change, tmp_path) -> None:
-    file = one_file(tmp_path)
+    change_schema(one_file(tmp_path), lambda schema: schema["compress"]["image"].update(change))
+    with pytest.warns(UserWarning, match="are no whole episodes"):
+        assert IndividualFileDataset(1_000, directory=tmp_path).is_empty
+
+
+def change_schema(file: Path, change: Any) -> None:
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     schema = json.loads(header["__metadata__"]["buffers"])
-    schema["compress"]["image"] |= change
-    header["__metadata__"]["buffers"] = json.dumps(schema)
-    text = json.dumps(header).encode()
+    change(schema)
+    header["__metadata__"]["buffers"] = json.dumps(schema, separators=(",", ":"))
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-    with pytest.warns(UserWarning, match="are no whole episodes"):
-        assert IndividualFileDataset(1_000, directory=tmp_path).is_empty
+
+
+@pytest.mark.parametrize("position", [0, 1, -1])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda schema: schema.update(version=3), "is of version 3 of the format; this library knows 2"),
+        (
+            lambda schema: schema["compress"]["obs/state"].update(codec="gzip"),
+            "compressed by 'gzip', which this library",
+        ),
+    ],
+)
+def test_files_of_later_versions_are_not_set_aside(position, change, text, tmp_path) -> None:
+    filled(tmp_path, {"obs": "lz4"}, range(5)).close()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    change_schema(files[position], change)
+    with pytest.raises(ValueError, match=f"{files[position].name} .*{text}"):
+        IndividualFileDataset(2_000, directory=tmp_path)
+    with pytest.warns(UserWarning, match=f"left out.*{text}"), IndividualFileDataset(directory=tmp_path, mode="r") as r:
+        assert r.num_episodes == 4
+    assert sorted(tmp_path.glob("*.safetensors")) == files and not (tmp_path / "damaged").exists()
+
+
+def test_a_file_of_a_later_version_that_is_found_by_reading_is_not_set_aside(tmp_path) -> None:
+    filled(tmp_path, {}, range(3)).close()
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    change_schema(file, lambda schema: schema.update(version=2))
+    with IndividualFileDataset(2_000, directory=tmp_path) as dataset:
+        with pytest.raises(ValueError, match=f"{file.name} is of version 2 of the format; this library knows 1"):
+            dataset.get_episode(1)
+        with pytest.raises(ValueError, match=f"{file.name} is of version 2 of the format; this library knows 1"):
+            dataset.episode_info(1)
+        assert file.exists() and dataset.num_episodes == 3
 
 
 def test_earlier_versions_know_that_they_cannot_read_it(tmp_path) -> None:

@@ -273,6 +273,9 @@ def test_arguments_that_do_not_go_together_are_an_error() -> None:
         RingBufferDataset(10, capacity_bytes=100)
     with pytest.raises(ValueError, match="`capacity_bytes` must be at least 1, found 0"):
         RingBufferDataset(10, compress={"x": "lz4"}, capacity_bytes=0)
+    RingBufferDataset(10, compress={"x": "lz4"}, capacity_bytes=2**37)
+    with pytest.raises(ValueError, match=f"`capacity_bytes` must be at most {2**37}, 128 GiB, found {2**40}"):
+        RingBufferDataset(10, compress={"x": "lz4"}, capacity_bytes=2**40)
 
 
 def test_jpeg_is_lossy_and_copied_as_it_is() -> None:

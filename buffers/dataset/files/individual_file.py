@@ -23,7 +23,7 @@ from buffers.dataset.files.safetensors_format import SafetensorsSerialization
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy, check_strategy
 from buffers.dataset.files.writing import WrittenDataset
 from buffers.dataset.info import EpisodeDatasetInfo
-from buffers.disk import DamagedEpisodeError, with_advice
+from buffers.disk import DamagedEpisodeError, UnknownVersionError, with_advice
 from buffers.evictor import Evictor
 from buffers.late import LateFields
 from buffers.objects import DEFAULT_CACHE_BYTES
@@ -159,6 +159,7 @@ class IndividualFileDataset(WrittenDataset):
 
     def _open_for_writing(self, verify: Verify, shrink: bool) -> None:
         inspection = self._scan(verify)
+        inspection.refuse_later_versions()
         self._check_format()
         if self._goes_on_compressing:
             self._compress_as_before()
@@ -225,6 +226,8 @@ class IndividualFileDataset(WrittenDataset):
         name = self._directory.name_of(*row)
         try:
             return self._directory.read(str(name), self.serialization_strategy.load_info)
+        except UnknownVersionError as error:
+            raise ValueError(f"{self._directory.path}/{name} {error}.") from None
         except (DamagedEpisodeError, FileNotFoundError) as error:
             self._lose(name, str(error) if isinstance(error, DamagedEpisodeError) else None)
             raise RuntimeError(f"Episode {name.id} is gone from the store.") from error

@@ -130,12 +130,18 @@ class Inspection:
                 self._try(name, self.strategy.check, fields, length)
                 if name not in self._errors:
                     return fields
-        unknown = [error for error in self._errors.values() if isinstance(error, UnknownVersionError)]
-        if unknown:
-            # With no whole file among them, a later version of the library is more likely than damage.
-            name = next(iter(self._errors))
-            raise ValueError(f"No episode of {self._directory.path} can be read: {name} {unknown[0]}.")
+        if unknown := self._later_versions():
+            raise ValueError(f"No episode of {self._directory.path} can be read: {unknown[0]}.")
         return None
+
+    def refuse_later_versions(self) -> None:
+        """ValueError if there are files of an unknown version, which a writer would set aside."""
+        if unknown := self._later_versions():
+            raise ValueError(f"{self._directory.path}/{unknown[0]}. Nothing was changed.")
+
+    def _later_versions(self) -> list[str]:
+        """What is wrong with files of an unknown version: a later version of the library is likelier than damage."""
+        return [f"{name} {error}" for name, error in self._errors.items() if isinstance(error, UnknownVersionError)]
 
     def whole_episodes(self, fields: Fields, verify: Verify) -> npt.NDArray[np.int64]:
         """Table rows of whole episodes, int64 `(n, 4)`, after looking as closely as `verify` says."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import safetensors.torch
 import torch
 
-from buffers.compression import Codec, codecs_as, described, num_blocks
+from buffers.compression import CODECS, Codec, codecs_as, described, num_blocks
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.files.compressed import INDEX, FieldBlocks, decoded
 from buffers.dataset.files.serialization import (
@@ -22,7 +22,15 @@ from buffers.dataset.files.serialization import (
     read_rows,
     schema_text,
 )
-from buffers.disk import DamagedEpisodeError, as_damage, parse_json, read_at, safetensors_type, size_of
+from buffers.disk import (
+    DamagedEpisodeError,
+    UnknownVersionError,
+    as_damage,
+    parse_json,
+    read_at,
+    safetensors_type,
+    size_of,
+)
 from buffers.fields import Fields, TensorType, as_tensor
 
 __all__ = ["SafetensorsSerialization"]
@@ -194,7 +202,7 @@ def _read_header(file: io.FileIO) -> _Header:
 def _parse_header(header: bytes) -> _Header:
     entries = parse_json(header)
     fields, schema = parse_schema(entries.pop("__metadata__")[SCHEMA_KEY])
-    codecs = codecs_as(schema.get("compress", {}), fields)
+    codecs = codecs_as(_known(schema.get("compress", {})), fields)
     expected_names = {*fields, *(INDEX + name for name in codecs)}
     if entries.keys() != expected_names:
         found = f"{sorted(entries)!r:.200}, its schema {sorted(expected_names)!r:.200}"
@@ -212,6 +220,14 @@ def _parse_header(header: bytes) -> _Header:
         end += num_bytes
     blocks = {n: FieldBlocks(codec, places[INDEX + n][0], *places[n]) for n, codec in codecs.items()}
     return _Header(fields, length, begin, end, places, blocks, schema.get("checksum"), schema["info"])
+
+
+def _known(compress: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a schema says of compressed fields; UnknownVersionError for a codec that only later versions can have."""
+    for name, how in compress.items():
+        if isinstance(codec := how["codec"], str) and codec not in CODECS:
+            raise UnknownVersionError(f"has `{name}` compressed by {codec!r:.60}, which this library does not know")
+    return compress
 
 
 def _expected(

@@ -17,7 +17,7 @@ from buffers.compression import Codec, Fetched, Run, decode_runs, runs_of
 from buffers.dataset.files.compressed import BlockIndex, FieldBlocks
 from buffers.dataset.files.directory import EpisodeFiles, FileName
 from buffers.dataset.files.serialization import EpisodeSerializationStrategy, bytes_of
-from buffers.disk import DamagedEpisodeError, size_of
+from buffers.disk import DamagedEpisodeError, UnknownVersionError, size_of
 from buffers.disk.reading import fill_from
 from buffers.fields import Fields
 from buffers.table import Windows
@@ -214,6 +214,9 @@ class WindowReader:
             self._find(name, strategy, fields)
         except FileNotFoundError:
             return None
+        except UnknownVersionError as unknown:
+            # Whole, so a writer must not set it aside.
+            raise ValueError(f"{self._directory.path}/{name} {unknown}.") from None
         except DamagedEpisodeError:
             return str(error)
         raise error.__cause__ or error

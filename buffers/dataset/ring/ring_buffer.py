@@ -12,7 +12,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from buffers.compression import BlockRoom, Compress, CompressedEpisode, chosen_codecs
+from buffers.compression import MOST_BYTES, BlockRoom, Compress, CompressedEpisode, chosen_codecs
 from buffers.dataset.episode_info import EpisodeInfo
 from buffers.dataset.episode_source import Rows
 from buffers.dataset.info import EpisodeDatasetInfo
@@ -108,6 +108,8 @@ class RingBufferDataset(AdmittingRing):
             raise ValueError(f"Rows are decompressed by the CPU: leave out `compress` for a ring on {self.device}.")
         if self.capacity_bytes is not None and not self.compress:
             raise ValueError("`capacity_bytes` bounds compressed rows: give `compress`, or leave it out.")
+        if self.capacity_bytes is not None and self.capacity_bytes > MOST_BYTES:
+            raise ValueError(f"`capacity_bytes` must be at most {MOST_BYTES}, 128 GiB, found {self.capacity_bytes}.")
 
     def _allocate(self, fields: Fields) -> None:
         self.codecs = chosen_codecs(self.compress, fields)
