@@ -104,9 +104,9 @@ def test_the_package_without_viewing_does_not_grow() -> None:
     # late fields, samplers that learn, the limiter and the info of episodes 3,950, saves 2,900, states that load with
     # other numbers of ranks 70, rings that processes attach to 388, object stores (ranges, the cache, the index,
     # uploads) 1,992, saves of sources that are only read 56, samplers that travel 14, and compressed fields (codecs,
-    # memory, files, saves) 1,823: that takes leaving things out.
+    # memory, files, saves) 1,828: that takes leaving things out.
     apart = ("viewing", "interop", "remote")
-    assert sum(num_lines(path) for path in TREES if package_of(path).partition("/")[0] not in apart) <= 20669
+    assert sum(num_lines(path) for path in TREES if package_of(path).partition("/")[0] not in apart) <= 20674
 
 
 def num_lines(path: Path) -> int:

@@ -133,12 +133,17 @@ class Lz4(Codec):
         self._decompress = self._lz4.decompress_block_into
 
     def _encode(self, rows: np.ndarray) -> Any:
-        once = self._lz4.compress_block(rows, store_size=False)
+        once = self._compressed(rows)
         if len(once) < len(rows) // _LEAST_TIMES:
-            twice = self._lz4.compress_block(once, store_size=False)
+            twice = self._compressed(once)
             if len(twice) < len(once) - len(once) // 16:
                 return len(once).to_bytes(_SIZE, "little") + bytes(twice)
         return bytes(_SIZE) + bytes(once)
+
+    def _compressed(self, data: np.ndarray) -> np.ndarray:
+        # Into memory of our own: where cramjam gets none, it ends the process.
+        out = np.empty(self._lz4.compress_block_bound(data), np.uint8)
+        return out[: self._lz4.compress_block_into(data, out, store_size=False)]
 
     def _decode(self, block: memoryview, out: np.ndarray) -> object:
         # Without `output_len`, cramjam takes the first four bytes of a block for its size.

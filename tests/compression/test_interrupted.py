@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from buffers.compression import CODECS
 from buffers.dataset import EpisodeDataset, IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import TensorType
 from tests import tagged
+from tests.faults import in_child, limited, status_of
 from tests.test_trouble import raised_after
 
 pytest.importorskip("cramjam")
@@ -62,3 +64,16 @@ def test_a_lack_of_memory_is_no_damage_when_a_block_is_read_again(monkeypatch: p
     monkeypatch.setattr(codec, "_decode", fail)
     with pytest.raises(MemoryError):
         codec.decode(block, np.empty(1600, np.uint8))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_lack_of_memory_while_rows_are_compressed_does_not_end_the_process() -> None:
+    codec = CODECS["lz4"]("x", TensorType((1 << 22,), torch.uint8))
+    rows = np.zeros((16, 1 << 22), np.uint8)
+
+    def encode() -> None:
+        num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+        with limited(resource.RLIMIT_AS, num_pages * resource.getpagesize() + (1 << 23)), pytest.raises(MemoryError):
+            codec.encode(rows)
+
+    assert status_of(in_child(encode)) == 0
