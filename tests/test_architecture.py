@@ -103,10 +103,10 @@ def test_the_package_without_viewing_does_not_grow() -> None:
     # The plan is 8,000 when all is in it. Windows (padding, offsets, packing, passes, statistics) brought 1,450 more,
     # late fields, samplers that learn, the limiter and the info of episodes 3,950, saves 2,900, states that load with
     # other numbers of ranks 70, rings that processes attach to 388, object stores (ranges, the cache, the index,
-    # uploads) 1,992, saves of sources that are only read 56, samplers that travel 14, and compressed fields (codecs,
+    # uploads) 2,004, saves of sources that are only read 56, samplers that travel 14, and compressed fields (codecs,
     # memory, files, saves) 1,828: that takes leaving things out.
     apart = ("viewing", "interop", "remote")
-    assert sum(num_lines(path) for path in TREES if package_of(path).partition("/")[0] not in apart) <= 20674
+    assert sum(num_lines(path) for path in TREES if package_of(path).partition("/")[0] not in apart) <= 20686
 
 
 def num_lines(path: Path) -> int:

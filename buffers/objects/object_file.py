@@ -31,6 +31,8 @@ class ObjectFile(RangeFile):
         self._files, self.object_name, self.size, self.entry = files, name, info.size, entry
         # Its beginning, as far as it has been read before it was asked for.
         self.head: bytes | bytearray = b""
+        # What was wrong with it then: asking for each file again, one after the other, would take long.
+        self.error: FileNotFoundError | DamagedEpisodeError | None = None
 
     def read_at(self, num_bytes: int, offset: int) -> bytes:
         """As `RangeFile.read_at`."""
@@ -38,6 +40,8 @@ class ObjectFile(RangeFile):
         if offset >= end:
             return b""
         if end > len(self.head):
+            if self.error is not None:
+                raise self.error
             memory = bytearray(end - offset)
             failed = self._files.fill([Part(self, offset, memoryview(memory))])
             if failed:
@@ -118,7 +122,8 @@ class ObjectFiles:
         heads = [(file, bytearray(min(num, file.size))) for file, num in files]
         failed = self.fill([Part(file, 0, memoryview(head)) for file, head in heads])
         for file, head in heads:
-            if file not in failed:
+            file.error = failed.get(file)
+            if file.error is None:
                 file.head = head
 
 

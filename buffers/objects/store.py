@@ -38,6 +38,8 @@ _FINAL = (
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 # What tells a version of an object from another one.
 _STAMPS = ("ETag", "etag", "md5Hash", "content_hash", "mtime", "LastModified", "last_modified", "created")
+# The name of a method of a file system, or a function of the file system.
+_Method = str | Callable[[Any], Coroutine[Any, Any, Any]]
 
 
 def is_url(path: str) -> bool:
@@ -161,24 +163,30 @@ class ObjectStore:
         yield from self._each([partial(self._read_range, *asked) for asked in ranges])
 
     async def _read_range(self, name: str, start: int, end: int, size: int) -> bytes | Exception:
-        what = f"bytes {start} to {end} of {name}"
+        path = self._path(name)
 
-        def check(data: bytes) -> None:
-            if len(data) != end - start:
-                raise OSError(errno.EIO, f"{len(data)} bytes came")
+        async def attempt(fs: Any) -> bytes | Exception:
+            try:
+                data = await _started(fs, "cat_file", (path,), {"start": start, "end": end})
+                if len(data) == end - start:
+                    return data
+                error = OSError(errno.EIO, f"{len(data)} bytes came")
+            except OSError as found:
+                if found.errno != errno.EINVAL:  # No such range.
+                    raise
+                error = found
+            # Another attempt would not change the size of an object, but may bring the rest of a short answer.
+            info = _info(await _started(fs, "info", (path,), {}))
+            if info.size == size:
+                raise error
+            return DamagedEpisodeError(f"has {info.size} bytes, and had {size} when it was found")
 
         try:
-            data = await self._request(what, "cat_file", self._path(name), name=name, check=check, start=start, end=end)
+            answer = await self._request(f"bytes {start} to {end} of {name}", attempt, name=name)
         except FileNotFoundError as error:
             return error
-        except ObjectStoreError as error:
-            if getattr(error.__cause__, "errno", None) in (errno.EIO, errno.EINVAL):  # A short answer, no such range.
-                found = _info(await self._request(f"what {name} is", "info", self._path(name), name=name))
-                if found.size != size:
-                    return DamagedEpisodeError(f"has {found.size} bytes, and had {size} when it was found")
-            raise
-        self.num_bytes += len(data)
-        return data
+        self.num_bytes += len(answer) if isinstance(answer, bytes) else 0
+        return answer
 
     # Writing.
 
@@ -268,26 +276,17 @@ class ObjectStore:
             wait(running, timeout=_END)
 
     async def _request(
-        self,
-        what: str,
-        method: str,
-        *arguments: Any,
-        name: str = "",
-        num_bytes: int = 0,
-        check: Callable[[Any], None] | None = None,
-        **options: Any,
+        self, what: str, method: _Method, *arguments: Any, name: str = "", num_bytes: int = 0, **options: Any
     ) -> Any:
-        """Ask, and ask again after errors that may pass, until the deadline."""
+        """Ask by a method or function of the file system, again after errors that may pass, until the deadline."""
         fs, loop = self._connect()[0], asyncio.get_running_loop()
         end = loop.time() + self.timeout + num_bytes / _SLOWEST_BYTES_PER_SECOND
         for left in reversed(range(_NUM_ATTEMPTS)):
             self.num_requests += 1
             try:
                 share = max(end - loop.time(), 0.001) / (left + 1)
-                answer = await asyncio.wait_for(_started(fs, method, arguments, options), share)
-                if check is not None:
-                    check(answer)
-                return answer
+                call = _started(fs, method, arguments, options) if isinstance(method, str) else method(fs)
+                return await asyncio.wait_for(call, share)
             except FileNotFoundError as error:
                 if not name or method in ("put_file", "pipe_file"):
                     found = "There is no such bucket or folder. Make it, or check the URL"

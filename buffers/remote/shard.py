@@ -84,6 +84,8 @@ class Shard:
         self._ledger, self._lock = Ledger(), ThreadLock()
         self._directory = None if directory is None else place_of(directory, number)
         self._streams: OrderedDict[str, SequenceStream] = OrderedDict()
+        # What samplers of those have raised for new episodes.
+        self._failed: dict[str, Exception] = {}
         self.life = secrets.randbits(_LIFE_BITS)
         self._saving: tuple[Future[str], dict[str, int]] | None = None
         self._saved: dict[str, int] = {}
@@ -166,22 +168,36 @@ class Shard:
             # Learners have drawn for these steps: a limiter that forgot them would hold learners up for as many more.
             self._ledger.count_before(heard[1])
         if request is not None and name not in self._streams:
-            loader = self.dataset.get_loader(request.batch_size, request.sequence_length, **request.options)
-            loader.stream.assemble = partial(_assembled, loader.stream.assemble, self.life)
-            self._streams[name] = loader.stream
-            if len(self._streams) > _MOST_LOADERS:
-                self._streams.popitem(last=False)
+            self._open_stream(name, request)
         stream = self._streams.get(name)
         if stream is None:
             return Drawn(False, 0, None, self._news())
         self._streams.move_to_end(name)
         self._save_if_due(False)
+        if name in self._failed:
+            raise self._failed[name]
         dataset, sampler = self.dataset, stream.drawer.samplers[0]
         num_windows = dataset.num_to_draw(stream.sequence_length, stream.selection, sampler)
         batch = None
         if n is not None and num_windows:
             batch = to_wire(stream.batch(n))
         return Drawn(True, num_windows, batch, self._news())
+
+    def _open_stream(self, name: str, request: Request) -> None:
+        loader = self.dataset.get_loader(request.batch_size, request.sequence_length, **request.options)
+        loader.stream.assemble = partial(_assembled, loader.stream.assemble, self.life)
+        for sampler in loader.stream.drawer.samplers:
+            # An episode for which it fails is an error of its learner: writers must not wait until that has gone.
+            setattr(sampler, "episode_added", partial(self._try, name, sampler.episode_added))  # noqa: B010
+        self._streams[name] = loader.stream
+        if len(self._streams) > _MOST_LOADERS:
+            self._failed.pop(self._streams.popitem(last=False)[0], None)
+
+    def _try(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:
+            self._failed.setdefault(name, error)
 
     def update(self, index: np.ndarray, values: Mapping[str, np.ndarray]) -> int:
         """Give rows new values of late fields; returns how many of the step ids are of no row that is stored."""

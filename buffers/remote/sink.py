@@ -184,7 +184,9 @@ class RemoteSink:
             if self._window.troubles.keys() - self._named:
                 # The answers may be there, if the thread had no turn for long: this process was stopped, or computed.
                 self._window.advance()
-        self._named = warn_of_new(self.troubles, self._named, "New episodes go to the others.", stacklevel=3)
+        # Also of a shard that cannot save, and takes new ones until its share of the window is full.
+        consequence = "Its episodes are kept by this writer until it is well; new ones go to shards that take them."
+        self._named = warn_of_new(self.troubles, self._named, consequence, stacklevel=3)
 
     def _raise_refusals(self) -> None:
         if self._window.refusals:

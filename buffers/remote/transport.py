@@ -182,5 +182,5 @@ def warn_of_new(troubles: Mapping[int, str], named: Set[int], consequence: str, 
     """Warn of the troubles of shards that are not `named` yet; returns the shards that are in trouble now."""
     for shard in sorted(troubles.keys() - named):
         text = troubles[shard]
-        warnings.warn(f"{text[0].upper()}{text[1:]}. {consequence}", RuntimeWarning, stacklevel=stacklevel)
+        warnings.warn(f"{text[0].upper()}{text[1:].rstrip('.')}. {consequence}", RuntimeWarning, stacklevel=stacklevel)
     return {*troubles}

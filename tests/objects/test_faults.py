@@ -175,6 +175,25 @@ def test_an_object_that_is_shorter_than_it_was_is_left_out(bucket: tuple[S3, Pat
     assert again.table.ids.tolist() == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:1 files in")
+def test_shorter_objects_are_asked_for_once_whatever_their_number(s3: S3, tmp_path: Path) -> None:
+    """Each took five attempts and their pauses, half of them one object after the other."""
+    tagged_episodes(tmp_path, [5] * 12)
+    s3.put(tmp_path, url := s3.new_url())
+    dataset = reader(url, storage_options=s3.options)
+    shorter, gone = files(tmp_path)[:6], files(tmp_path)[6:8]
+    for name in shorter:
+        s3.filesystem().pipe_file(f"{url}/{name}", b"short")
+    for name in gone:
+        s3.filesystem().rm_file(f"{url}/{name}")
+    dataset._directory._next_look = float("inf")
+    s3.proxy.requests.clear()
+    batch = dataset.get_loader(128, 2, seed=0).stream.take()
+    assert {number for _, number, _, _ in tagged.origins(batch)} == {8, 9, 10, 11}
+    assert sorted(name for name, _ in dataset.damaged_files) == shorter
+    assert [len(s3.proxy.gets(name)) for name in shorter + gone] == [1] * 8
+
+
 def test_an_object_that_is_gone_is_drawn_no_more(bucket: tuple[S3, Path, str]) -> None:
     s3, directory, url = bucket
     dataset = reader(url, storage_options=s3.options)

@@ -21,7 +21,7 @@ from buffers.remote import RemoteLoader, Shards
 from buffers.remote.dealing import Dealer
 from buffers.remote.limits import Limits
 from buffers.remote.sink import RemoteSink
-from buffers.sampler import PrioritizedSampler
+from buffers.sampler import EpisodeFilter, PrioritizedSampler, UniformSampler
 from tests.remote.simulated import Simulated
 
 
@@ -163,6 +163,36 @@ def test_without_a_window_it_waits_and_says_what_each_shard_lacks() -> None:
         next(loader)
     dataset_of(world, 0).add_episode(rows(0, 9))
     assert next(loader)["row"].shape == (8, 4)
+
+
+def test_a_sampler_that_fails_for_an_episode_fails_its_learner_and_no_writer() -> None:
+    """The episode was not stored, and no other one of any writer, for as long as the shard lived."""
+    world, shards = filled(0, 0)
+    sink = RemoteSink(shards, has_thread=False)
+    sink.settle_fields(Fields.from_episode(rows(0, 5)))
+
+    def add(infos: list[dict[str, Any]]) -> None:
+        for info in infos:
+            sink.add(rows(0, 5, info["number"]), 0, info)
+        sink.wait(10.0, until_saved=False)
+
+    add([{"number": number, "is_good": number % 2 == 0} for number in range(20)])
+    options = {"seed": 0, "num_in_flight": 1}
+    loader = RemoteLoader(
+        shards, 8, 2, sampler=EpisodeFilter(UniformSampler(), lambda info: info["is_good"]), **options
+    )
+    other = RemoteLoader(shards, 8, 2, **options)
+    next(loader), next(other)
+    add([{"number": number} for number in range(20, 40)])
+    with pytest.raises(RuntimeError, match="`accept` of an EpisodeFilter failed for episode .*KeyError"):
+        for _ in range(10):
+            next(loader)
+    corrected = EpisodeFilter(UniformSampler(), lambda info: info.get("is_good", True))
+    found = {number for _ in range(60) for number in next(other)["number"].flatten().tolist()}
+    assert found == set(range(40)) and sink.troubles == {}
+    loader = RemoteLoader(shards, 8, 2, sampler=corrected, **options)
+    found = {number for _ in range(60) for number in next(loader)["number"].flatten().tolist()}
+    assert found == {*range(0, 20, 2), *range(20, 40)}
 
 
 def test_no_shard_that_answers_is_an_error_that_says_so() -> None:

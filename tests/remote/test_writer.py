@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import pickle
 import threading
 import time
@@ -55,6 +57,37 @@ def test_a_full_window_is_an_error_that_names_the_shard_and_takes_nothing(tmp_pa
     world.go_on(0)
     sink.wait(60.0, until_saved=True)
     assert world.numbers() == [list(range(added))]
+
+
+def test_a_full_disk_is_warned_of_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Simulated(1, tmp_path)
+    sink = made(world)
+    sink.settle_fields(FIELDS)
+
+    def add(numbers: range) -> None:
+        for number in numbers:
+            sink.add(episode(number))
+            world.time += 0.1
+            world.finish_saves()
+
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning) as caught:
+        patch.setattr(os, "fsync", failing)
+        warnings.filterwarnings("ignore", "A save failed")
+        add(range(60))
+    # There are no others, and it takes new ones as before.
+    (text,) = [str(warning.message) for warning in caught if "Shard 0" in str(warning.message)]
+    assert "No space left on device" in text and "others" not in text
+    assert text.endswith("kept by this writer until it is well; new ones go to shards that take them.")
+    assert sink.stats()["num_unsaved"] == 60
+    add(range(60, 120))
+    sink.wait(60.0, until_saved=True)
+    world.kill(0)
+    world.start(0)
+    assert world.numbers() == [list(range(120))] and sink.troubles == {}
+
+
+def failing(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_episode_larger_than_the_window_has_it_to_itself(tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ class ObjectWindowReader(WindowReader):
         self._names[file] = name
         self._parts += [Part(file, offset, view) for offset, view in ranges_of(layout, targets, row, step, num_rows)]
 
+    def _look_again(
+        self, name: FileName, strategy: EpisodeSerializationStrategy, fields: Fields, error: DamagedEpisodeError
+    ) -> str | None:
+        # No parser has failed, in which a signal handler may have raised: the store has said what is there.
+        if error.__cause__ is None:
+            return str(error)
+        return super()._look_again(name, strategy, fields, error)
+
     def _fill(self, requests: list[Request], lost: dict[FileName, str | None]) -> None:
         names: dict[ObjectFile, FileName] = {}
         parts = []
