@@ -27,7 +27,7 @@ from buffers.compression.decoding import Fetched, Run, decode_runs, runs_of
 from buffers.sharing import SharedArrays
 from buffers.table import Windows
 
-__all__ = ["MOST_BYTES", "BlockRoom", "EpisodeTooLargeError", "blocks_in", "rows_in"]
+__all__ = ["BlockRoom", "EpisodeTooLargeError", "MOST_BYTES", "blocks_in", "rows_in"]
 
 _UNIT, _WORD = 64, 8
 #: Of live regions. There are twice as many addresses, which `place` has in 32 bits.
