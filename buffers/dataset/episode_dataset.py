@@ -63,8 +63,9 @@ class EpisodeDataset(SavedStore):
         told = None if info is None else info.compress
         if told is not None and compress is not None:
             raise ValueError("`compress` is given twice, as an argument and in `info`: leave one out.")
+        given = compress if told is None else told
         #: Which fields are compressed, and how, as it was given.
-        self.compress = checked_choice({} if told is None and compress is None else told or compress)
+        self.compress = checked_choice({} if given is None else given)
         if info is not None:
             self.verification_mode = info.verification_mode
         #: Whether another dataset is extended by this one.

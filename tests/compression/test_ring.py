@@ -266,6 +266,13 @@ def test_what_cannot_be_compressed_is_an_error(compress, error, text) -> None:
         RingBufferDataset(10, info, compress=compress)
 
 
+@pytest.mark.parametrize("given", [{"info": EpisodeDatasetInfo(compress={})}, {"compress": {}}, {}], ids=str)
+def test_an_empty_choice_compresses_nothing(given: Any) -> None:
+    ring = RingBufferDataset(10, **given)
+    ring.add_episode({"x": np.zeros((2, 100))})
+    assert ring.compress == {} and ring.compressed_bytes() == {}
+
+
 def test_arguments_that_do_not_go_together_are_an_error() -> None:
     with pytest.raises(ValueError, match="`compress` is given twice"):
         RingBufferDataset(10, EpisodeDatasetInfo(compress={}), compress={})

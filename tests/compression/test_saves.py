@@ -11,6 +11,7 @@ import pytest
 from buffers import ReplayBuffer
 from buffers.dataset import IndividualFileDataset, RingBufferDataset
 from buffers.dataset.fields import TensorType
+from buffers.dataset.info import EpisodeDatasetInfo
 from buffers.saving import DamagedSaveError
 from tests import tagged
 from tests.compression.test_ring import ALL
@@ -156,6 +157,14 @@ def test_a_save_of_files_says_how_new_ones_are_written(before: Any, compress: An
     loaded = ReplayBuffer.load(tmp_path / "save")
     with loaded, loaded.dataset as dataset:
         assert dataset.compress == compress
+
+
+def test_files_whose_info_chooses_nothing_are_written_as_they_are(tmp_path: Path) -> None:
+    with IndividualFileDataset(1_000, directory=tmp_path, compress={"x": "lz4"}) as dataset:
+        dataset.add_episode({"x": np.zeros((100, 50))})
+    with IndividualFileDataset(1_000, EpisodeDatasetInfo(compress={}), directory=tmp_path) as dataset:
+        dataset.add_episode({"x": np.zeros((100, 50))})
+        assert [len(dataset._places_in(dataset.table.episode(position))) for position in range(2)] == [1, 0]
 
 
 @pytest.mark.parametrize(("compress", "expected"), [(None, {"x": "lz4"}), ({}, {})], ids=str)
