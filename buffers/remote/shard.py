@@ -188,7 +188,7 @@ class Shard:
         loader.stream.assemble = partial(_assembled, loader.stream.assemble, self.life)
         for sampler in loader.stream.drawer.samplers:
             # An episode for which it fails is an error of its learner: writers must not wait until that has gone.
-            setattr(sampler, "episode_added", partial(self._try, name, sampler.episode_added))  # noqa: B010
+            sampler.episode_added = partial(self._try, name, sampler.episode_added)  # type: ignore[method-assign]
         self._streams[name] = loader.stream
         if len(self._streams) > _MOST_LOADERS:
             self._failed.pop(self._streams.popitem(last=False)[0], None)

@@ -265,7 +265,8 @@ def _path_of(name: str) -> str:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise RuntimeError(f"{folder} must be a directory that only you can enter (mode 0700).")
-    if len(os.fsencode(path := os.path.join(folder, name))) > 107:  # The most that a Unix socket takes.
+    path = os.path.join(folder, name)
+    if len(os.fsencode(path)) > 107:  # The most that a Unix socket takes.
         raise ValueError(f"{path} is longer than the 107 bytes of a socket's path. Choose a shorter name or folder.")
     return path
 

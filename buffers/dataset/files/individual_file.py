@@ -161,8 +161,7 @@ class IndividualFileDataset(WrittenDataset):
         inspection = self._scan(verify)
         inspection.refuse_later_versions()
         self._check_format()
-        if self._goes_on_compressing:
-            self._compress_as_before()
+        self._compress_as_before()
         if self.table.num_steps > self.capacity and not shrink:
             check_capacity(self, self._own)
         for name in inspection.listing.temporaries:

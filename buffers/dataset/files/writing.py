@@ -39,8 +39,8 @@ class WrittenDataset(LinkedDataset):
             raise ValueError(f"Only the default format has compressed fields, found {type(strategy).__name__}.")
 
     def _compress_as_before(self) -> None:
-        """Choose the codecs of the newest episode."""
-        if len(self.table):
+        """Choose the codecs of the newest episode, where none were chosen by the caller."""
+        if self._goes_on_compressing and len(self.table):
             with contextlib.suppress(DamagedEpisodeError, FileNotFoundError):
                 places = self._places_in(self.table.episode(len(self.table) - 1))
                 self.compress = {field: blocks.codec.name for field, blocks in places.items()}
@@ -48,8 +48,7 @@ class WrittenDataset(LinkedDataset):
 
     def _replace(self, rows: Int64Array) -> None:
         super()._replace(rows)
-        if self._goes_on_compressing:
-            self._compress_as_before()
+        self._compress_as_before()
 
     def _allocate(self, fields: Fields) -> None:
         self.serialization_strategy.check_dtypes(fields)
