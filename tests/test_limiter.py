@@ -198,8 +198,9 @@ def stuck_balance(ratio: Fraction, batch_steps: int, num_steps: int, tolerance: 
 @pytest.mark.parametrize(("ratio", "batch_steps", "num_envs"), TINY)
 def test_the_tolerances_that_are_refused_are_those_at_which_both_sides_would_wait(ratio, batch_steps, num_envs) -> None:
     # The least that can be kept is a multiple of 1/6.
-    for twelfths in range(-12, 300, 5):
-        tolerance = Fraction(twelfths, 12)
+    twelfths = int(6 * (batch_steps + ratio * num_envs))
+    for number in (*range(-12, 300, 9), *range(twelfths - 2, twelfths + 3)):
+        tolerance = Fraction(number, 12)
         make = partial(limited, ratio, float(tolerance), batch_size=batch_steps, sequence_length=1, num_envs=num_envs)
         if stuck_balance(ratio, batch_steps, num_envs, tolerance) is None:
             make()
